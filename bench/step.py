@@ -1,0 +1,252 @@
+"""One denoising step on this machine's CPU: qdiff's INT8 engines beside float runtimes and NNCF's own INT8.
+
+    python -m bench.step --config pixart-67m [--json] [--rounds 10] [--work DIR]
+
+All contenders run the same recorded call (batch 1, random weights of the published size), interleaved round by round, so
+that whatever else the machine does hits all of them alike. ``ratio`` is FP32 in ONNX Runtime over INT8 in OpenVINO. SQNR is
+of the step's output against FP32 in ONNX Runtime, on a call that no contender was calibrated on.
+
+``qdiff int8 openvino`` is the engine as ``qdiff build`` makes it: what is not INT8 runs in BF16 where the CPU has it. The rows
+that say so compare like with like. The peer is NNCF's post-training INT8 of the same OpenVINO model with its settings for
+transformers, calibrated on the same recorded calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+CONFIGURATIONS = ("pixart-67m", "pixart-xl")
+Run = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
+    """Calibrates, quantizes, exports and builds with qdiff's own stages (skipped when done), and writes the float graph.
+
+    Returns:
+        the run and the path of the float ONNX file.
+    """
+    from qdiff.artifacts import Run
+    from qdiff.export.onnx_graph import export_onnx
+    from qdiff.export.translations import TARGETS
+    from qdiff.stages.build import build
+    from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
+    from qdiff.stages.export import export
+    from qdiff.stages.quantize import quantize
+    from qdiff.trajectory import Trajectory
+
+    run = Run(work / configuration)
+    options = CalibrateOptions(weights=f"random:{configuration}", samples=2, steps=2, batch=1)
+    calibrate(run, options)
+    quantize(run)
+    export(run, "onnxruntime")
+    for engine in ("openvino", "onnxruntime"):
+        build(run, engine)
+    float_graph = work / f"{configuration}-float" / "model.onnx"
+    if not float_graph.exists():
+        model = reload_model(run)
+        example = next(iter(Trajectory(run.file("calibration")))).inputs
+        export_onnx(model.family, model.backbone, example, TARGETS["onnxruntime"], float_graph.parent)
+    return run, float_graph
+
+
+def calls(run: Any) -> Iterator[dict[str, Tensor]]:
+    """The recorded calls, one sample each: of every call the text-guided half."""
+    from qdiff.trajectory import Trajectory
+
+    for step in Trajectory(run.file("calibration")):
+        yield {name: tensor[-1:] for name, tensor in step.inputs.items()}
+
+
+def unseen(call: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A call that nobody was calibrated on: the recorded one with other noise."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1234)
+    noise = torch.randn(call["hidden_states"].shape, generator=generator)
+    return {**call, "hidden_states": noise * call["hidden_states"].std()}
+
+
+def openvino_model(path: Path, precision: str, shapes: Mapping[str, Tensor]) -> Run:
+    """A graph in OpenVINO, static shapes, latency hint; ``precision`` is that of what is not quantized."""
+    import openvino as ov
+
+    core = ov.Core()
+    return _compiled(core, core.read_model(path), precision, shapes)
+
+
+def _compiled(core: Any, model: Any, precision: str, shapes: Mapping[str, Tensor]) -> Run:
+    import torch
+
+    model.reshape({name: list(tensor.shape) for name, tensor in shapes.items()})
+    compiled = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision})
+    names = {port.get_any_name() for port in compiled.inputs}
+
+    def call(inputs: Mapping[str, Tensor]) -> Tensor:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
+        return torch.from_numpy(compiled(arrays)[0].copy())
+
+    return call
+
+
+def nncf_model(path: Path, samples: list[dict[str, Tensor]], precision: str) -> Run:
+    """NNCF's INT8 of the float graph: post-training quantization with the transformer preset."""
+    import logging
+
+    import nncf
+    import openvino as ov
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    core = ov.Core()
+    model = core.read_model(path)
+    model.reshape({name: list(tensor.shape) for name, tensor in samples[0].items()})
+    dataset = nncf.Dataset([{name: tensor.numpy() for name, tensor in sample.items()} for sample in samples])
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars would stand in the JSON
+        quantized = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
+    return _compiled(core, quantized, precision, samples[0])
+
+
+def onnxruntime_model(path: Path) -> Run:
+    """A graph in ONNX Runtime's CPU provider."""
+    import onnxruntime as ort
+    import torch
+
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def call(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+
+    return call
+
+
+def contenders(run: Any, float_graph: Path, peers: bool) -> dict[str, Run]:
+    """All rows by name; the first is the reference."""
+    from qdiff.stages.build import load_runner
+
+    samples = list(calls(run))
+    rows: dict[str, Run] = {
+        "onnxruntime fp32": onnxruntime_model(float_graph),
+        "openvino fp32": openvino_model(float_graph, "f32", samples[0]),
+        "openvino fp32 in bf16": openvino_model(float_graph, "bf16", samples[0]),
+        "qdiff int8 onnxruntime": load_runner(run, "onnxruntime", None),
+        "qdiff int8 openvino": load_runner(run, "openvino", None),
+        "qdiff int8 openvino, rest f32": openvino_model(
+            run.file("onnx", "onnxruntime", "model.onnx"), "f32", samples[0]
+        ),
+    }
+    if peers:
+        for precision in ("bf16", "f32"):
+            rows[f"nncf int8 openvino, rest {precision}"] = nncf_model(float_graph, samples, precision)
+    return rows
+
+
+def measure(rows: dict[str, Run], call: dict[str, Tensor], rounds: int) -> dict[str, list[float]]:
+    """Seconds of ``rounds`` calls each, interleaved, after one warm-up call each."""
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for run in rows.values():
+        run(call)
+    for _ in range(rounds):
+        for name, run in rows.items():
+            start = time.perf_counter()
+            run(call)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def benchmark(configuration: str, work: Path, rounds: int, peers: bool) -> dict[str, Any]:
+    """The whole benchmark as a JSON value."""
+    from qdiff.artifacts import versions
+    from qdiff.metrics import decibels, sqnr_db
+
+    run, float_graph = prepare(configuration, work)
+    rows = contenders(run, float_graph, peers)
+    call = next(calls(run))
+    other = unseen(call)
+    seconds = measure(rows, call, rounds)
+    reference_name = next(iter(rows))
+    expected = rows[reference_name](other)
+    base = statistics.median(seconds[reference_name])
+    table = [
+        {
+            "name": name,
+            "median_seconds": statistics.median(values),
+            "min_seconds": min(values),
+            "speedup": base / statistics.median(values),
+            "sqnr_db": None if name == reference_name else decibels(sqnr_db(expected, rows[name](other))),
+        }
+        for name, values in seconds.items()
+    ]
+    by_name = {row["name"]: row for row in table}
+    return {
+        "config": configuration,
+        "ratio": by_name["qdiff int8 openvino"]["speedup"],
+        "rounds": rounds,
+        "rows": table,
+        "stages": {
+            name: {"seconds": entry["seconds"], "peak_memory_bytes": entry["peak_memory_bytes"]}
+            for name, entry in run.manifest["stages"].items()
+        },
+        "float32_bytes": run.entry("quantize")["float32_bytes"],
+        "onnx_ratio": run.entry("export:onnxruntime")["ratio"],
+        "versions": versions(),
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    from qdiff.present import size, table
+
+    rows = [
+        (
+            row["name"],
+            f"{1000 * row['median_seconds']:.1f} ms",
+            f"{row['speedup']:.2f}x",
+            f"{row['sqnr_db']:.1f}" if row["sqnr_db"] is not None else "reference",
+        )
+        for row in result["rows"]
+    ]
+    stages = [(name, f"{s['seconds']:.1f} s", size(s["peak_memory_bytes"])) for name, s in result["stages"].items()]
+    return "\n\n".join(
+        [
+            f"{result['config']}: one denoising step, batch 1, median of {result['rounds']} interleaved rounds",
+            table(rows, ("CONTENDER", "STEP", "SPEED", "SQNR dB")),
+            table(stages, ("STAGE", "TIME", "PEAK MEMORY"))
+            + f"\nfloat32 weights {size(result['float32_bytes'])}, INT8 ONNX file {result['onnx_ratio']:.3f} of that",
+        ]
+    )
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=CONFIGURATIONS, default="pixart-67m")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--work", type=Path, help="folder for the run, kept and reused [default: a temporary one]")
+    parser.add_argument("--no-peers", action="store_true", help="leave NNCF out")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    peers = not arguments.no_peers
+    if peers:
+        import importlib.util
+
+        if importlib.util.find_spec("nncf") is None:
+            sys.exit("the peer needs NNCF: pip install 'qdiff-deploy[bench]', or leave it out with --no-peers")
+    from qdiff.events import TerminalListener, listening
+
+    with listening(TerminalListener()), tempfile.TemporaryDirectory() as temporary:
+        result = benchmark(arguments.config, arguments.work or Path(temporary), arguments.rounds, peers)
+    print(json.dumps(result, indent=2) if arguments.json else show(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Replays the backbone on the recorded trajectory and fills :class:`qdiff.statistics.Statistics`.
+
+Layers that read the very same tensor inside one module (q, k and v of a self-attention; k and v of a cross-attention) form
+a *group*: they share the tensor's statistics, and later one scale and one smoothing, because an engine quantizes that
+tensor once. Groups are found by watching one forward pass, not from names, so a new family needs no list of them.
+
+After every shard the state is written whole, so a kill loses at most one shard's replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calib.observers import OBSERVERS, Observer
+from qdiff.errors import IntegrityError
+from qdiff.events import Progress
+from qdiff.files import open_tensors, save_tensors
+from qdiff.models.base import Model
+from qdiff.statistics import InputStatistics, Statistics
+from qdiff.trajectory import Step, Trajectory
+
+PARTIAL = "statistics.partial.safetensors"
+
+
+def linear_layers(backbone: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that can be quantized, by name, in module order."""
+    return {name: module for name, module in backbone.named_modules() if type(module) is nn.Linear}
+
+
+def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
+    """Groups of layers that read the same tensor inside one parent module: name of the first -> all names.
+
+    Args:
+        step: any recorded call; the backbone is run on it once.
+    """
+    groups: dict[str, list[str]] = {}
+    alive: dict[
+        str, list[tuple[str, Tensor]]
+    ] = {}  # by parent: the first reader of each tensor that it has seen so far
+
+    def watch(name: str, parent: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tensors = alive.setdefault(parent, [])
+            first = next((reader for reader, tensor in tensors if tensor is args[0]), None)
+            if first is None:
+                tensors.append((name, args[0]))
+            groups.setdefault(first or name, []).append(name)
+
+        return hook
+
+    def forget(parent: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            alive.pop(parent, None)  # keeping every tensor would keep the activations of the whole forward
+
+        return hook
+
+    parents = {name: name.rpartition(".")[0] for name in linear_layers(model.backbone)}
+    before = {name: watch(name, parent) for name, parent in parents.items()}
+    with _hooks(model.backbone, before), contextlib.ExitStack() as stack, torch.inference_mode():
+        for parent in set(parents.values()):
+            owner = _module_with_forward(model.backbone, parent)
+            stack.callback(owner.register_forward_hook(forget(parent)).remove)
+        model.family.call(model.backbone, step.inputs)
+    return groups
+
+
+def _module_with_forward(backbone: nn.Module, name: str) -> nn.Module:
+    """The module of that name, or the nearest one around it that is called (lists and dicts of modules are not)."""
+    module = backbone.get_submodule(name)
+    while isinstance(module, nn.ModuleList | nn.ModuleDict):
+        name = name.rpartition(".")[0]
+        module = backbone.get_submodule(name)
+    return module
+
+
+@contextlib.contextmanager
+def _hooks(backbone: nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Hooks by layer name, before and after its forward, for the length of a block."""
+    layers = dict(backbone.named_modules())
+    handles = [layers[name].register_forward_pre_hook(hook) for name, hook in inputs.items()]
+    handles += [layers[name].register_forward_hook(hook) for name, hook in (outputs or {}).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Collector:
+    """Observers on the first layer of every group; see the module's docstring."""
+
+    def __init__(self, model: Model, trajectory: Trajectory, fingerprint: str) -> None:
+        self.model, self.trajectory, self.fingerprint = model, trajectory, fingerprint
+        values = {step.timestep for step in trajectory}
+        self.timesteps = sorted(values, reverse=True)  # samplers go from noise to picture
+        self.groups = find_groups(model, next(iter(trajectory)))
+        layers = linear_layers(model.backbone)
+        self.outputs = {name: torch.zeros(len(self.timesteps)) for name in layers}
+        self.observers: dict[str, dict[str, Observer]] = {
+            group: {name: OBSERVERS[name](len(self.timesteps), layers[group].in_features) for name in OBSERVERS}
+            for group in self.groups
+        }
+
+    def collect(self, partial: Path) -> Statistics:
+        """Replays all shards that ``partial`` does not hold yet and returns the statistics."""
+        done = self._restore(partial)
+        steps = [sum(1 for _ in self.trajectory.steps(shard)) for shard in range(len(self.trajectory.paths))]
+        with Progress("collect", sum(steps[done:])) as progress:
+            for shard in range(done, len(steps)):
+                for step in self.trajectory.steps(shard):
+                    self._replay(step)
+                    progress.advance()
+                self._save(partial, shard + 1)
+        inputs = {}
+        for group, observers in self.observers.items():
+            tables = {name: table for observer in observers.values() for name, table in observer.result().items()}
+            inputs[group] = InputStatistics(self.groups[group], **tables)
+        return Statistics(self.timesteps, inputs, self.outputs)
+
+    def _replay(self, step: Step) -> None:
+        index = self.timesteps.index(step.timestep)
+        generator = torch.Generator().manual_seed(step.shard * 100_003 + index)
+
+        def watch_input(observers: dict[str, Observer]) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+                for observer in observers.values():
+                    observer.update(x, index, generator)
+
+            return hook
+
+        def watch_output(table: Tensor) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                table[index] = torch.maximum(table[index], output.detach().abs().max().float())
+
+            return hook
+
+        inputs = {group: watch_input(observers) for group, observers in self.observers.items()}
+        outputs = {name: watch_output(table) for name, table in self.outputs.items()}
+        with _hooks(self.model.backbone, inputs, outputs), torch.no_grad():
+            self.model.family.call(self.model.backbone, step.inputs)
+
+    def _save(self, partial: Path, shards: int) -> None:
+        tensors = {
+            f"{group}|{name}": tensor
+            for group, observers in self.observers.items()
+            for observer in observers.values()
+            for name, tensor in observer.state().items()
+        }
+        tensors |= {f"{name}|output": table for name, table in self.outputs.items()}
+        save_tensors(partial, tensors, {"qdiff": json.dumps({"shards": shards, "fingerprint": self.fingerprint})})
+
+    def _restore(self, partial: Path) -> int:
+        if not partial.exists():
+            return 0
+        with open_tensors(partial, "partial statistics") as file:
+            header = json.loads((file.metadata() or {}).get("qdiff", "{}"))
+            if header.get("fingerprint") != self.fingerprint:
+                raise IntegrityError(
+                    f"{partial} belongs to another calibration", "calibrate with --force or into another folder"
+                )
+            state: dict[str, dict[str, Tensor]] = {group: {} for group in self.groups}
+            for key in file.keys():
+                group, _, name = key.rpartition("|")
+                if name == "output":
+                    self.outputs[group] = file.get_tensor(key)
+                else:
+                    state[group][name] = file.get_tensor(key)
+        for group, observers in self.observers.items():
+            for observer in observers.values():
+                observer.restore(state[group])
+        return int(header["shards"])

@@ -1,0 +1,59 @@
+"""Prompts from a file: one a line, text, of sane length. Refused early, before any model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qdiff.errors import InputError
+
+LONGEST = 2_000  # characters; text encoders keep some hundred tokens and cut the rest
+MOST = 10_000
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a UTF-8 file, one for each non-empty line; lines that begin with ``#`` are comments.
+
+    Raises:
+        InputError: missing, empty, binary, a line that is too long, or too many lines; says which line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the prompts file {path}: {error.strerror}", "check the path") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\x00"
+    if "\x00" in text:
+        raise InputError(f"{path} is not a text file in UTF-8", "write one prompt on each line of a plain text file")
+    prompts: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        if len(line) > LONGEST:
+            raise InputError(
+                f"line {number} of {path} has {len(line):,} characters",
+                f"a prompt has at most {LONGEST:,}; is it one prompt a line?",
+            )
+        prompts.append(line)
+    if not prompts:
+        raise InputError(f"{path} holds no prompt", "write one prompt on each line")
+    if len(prompts) > MOST:
+        raise InputError(f"{path} holds {len(prompts):,} prompts", f"calibration takes at most {MOST:,}")
+    return prompts
+
+
+def choose(prompts: list[str], samples: int | None) -> list[str]:
+    """The first ``samples`` prompts (all when ``None``).
+
+    Raises:
+        InputError: more samples than prompts: repeating a prompt would only look like more data.
+    """
+    if samples is None:
+        return prompts
+    if samples > len(prompts):
+        raise InputError(
+            f"{samples} samples were asked of {len(prompts)} prompts", f"give more prompts or --samples {len(prompts)}"
+        )
+    return prompts[:samples]

@@ -1,0 +1,152 @@
+"""Runs the user's real pipeline once and keeps what its backbone was given.
+
+One shard for each batch of prompts. A shard depends on the model, its own prompts and its own seeds alone, so a run that
+was killed goes on with the first shard that is missing and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdiff.calib.timesteps import STRATEGIES
+from qdiff.errors import InputError
+from qdiff.events import Progress
+from qdiff.models.base import Model, Request, require_steps
+from qdiff.trajectory import SHARD, require_shard, save_shard
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What to record.
+
+    Args:
+        prompts: one trajectory each.
+        seed: picture i starts from the noise of ``seed + i``.
+        steps, guidance, scheduler: as in :class:`qdiff.models.base.Request`.
+        strategy, keep: which steps to keep (:mod:`qdiff.calib.timesteps`) and how many.
+        batch: prompts that the pipeline denoises together; also the size of a shard.
+    """
+
+    prompts: Sequence[str]
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    strategy: str = "uniform"
+    keep: int = 25
+    batch: int = 4
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-len(self.prompts) // self.batch)
+
+    def request(self, shard: int) -> Request:
+        """The pictures of one shard."""
+        first = shard * self.batch
+        prompts = self.prompts[first : first + self.batch]
+        seeds = range(self.seed + first, self.seed + first + len(prompts))
+        return Request(prompts, list(seeds), steps=self.steps, guidance=self.guidance, scheduler=self.scheduler)
+
+
+class _Stop(Exception):
+    """Leaves the pipeline's loop."""
+
+
+def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
+    """Seconds of one backbone call of the recording's batch size and the bytes of its inputs, measured on the first step
+    of the first shard."""
+    started, inputs_bytes = 0.0, 0
+    seconds: list[float] = []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal started, inputs_bytes
+        inputs_bytes = sum(
+            tensor.numel() * tensor.element_size() for tensor in model.family.capture(args, kwargs).values()
+        )
+        started = time.perf_counter()
+
+    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seconds.append(time.perf_counter() - started)
+        raise _Stop
+
+    hooks = [
+        model.backbone.register_forward_pre_hook(before, with_kwargs=True),
+        model.backbone.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        model.generate(recording.request(0))
+    except _Stop:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    require_steps(seconds)
+    return seconds[0], inputs_bytes
+
+
+def steps_of(model: Model, recording: Recording) -> int:
+    """Number of sampler steps: the one asked for, else the model's default."""
+    return recording.steps or int(model.defaults.get("num_inference_steps", 20))
+
+
+def record(model: Model, recording: Recording, folder: Path, owner: str = "") -> list[Path]:
+    """Writes the missing shards of ``recording`` into ``folder``; returns all shards' paths.
+
+    Args:
+        owner: fingerprint of what decides the recording; shards carry it, and those of others are refused.
+
+    Raises:
+        IntegrityError: a shard that is there is damaged or another calibration's.
+    """
+    STRATEGIES[recording.strategy]
+    paths = [folder / SHARD.format(index) for index in range(recording.shards)]
+    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    for index, path in enumerate(paths):
+        if index not in missing:
+            require_shard(path, owner)
+    with Progress("record", len(missing) * steps_of(model, recording)) as progress:
+        for index in missing:
+            _record_shard(model, recording, index, folder, owner, progress)
+    return paths
+
+
+def _record_shard(model: Model, recording: Recording, index: int, folder: Path, owner: str, progress: Progress) -> None:
+    calls: list[dict[str, torch.Tensor]] = []
+    timesteps: list[float] = []
+
+    def watch(module: Any, args: Any, kwargs: Any) -> None:
+        inputs = model.family.capture(args, kwargs)
+        timesteps.append(float(inputs["timestep"].reshape(-1)[0]))
+        calls.append({name: tensor.detach().clone() for name, tensor in inputs.items()})
+        progress.advance()
+
+    hook = model.backbone.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        model.generate(recording.request(index), on_step=lambda step, t, latents: None)
+    finally:
+        hook.remove()
+    require_steps(timesteps)
+    if len(set(timesteps)) != len(timesteps):
+        raise InputError(
+            "this scheduler calls the backbone more than once for a timestep",
+            "choose a first-order or multistep scheduler with --scheduler",
+        )
+    generator = torch.Generator().manual_seed(recording.seed * 1_000_003 + index)
+    kept = STRATEGIES[recording.strategy](timesteps, recording.keep, generator)
+    specs = {spec.name: spec for spec in model.family.inputs(model.backbone.config)}  # type: ignore[arg-type]
+    varying = {name: torch.stack([calls[i][name] for i in kept]) for name in calls[0] if specs[name].varies}
+    constant = {name: calls[0][name] for name in calls[0] if not specs[name].varies}
+    for name, tensor in {**varying, **constant}.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"the float model itself makes NaN or infinity ({name})",
+                "its weights are damaged, or it needs another scheduler",
+            )
+    save_shard(folder, index, [timesteps[i] for i in kept], varying, constant, owner)

@@ -1,0 +1,205 @@
+"""What an engine is: something that builds a file from an ONNX graph (or needs none) and then runs the backbone.
+
+Every engine runs the same call: named tensors in, one tensor out. The pipeline, the parity check, the benchmark and the
+web page know nothing more about it. Engines register in :data:`ENGINES`; the contract test runs over all of them.
+
+There are two ways to a :class:`Runner`, and ``Engine.runs_module`` says which: engines with an export ``target`` build a
+folder from an ONNX file and load it; engines without one take the torch module itself (``load_module``). One class
+hierarchy for both keeps every table (doctor, benchmark, web page) a loop over :data:`ENGINES`; the way that an engine does not
+have answers with the command that does work.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qdiff.engines.inputs import TensorSpec
+from qdiff.errors import MissingDependencyError, UsageError, unknown_name
+from qdiff.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An optimisation profile: for every input the smallest, the usual and the largest shape.
+
+    ``ranges`` maps an input's name to ``(min, opt, max)``. A static profile has three equal shapes.
+    """
+
+    name: str
+    ranges: Mapping[str, tuple[Shape, Shape, Shape]]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form; part of the engine cache's key."""
+        return {
+            "name": self.name,
+            "ranges": {key: [list(shape) for shape in value] for key, value in self.ranges.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Profile:
+        """The profile that :meth:`to_json` wrote."""
+        ranges = {}
+        for name, (low, usual, high) in value["ranges"].items():
+            ranges[name] = (tuple(low), tuple(usual), tuple(high))
+        return cls(value["name"], ranges)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build.
+
+    Args:
+        profiles: shapes that the engine must accept; the first is the default.
+        compute_capability: GPU architecture to build for, e.g. ``"12.0"``; ``None``: the GPU that is there.
+        threads: CPU threads at run time; ``None``: the library's default. Not part of the cache key.
+        flags: backend-specific settings by name (:attr:`Engine.known_flags`); part of the cache key.
+    """
+
+    profiles: tuple[Profile, ...] = ()
+    compute_capability: str | None = None
+    threads: int | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form of what decides the engine's files (all but ``threads``)."""
+        return {
+            "profiles": [profile.to_json() for profile in self.profiles],
+            "compute_capability": self.compute_capability,
+            "flags": dict(self.flags),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], threads: int | None = None) -> BuildOptions:
+        """The options that :meth:`to_json` wrote, with the threads of this run."""
+        profiles = tuple(Profile.from_json(profile) for profile in value["profiles"])
+        return cls(profiles, value["compute_capability"], threads, dict(value["flags"]))
+
+
+class Runner(ABC):
+    """A loaded engine. ``__call__`` takes the backbone's inputs by name and returns its output as a float32 CPU tensor
+    (or a CUDA tensor when the inputs are). One call at a time; the output is the caller's to keep."""
+
+    inputs: tuple[TensorSpec, ...] = ()  # what the graph declares; empty for torch modules, which check for themselves
+
+    @abstractmethod
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One denoising step of the backbone.
+
+        Raises:
+            InputError: names, shapes or element types that the engine does not take.
+        """
+
+    def close(self) -> None:
+        """Frees what the engine holds. The runner is not used afterwards."""
+
+
+class Engine(ABC):
+    """One backend. Subclasses are cheap to construct and import their library only inside methods."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    target: ClassVar[str | None] = None  # the export target whose graph it takes; None: it runs torch modules
+    extra: ClassVar[str | None] = None  # the optional dependency group that installs it
+    library: ClassVar[str]  # import name of the backend
+    rank: ClassVar[int] = 0  # the highest rank among those that can run is the default engine
+    known_flags: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # flag -> its values; the first is the default
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether a runner is made from a torch module (:meth:`load_module`) and not from a built folder (:meth:`load`)."""
+        return self.target is None
+
+    def missing(self) -> str | None:
+        """Why this engine cannot run here (package or hardware), or ``None`` when it can."""
+        try:
+            self.backend()
+        except MissingDependencyError as error:
+            return error.message
+        return None
+
+    def missing_for_build(self) -> str | None:
+        """Why this engine cannot be built here, or ``None``. Building may need less than running."""
+        return self.missing()
+
+    def backend(self) -> ModuleType:
+        """The backend library, imported.
+
+        Raises:
+            MissingDependencyError: it is not installed, or is but cannot be loaded.
+        """
+        try:
+            return importlib.import_module(self.library)
+        except (ImportError, OSError) as error:  # OSError: a shared library inside the wheel does not load
+            absent = isinstance(error, ModuleNotFoundError) and error.name == self.library
+            why = "is not installed" if absent else f"cannot be imported: {error}"
+            fix = f"pip install 'qdiff-deploy[{self.extra}]', or choose another engine (qdiff doctor lists them)"
+            raise MissingDependencyError(
+                f"engine {self.name!r} needs the package {self.library}, which {why}", fix
+            ) from error
+
+    def version(self) -> str:
+        """Version of the backend library.
+
+        Raises:
+            MissingDependencyError: it is not installed.
+        """
+        return str(self.backend().__version__)
+
+    def device(self, options: BuildOptions) -> str:
+        """The device an engine is built for, as it goes into the cache key: ``cpu``, ``cuda`` or e.g. ``sm_120``."""
+        return "cpu"
+
+    def flag(self, options: BuildOptions, name: str) -> str:
+        """The value of one of :attr:`known_flags` in ``options``, or its default.
+
+        Raises:
+            UsageError: ``options`` holds a flag or a value that this engine does not know.
+        """
+        for given, value in options.flags.items():
+            if given not in self.known_flags:
+                raise unknown_name(f"flag of engine {self.name!r}", given, self.known_flags)
+            if value not in self.known_flags[given]:
+                raise unknown_name(f"value of flag {given!r}", value, self.known_flags[given])
+        return options.flags.get(name, self.known_flags[name][0])
+
+    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
+        """Builds the engine's files in ``folder`` (which exists) from the graph at ``onnx``.
+
+        Returns:
+            JSON facts about the engine (layers, precisions, bytes).
+
+        Raises:
+            UsageError: options that do not fit this engine, or an engine that has no build.
+            InputError: the backend refuses the graph; the message names the node.
+            MissingDependencyError: the package or the hardware that building needs is not there.
+        """
+        raise UsageError(
+            f"engine {self.name!r} runs the torch module itself: there is nothing to build", "leave the build out"
+        )
+
+    def load(self, folder: Path, options: BuildOptions) -> Runner:
+        """Loads what :meth:`build` wrote. Whether the files may be trusted is not asked here but in :mod:`~.cache`.
+
+        Raises:
+            MissingDependencyError: the package or the hardware that running needs is not there.
+            IntegrityError: the files are not what the build wrote.
+        """
+        raise UsageError(f"engine {self.name!r} has no engine folder: it runs the torch module", "give it the model")
+
+    def load_module(self, module: nn.Module) -> Runner:
+        """A runner around a torch module (float or quantized) whose ``forward`` takes the backbone's inputs by name."""
+        raise UsageError(f"engine {self.name!r} runs built engines, not torch modules", "export and build first")
+
+
+ENGINES: Registry[type[Engine]] = Registry("engine")

@@ -1,0 +1,81 @@
+"""The ONNX file as a thing with a fingerprint: which files belong to it, and one hash over all of them.
+
+The weights of a large graph lie in files beside it that the graph names itself. A name inside a file is input from
+outside: history has absolute names, ``..``, symbolic links and hard links (CVE-2026-27489, CVE-2026-34446), each a way to make
+a reader open a file that its user did not mean. Every backend checks some of it; here all of it is checked before any backend
+sees the graph. (A hard link is refused for one more reason: ``onnx.load`` refuses it too, so nothing in qdiff makes one.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qdiff.errors import InputError, IntegrityError
+from qdiff.files import safe_child, sha256_file
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every TensorProto of a graph or function: initializers and attributes, through all nested graphs."""
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            nested = [attribute.g] if attribute.HasField("g") else []
+            for inner in [*nested, *attribute.graphs]:
+                yield from _tensors(inner)
+
+
+def external_files(onnx: Path) -> list[Path]:
+    """The files beside ``onnx`` that hold its weights, sorted by name.
+
+    Raises:
+        InputError: ``onnx`` or a file that it names is missing.
+        IntegrityError: ``onnx`` is not ONNX, or names a file outside its folder, a link, or something not a file.
+    """
+    import onnx as library
+    from google.protobuf.message import DecodeError
+
+    if not onnx.is_file():
+        raise InputError(f"there is no ONNX graph at {onnx}", "run: qdiff export RUN")
+    try:
+        model = library.load(onnx, load_external_data=False)
+    except DecodeError as error:
+        raise IntegrityError(f"{onnx} is not an ONNX file: {error}", "run: qdiff export RUN --force") from error
+    names = set()
+    for part in [model.graph, *model.functions]:
+        for tensor in _tensors(part):
+            if tensor.data_location == library.TensorProto.EXTERNAL:
+                names |= {entry.value for entry in tensor.external_data if entry.key == "location"} or {""}
+    return [_external(onnx, name) for name in sorted(names)]
+
+
+def _external(onnx: Path, name: str) -> Path:
+    path = safe_child(onnx.parent, name)
+    if "\\" in name or path != onnx.parent.resolve() / name:
+        raise IntegrityError(f"{onnx} names its weights {name!r}: not a plain path", "run: qdiff export RUN --force")
+    if not path.exists():
+        raise InputError(f"{onnx} names the weights file {name!r}, which is missing", "run: qdiff export RUN --force")
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise IntegrityError(f"{path} is a link or not a plain file", "export the graph anew: qdiff export RUN --force")
+    return path
+
+
+def graph_digest(onnx: Path) -> str:
+    """Hex sha256 over the graph file and its weights files (names and bytes)."""
+    files = [[path.relative_to(onnx.parent.resolve()).as_posix(), sha256_file(path)] for path in external_files(onnx)]
+    return hashlib.sha256(json.dumps([sha256_file(onnx), files]).encode()).hexdigest()
+
+
+def graph_bytes(onnx: Path) -> int:
+    """Size on disk of the graph and its weights."""
+    return sum(path.stat().st_size for path in [onnx, *external_files(onnx)])

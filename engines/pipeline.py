@@ -1,0 +1,140 @@
+"""An engine inside a diffusers pipeline: :class:`EngineBackbone` stands where ``pipe.transformer`` or ``pipe.unet`` stood.
+
+The pipeline stays diffusers' own: scheduler, guidance, callbacks, text encoders and VAE do not notice. So the stand-in is
+a module that answers what pipelines ask a backbone (``config``, ``dtype``, ``device``, ``cache_context``) and whose
+``forward`` has the original's signature. From that call the tensors that the graph has as inputs are taken by name.
+
+What the graph has no input for must not be dropped silently: a ControlNet residual that nobody adds is a wrong picture
+without an error. So any argument with a value that the engine cannot honour is refused.
+
+The weights of the original are not held: :func:`insert` keeps them for the way back, :func:`replace` lets them go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qdiff.engines.base import Runner
+from qdiff.errors import InputError
+
+_CONTROL = ("return_dict",)  # arguments that say how to answer, not what
+
+
+class EngineBackbone(torch.nn.Module):
+    """A runner with the face of a diffusers backbone.
+
+    Args:
+        original: the module whose place it takes; only its config, element type, device and signature are kept.
+        runner: the loaded engine.
+        input_names: the graph's inputs, by the names of the original's ``forward`` arguments (or of entries in its dict
+            arguments, e.g. ``text_embeds`` in ``added_cond_kwargs``); the first is the latent.
+
+    ``seconds`` holds the wall time of every call so far, in order.
+    """
+
+    def __init__(self, original: Any, runner: Runner, input_names: Sequence[str]) -> None:
+        super().__init__()
+        self.config = original.config
+        self.runner = runner
+        self.input_names = tuple(input_names)
+        self.seconds: list[float] = []
+        self._signature = inspect.signature(original.forward)
+        # Follows pipe.to(...) like weights would, so that dtype and device stay true.
+        anchor = torch.empty(0, dtype=original.dtype, device=original.device)
+        self.register_buffer("_anchor", anchor, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type that the pipeline prepares its tensors in."""
+        return self._anchor.dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline keeps its latents."""
+        return self._anchor.device  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def cache_context(self, *_: Any, **__: Any) -> Iterator[None]:
+        """Diffusers' feature caches live inside torch blocks; an engine has none."""
+        yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's call: ``(sample,)`` or an output object with ``sample``, in the latent's element type.
+
+        Raises:
+            InputError: an input of the graph that the pipeline did not give, or a value that the graph has no input for.
+        """
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        inputs = self._inputs(arguments)
+        latent = inputs[self.input_names[0]]
+        start = time.perf_counter()
+        sample = self.runner(inputs)
+        if sample.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+        sample = sample.to(latent.device, latent.dtype)
+        if arguments.get("return_dict", True) is False:
+            return (sample,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample)
+
+    def _inputs(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        given: dict[str, Any] = {}
+        for name, value in arguments.items():
+            given |= dict(value) if isinstance(value, Mapping) else {name: value}
+        for name, value in given.items():
+            if name not in self.input_names and name not in _CONTROL and not _is_nothing(name, value):
+                message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
+                raise InputError(message, f"leave {name!r} out, or run with --engine float")
+        batch = len(given[self.input_names[0]])
+        return {name: self._tensor(name, given, batch) for name in self.input_names}
+
+    def _tensor(self, name: str, given: Mapping[str, Any], batch: int) -> torch.Tensor:
+        value = given.get(name)
+        if value is None and name == "encoder_attention_mask" and given.get("encoder_hidden_states") is not None:
+            states = given["encoder_hidden_states"]
+            return torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+        if value is None:
+            raise InputError(
+                f"the graph wants {name!r}, and the pipeline gave none", "use the model's own pipeline class"
+            )
+        tensor = torch.as_tensor(value, device=given[self.input_names[0]].device)
+        return tensor.expand(batch) if tensor.ndim == 0 else tensor  # a scalar timestep: [] -> [B]
+
+
+def _is_nothing(name: str, value: Any) -> bool:
+    if value is None or (isinstance(value, (tuple, list)) and not value):
+        return True
+    # A mask of ones masks nothing; graphs may be exported without it.
+    return name.endswith("attention_mask") and isinstance(value, torch.Tensor) and bool((value == 1).all())
+
+
+def replace(pipe: Any, attribute: str, runner: Runner, input_names: Sequence[str]) -> EngineBackbone:
+    """Puts an engine into ``pipe.<attribute>`` for good; the original's memory is free when no one else holds it.
+
+    Args:
+        pipe: a diffusers pipeline.
+        attribute: ``"transformer"`` or ``"unet"``.
+        runner: the loaded engine.
+        input_names: see :class:`EngineBackbone`.
+    """
+    backbone = EngineBackbone(getattr(pipe, attribute), runner, input_names)
+    setattr(pipe, attribute, backbone)
+    return backbone
+
+
+@contextlib.contextmanager
+def insert(pipe: Any, attribute: str, runner: Runner, input_names: Sequence[str]) -> Iterator[EngineBackbone]:
+    """:func:`replace` for the length of a block; then the original is back, also after an error."""
+    original = getattr(pipe, attribute)
+    try:
+        yield replace(pipe, attribute, runner, input_names)
+    finally:
+        setattr(pipe, attribute, original)

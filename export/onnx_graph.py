@@ -1,0 +1,214 @@
+"""From a quantized torch backbone to an ONNX file for one target.
+
+``torch.export`` traces the module (whose layers are written in ``qdiff::*`` ops) with dynamic batch, prompt length, height
+and width; torch's ONNX exporter writes it with our translations. The weights are never copied to float: the graph's
+initializers are the packed buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.errors import InputError
+from qdiff.export.translations import Target, table_for
+from qdiff.files import disk_errors
+from qdiff.models.base import Family
+from qdiff.plan import Plan
+from qdiff.quantize import TIMESTEPS
+
+LARGEST_BATCH, LONGEST_PROMPT, LARGEST_CELLS = 256, 4096, 1024
+
+
+def check_target(plan: Plan, target: Target) -> None:
+    """Refuses a plan with a layer that the target cannot run.
+
+    Raises:
+        InputError: naming the layer and its formats.
+    """
+    for layer in plan.quantized:
+        if (layer.weights, layer.activations) not in target.runs:
+            raise InputError(
+                f"layer {layer.name} is {layer.weights} x {layer.activations}, which {target.title} cannot run",
+                "choose another target, or another format for this layer",
+            )
+
+
+def export_onnx(
+    family: Family, backbone: nn.Module, example: Mapping[str, Tensor], target: Target, folder: Path
+) -> Path:
+    """Writes ``model.onnx`` and ``model.onnx.data`` into ``folder`` (replaced whole) and returns the path of the first.
+
+    The backbone's weights are converted in place when the target computes in 16 bit.
+
+    Args:
+        example: one recorded call of the backbone; its shapes are an example, the graph takes others too.
+
+    Raises:
+        InputError: an op of the module has no translation for this target.
+    """
+    specs = family.inputs(backbone.config)  # type: ignore[arg-type]
+    module = _InComputeDtype(family.for_export(backbone), getattr(torch, target.compute)).eval()
+    # A batch of one would be taken for a constant; two of everything keeps the axis dynamic.
+    values = tuple(_at_least_two(example[spec.name]) for spec in specs)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, values, dynamic_shapes=(_dynamic_axes(specs),), strict=False)
+        _drop_idle_squeezes(program.graph_module)
+        try:
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=table_for(target),
+                opset_version=target.opset,
+                input_names=[spec.name for spec in specs],
+                output_names=["sample"],
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            raise InputError(
+                f"cannot write the graph for {target.name}: {str(cause).strip().splitlines()[-1][:300]}"
+            ) from error
+    assert onnx_program is not None
+    _forget_origin(onnx_program.model)
+    _transpose_codes(onnx_program.model.graph)
+    _name_axes(onnx_program.model, specs, family.output_axes(backbone.config))  # type: ignore[arg-type]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with disk_errors(str(folder)):
+            onnx_program.save(str(temporary / "model.onnx"), external_data=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / "model.onnx"
+
+
+class _InComputeDtype(nn.Module):
+    """A backbone that computes in ``dtype`` between float32 inputs and a float32 output. Scales survive the change: they lie
+    on the float16 grid. Timesteps stay float32, inside (the calibrated values) and outside."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+        if dtype is not torch.float32:
+            for submodule in module.modules():
+                for own in (submodule._parameters, submodule._buffers):
+                    kept: dict[str, Any] = own
+                    for name, tensor in kept.items():
+                        if tensor is not None and tensor.is_floating_point() and name != TIMESTEPS:
+                            cast = tensor.detach().to(dtype)
+                            kept[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
+        names: Any = module.names
+        self.names: tuple[str, ...] = names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """The backbone's inputs in order."""
+        cast = [
+            value.to(self.dtype) if value.is_floating_point() and name != "timestep" else value
+            for name, value in zip(self.names, values, strict=True)
+        ]
+        return self.module(*cast).float()
+
+
+def _at_least_two(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[0] > 1 else torch.cat([tensor, tensor])
+
+
+def _dynamic_axes(specs: Any) -> tuple[dict[int, Any], ...]:
+    half_height = torch.export.Dim("half_height", min=2, max=LARGEST_CELLS // 2)
+    half_width = torch.export.Dim("half_width", min=2, max=LARGEST_CELLS // 2)
+    dims = {
+        "batch": torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
+        "tokens": torch.export.Dim("tokens", min=2, max=LONGEST_PROMPT),
+        "height": 2 * half_height,  # latent cells come in patches of two
+        "width": 2 * half_width,
+    }
+    return tuple({i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)} for spec in specs)
+
+
+def _drop_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
+    """Removes ``squeeze(dim)`` of an axis that is not 1. torch ignores such a squeeze, ONNX calls it invalid."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target == torch.ops.aten.squeeze.dim:
+            source = node.args[0]
+            if len(node.meta["val"].shape) == len(source.meta["val"].shape):
+                node.replace_all_uses_with(source)
+                graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _forget_origin(model: Any) -> None:
+    """Drops the exporter's notes (stack traces with paths of this machine): as many bytes as a small model's weights."""
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in [*graph.inputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
+
+
+def _transpose_codes(graph: Any) -> None:
+    """Stores weights as ``[in, out]``, so that DequantizeLinear feeds its MatMul without a Transpose between.
+
+    A linear layer is written as MatMul(x, Transpose(DequantizeLinear(codes [out, in], axis 0))). ONNX Runtime folds that into a
+    float weight: no INT8 product, and three times the memory.
+    """
+    import numpy
+    import onnx_ir
+
+    for node in list(graph):
+        if node.op_type != "Transpose" or list(node.attributes["perm"].as_ints()) != [1, 0]:
+            continue
+        dequantize = node.inputs[0].producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not dequantize.inputs[0].is_initializer():
+            continue
+        codes = dequantize.inputs[0]
+        transposed = numpy.ascontiguousarray(codes.const_value.numpy().T)
+        codes.const_value = onnx_ir.tensor(transposed, name=codes.name)
+        codes.shape = onnx_ir.Shape(transposed.shape)
+        dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 1)
+        dequantize.outputs[0].shape = onnx_ir.Shape(transposed.shape)
+        node.outputs[0].replace_all_uses_with(dequantize.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _name_axes(model: Any, specs: Any, output_axes: tuple[int | str, ...]) -> None:
+    """Gives dynamic axes the names of :class:`qdiff.models.base.InputSpec` instead of the tracer's symbols."""
+    import onnx_ir
+
+    for value, axes in [
+        *zip(model.graph.inputs, (spec.axes for spec in specs), strict=True),
+        (model.graph.outputs[0], output_axes),
+    ]:
+        value.shape = onnx_ir.Shape(list(axes))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints to stdout, which belongs to results, and warns about packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,76 @@
+"""Parity: the graph in its runtime against the torch module it came from, on the recorded trajectory.
+
+The runtime comes in as a callable, so this module knows no engine. Every step of the trajectory's shard is compared end to
+end: what went in, what came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.errors import QualityGateError
+from qdiff.events import track
+from qdiff.metrics import cosine, decibels, sqnr_db
+from qdiff.models.base import Family
+from qdiff.trajectory import Step
+
+COSINE = 0.9999
+TOLERANCE_DB = 1.0
+
+
+@dataclass(frozen=True)
+class StepParity:
+    """One step: its timestep, the graph's output against the module's, and both against the float model's (SQNR in dB)."""
+
+    timestep: float
+    cosine: float
+    sqnr_db: float
+    module_db: float
+    graph_db: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the graph computes what the module computes, see :func:`compare`."""
+        return self.cosine >= COSINE or self.graph_db >= self.module_db - TOLERANCE_DB
+
+
+def compare(
+    family: Family,
+    backbone: nn.Module,
+    run: Callable[[Mapping[str, Tensor]], Tensor],
+    steps: Iterable[Step],
+    float_predictions: Iterable[Tensor],
+) -> list[StepParity]:
+    """Runs module and graph on recorded steps.
+
+    A step agrees when the cosine of both outputs is at least 0.9999. Where quantization itself is coarser than that, two correct
+    runtimes differ by more: sums in another order move values across rounding boundaries, and every layer after that
+    amplifies it, up to the size of the quantization error. There a step agrees when the graph is as near to the float model
+    as the module is (within 1 dB): a graph that computed something else would be farther away.
+
+    Args:
+        steps: recorded calls.
+        float_predictions: what the float model predicted for each of them.
+
+    Raises:
+        QualityGateError: a step does not agree.
+    """
+    results = []
+    for step, reference in track(list(zip(steps, float_predictions, strict=True)), "parity"):
+        with torch.inference_mode():
+            expected = family.call(backbone, step.inputs)
+        got = run(step.inputs)
+        against_float = [decibels(sqnr_db(reference, output)) for output in (expected, got)]
+        result = StepParity(step.timestep, cosine(expected, got), decibels(sqnr_db(expected, got)), *against_float)
+        if not result.agrees:
+            raise QualityGateError(
+                f"the exported graph differs from the torch module at timestep {result.timestep:g}: cosine {result.cosine:.6f}, "
+                f"and {result.graph_db:.1f} dB from the float model where the module has {result.module_db:.1f} dB",
+                "please report this: it is a bug of the export or of the runtime",
+            )
+        results.append(result)
+    return results

@@ -1,0 +1,5 @@
+"""``python -m qdiff``."""
+
+from qdiff.cli import main
+
+main()

@@ -1,0 +1,339 @@
+"""The run folder: every stage reads and writes one folder, and its manifest says what is finished.
+
+    run.json         manifest: per stage its inputs, the sha256 of its outputs, seconds, peak memory, versions
+    calibration/     trajectory shards and statistics
+    plan.json  model.safetensors  onnx/<target>/  engines/<key>/  images/  report.html  report.json
+
+Rules that every stage gets from here, not from its own code:
+
+- a file appears whole or not at all (:mod:`qdiff.files`: temporary name, fsync, rename);
+- a finished stage with the same inputs is skipped, after its outputs' hashes were compared;
+- a stage that was cut off may go on from what it left (its inputs were recorded before it began);
+- other inputs than the recorded ones are refused, never mixed; ``force`` starts the stage anew;
+- finishing a stage forgets the stages that were made from its former outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import qdiff
+from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError
+from qdiff.events import log
+from qdiff.files import read_json, safe_child, sha256_file, sha256_json, write_json
+from qdiff.resources import Usage, measure, release_memory
+
+MANIFEST_VERSION = 1
+# The stages in order, and what each is made from: when one of those is made anew, the stage is out of date. Export is done
+# once for each target and build once for each engine: their entries are ``export:tensorrt``, ``build:openvino`` and so on.
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "calibrate": (),
+    "quantize": ("calibrate",),
+    "export": ("quantize",),
+    "build": ("export",),
+    "compare": ("quantize", "build"),
+    "report": ("quantize", "export", "build", "compare"),
+}
+_SEAL = "sha256"  # of the rest of the manifest: it decides which files are trusted, so it has to be whole and ours
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on; packages that are not installed are left out."""
+    found = {"qdiff": qdiff.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _differences(recorded: Any, wanted: Any, path: str = "") -> list[str]:
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        keys = sorted(set(recorded) | set(wanted))
+        return [
+            line
+            for key in keys
+            for line in _differences(recorded.get(key), wanted.get(key), f"{path}.{key}".strip("."))
+        ]
+    return [] if recorded == wanted else [f"{path}: there {_short(recorded)}, asked {_short(wanted)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _command(stage: str, path: Path) -> str:
+    verb, _, choice = stage.partition(":")
+    option = {"export": f" --target {choice}", "build": f" --engine {choice}"}.get(verb, "") if choice else ""
+    return f"qdiff {verb} -o {path}" if verb == "calibrate" else f"qdiff {verb} {path}{option}"
+
+
+class StageRun:
+    """One stage at work, between its beginning and its end. Made by :meth:`Run.stage`."""
+
+    def __init__(self, run: Run, name: str, inputs: dict[str, Any]) -> None:
+        self.run, self.name, self.inputs = run, name, inputs
+        self.usage = Usage()
+        self.resumed = False
+        self._facts: dict[str, Any] = {}
+        self._outputs: list[Path] = []
+
+    def output(self, path: Path) -> Path:
+        """Declares a file that this stage made; its hash goes into the manifest when the stage ends."""
+        self._outputs.append(path)
+        return path
+
+    def fact(self, **values: Any) -> None:
+        """Adds JSON facts about this stage (counts, seconds of a part, warnings) to its manifest entry."""
+        self._facts.update(values)
+
+    def entry(self, status: str) -> dict[str, Any]:
+        """The manifest entry of this stage."""
+        return {
+            "status": status,
+            "inputs": self.inputs,
+            "outputs": {str(path.relative_to(self.run.path)): sha256_file(path) for path in self._outputs},
+            "seconds": round(self.usage.seconds, 3),
+            "peak_memory_bytes": self.usage.peak_bytes,
+            "command": " ".join(["qdiff", *sys.argv[1:]]),
+            "versions": versions(),
+            **self._facts,
+        }
+
+
+class Run:
+    """A run folder and its manifest.
+
+    Args:
+        path: the folder; made when the first stage begins.
+
+    Raises:
+        IntegrityError: when ``run.json`` is there but is not one of ours.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).absolute()
+        self.manifest: dict[str, Any] = {"version": MANIFEST_VERSION, "stages": {}}
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file, not a run folder", "choose another folder with -o")
+        if (self.path / "run.json").exists():
+            self._read()
+
+    def _read(self) -> None:
+        manifest = read_json(self.path / "run.json", "the manifest")
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+            raise IntegrityError(
+                f"{self.path / 'run.json'} is not a manifest of qdiff", "choose another folder with -o"
+            )
+        if manifest.get("version") != MANIFEST_VERSION:
+            raise IntegrityError(
+                f"{self.path / 'run.json'} has version {manifest.get('version')!r}, this qdiff reads {MANIFEST_VERSION}",
+                "use the qdiff that made it, or start a new run folder with -o",
+            )
+        seal = manifest.pop(_SEAL, None)
+        if seal != sha256_json(manifest) or not all(
+            stage.partition(":")[0] in UPSTREAM and isinstance(entry, dict)
+            for stage, entry in manifest["stages"].items()
+        ):
+            raise IntegrityError(
+                f"{self.path / 'run.json'} was changed by hand or by another program (its seal does not fit)",
+                "put the old file back, or start a new run folder with -o",
+            )
+        self.manifest = manifest
+
+    @classmethod
+    def existing(cls, path: Path | str) -> Run:
+        """Opens a run folder that has to be there.
+
+        Raises:
+            InputError: when the folder holds no manifest.
+        """
+        if not (Path(path) / "run.json").is_file():
+            raise InputError(
+                f"{path} is not a run folder (it has no run.json)",
+                "make one with: qdiff calibrate --model pixart -o RUN",
+            )
+        return cls(path)
+
+    def file(self, *parts: str) -> Path:
+        """A path inside the run folder."""
+        return self.path.joinpath(*parts)
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits that name this run: the hash of its calibration's inputs. It goes into pictures."""
+        entry = self.manifest["stages"].get("calibrate")
+        return sha256_json(entry["inputs"])[:12] if entry else "0" * 12
+
+    def entry(self, stage: str) -> dict[str, Any]:
+        """The manifest entry of a finished stage.
+
+        Raises:
+            InputError: when it is not finished, with the command that makes it.
+        """
+        entry = self.manifest["stages"].get(stage)
+        if not entry or entry.get("status") != "done":
+            state = "was cut off" if entry else "has not been done"
+            raise InputError(f"stage {stage!r} {state} in {self.path}", f"run: {_command(stage, self.path)}")
+        return entry
+
+    def done(self, stage: str) -> bool:
+        """Whether the manifest says that ``stage`` is finished."""
+        return self.manifest["stages"].get(stage, {}).get("status") == "done"
+
+    def outputs_hash(self, stage: str) -> str:
+        """One hash over the outputs of a finished stage: an input of the next one."""
+        return sha256_json(self.entry(stage)["outputs"])
+
+    def verify(self, stage: str) -> None:
+        """Compares the outputs of a finished stage with the hashes in the manifest.
+
+        Raises:
+            InputError: an output is missing, or the stage is not finished.
+            IntegrityError: an output was changed after it was made.
+        """
+        for name, digest in self.entry(stage)["outputs"].items():
+            path = safe_child(self.path, name)
+            if not path.is_file():
+                raise InputError(
+                    f"{name} of stage {stage!r} is missing in {self.path}", f"run: {_command(stage, self.path)} --force"
+                )
+            if sha256_file(path) != digest:
+                raise IntegrityError(
+                    f"{name} is not the file that stage {stage!r} wrote (its sha256 differs)",
+                    f"put the old file back, or run: {_command(stage, self.path)} --force",
+                )
+
+    def is_current(self, stage: str, inputs: dict[str, Any]) -> bool:
+        """Whether ``stage`` is finished with exactly these inputs and unchanged outputs.
+
+        Raises:
+            InputError: finished or begun with other inputs (the message lists what differs).
+        """
+        entry = self.manifest["stages"].get(stage)
+        if entry is None:
+            return False
+        changed = _differences(entry["inputs"], json.loads(json.dumps(inputs)))
+        if changed:
+            raise InputError(
+                f"{self.path} holds another {stage!r}: " + "; ".join(changed[:6]),
+                "choose another folder with -o, or add --force to make this stage anew",
+            )
+        if entry["status"] != "done":
+            return False
+        self.verify(stage)
+        return True
+
+    @contextlib.contextmanager
+    def stage(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        *,
+        force: bool = False,
+        replace: bool = False,
+        leftovers: Iterable[str] = (),
+    ) -> Iterator[StageRun | None]:
+        """Does a stage unless it is done already.
+
+        Yields ``None`` when the stage is finished with the same inputs: the caller's block then has nothing to do.
+        Otherwise yields the :class:`StageRun`; its ``resumed`` says that an earlier try with the same inputs was cut off
+        and may have left parts. When the block ends without an error the stage is recorded as done.
+
+        Args:
+            inputs: JSON value that decides the outputs.
+            force: forget what is there (``leftovers`` are deleted) and begin anew.
+            replace: other inputs than the recorded ones are no error: the stage is done anew, its files are keyed by its inputs.
+            leftovers: paths in the run folder that belong to this stage.
+        """
+        assert name.partition(":")[0] in UPSTREAM
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            if (self.path / "run.json").exists():
+                self._read()
+            self._sweep()
+            before, deleted = dict(self.manifest["stages"]), False
+            if force:
+                self._forget(name)
+                for leftover in leftovers:
+                    path = safe_child(self.path, leftover)
+                    deleted |= path.exists()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            recorded = self.manifest["stages"].get(name, {}).get("inputs")
+            if replace and recorded != json.loads(json.dumps(inputs)):
+                self._forget(name)
+            if self.is_current(name, inputs):
+                log.info("%s: done already in %s", name, self.path)
+                yield None
+                return
+            work = StageRun(self, name, json.loads(json.dumps(inputs)))
+            work.resumed = name in self.manifest["stages"]
+            self.manifest["stages"][name] = {"status": "begun", "inputs": work.inputs, "outputs": {}}
+            self._write()
+            release_memory()
+            try:
+                with measure() as work.usage:
+                    yield work
+            except QdiffError:
+                if not (work._outputs or work.resumed or deleted):  # nothing was touched: what was finished still is
+                    self.manifest["stages"] = before
+                    self._write()
+                raise
+            except MemoryError as error:
+                raise MemoryExhaustedError(
+                    f"{name} ran out of memory", "use fewer samples or a smaller batch"
+                ) from error
+            self._forget(name)
+            self.manifest["stages"][name] = work.entry("done")
+            self._write()
+
+    def _sweep(self) -> None:
+        """Removes what a killed process left half written. Nobody else works here: the lock is ours."""
+        for stale in [*self.path.glob(".*.tmp"), *self.path.glob("[!.]*/**/.*.tmp")]:
+            stale.unlink(missing_ok=True)
+        for stale in [*self.path.glob(".parity-*"), *self.path.glob("onnx/.*"), *self.path.glob("engines/.*")]:
+            shutil.rmtree(stale, ignore_errors=True)
+
+    def _forget(self, name: str) -> None:
+        self.manifest["stages"].pop(name, None)
+        for later in list(self.manifest["stages"]):
+            if name.partition(":")[0] in UPSTREAM[later.partition(":")[0]]:
+                self._forget(later)
+
+    def _write(self) -> None:
+        order = list(UPSTREAM)
+        stages = self.manifest["stages"]
+        ordered = {
+            stage: stages[stage]
+            for stage in sorted(stages, key=lambda stage: (order.index(stage.partition(":")[0]), stage))
+        }
+        self.manifest = {**self.manifest, "stages": ordered}
+        write_json(self.path / "run.json", {**self.manifest, _SEAL: sha256_json(self.manifest)})
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunLockedError(self.path) from None
+            yield
+
+
+class RunLockedError(QdiffError):
+    """Another process works in the same run folder."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"another qdiff works in {path}", "wait for it, or choose another folder with -o")

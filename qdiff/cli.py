@@ -1,0 +1,456 @@
+"""The command line: parses, calls a stage, prints its result. What a stage does is in :mod:`qdiff.stages`.
+
+stdout is the result (``--json``: one JSON object), stderr is progress and log. Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input,
+4 missing extra or hardware, 5 integrity or trust, 6 out of memory or disk, 7 quality gate missed, 130 interrupted.
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import qdiff
+from qdiff import present
+from qdiff.errors import QdiffError, UsageError
+
+if TYPE_CHECKING:
+    from qdiff.artifacts import Run
+
+app = typer.Typer(
+    name="qdiff",
+    help="Quantize a diffusion model, export it, build its engine, and see that it makes the same pictures.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
+RunOption = Annotated[Path | None, typer.Option("-o", "--output", help="run folder [default: runs/MODEL]")]
+ModelOption = Annotated[str, typer.Option("--model", help="model family (see: qdiff models)")]
+WeightsOption = Annotated[
+    str, typer.Option("--weights", help="bundled, a diffusers folder, a Hub id, or random:CONFIGURATION")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="commit, tag or branch of a Hub id; resolved once and recorded")
+]
+PromptsOption = Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")]
+SamplesOption = Annotated[int | None, typer.Option(help="prompts to calibrate on [default: 32, or all of the file]")]
+StepsOption = Annotated[int | None, typer.Option(help="denoising steps [default: the model's]")]
+GuidanceOption = Annotated[float | None, typer.Option(help="guidance scale [default: the model's]")]
+SchedulerOption = Annotated[str | None, typer.Option(help="scheduler, e.g. dpmsolver++ [default: the model's]")]
+TimestepsOption = Annotated[str, typer.Option(help="steps to keep: uniform (Q-Diffusion), normal (PTQ4DM) or all")]
+KeepOption = Annotated[int, typer.Option(help="how many steps of a trajectory to keep")]
+BatchOption = Annotated[int, typer.Option(help="prompts denoised together")]
+SeedOption = Annotated[int, typer.Option(help="picture i starts from the noise of SEED + i")]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or a YAML file")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry of the recipe")
+]
+EngineOption = Annotated[str | None, typer.Option("--engine", help="engine [default: the fastest that is there]")]
+CapabilityOption = Annotated[
+    str | None, typer.Option("--compute-capability", help="GPU to build for, e.g. 8.9 or 12.0")
+]
+ProfileOption = Annotated[
+    list[str] | None, typer.Option("--profile", help="sizes to accept, e.g. 512, dyn-256-1024, 512,batch=1-2-8")
+]
+PicturesOption = Annotated[int, typer.Option(help="pictures to compare")]
+PsnrOption = Annotated[float | None, typer.Option("--min-psnr", help="fail (exit 7) when the mean PSNR is lower, dB")]
+ForceOption = Annotated[bool, typer.Option("--force", help="begin this stage anew")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from qdiff.artifacts import versions
+
+        typer.echo(" ".join(f"{name}={version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="no progress and no log")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks and debug log")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="versions, and exit")
+    ] = False,
+) -> None:
+    level = logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("qdiff").setLevel(level)
+
+
+def _show(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+    import json
+
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text(result))
+
+
+def _open(path: Path) -> Run:
+    from qdiff.artifacts import Run
+
+    return Run.existing(path)
+
+
+def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    pairs = {}
+    for value in values or []:
+        name, equals, setting = value.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{option} {value!r} is not of the form name=value")
+        pairs[name] = setting
+    return pairs
+
+
+@app.command()
+def models(json: JsonOption = False) -> None:
+    """List model families, their bundled weights and their full-size random configurations."""
+    from qdiff.stages import inspection
+
+    _show(inspection.models(), json, present.models)
+
+
+@app.command()
+def calibrate(
+    model: ModelOption = "pixart",
+    weights: WeightsOption = "bundled",
+    revision: RevisionOption = None,
+    prompts: PromptsOption = None,
+    samples: SamplesOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    scheduler: SchedulerOption = None,
+    timesteps: TimestepsOption = "uniform",
+    keep: KeepOption = 25,
+    batch: BatchOption = 4,
+    seed: SeedOption = 0,
+    output: RunOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Run the float model on prompts; record its trajectory and the statistics of its layers.
+
+    Example: qdiff calibrate --model pixart --samples 32 -o runs/pixart
+    """
+    from qdiff.artifacts import Run
+    from qdiff.stages import calibrate as stage
+
+    options = stage.CalibrateOptions(
+        model, weights, revision, prompts, samples, steps, guidance, scheduler, timesteps, keep, batch, seed
+    )
+    run = Run(output or Path("runs") / model)
+    _show(stage.calibrate(run, options, force=force, dry_run=dry_run), json, present.calibrate)
+
+
+@app.command()
+def quantize(
+    run: RunArgument,
+    recipe: RecipeOption = "int8",
+    set: SetOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Decide formats, smoothing and scales for every layer; write plan.json and the packed checkpoint.
+
+    Example: qdiff quantize runs/pixart --recipe int8
+    """
+    from qdiff.stages import quantize as stage
+
+    _show(stage.quantize(_open(run), recipe, set, force=force, dry_run=dry_run), json, present.quantize)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="onnxruntime or tensorrt [default: both]")
+    ] = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write the ONNX graph for a target, and check what the file really holds.
+
+    Example: qdiff export runs/pixart --target tensorrt
+    """
+    from qdiff.stages import export as stage
+
+    folder = _open(run)
+    results = [
+        stage.export(folder, name, force=force, dry_run=dry_run) for name in target or ["onnxruntime", "tensorrt"]
+    ]
+    _show(results, json, present.export)
+
+
+@app.command()
+def build(
+    run: RunArgument,
+    engine: EngineOption = None,
+    profile: ProfileOption = None,
+    compute_capability: CapabilityOption = None,
+    flag: Annotated[
+        list[str] | None, typer.Option("--flag", metavar="NAME=VALUE", help="setting of the backend")
+    ] = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Build an engine from the exported graph. TensorRT-RTX engines are built without a GPU.
+
+    Example: qdiff build runs/pixart --engine tensorrt_rtx --compute-capability 12.0
+    """
+    from qdiff.stages import build as stage
+
+    result = stage.build(
+        _open(run),
+        engine,
+        profiles=profile,
+        compute_capability=compute_capability,
+        flags=_pairs(flag, "--flag"),
+        force=force,
+        dry_run=dry_run,
+    )
+    _show(result, json, present.build)
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="what to show; may be given several times")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write")] = Path("out.png"),
+    negative_prompt: Annotated[str, typer.Option(help="what not to show")] = "",
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    height: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
+    scheduler: SchedulerOption = None,
+    batch: BatchOption = 4,
+    engine: EngineOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make pictures with an engine of the run.
+
+    Example: qdiff generate runs/pixart --prompt "a rocket on a blue background" --seed 7 -o rocket.png
+    """
+    from qdiff.stages import generate as stage
+
+    folder = _open(run)
+    request = stage.make_request(
+        folder,
+        prompt,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        height=height,
+        width=width,
+        scheduler=scheduler,
+    )
+    _show(stage.generate(folder, request, engine, output, batch), json, present.generate)
+
+
+@app.command()
+def compare(
+    run: RunArgument,
+    engine: Annotated[list[str] | None, typer.Option("--engine", help="engines to compare with float")] = None,
+    prompts: PromptsOption = None,
+    pictures: PicturesOption = 16,
+    seed: Annotated[int | None, typer.Option(help="first seed [default: far from calibration's]")] = None,
+    min_psnr: PsnrOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Make the same pictures with the float model and with engines, and measure how far they are apart.
+
+    Example: qdiff compare runs/pixart --engine openvino --pictures 64 --min-psnr 30
+    """
+    from qdiff.calib.prompts import read_prompts
+    from qdiff.stages import compare as stage
+
+    texts = read_prompts(prompts) if prompts else None
+    result = stage.compare(
+        _open(run), engines=engine, prompts=texts, pictures=pictures, seed=seed, minimum_psnr=min_psnr, force=force
+    )
+    _show(result, json, present.compare)
+
+
+@app.command()
+def report(run: RunArgument, json: JsonOption = False) -> None:
+    """Write report.html and report.json from what the run folder holds.
+
+    Example: qdiff report runs/pixart
+    """
+    from qdiff.stages import report as stage
+
+    _show(stage.report(_open(run)), json, present.report)
+
+
+@app.command("run")
+def run_all(
+    model: ModelOption = "pixart",
+    weights: WeightsOption = "bundled",
+    revision: RevisionOption = None,
+    prompts: PromptsOption = None,
+    samples: SamplesOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    scheduler: SchedulerOption = None,
+    timesteps: TimestepsOption = "uniform",
+    keep: KeepOption = 25,
+    batch: BatchOption = 4,
+    seed: SeedOption = 0,
+    recipe: RecipeOption = "int8",
+    set: SetOption = None,
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", help="engines to build [default: all that can be]")
+    ] = None,
+    profile: ProfileOption = None,
+    compute_capability: CapabilityOption = None,
+    pictures: PicturesOption = 16,
+    min_psnr: PsnrOption = None,
+    output: RunOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Do everything: calibrate, quantize, export, build, compare, report. Finished stages are skipped.
+
+    Example: qdiff run --model pixart
+    """
+    from qdiff.artifacts import Run
+    from qdiff.stages import run as stage
+    from qdiff.stages.calibrate import CalibrateOptions
+
+    options = CalibrateOptions(
+        model, weights, revision, prompts, samples, steps, guidance, scheduler, timesteps, keep, batch, seed
+    )
+    result = stage.run_all(
+        Run(output or Path("runs") / model),
+        options,
+        recipe,
+        set,
+        engine,
+        compute_capability=compute_capability,
+        profiles=profile,
+        pictures=pictures,
+        minimum_psnr=min_psnr,
+        force=force,
+    )
+    _show(result, json, present.run)
+
+
+@app.command()
+def inspect(
+    run: RunArgument,
+    layers: Annotated[bool, typer.Option("--layers", help="every layer of the plan")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what a run folder holds, and whether its files are unchanged.
+
+    Example: qdiff inspect runs/pixart --layers
+    """
+    from qdiff.stages import inspection
+
+    _show(inspection.inspect(_open(run), layers=layers), json, present.inspect)
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Show versions, hardware, and which engines can run or build here.
+
+    Example: qdiff doctor
+    """
+    from qdiff.stages import inspection
+
+    _show(inspection.doctor(), json, present.doctor)
+
+
+def _fail(error: QdiffError) -> int:
+    typer.echo(f"error: {error}", err=True)
+    return error.exit_code
+
+
+def _interrupted() -> int:
+    typer.echo("\ninterrupted: finished parts are kept, the same command goes on from there", err=True)
+    return 130
+
+
+# Typer brings its own copy of click, whose exceptions are not those of the package click.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs the command and exits with the code of what happened."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    from qdiff.events import TerminalListener, listening
+
+    quiet = any(argument in ("-q", "--quiet") for argument in arguments)
+    try:
+        with listening(None if quiet else TerminalListener()):
+            code = app(arguments, prog_name="qdiff", standalone_mode=False)
+        return _interrupted() if code == 130 else code if isinstance(code, int) else 0
+    except QdiffError as error:
+        if "--debug" in arguments:
+            raise
+        return _fail(error)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
+            return 2
+        typer.echo(
+            f"error: {error.format_message()}\n  fix: see {error.ctx.command_path if error.ctx else 'qdiff'} --help",
+            err=True,
+        )
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except MemoryError:
+        typer.echo(
+            "error: out of memory\n  fix: use a smaller --batch or fewer samples, or a machine with more memory",
+            err=True,
+        )
+        return 6
+    except OSError as error:
+        if "--debug" in arguments or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPIPE,
+        ):
+            return _bug(error, arguments)
+        if error.errno == errno.EPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        typer.echo(
+            f"error: {error.strerror}: {error.filename}\n  fix: check space and permissions, then run the same command again",
+            err=True,
+        )
+        return 6 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 3
+    except Exception as error:
+        return _bug(error, arguments)
+
+
+def _bug(error: Exception, arguments: list[str]) -> int:
+    if "--debug" in arguments:
+        raise error
+    typer.echo(f"error: {type(error).__name__}: {str(error)[:500]}", err=True)
+    typer.echo("  fix: this is a bug of qdiff; run again with qdiff --debug and report what it prints", err=True)
+    return 1
+
+
+__all__ = ["app", "main", "qdiff"]

@@ -1,0 +1,144 @@
+"""Files of ours: written whole or not at all, read with errors that a person can act on, never a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns "no space left on device" into the error that a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MemoryExhaustedError(
+                f"no space left on the disk while writing {what}",
+                "free some space and run the same command again: finished parts are kept",
+            ) from error
+        raise
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write(temporary path in the same folder)``, flushes it to disk and renames it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with disk_errors(str(path)):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that a person can read (indented, key order kept) whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Reads a JSON file of ours.
+
+    Raises:
+        InputError: when it is missing.
+        IntegrityError: when it is not JSON (cut off or edited).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no {what} at {path}", "run the stage that makes it, or check the folder") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise IntegrityError(
+            f"{what} at {path} is not valid JSON: {error}", "delete it and run its stage again"
+        ) from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all. ``metadata`` goes into its header."""
+    from safetensors.torch import save_file
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except Exception as error:  # the library wraps ENOSPC into its own error type
+            if "os error 28" in str(error) or "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
+
+    write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, what: str) -> Iterator[Any]:
+    """Opens a safetensors file of ours lazily (``safetensors.safe_open``).
+
+    Raises:
+        InputError: when it is missing.
+        IntegrityError: when it is cut off or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"there is no {what} at {path}", "run the stage that makes it") from None
+    except SafetensorError as error:
+        raise IntegrityError(f"{what} at {path} is damaged: {error}", "delete it and run its stage again") from None
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def safe_child(root: Path, name: str) -> Path:
+    """``root / name`` for a name that came from a file, refused when it would leave ``root`` (also by a symbolic link).
+
+    Raises:
+        IntegrityError: absolute names, ``..``, NUL, links that point outside.
+    """
+    base = root.resolve()
+    if "\x00" in name or not name:
+        raise IntegrityError(f"a file names the path {name!r} inside {root}", "this run folder was tampered with")
+    path = (base / name).resolve()
+    if not path.is_relative_to(base) or path == base:
+        raise IntegrityError(
+            f"a file names the path {name!r}, which is outside {root}", "this run folder was tampered with"
+        )
+    return path

@@ -1,0 +1,29 @@
+"""Activation scales that follow the timestep, in a form that a static engine can run.
+
+The range of an activation changes along the trajectory; one scale for all steps wastes codes where it is small. Per-step
+scales are known from simulation (TFMQ-DM, arXiv 2311.16503; EfficientDM's TALSQ, arXiv 2310.03270); deployed engines need a
+constant. So the input is multiplied by ``r[t]``, which brings every timestep to the widest one's range, quantized with the
+constant scale, and the output divided by ``r[t]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+
+
+@METHODS.register("timestep_scales")
+def timestep_scales(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.5) -> Solution:
+    """Switches per-timestep scales on where they gain at least ``minimum_gain_db`` (they cost two multiplications)."""
+    ranges = problem.ranges(solution)
+    smallest, widest = float(ranges.min()), float(ranges.max())
+    spread = widest / smallest if smallest > 0 else float("inf")
+    gain = decibels(problem.error(replace(solution, timestep_scales=True)), problem.error(solution))
+    if gain < minimum_gain_db:
+        return solution.decide(
+            "timestep_scales", f"one scale for all timesteps (ranges within {spread:.2f}x, {gain:+.1f} dB)"
+        )
+    return solution.decide(
+        "timestep_scales", f"scales by timestep gain {gain:.1f} dB (ranges within {spread:.2f}x)", timestep_scales=True
+    )

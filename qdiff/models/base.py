@@ -1,0 +1,241 @@
+"""What a model family is: how it loads, what its backbone is given, and how its pipeline is called.
+
+Everything that a family needs is in its one file (``models/<family>.py``); this module holds what all of them share. The
+flow is diffusers' own: families load real pipelines and call them; qdiff only watches or replaces the backbone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.errors import InputError, UsageError, nearest
+from qdiff.registry import Registry
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Axis = int | str
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a backbone.
+
+    Args:
+        name: argument name in the backbone's forward; also the input's name in the ONNX graph.
+        axes: sizes, or names of dynamic axes (``"batch"``, ``"height"``, ``"width"`` in latent cells, ``"tokens"``).
+        dtype: as the graph takes it.
+        varies: whether it changes from step to step (else it depends on the prompt alone).
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    dtype: torch.dtype = torch.float32
+    varies: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures to make: one for each prompt, with its own seed, so that a picture does not depend on its batch.
+
+    ``None`` means the model's default (``Model.defaults``).
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    negative_prompt: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    scheduler: str | None = None
+
+
+StepCallback = Callable[[int, float, Tensor], None]
+
+
+@dataclass
+class Model:
+    """A loaded pipeline and where it came from.
+
+    ``weights`` is what the user named; ``fingerprint`` identifies the bytes that were loaded (sha256, or the configuration
+    and seed of random weights); ``note`` is the sentence that output shows about them.
+    """
+
+    family: Family
+    pipeline: Any
+    weights: str
+    fingerprint: str
+    note: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that is called once a step."""
+        return getattr(self.pipeline, self.family.backbone_attribute)
+
+    @backbone.setter
+    def backbone(self, module: nn.Module) -> None:
+        setattr(self.pipeline, self.family.backbone_attribute, module)
+
+    def use_scheduler(self, name: str | None) -> None:
+        """Replaces the pipeline's scheduler by a compatible one (``dpmsolver++`` … or a diffusers class name).
+
+        Raises:
+            UsageError: unknown, or it cannot sample this model; names those that can.
+        """
+        if name is None:
+            return
+        current = self.pipeline.scheduler
+        usable = schedulers_for(current)
+        if name not in usable:
+            close = nearest(name, usable)
+            raise UsageError(
+                f"unknown or unusable scheduler {name!r} for {self.weights} weights",
+                (f"did you mean {', '.join(close)}? " if close else "") + f"usable: {', '.join(sorted(usable))}",
+            )
+        self.pipeline.scheduler = usable[name].from_config(current.config)
+
+    def generate(self, request: Request, on_step: StepCallback | None = None) -> list[Image]:
+        """Makes the pictures of ``request``. ``on_step(step, timestep, latents)`` is called after every step; an exception
+        that it raises stops the pipeline."""
+        return self.family.generate(self, request, on_step)
+
+
+def schedulers_for(current: Any) -> dict[str, Any]:
+    """Schedulers that can sample with ``current``'s configuration: diffusers' compatible classes by name and short name.
+
+    A flow-matching configuration needs a class that knows ``use_flow_sigmas``: another class would accept the configuration,
+    ignore that entry, and sample noise.
+    """
+    import inspect
+
+    flow = bool(current.config.get("use_flow_sigmas", False))
+    usable: dict[str, Any] = {}
+    for cls in [type(current), *current.compatibles]:
+        if hasattr(cls, "_backends"):  # diffusers' stand-in for a class whose package is not installed
+            continue
+        known = inspect.signature(cls.__init__).parameters
+        if flow and "use_flow_sigmas" not in known:
+            continue
+        if not hasattr(cls, "scale_model_input"):
+            continue
+        usable[cls.__name__] = cls
+    short = {
+        "dpmsolver++": "DPMSolverMultistepScheduler",
+        "dpmsolver-singlestep": "DPMSolverSinglestepScheduler",
+        "deis": "DEISMultistepScheduler",
+        "ddim": "DDIMScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "euler-ancestral": "EulerAncestralDiscreteScheduler",
+        "heun": "HeunDiscreteScheduler",
+        "unipc": "UniPCMultistepScheduler",
+        "pndm": "PNDMScheduler",
+        "lcm": "LCMScheduler",
+    }
+    usable.update({alias: usable[name] for alias, name in short.items() if name in usable})
+    return usable
+
+
+class Family(ABC):
+    """One model family. Subclasses register in :data:`FAMILIES`; the contract test runs over all of them."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    backbone_attribute: ClassVar[str] = "transformer"
+    pipelines: ClassVar[tuple[str, ...]]  # diffusers pipeline classes whose folders it loads
+    configurations: ClassVar[tuple[str, ...]] = ()  # names for --weights random:NAME
+    size_divisor: ClassVar[int] = 16  # pictures' height and width in pixels must divide by it
+
+    def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
+        """Loads a pipeline in float32 on the CPU: ``bundled``, ``random:NAME``, a folder, or a Hub id (pinned to a commit).
+
+        Raises:
+            InputError: nothing there, another family's folder, damaged or NaN weights, no network.
+        """
+        from qdiff.models import loading
+
+        return loading.load(self, weights, revision=revision, seed=seed)
+
+    @abstractmethod
+    def random_pipeline(self, configuration: str, seed: int) -> Any:
+        """A pipeline with random weights whose backbone has the full size of a published model."""
+
+    @abstractmethod
+    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+        """What the backbone of that diffusers config is given, in the order of the exported graph's inputs."""
+
+    @abstractmethod
+    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
+        """Axes of the backbone's output."""
+
+    def pixels_per_cell(self, config: Mapping[str, Any]) -> int:
+        """Pixels along one side of a latent cell: the VAE's factor."""
+        return 8
+
+    @abstractmethod
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Named inputs from a call that the pipeline made to the backbone."""
+
+    @abstractmethod
+    def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Calls a backbone (float or quantized) with named inputs; returns its prediction."""
+
+    @abstractmethod
+    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
+        """Calls the pipeline."""
+
+    def for_export(self, backbone: nn.Module) -> nn.Module:
+        """The backbone in a form that exports with dynamic axes, equal in its numbers. May share modules with it."""
+        return NamedInputs(self, backbone)
+
+
+class NamedInputs(nn.Module):
+    """A backbone that takes exactly the inputs of its family's :class:`InputSpec` list, in order or by name."""
+
+    def __init__(self, family: Family, backbone: nn.Module) -> None:
+        super().__init__()
+        self.family, self.backbone = family, backbone
+        self.names = tuple(spec.name for spec in family.inputs(backbone.config))  # type: ignore[arg-type]
+
+    def forward(self, *values: Tensor, **named: Tensor) -> Tensor:
+        """The prediction."""
+        return self.family.call(self.backbone, {**dict(zip(self.names, values, strict=False)), **named})
+
+
+FAMILIES: Registry[Family] = Registry("model")
+
+
+def default_prompts(count: int, seed: int) -> list[str]:
+    """Prompts for calibration and reports when the user gives none: of the kind the bundled models know."""
+    from qdiff import prompt_accuracy
+
+    return prompt_accuracy.default_prompts(count, seed)
+
+
+def check_pixels(family: Family, height: int | None, width: int | None) -> None:
+    """Refuses picture sizes that the backbone cannot cut into patches.
+
+    Raises:
+        UsageError: with the nearest sizes that work.
+    """
+    for label, value in (("height", height), ("width", width)):
+        if value is not None and (value <= 0 or value % family.size_divisor):
+            nearest_size = max(1, round(value / family.size_divisor)) * family.size_divisor
+            raise UsageError(f"{label} {value} does not divide by {family.size_divisor}", f"use {nearest_size}")
+
+
+def require_steps(timesteps: Sequence[float]) -> None:
+    """Refuses a recording without a single call of the backbone.
+
+    Raises:
+        InputError: the pipeline never called it.
+    """
+    if not timesteps:
+        raise InputError("the pipeline never called its backbone", "check --steps and the scheduler")

@@ -1,0 +1,204 @@
+"""PixArt-α and PixArt-Σ: a DiT with cross-attention to T5 states and one AdaLN modulation for all blocks.
+
+Papers: PixArt-α arXiv 2310.00426, PixArt-Σ arXiv 2403.04692. Layers: ``pos_embed.proj`` (patches), ``adaln_single``
+(timestep to modulation), ``caption_projection`` (T5 width to model width), ``transformer_blocks.*`` with ``attn1`` (self),
+``attn2`` (cross) and ``ff``, ``proj_out``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, NamedInputs, Request, StepCallback, check_pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    # PixArt-XL/2 as published for 512 px: 28 blocks, 16 heads of 72, T5-XXL states of width 4096.
+    "pixart-xl": {
+        "num_layers": 28,
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "sample_size": 64,
+        "caption_channels": 4096,
+    },
+    # The same architecture at a ninth of the size, for quick benchmarks.
+    "pixart-67m": {
+        "num_layers": 15,
+        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "sample_size": 64,
+        "caption_channels": 1024,
+    },
+    # Small enough for a unit test.
+    "pixart-tiny": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "sample_size": 16,
+        "caption_channels": 48,
+    },
+}
+
+
+class PixArt(Family):
+    """Text to image with a :class:`diffusers.PixArtTransformer2DModel`."""
+
+    name = "pixart"
+    title = "PixArt-α / PixArt-Σ"
+    pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
+    configurations = tuple(_CONFIGURATIONS)
+
+    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+        specs = [
+            InputSpec("hidden_states", ("batch", config["in_channels"], "height", "width"), varies=True),
+            InputSpec("encoder_hidden_states", ("batch", "tokens", config["caption_channels"])),
+            InputSpec("timestep", ("batch",), varies=True),
+            InputSpec("encoder_attention_mask", ("batch", "tokens"), torch.int64),
+        ]
+        if config.get("use_additional_conditions"):
+            specs += [InputSpec("resolution", ("batch", 2)), InputSpec("aspect_ratio", ("batch", 1))]
+        return tuple(specs)
+
+    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
+        return ("batch", config["out_channels"], "height", "width")
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        batch = hidden_states.shape[0]
+        states = kwargs["encoder_hidden_states"]
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.int64)
+        inputs = {
+            "hidden_states": hidden_states.float(),
+            "encoder_hidden_states": states.float(),
+            "timestep": kwargs["timestep"].float().reshape(-1).expand(batch),
+            "encoder_attention_mask": mask.to(torch.int64),
+        }
+        added = kwargs.get("added_cond_kwargs") or {}
+        inputs.update({name: value.float() for name, value in added.items() if value is not None})
+        return inputs
+
+    def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        added = {name: inputs.get(name) for name in ("resolution", "aspect_ratio")}
+        return backbone(
+            inputs["hidden_states"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+            timestep=inputs["timestep"],
+            encoder_attention_mask=inputs["encoder_attention_mask"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
+        check_pixels(self, request.height, request.width)
+        defaults = {"num_inference_steps": 20, "guidance_scale": 4.5, **model.defaults}
+        sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
+        defaults.setdefault("use_resolution_binning", sample_size in (32, 64, 128, 256))
+        defaults.setdefault("max_sequence_length", min(300, model.pipeline.tokenizer.model_max_length))
+        given = {
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "height": request.height,
+            "width": request.width,
+        }
+        arguments = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+        if request.height or request.width:
+            arguments["use_resolution_binning"] = False
+        if on_step is not None:
+            arguments |= {"callback": lambda step, t, latents: on_step(step, float(t), latents), "callback_steps": 1}
+        model.use_scheduler(request.scheduler)
+        model.pipeline.set_progress_bar_config(disable=True)
+        with torch.inference_mode():
+            return model.pipeline(
+                prompt=list(request.prompts),
+                negative_prompt=[request.negative_prompt] * len(request.prompts),
+                generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
+                clean_caption=False,
+                **arguments,
+            ).images
+
+    def for_export(self, backbone: nn.Module) -> nn.Module:
+        exported = copy.copy(backbone)
+        exported._modules = dict(backbone._modules)
+        exported._modules["pos_embed"] = _DynamicPatchEmbed(backbone.pos_embed)
+        return NamedInputs(self, exported)
+
+    def random_pipeline(self, configuration: str, seed: int) -> Any:
+        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+        from transformers import T5Config, T5EncoderModel
+
+        from qdiff.models.loading import bundled_folder
+
+        config = _CONFIGURATIONS[configuration]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            transformer = PixArtTransformer2DModel(
+                cross_attention_dim=width, interpolation_scale=1, use_additional_conditions=False, **config
+            )
+            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
+            vae = AutoencoderKL(
+                block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, latent_channels=4,
+            )  # fmt: skip
+            tokenizer = _bundled_tokenizer(bundled_folder("pixart"))
+            encoder = T5EncoderModel(
+                T5Config(
+                    vocab_size=len(tokenizer),
+                    d_model=config["caption_channels"],
+                    d_kv=32,
+                    d_ff=256,
+                    num_layers=1,
+                    num_heads=2,
+                )
+            )
+        modules: tuple[Any, ...] = (transformer, vae, encoder)
+        for module in modules:
+            module.eval().requires_grad_(False)
+        return PixArtSigmaPipeline(tokenizer, encoder, vae, transformer, DPMSolverMultistepScheduler())
+
+
+def _bundled_tokenizer(folder: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
+
+
+class _DynamicPatchEmbed(nn.Module):
+    """diffusers' ``PatchEmbed`` with its sine-cosine position table computed in the graph, so that height and width can be
+    dynamic. Same formula, float32 as there; frequencies as in ViT (arXiv 2010.11929), grid scaled as in PixArt-α §2.4."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.proj: nn.Conv2d = original.proj
+        self.base_size: int = original.base_size
+        self.interpolation_scale: float = original.interpolation_scale
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """``latent [B, C, H, W]`` to tokens ``[B, H/p * W/p, width]``."""
+        patches = self.proj(latent)  # [B, D, h, w]
+        height, width = patches.shape[-2:]
+        rows = self._angles(height)  # [h, D/4]
+        columns = self._angles(width)  # [w, D/4]
+        across = torch.cat([columns.sin(), columns.cos()], dim=-1)  # [w, D/2]
+        down = torch.cat([rows.sin(), rows.cos()], dim=-1)  # [h, D/2]
+        table = torch.cat([across[None, :, :].expand(height, -1, -1), down[:, None, :].expand(-1, width, -1)], dim=-1)
+        return (patches.permute(0, 2, 3, 1) + table.to(patches.dtype)).flatten(1, 2)
+
+    def _angles(self, size: int) -> Tensor:
+        quarter = self.proj.out_channels // 4
+        device = self.proj.weight.device
+        omega = 10000 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+        position = torch.arange(size, dtype=torch.float32, device=device) / (size / self.base_size)
+        return (position / self.interpolation_scale)[:, None] * omega[None, :]
+
+
+FAMILIES.register("pixart")(PixArt())

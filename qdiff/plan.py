@@ -1,0 +1,111 @@
+"""The plan: every decision that was made, layer by layer, as JSON that a person can read and edit.
+
+The plan says *what* and *why*; the numbers that follow from it (codes, scales) are in ``model.safetensors``. A quantized
+model is rebuilt from the plan and the tensors alone, without the float model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qdiff.errors import IntegrityError
+from qdiff.files import read_json, write_json
+from qdiff.formats import FORMATS
+
+
+class LayerPlan(BaseModel):
+    """What happens to one layer.
+
+    ``sqnr_db`` is the layer's output error on held-back calibration tokens, against its float output, in dB.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    kind: Literal["Linear"]
+    shape: tuple[int, int]
+    bias: bool
+    weights: str
+    activations: str
+    output: str | None = Field(
+        None, description="format of the output, where targets run what follows in it; null: float"
+    )
+    group: str | None = Field(
+        None, description="layers with the same group read one tensor and share scale and smoothing"
+    )
+    smoothing: float | None = Field(None, description="SmoothQuant strength; null: none")
+    clip: float = Field(1.0, description="range kept, as a share of the largest value seen")
+    timestep_scales: bool = False
+    methods: list[str] = []
+    why: str = ""
+    sqnr_db: float | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether this layer's weights are in a quantized format."""
+        return FORMATS[self.weights].quantized
+
+    def weight_bytes(self) -> int:
+        """Bytes of the stored weight with its scales, bias left out."""
+        rows, columns = self.shape
+        return round(rows * columns * FORMATS[self.weights].effective_bits(columns) / 8)
+
+
+class Plan(BaseModel):
+    """All layers of a backbone, in the order of its modules."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    family: str
+    weights: str
+    fingerprint: str
+    recipe: str
+    config: dict[str, Any] = Field(description="the backbone's diffusers config: the model is rebuilt from it")
+    backbone_class: str
+    timesteps: list[float] = Field(description="calibrated timestep values, in sampling order")
+    kept: Literal["float16", "bfloat16"] = Field("float16", description="storage of every tensor that is not quantized")
+    layers: list[LayerPlan]
+
+    def save(self, path: Path) -> None:
+        """Writes ``plan.json``."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Reads ``plan.json``.
+
+        Raises:
+            InputError: missing.
+            IntegrityError: not JSON, unknown fields, formats that do not exist, or a layer named twice.
+        """
+        value = read_json(path, "the plan")
+        try:
+            plan = cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise IntegrityError(
+                f"{path} is not a plan: {where}: {first['msg']} ({error.error_count()} problems)",
+                "correct it by hand, or run: qdiff quantize RUN --force",
+            ) from None
+        for layer in plan.layers:
+            for format in (layer.weights, layer.activations):
+                if format not in FORMATS:
+                    raise IntegrityError(
+                        f"{path}: layer {layer.name} has the unknown format {format!r}", f"known: {', '.join(FORMATS)}"
+                    )
+        names = [layer.name for layer in plan.layers]
+        if len(set(names)) != len(names):
+            raise IntegrityError(
+                f"{path} names a layer twice", "correct it by hand, or run: qdiff quantize RUN --force"
+            )
+        return plan
+
+    @property
+    def quantized(self) -> list[LayerPlan]:
+        """The layers that are quantized."""
+        return [layer for layer in self.layers if layer.quantized]

@@ -1,0 +1,211 @@
+"""Results as text for people: what the command line prints when ``--json`` is not given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qdiff.events import duration
+
+
+def size(count: float | None) -> str:
+    """Bytes for people, in powers of ten."""
+    if count is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.{1 if count < 100 * factor else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Columns padded to their widest cell."""
+    cells = [[str(cell) if cell is not None else "-" for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def _used(result: dict[str, Any]) -> str:
+    return f"{duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}"
+
+
+def models(result: list[dict[str, Any]]) -> str:
+    """``qdiff models``."""
+    rows = [
+        (row["name"], row["title"], size(row["bundled_bytes"]), ", ".join(row["random_configurations"]))
+        for row in result
+    ]
+    return table(rows, ("MODEL", "FAMILY", "BUNDLED", "FULL SIZE, RANDOM WEIGHTS"))
+
+
+def calibrate(result: dict[str, Any]) -> str:
+    """``qdiff calibrate``."""
+    if result.get("dry_run"):
+        return (
+            f"would calibrate {result['model']} ({result['note']})\n"
+            f"{result['prompts']['count']} prompts, {result['steps']} steps: about {duration(result['seconds'])}, "
+            f"{size(result['bytes'])} on disk, into {result['run']}"
+        )
+    return (
+        f"calibrated {result['layers']} layers in {result['groups']} groups "
+        f"on {result['prompts']} prompts at {result['timesteps']} timesteps\n"
+        f"weights: {result['note']}\n{result['run']}  ({_used(result)})"
+    )
+
+
+def quantize(result: dict[str, Any]) -> str:
+    """``qdiff quantize``."""
+    if result.get("dry_run"):
+        layers = result["layers"]
+        rows = [
+            (row["name"], row["weights"], row["activations"], size(row["bytes_float"]), size(row["bytes"]), row["why"])
+            for row in layers
+        ]
+        before, after = (sum(row[key] for row in layers) for key in ("bytes_float", "bytes"))
+        head = ("LAYER", "WEIGHTS", "ACTIVATIONS", "FLOAT", "PACKED", "WHY")
+        return f"{table(rows, head)}\n{len(layers)} layers, {size(before)} -> {size(after)}"
+    return (
+        f"recipe {result['recipe']}: {result['quantized_layers']} layers quantized, {result['kept_layers']} kept\n"
+        f"{size(result['float32_bytes'])} -> {size(result['packed_bytes'])} "
+        f"({result['float32_bytes'] / result['packed_bytes']:.2f}x smaller), "
+        f"worst step {result['worst_sqnr_db']:.1f} dB\n{result['plan']}  ({_used(result)})"
+    )
+
+
+def export(results: list[dict[str, Any]]) -> str:
+    """``qdiff export``."""
+    lines = []
+    for result in results:
+        if result.get("dry_run"):
+            lines.append(f"would write {result['layers']} layers for {result['target']} (opset {result['opset']})")
+            continue
+        parity = result["parity"]
+        lines.append(
+            f"{result['target']}: {size(result['bytes'])} ({result['ratio']:.3f} of float32), "
+            f"every layer has the precision asked for\n"
+            f"  parity over {parity['steps']} steps: cosine >= {parity['worst_cosine']:.6f}; "
+            f"against the float model at most {parity['worst_loss_db']:+.2f} dB worse than torch\n"
+            f"  {result['onnx']}  ({_used(result)})"
+        )
+    return "\n".join(lines)
+
+
+def build(result: dict[str, Any]) -> str:
+    """``qdiff build``."""
+    if result.get("dry_run"):
+        return f"would build {result['engine']} for {result['device']}"
+    if "note" in result:
+        return f"{result['engine']}: {result['note']}"
+    state = "found in the cache" if result["cached"] else "built"
+    here = "" if result["runs_here"] else f"\n  cannot run here: {result['why_not']}"
+    what = f"{result['engine']}: {state} for {result['device']}, {size(result['bytes'])}{here}"
+    return f"{what}\n{result['folder']}  ({_used(result)})"
+
+
+def generate(result: dict[str, Any]) -> str:
+    """``qdiff generate``: the paths, one a line."""
+    return "\n".join(result["images"])
+
+
+def compare(result: dict[str, Any]) -> str:
+    """``qdiff compare``."""
+    rows = []
+    for row in [result["float"], *result["engines"]]:
+        share = row["accuracy"]["emoji"] if row.get("accuracy") else None
+        rows.append(
+            (
+                row["name"],
+                f"{row['psnr_db_mean']:.2f}" if "psnr_db_mean" in row else "-",
+                f"{row['psnr_db_min']:.2f}" if "psnr_db_min" in row else "-",
+                f"{row['ssim_mean']:.4f}" if "ssim_mean" in row else "-",
+                f"{100 * share:.1f} %" if share is not None else "-",
+                f"{1000 * row['seconds_per_step']:.1f} ms",
+                f"{row['speedup']:.2f}x",
+            )
+        )
+    head = ("ENGINE", "PSNR dB", "WORST", "SSIM", "RIGHT EMOJI", "STEP", "SPEED")
+    return table(rows, head) + f"\n{result['pictures']} pictures in {result['images']}"
+
+
+def report(result: dict[str, Any]) -> str:
+    """``qdiff report``: the paths."""
+    return f"{result['html']}\n{result['json']}"
+
+
+def run(result: dict[str, Any]) -> str:
+    """``qdiff run``."""
+    lines = [
+        f"weights: {result['weights']}",
+        f"{size(result['float32_bytes'])} -> {size(result['packed_bytes'])} "
+        f"({result['float32_bytes'] / result['packed_bytes']:.2f}x smaller)",
+        compare({**result, "pictures": result["stages"]["compare"]["pictures"]}),
+    ]
+    for name, stage in result["stages"].items():
+        if name.startswith("build:") and not stage.get("runs_here", True):
+            lines.append(f"{name.partition(':')[2]}: built for {stage['device']}; {stage['why_not']}")
+    lines += [f"{name}: left out, {why}" for name, why in result["skipped"].items()]
+    lines.append(f"report: {result['report']}")
+    return "\n".join(lines)
+
+
+def inspect(result: dict[str, Any]) -> str:
+    """``qdiff inspect``."""
+    lines = [f"run {result['id']}  {result['run']}"]
+    if "model" in result:
+        lines.append(f"model {result['model']['model']}: {result['model']['note']}")
+    rows = [
+        (
+            name,
+            row["status"],
+            duration(row.get("seconds") or 0),
+            size(row.get("peak_memory_bytes")),
+            row.get("files", "-"),
+        )
+        for name, row in result["stages"].items()
+    ]
+    lines.append(table(rows, ("STAGE", "STATE", "TIME", "PEAK MEMORY", "FILES")))
+    if result["missing"]:
+        lines.append(f"not done: {', '.join(result['missing'])}")
+    if "plan" in result:
+        plan = result["plan"]
+        lines.append(
+            f"plan {plan['recipe']}: {plan['quantized']} layers quantized, {plan['kept']} kept, "
+            f"{plan['smoothed']} smoothed, {plan['timestep_scales']} with scales by timestep"
+        )
+    for engine in result.get("engines", []):
+        state = engine["problem"] or "trusted"
+        lines.append(f"engine {engine['folder']}: {engine['device']}, {size(engine['bytes'])}, {state}")
+    if "layers" in result:
+        columns = [
+            (layer["name"], layer["weights"], layer["activations"], layer["smoothing"], layer["sqnr_db"], layer["why"])
+            for layer in result["layers"]
+        ]
+        lines.append(table(columns, ("LAYER", "WEIGHTS", "ACTIVATIONS", "SMOOTHING", "SQNR dB", "WHY")))
+    return "\n".join(lines)
+
+
+def doctor(result: dict[str, Any]) -> str:
+    """``qdiff doctor``."""
+    cpu = result["cpu"]
+    int8 = ", ".join(cpu["int8_instructions"]) or "no special instructions"
+    lines = [
+        "  ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        f"CPU: {cpu['cores']} cores, {cpu['capability']}, INT8: {int8}",
+        f"GPU: {', '.join(result['gpu']) or 'none'}",
+        f"memory: {size(result['memory_bytes']['available'])} free of {size(result['memory_bytes']['total'])}; "
+        f"disk: {size(result['disk_free_bytes'])} free",
+    ]
+    rows = [
+        (
+            engine["name"],
+            "yes" if engine["runs"] else "no",
+            "yes" if engine["builds"] else "no",
+            engine["version"],
+            engine["why_not"] or "",
+        )
+        for engine in result["engines"]
+    ]
+    lines.append(table(rows, ("ENGINE", "RUNS", "BUILDS", "VERSION", "WHY NOT")))
+    return "\n".join(lines)

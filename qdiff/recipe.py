@@ -1,0 +1,150 @@
+"""The recipe: what a user wishes (targets, scheme, ignore, methods), as YAML that is checked before anything runs.
+
+A name is looked up among the built-in recipes (``qdiff/recipes/*.yaml``), then as a path. ``--set a.b=value`` overrides
+single entries. Layers are named by patterns: ``fnmatch`` wildcards over module names (``transformer_blocks.*.attn1.*``).
+A pattern that matches nothing is an error: it is a typing mistake, or a recipe for another family.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qdiff.errors import InputError, UsageError, nearest, unknown_name
+from qdiff.formats import FORMATS
+
+
+class Scheme(BaseModel):
+    """Formats of weights and activations of every targeted layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weights: str
+    activations: str
+
+    @field_validator("weights", "activations")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in FORMATS:
+            raise ValueError(f"unknown format {value!r}, known: {', '.join(FORMATS)}")
+        if not FORMATS[value].quantized:
+            raise ValueError(f"{value!r} is no quantized format; leave layers alone with ignore")
+        return value
+
+
+class Recipe(BaseModel):
+    """See the module's docstring. ``methods`` maps a method's name to its options, in the order in which they apply."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1]
+    name: str
+    description: str = ""
+    scheme: Scheme
+    targets: list[Literal["Linear"]] = ["Linear"]
+    ignore: dict[str, list[str]] = Field(default={}, description="patterns of layers that stay unquantized, by family")
+    outputs: dict[str, list[str]] = Field(
+        default={}, description="patterns of layers whose output is quantized too (q and k of attentions), by family"
+    )
+    kept: Literal["float16", "bfloat16"] = "float16"
+    methods: dict[str, dict[str, Any]] = {}
+
+    def ignored(self, family: str, names: list[str]) -> dict[str, str]:
+        """Which of ``names`` stay unquantized, with the pattern that says so.
+
+        Raises:
+            InputError: a pattern that matches no layer, with the nearest names.
+        """
+        return self._matches("ignore", self.ignore.get(family, []), family, names)
+
+    def with_output(self, family: str, names: list[str]) -> dict[str, str]:
+        """Which of ``names`` have their output quantized too, with the pattern that says so. Raises as :meth:`ignored`."""
+        return self._matches("outputs", self.outputs.get(family, []), family, names)
+
+    def _matches(self, entry: str, patterns: list[str], family: str, names: list[str]) -> dict[str, str]:
+        matched: dict[str, str] = {}
+        for pattern in patterns:
+            hits = fnmatch.filter(names, pattern)
+            if not hits:
+                close = nearest(pattern, names)
+                raise InputError(
+                    f"recipe {self.name!r}: the {entry} pattern {pattern!r} matches no layer of {family}",
+                    f"nearest layers: {', '.join(close)}"
+                    if close
+                    else "see the layers with: qdiff quantize RUN --dry-run",
+                )
+            for name in hits:
+                matched.setdefault(name, pattern)
+        return matched
+
+
+def built_in() -> list[str]:
+    """Names of the recipes that come with qdiff."""
+    folder = resources.files("qdiff") / "recipes"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _override(value: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise UsageError(
+            f"--set {assignment!r} is not of the form a.b=value", "example: --set methods.smooth.strengths=[0.5]"
+        )
+    *parents, last = path.split(".")
+    for parent in parents:
+        value = value.setdefault(parent, {})
+        if not isinstance(value, dict):
+            raise UsageError(f"--set {assignment!r}: {parent!r} is not a group of settings")
+    try:
+        value[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {assignment!r}: the value is not YAML ({error})") from None
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of that name (built in) or at that path, with overrides of the form ``a.b=value``.
+
+    Raises:
+        InputError: unknown name, unreadable YAML, unknown or wrong entries; says where and what is allowed.
+        UsageError: a malformed override.
+    """
+    if name in built_in():
+        text = (resources.files("qdiff") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    elif Path(name).suffix in (".yaml", ".yml"):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the recipe {name}: {error}", "check the path") from None
+    else:
+        raise unknown_name("recipe", name, built_in(), InputError)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"recipe {name} is not valid YAML: {error}", "see qdiff/recipes/int8.yaml for an example"
+        ) from None
+    if not isinstance(value, dict):
+        raise InputError(f"recipe {name} is not a group of settings", "see qdiff/recipes/int8.yaml for an example")
+    for assignment in overrides or []:
+        _override(value, assignment)
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        fix = None
+        if first["type"] == "extra_forbidden":
+            close = nearest(str(first["loc"][-1]), Recipe.model_fields)
+            fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(Recipe.model_fields)}"
+        raise InputError(f"recipe {name}: {where}: {message}", fix) from None
+    from qdiff.methods import check_options
+
+    for method, options in recipe.methods.items():
+        check_options(method, options)
+    return recipe

@@ -1,0 +1,204 @@
+"""What a report says, as plain data: ``report.json`` is exactly :class:`ReportData`; and how its numbers are written for people.
+
+``None`` and empty mean *not measured*, everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qdiff.events import duration
+from qdiff.metrics import DB_CAP
+
+VERSION = 1
+NOT_MEASURED = "not measured"
+
+
+@dataclass
+class ModelInfo:
+    """Which model, and which weights really ran (``note``). ``parameters`` counts those of the backbone."""
+
+    family: str
+    weights: str
+    parameters: int | None = None
+    note: str = ""
+
+
+@dataclass
+class PromptResult:
+    """One pair of pictures. Paths are relative to the run folder; ``psnr_db`` of 100 means identical."""
+
+    prompt: str
+    seed: int
+    float_image: str | None = None
+    quantized_image: str | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
+
+
+@dataclass
+class Quality:
+    """Over all pairs. The accuracies are fractions of the pictures that show what the prompt asked for, in [0, 1]."""
+
+    psnr_db_mean: float | None = None
+    psnr_db_min: float | None = None
+    ssim_mean: float | None = None
+    accuracy_float: float | None = None
+    accuracy_quantized: float | None = None
+
+
+@dataclass
+class LayerResult:
+    """One layer: the format that the plan asked for, and by target the one found in its graph.
+
+    ``sqnr_db`` is that of the layer's output; ``smoothing`` the exponent alpha; ``timestep_scales`` whether its activation
+    scale depends on the timestep.
+    """
+
+    name: str
+    kind: str
+    requested: str
+    realised: dict[str, str] = field(default_factory=dict)
+    sqnr_db: float | None = None
+    smoothing: float | None = None
+    timestep_scales: bool = False
+    why: str = ""
+    bytes_float: int | None = None
+    bytes_quantized: int | None = None
+
+
+@dataclass
+class TimestepError:
+    """Error of the backbone's whole output at one timestep (its value, not its index)."""
+
+    timestep: float
+    sqnr_db: float | None = None
+    cosine: float | None = None
+
+
+@dataclass
+class EngineResult:
+    """One engine. ``seconds_per_step`` is a median; ``speedup`` is against the baseline in the same run."""
+
+    name: str
+    title: str
+    available: bool = True
+    why_not: str = ""
+    seconds_per_step: float | None = None
+    speedup: float | None = None
+    peak_memory_bytes: int | None = None
+    file_bytes: int | None = None
+    psnr_db_mean: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Sizes:
+    """Bytes of the backbone's weights before and after, and of each file that the run made, by name."""
+
+    weights_float: int | None = None
+    weights_quantized: int | None = None
+    artifacts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class StageResult:
+    """One stage as the manifest has it."""
+
+    name: str
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass
+class ReportData:
+    """Everything that a report says; ``report.json`` is exactly this. ``None`` and empty mean *not measured*.
+
+    Args:
+        engine: name of the engine that made the quantized pictures; the summary shows its speed.
+        baseline: name of the float engine that the speed-ups refer to.
+        warnings: what was skipped, and why.
+    """
+
+    model: ModelInfo
+    recipe: str
+    run_id: str
+    engine: str | None = None
+    baseline: str | None = None
+    quality: Quality = field(default_factory=Quality)
+    sizes: Sizes = field(default_factory=Sizes)
+    prompts: list[PromptResult] = field(default_factory=list)
+    layers: list[LayerResult] = field(default_factory=list)
+    timesteps: list[TimestepError] = field(default_factory=list)
+    engines: list[EngineResult] = field(default_factory=list)
+    stages: list[StageResult] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    version: int = VERSION
+
+    @property
+    def size_ratio(self) -> float | None:
+        """Float bytes over quantized bytes, or ``None``."""
+        before, after = self.sizes.weights_float, self.sizes.weights_quantized
+        return before / after if before and after else None
+
+    @property
+    def chosen(self) -> EngineResult | None:
+        """The entry of :attr:`engine`, when it could run."""
+        return next((one for one in self.engines if one.name == self.engine and one.available), None)
+
+    @property
+    def identical(self) -> int:
+        """How many pairs of pictures are equal in every value."""
+        return sum(one.psnr_db is not None and one.psnr_db >= DB_CAP for one in self.prompts)
+
+    @property
+    def mismatches(self) -> list[LayerResult]:
+        """Layers that some target runs in another precision than the plan asked for."""
+        return [layer for layer in self.layers if any(found != layer.requested for found in layer.realised.values())]
+
+
+def megabytes(size: int | None) -> str:
+    """``68_200_000`` -> ``68.2 MB`` (powers of ten, as disks and ``ls --si`` count)."""
+    if size is None:
+        return NOT_MEASURED
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= 0.9995 * step:
+            return f"{size / step:.3g} {unit}" if size < 999.5 * step else f"{size / step:,.0f} {unit}"
+    return f"{size} B"
+
+
+def seconds(value: float | None) -> str:
+    """``0.105`` -> ``105 ms``; from ten seconds on as :func:`qdiff.events.duration`."""
+    if value is None:
+        return NOT_MEASURED
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} µs"
+    return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s" if value < 10 else duration(value)
+
+
+def db(value: float | None) -> str:
+    """``38.94`` -> ``38.9 dB``; the cap is ``identical``."""
+    return NOT_MEASURED if value is None else "identical" if value >= DB_CAP else f"{value:.1f} dB"
+
+
+def times(value: float | None) -> str:
+    """``3.93`` -> ``3.9×``."""
+    return NOT_MEASURED if value is None else f"{value:.2g}×" if value < 10 else f"{value:.0f}×"
+
+
+def percent(value: float | None) -> str:
+    """``0.957`` -> ``96 %``."""
+    return NOT_MEASURED if value is None else f"{100 * value:.0f} %"
+
+
+def count(value: int | None) -> str:
+    """``66_800_000`` -> ``66.8 M``."""
+    if value is None:
+        return NOT_MEASURED
+    for unit, step in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * step:
+            return f"{value / step:.3g} {unit}"
+    return str(value)

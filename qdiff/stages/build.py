@@ -1,0 +1,192 @@
+"""Stage 4: build an engine from the exported graph, or find it in the cache; and load engines for the stages after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdiff.artifacts import Run
+from qdiff.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from qdiff.engines import BuildOptions, Engine, Profile, Runner
+    from qdiff.models.base import Model
+
+DEFAULT_BATCH = "batch=1-2-8"
+LONGEST_PROMPT = 512
+# Where no GPU is there and none is named, engines are built for the newest consumer GPUs.
+DEFAULT_COMPUTE_CAPABILITY = "12.0"
+
+
+def make_options(
+    run: Run, engine: Engine, profiles: list[str], compute_capability: str | None, flags: Mapping[str, str]
+) -> BuildOptions:
+    """Build options from the words of the command line. Without a profile: the model's own size, batch 1 to 8."""
+    from qdiff.engines import BuildOptions
+    from qdiff.plan import Plan
+
+    plan = Plan.load(run.file("plan.json"))
+    tokens = run.entry("calibrate")["shapes"]["encoder_hidden_states"][1]
+    made = tuple(_profile(plan, text, tokens) for text in (profiles or [""]))
+    if compute_capability is None and engine.target == "tensorrt" and engine.missing() is not None:
+        compute_capability = DEFAULT_COMPUTE_CAPABILITY
+    return BuildOptions(profiles=made, compute_capability=compute_capability, flags=dict(flags))
+
+
+def _profile(plan: Any, text: str, tokens: int) -> Profile:
+    from qdiff.engines.profiles import make_profile, parse_profile
+    from qdiff.models import FAMILIES
+
+    config = plan.config
+    axes = {spec.name: spec.axes for spec in FAMILIES[plan.family].inputs(config)}
+    cells = int(config["sample_size"])
+    sizes = {
+        "height": (cells, cells, cells),
+        "width": (cells, cells, cells),
+        "tokens": (2, tokens, max(tokens, LONGEST_PROMPT)),
+    }
+    sizes |= parse_profile(DEFAULT_BATCH)
+    if text:
+        sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))
+    return make_profile(text or "default", axes, sizes)
+
+
+def build(
+    run: Run,
+    engine_name: str | None,
+    *,
+    profiles: list[str] | None = None,
+    compute_capability: str | None = None,
+    flags: Mapping[str, str] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Builds into ``engines/<engine>-<key>/`` unless the same engine is there already.
+
+    Raises:
+        InputError: the graph for the engine's target was not exported, or the backend refuses it.
+        MissingDependencyError: what building needs is not there.
+        IntegrityError: an engine is there whose files were changed.
+    """
+    from qdiff.engines import choose
+    from qdiff.engines.cache import build_cached
+
+    engine = choose(engine_name)
+    if engine.runs_module:
+        return {"run": str(run.path), "engine": engine.name, "note": "runs the torch module: nothing to build"}
+    missing = engine.missing_for_build()
+    if missing:
+        raise MissingDependencyError(f"engine {engine.name!r} cannot be built here: {missing}", "see: qdiff doctor")
+    onnx = exported_graph(run, engine)
+    options = make_options(run, engine, profiles or [], compute_capability, flags or {})
+    inputs = {"export": run.outputs_hash(f"export:{engine.target}"), "options": options.to_json()}
+    if dry_run:
+        return {
+            "dry_run": True,
+            "run": str(run.path),
+            "engine": engine.name,
+            "device": engine.device(options),
+            **inputs,
+        }
+    # The engine cache has its own, complete key; the manifest only remembers which of its engines is the current one.
+    stage = f"build:{engine.name}"
+    run.verify(f"export:{engine.target}")
+    gone = run.done(stage) and not run.file(run.entry(stage)["folder"]).is_dir()
+    with run.stage(stage, inputs, force=force or gone, replace=True) as work:
+        if work is not None:
+            built = build_cached(engine, onnx, run.file("engines"), options, force)
+            work.fact(
+                folder=str(built.folder.relative_to(run.path)),
+                cached=built.was_cached,
+                facts=built.facts,
+                bytes=sum(file.stat().st_size for file in built.folder.rglob("*") if file.is_file()),
+                device=engine.device(options),
+                version=engine.version(),
+            )
+    entry = run.entry(stage)
+    missing_to_run = engine.missing()
+    return {
+        "run": str(run.path),
+        "engine": engine.name,
+        "folder": str(run.file(entry["folder"])),
+        **{name: entry[name] for name in ("cached", "bytes", "device", "facts", "seconds", "peak_memory_bytes")},
+        "runs_here": missing_to_run is None,
+        **({"why_not": missing_to_run} if missing_to_run else {}),
+    }
+
+
+def exported_graph(run: Run, engine: Engine) -> Path:
+    """The ONNX file that ``engine`` takes.
+
+    Raises:
+        InputError: it was not exported, with the command that does it.
+    """
+    stage = f"export:{engine.target}"
+    if not run.done(stage):
+        raise InputError(
+            f"engine {engine.name!r} needs the graph for target {engine.target!r}, which {run.path} does not hold",
+            f"run: qdiff export {run.path} --target {engine.target}",
+        )
+    return run.file("onnx", str(engine.target), "model.onnx")
+
+
+def default_engine(run: Run) -> str:
+    """The fastest engine that can run here and was built in this run; torch itself when none was."""
+    from qdiff.engines import ENGINES
+
+    built = [ENGINES[name]() for name in ENGINES if run.done(f"build:{name}")]
+    usable = [engine for engine in built if engine.missing() is None]
+    return max(usable, key=lambda engine: engine.rank).name if usable else "eager"
+
+
+def require_runner(run: Run, engine_name: str) -> None:
+    """Refuses an engine that :func:`load_runner` could not load, before anything expensive is done for it."""
+    from qdiff.engines import choose
+
+    engine = choose(engine_name)
+    if engine.runs_module:
+        return
+    if not run.done(f"build:{engine.name}"):
+        raise InputError(
+            f"engine {engine.name!r} was not built in {run.path}", f"run: qdiff build {run.path} --engine {engine.name}"
+        )
+    missing = engine.missing()
+    if missing:
+        raise MissingDependencyError(
+            f"engine {engine.name!r} is built, but cannot run here: {missing}",
+            "carry the run folder to a machine that has it, or choose another --engine",
+        )
+
+
+def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | None = None) -> Runner:
+    """A loaded engine of this run.
+
+    Args:
+        model: the float pipeline; only the ``float`` engine needs it.
+
+    Raises:
+        InputError: the engine was not built in this run.
+        MissingDependencyError: it cannot run here.
+        IntegrityError: its files were changed since it was built.
+    """
+    from qdiff.engines import choose
+    from qdiff.engines.cache import load_trusted
+    from qdiff.models import FAMILIES
+    from qdiff.models.base import NamedInputs
+    from qdiff.plan import Plan
+    from qdiff.quantize import load_quantized
+
+    engine = choose(engine_name)
+    if engine.runs_module:
+        if engine.name == "float":
+            assert model is not None
+            return engine.load_module(NamedInputs(model.family, model.backbone))
+        run.verify("quantize")
+        plan = Plan.load(run.file("plan.json"))
+        return engine.load_module(
+            NamedInputs(FAMILIES[plan.family], load_quantized(plan, run.file("model.safetensors")))
+        )
+    stage = f"build:{engine.name}"
+    require_runner(run, engine_name)
+    return load_trusted(engine, run.file(run.entry(stage)["folder"]), threads)

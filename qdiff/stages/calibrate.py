@@ -1,0 +1,214 @@
+"""Stage 1: run the user's pipeline on prompts, keep the trajectory, collect statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdiff.artifacts import Run
+from qdiff.errors import InputError, UsageError
+from qdiff.events import duration, log
+from qdiff.files import sha256_json, write_text
+
+if TYPE_CHECKING:
+    from qdiff.calib.record import Recording
+    from qdiff.models.base import Model
+
+DEFAULT_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What ``qdiff calibrate`` takes. ``None`` means the model's own default."""
+
+    model: str = "pixart"
+    weights: str = "bundled"
+    revision: str | None = None
+    prompts: Path | None = None
+    samples: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    timesteps: str = "uniform"
+    keep: int = 25
+    batch: int = 4
+    seed: int = 0
+
+
+def load_prompts(options: CalibrateOptions) -> list[str]:
+    """The prompts of the file, or the default ones, cut to ``samples``."""
+    from qdiff.calib.prompts import choose, read_prompts
+    from qdiff.models.base import default_prompts
+
+    if options.samples is not None and options.samples < 1:
+        raise UsageError(f"--samples {options.samples} is not a positive number")
+    if options.prompts is None:
+        return default_prompts(options.samples or DEFAULT_SAMPLES, options.seed)
+    return choose(read_prompts(options.prompts), options.samples)
+
+
+def load_model(options: CalibrateOptions) -> Model:
+    """The float model, and its scheduler replaced if one was named."""
+    from qdiff.models import FAMILIES
+
+    model = FAMILIES[options.model].load(options.weights, revision=options.revision, seed=options.seed)
+    model.use_scheduler(options.scheduler)
+    return model
+
+
+def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
+    """What will be recorded.
+
+    Raises:
+        UsageError: numbers out of range or an unknown timestep strategy.
+    """
+    from qdiff.calib.record import Recording
+    from qdiff.calib.timesteps import STRATEGIES
+
+    for name, value in (("--steps", options.steps), ("--keep", options.keep), ("--batch", options.batch)):
+        if value is not None and not 1 <= value <= 1000:
+            raise UsageError(f"{name} {value} is not between 1 and 1000")
+    if options.guidance is not None and not 0 <= options.guidance <= 100:
+        raise UsageError(f"--guidance {options.guidance} is not between 0 and 100")
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed {options.seed} is not between 0 and 2^32")
+    STRATEGIES[options.timesteps]
+    return Recording(
+        prompts,
+        options.seed,
+        options.steps,
+        options.guidance,
+        options.scheduler,
+        options.timesteps,
+        options.keep,
+        options.batch,
+    )
+
+
+def calibrate(run: Run, options: CalibrateOptions, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Writes ``calibration/`` into the run folder; see the module's docstring for the order of things.
+
+    Returns:
+        JSON facts: where, how much was recorded, and the estimate that was made before it began.
+    """
+    from qdiff.models import FAMILIES
+
+    FAMILIES[options.model]
+    prompts = load_prompts(options)
+    recording = recording_of(options, prompts)
+    model = load_model(options)
+    folder = run.file("calibration")
+    inputs = {
+        "model": options.model,
+        "weights": options.weights,
+        "fingerprint": model.fingerprint,
+        "note": model.note,
+        "prompts": {"count": len(prompts), "sha256": sha256_json(prompts)},
+        "seed": options.seed,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "scheduler": options.scheduler,
+        "timesteps": options.timesteps,
+        "keep": options.keep,
+        "batch": options.batch,
+    }
+    if dry_run:
+        return {"dry_run": True, "run": str(run.path), **inputs, **_estimate(model, recording)}
+    if not force and "calibrate" not in run.manifest["stages"] and folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"{folder} holds files that this run did not make", "choose another folder with -o, or add --force"
+        )
+    with run.stage("calibrate", inputs, force=force, leftovers=["calibration"]) as work:
+        if work is not None:
+            _work(model, recording, folder, prompts, work)
+    return {"run": str(run.path), "id": run.id, "note": model.note, **_summary(run)}
+
+
+def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], work: Any) -> None:
+    from qdiff.calib.collect import PARTIAL, Collector
+    from qdiff.calib.record import record
+    from qdiff.resources import require_disk
+    from qdiff.trajectory import Trajectory
+
+    estimate = _estimate(model, recording)
+    log.info("%s", model.note)
+    log.info(
+        "calibrate: %d prompts, %d steps, about %s%s",
+        len(prompts),
+        estimate["steps"],
+        duration(estimate["seconds"]),
+        " less what an earlier try has done" if work.resumed else "",
+    )
+    require_disk(folder, estimate["bytes"], "the trajectory")
+    write_text(work.output(folder / "prompts.txt"), "\n".join(prompts) + "\n")
+    owner = sha256_json(work.inputs)
+    for path in record(model, recording, folder, owner):
+        work.output(path)
+    collector = Collector(model, Trajectory(folder), owner)
+    statistics = collector.collect(folder / PARTIAL)
+    statistics.save(work.output(folder / "statistics.safetensors"))
+    (folder / PARTIAL).unlink(missing_ok=True)
+    work.fact(
+        estimate=estimate,
+        timesteps=statistics.timesteps,
+        shapes={name: list(tensor.shape) for name, tensor in next(iter(collector.trajectory)).inputs.items()},
+        groups=len(statistics.inputs),
+        layers=sum(len(entry.layers) for entry in statistics.inputs.values()),
+    )
+
+
+def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
+    """Seconds and bytes, from one timed call of the backbone: it is called once to record and once to collect."""
+    from qdiff.calib.record import seconds_per_call, steps_of
+
+    seconds, latent_bytes = seconds_per_call(model, recording)
+    steps = steps_of(model, recording)
+    calls = recording.shards * (steps + min(steps, recording.keep if recording.strategy != "all" else steps))
+    return {
+        "steps": steps,
+        "seconds_per_call": round(seconds, 4),
+        "seconds": round(seconds * calls, 1),
+        "bytes": latent_bytes * recording.shards * steps,
+    }
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    entry = run.entry("calibrate")
+    return {
+        "prompts": entry["inputs"]["prompts"]["count"],
+        "timesteps": len(entry["timesteps"]),
+        "layers": entry["layers"],
+        "groups": entry["groups"],
+        "seconds": entry["seconds"],
+        "peak_memory_bytes": entry["peak_memory_bytes"],
+    }
+
+
+def options_of(run: Run) -> CalibrateOptions:
+    """The options that a finished calibration was made with: later stages load the same model."""
+    inputs = run.entry("calibrate")["inputs"]
+    return CalibrateOptions(
+        model=inputs["model"],
+        weights=inputs["weights"],
+        steps=inputs["steps"],
+        guidance=inputs["guidance"],
+        scheduler=inputs["scheduler"],
+        seed=inputs["seed"],
+    )
+
+
+def reload_model(run: Run) -> Model:
+    """The float model of a run, checked to be the one that was calibrated.
+
+    Raises:
+        InputError: its weights changed since.
+    """
+    model = load_model(options_of(run))
+    recorded = run.entry("calibrate")["inputs"]["fingerprint"]
+    if model.fingerprint != recorded:
+        raise InputError(
+            f"the weights {model.weights} are not those that {run.path} was calibrated with (their sha256 changed)",
+            "calibrate again with --force, or put the old weights back",
+        )
+    return model

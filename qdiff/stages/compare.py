@@ -1,0 +1,144 @@
+"""Stage 5: the same prompts and seeds on the float model and on engines, and how far the pictures are apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qdiff.artifacts import Run
+from qdiff.errors import QualityGateError
+from qdiff.events import log
+from qdiff.files import write_json
+from qdiff.stages.build import default_engine, require_runner
+from qdiff.stages.calibrate import options_of, reload_model
+from qdiff.stages.generate import Pictures, Session, make_request, save_pictures
+
+if TYPE_CHECKING:
+    from qdiff.models.base import Model, Request
+
+DEFAULT_PICTURES = 16
+# Seeds of compared pictures start here: far from calibration's, so that no picture was calibrated on.
+SEED_OFFSET = 10_000
+
+
+def usable_engines(run: Run) -> list[str]:
+    """Engines of this run that can make pictures here, the simulation included, fastest first."""
+    from qdiff.engines import ENGINES
+
+    engines = [ENGINES[name]() for name in ENGINES]
+    able = [e for e in engines if e.name == "eager" or (run.done(f"build:{e.name}") and e.missing() is None)]
+    return [engine.name for engine in sorted(able, key=lambda engine: -engine.rank)]
+
+
+def compare(
+    run: Run,
+    *,
+    engines: list[str] | None = None,
+    prompts: list[str] | None = None,
+    pictures: int = DEFAULT_PICTURES,
+    seed: int | None = None,
+    minimum_psnr: float | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Writes ``images/<engine>/NNN.png`` and ``compare.json``.
+
+    Raises:
+        QualityGateError: the first engine's mean PSNR is below ``minimum_psnr``. The pictures are kept.
+    """
+    from qdiff.models.base import default_prompts
+
+    calibrated = options_of(run)
+    chosen = engines or [default_engine(run)]
+    for name in chosen:
+        require_runner(run, name)
+    first_seed = SEED_OFFSET + calibrated.seed if seed is None else seed
+    prompts = prompts or default_prompts(pictures, first_seed)
+    request = make_request(run, prompts, seed=first_seed)
+    inputs = {
+        "quantize": run.outputs_hash("quantize"),
+        "builds": {name: run.entry(f"build:{name}")["folder"] for name in chosen if run.done(f"build:{name}")},
+        "engines": chosen,
+        "prompts": prompts,
+        "seed": first_seed,
+    }
+    with run.stage("compare", inputs, force=force, replace=True, leftovers=["images"]) as work:
+        if work is not None:
+            _work(run, request, chosen, work)
+    result = _summary(run)
+    psnr = result["engines"][0]["psnr_db_mean"]
+    if minimum_psnr is not None and not psnr >= minimum_psnr:
+        raise QualityGateError(
+            f"the pictures of {chosen[0]} have a mean PSNR of {psnr:.2f} dB against float, the gate is {minimum_psnr:g} dB",
+            f"see {run.file('images')}; keep more layers in 16 bit (ignore), or lower the gate",
+        )
+    return result
+
+
+def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
+    model = reload_model(run)
+    log.info("compare: %d pictures, float beside %s", len(request.prompts), ", ".join(engines))
+    made: dict[str, Pictures] = {}
+    for name in ["float", *engines]:
+        session = Session(run, name, model)
+        try:
+            made[name] = session.pictures(request)
+        finally:
+            session.close()
+        paths = [run.file("images", name, f"{i:03d}.png") for i in range(len(request.prompts))]
+        save_pictures(run, made[name], request, model, paths)
+        for path in paths:
+            work.output(path)
+    result = {
+        "prompts": list(request.prompts),
+        "seeds": list(request.seeds),
+        "engines": [_judge(name, made, request, model) for name in ["float", *engines]],
+    }
+    write_json(work.output(run.file("compare.json")), result)
+
+
+def _judge(name: str, made: dict[str, Pictures], request: Request, model: Model) -> dict[str, Any]:
+    from qdiff.images import to_pixels
+    from qdiff.metrics import paired
+
+    pictures = made[name]
+    row: dict[str, Any] = {
+        "name": name,
+        "seconds_per_step": pictures.seconds_per_step,
+        "speedup": made["float"].seconds_per_step / pictures.seconds_per_step,
+        "load_seconds": pictures.load_seconds,
+        "added_bytes": pictures.added_bytes,
+        "accuracy": accuracy(model, pictures.images, list(request.prompts)),
+    }
+    if name != "float":
+        quality = paired(to_pixels(made["float"].images), to_pixels(pictures.images))
+        row |= {
+            "psnr_db_mean": quality.psnr_db_mean,
+            "psnr_db_min": quality.psnr_db_min,
+            "ssim_mean": quality.ssim_mean,
+            "per_picture": [{"psnr_db": pair.psnr_db, "ssim": pair.ssim} for pair in quality.per_image],
+        }
+    return row
+
+
+def accuracy(model: Model, images: list[Any], prompts: list[str]) -> dict[str, Any] | None:
+    """Share of pictures that show what their prompt names; ``None`` for models that were not trained on the emoji."""
+    if model.weights != "bundled":
+        return None
+    import numpy as np
+
+    from qdiff.prompt_accuracy import prompt_accuracy
+
+    return prompt_accuracy(np.stack([np.asarray(image.convert("RGB")) for image in images]), prompts)
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    from qdiff.files import read_json
+
+    data = read_json(run.file("compare.json"), "the comparison")
+    rows = [row for row in data["engines"] if row["name"] != "float"]
+    return {
+        "run": str(run.path),
+        "pictures": len(data["prompts"]),
+        "images": str(run.file("images")),
+        "engines": rows,
+        "float": data["engines"][0],
+    }

@@ -1,0 +1,136 @@
+"""Stage 3: write the ONNX graph for a target and check what the file really holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from qdiff.artifacts import Run
+from qdiff.errors import IntegrityError, MissingDependencyError
+from qdiff.events import log
+from qdiff.files import open_tensors
+from qdiff.stages.quantize import FLOAT_PREDICTIONS
+
+# Parity runs the graph in this engine: its CPU kernels take every graph that we write, for whatever target.
+PARITY_ENGINE = "onnxruntime"
+PARITY_STEPS = 25
+
+
+def require_onnx() -> None:
+    """Refuses to begin when the packages that write ONNX are not installed.
+
+    Raises:
+        MissingDependencyError: with the extra that installs them.
+    """
+    import importlib.util
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"export needs the package {package}, which is not installed", "pip install 'qdiff-deploy[cpu]'"
+            )
+
+
+def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Writes ``onnx/<target>/model.onnx`` (+ external data); the checks are part of the stage and cannot be skipped."""
+    require_onnx()
+    from qdiff.export.translations import TARGETS
+    from qdiff.plan import Plan
+
+    target = TARGETS[target_name]
+    inputs = {
+        "quantize": run.outputs_hash("quantize"),
+        "target": target.name,
+        "opset": target.opset,
+        "compute": target.compute,
+    }
+    if dry_run:
+        plan = Plan.load(run.file("plan.json"))
+        return {
+            "dry_run": True,
+            "run": str(run.path),
+            "target": target.name,
+            "layers": len(plan.layers),
+            "opset": target.opset,
+        }
+    stage = f"export:{target.name}"
+    with run.stage(stage, inputs, force=force, leftovers=[f"onnx/{target.name}"]) as work:
+        if work is not None:
+            run.verify("quantize")
+            run.verify("calibrate")  # parity replays its trajectory
+            _work(run, target, work)
+    entry = run.entry(stage)
+    return {
+        "run": str(run.path),
+        "target": target.name,
+        "onnx": str(run.file("onnx", target.name, "model.onnx")),
+        **{name: entry[name] for name in ("bytes", "ratio", "parity", "seconds", "peak_memory_bytes")},
+    }
+
+
+def _work(run: Run, target: Any, work: Any) -> None:
+    from qdiff.export import checks
+    from qdiff.export.onnx_graph import check_target, export_onnx
+    from qdiff.export.parity import COSINE
+    from qdiff.models import FAMILIES
+    from qdiff.plan import Plan
+    from qdiff.quantize import load_quantized
+    from qdiff.resources import require_disk
+    from qdiff.trajectory import Trajectory
+
+    plan = Plan.load(run.file("plan.json"))
+    check_target(plan, target)
+    family = FAMILIES[plan.family]
+    packed = run.file("model.safetensors").stat().st_size
+    require_disk(run.file("onnx"), 2 * packed, "the ONNX file")
+    outputs = bool(target.outputs)
+    backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)
+    trajectory = Trajectory(run.file("calibration"))
+    log.info("export: tracing and writing the graph for %s", target.title)
+    path = export_onnx(family, backbone, next(iter(trajectory)).inputs, target, run.file("onnx", target.name))
+    checks.check_file(path)
+    realised = checks.realised_precision(path, plan)
+    lost = checks.downgraded(plan, realised, target.outputs)
+    if lost:
+        raise IntegrityError(
+            "the graph lost precision that the plan asked for: " + "; ".join(lost[:5]), "please report this"
+        )
+    del backbone  # a 16-bit target has changed its weights; the reference is the checkpoint
+    parity = _parity(
+        run, family, load_quantized(plan, run.file("model.safetensors"), outputs=outputs), path, trajectory
+    )
+    for file in sorted(path.parent.iterdir()):
+        work.output(file)
+    float_bytes = run.entry("quantize")["float32_bytes"]
+    work.fact(
+        bytes=checks.file_bytes(path),
+        ratio=round(checks.file_bytes(path) / float_bytes, 4),
+        realised={name: asdict(value) for name, value in realised.items()},
+        parity={
+            "steps": len(parity),
+            "worst_cosine": min(p.cosine for p in parity),
+            "worst_sqnr_db": min(p.sqnr_db for p in parity),
+            "steps_below_cosine": sum(p.cosine < COSINE for p in parity),
+            "worst_loss_db": round(max(p.module_db - p.graph_db for p in parity), 3),
+        },
+    )
+
+
+def _parity(run: Run, family: Any, backbone: Any, path: Any, trajectory: Any) -> list[Any]:
+    import tempfile
+    from pathlib import Path
+
+    from qdiff.engines import BuildOptions, choose
+    from qdiff.export.parity import compare
+
+    engine = choose(PARITY_ENGINE)
+    with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder:
+        engine.build(path, Path(folder), BuildOptions())
+        runner = engine.load(Path(folder), BuildOptions())
+        try:
+            with open_tensors(run.file(FLOAT_PREDICTIONS), "the float predictions") as file:
+                references = list(file.get_tensor("predictions"))[:PARITY_STEPS]
+            return compare(family, backbone, runner, islice(trajectory.steps(0), len(references)), references)
+        finally:
+            runner.close()

@@ -1,0 +1,191 @@
+"""Making pictures: diffusers' pipeline with an engine in the backbone's place."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdiff.artifacts import Run
+from qdiff.errors import UsageError
+from qdiff.events import Progress
+from qdiff.resources import measure, release_memory
+from qdiff.stages.build import default_engine, load_runner
+from qdiff.stages.calibrate import options_of, reload_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from qdiff.engines import Runner
+    from qdiff.models.base import Model, Request
+
+LONGEST_PROMPT = 2_000
+MOST_PICTURES = 256
+
+
+@dataclass
+class Pictures:
+    """What one engine made: pictures in the request's order, seconds of every backbone call, memory that it added."""
+
+    engine: str
+    images: list[Image]
+    step_seconds: list[float]
+    seconds: float
+    load_seconds: float
+    added_bytes: int
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over the calls, the first left out: it compiles and warms caches."""
+        calls = self.step_seconds[1:] or self.step_seconds
+        return statistics.median(calls)
+
+
+class Session:
+    """A run's pipeline with one engine in it, kept loaded for several requests.
+
+    Args:
+        run: a run with a finished calibration.
+        engine: its name; ``None``: the fastest that is there.
+        model: the float pipeline if the caller has it already.
+    """
+
+    def __init__(self, run: Run, engine: str | None, model: Model | None = None, threads: int | None = None) -> None:
+        from qdiff.engines import choose
+        from qdiff.engines.pipeline import replace as put_engine
+
+        self.run = run
+        self.engine = choose(engine or default_engine(run)).name
+        release_memory()
+        start = time.perf_counter()
+        self.model = model or reload_model(run)
+        float_backbone = self.model.backbone
+        names = [spec.name for spec in self.model.family.inputs(float_backbone.config)]  # type: ignore[arg-type]
+        self.runner: Runner = load_runner(run, self.engine, self.model, threads)
+        self._float = float_backbone if model is not None else None
+        self._stand_in = put_engine(self.model.pipeline, self.model.family.backbone_attribute, self.runner, names)
+        self.load_seconds = time.perf_counter() - start
+
+    def close(self) -> None:
+        """Frees the engine and gives a borrowed pipeline its float backbone back."""
+        if self._float is not None:
+            self.model.backbone = self._float
+        self.runner.close()
+
+    def pictures(self, request: Request, batch: int = 4) -> Pictures:
+        """Makes the pictures of ``request``, ``batch`` at a time; every picture depends on its own seed alone."""
+        steps = request.steps or int(self.model.defaults.get("num_inference_steps", 20))
+        chunks = range(0, len(request.prompts), batch)
+        first = len(self._stand_in.seconds)
+        images: list[Image] = []
+        with measure() as usage, Progress(f"generate ({self.engine})", len(chunks) * steps) as progress:
+            for start in chunks:
+                part = replace(
+                    request, prompts=request.prompts[start : start + batch], seeds=request.seeds[start : start + batch]
+                )
+                images += self.model.generate(part, on_step=lambda step, t, latents: progress.advance())
+        return Pictures(
+            self.engine,
+            images,
+            self._stand_in.seconds[first:],
+            usage.seconds,
+            self.load_seconds,
+            max(0, usage.peak_bytes - usage.start_bytes),
+        )
+
+
+def make_request(
+    run: Run,
+    prompts: list[str],
+    *,
+    negative_prompt: str = "",
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str | None = None,
+) -> Request:
+    """A checked request; what is not given is as in the run's calibration.
+
+    Raises:
+        UsageError: empty or overlong prompts, too many pictures, numbers out of range.
+    """
+    from qdiff.models.base import Request
+
+    calibrated = options_of(run)
+    if not prompts:
+        raise UsageError("there is no prompt", 'give one with --prompt "…"')
+    for prompt in [*prompts, negative_prompt]:
+        if len(prompt) > LONGEST_PROMPT:
+            raise UsageError(f"a prompt has {len(prompt):,} characters", f"at most {LONGEST_PROMPT:,} are taken")
+    if len(prompts) > MOST_PICTURES:
+        raise UsageError(f"{len(prompts)} pictures were asked for", f"at most {MOST_PICTURES} in one call")
+    if steps is not None and not 1 <= steps <= 1000:
+        raise UsageError(f"--steps {steps} is not between 1 and 1000")
+    if guidance is not None and not 0 <= guidance <= 100:
+        raise UsageError(f"--guidance {guidance} is not between 0 and 100")
+    if not 0 <= seed < 2**63 - MOST_PICTURES:
+        raise UsageError(f"--seed {seed} is not between 0 and 2^63")
+    return Request(
+        prompts=prompts,
+        seeds=[seed + i for i in range(len(prompts))],
+        negative_prompt=negative_prompt,
+        steps=steps if steps is not None else calibrated.steps,
+        guidance=guidance if guidance is not None else calibrated.guidance,
+        height=height,
+        width=width,
+        scheduler=scheduler or calibrated.scheduler,
+    )
+
+
+def save_pictures(run: Run, made: Pictures, request: Request, model: Model, paths: list[Path]) -> None:
+    """Writes PNGs that carry prompt, seed, settings and run id."""
+    from qdiff.images import PictureInfo, save_png
+
+    for image, path, prompt, seed in zip(made.images, paths, request.prompts, request.seeds, strict=True):
+        info = PictureInfo(
+            prompt=prompt,
+            negative_prompt=request.negative_prompt,
+            seed=seed,
+            steps=request.steps or int(model.defaults.get("num_inference_steps", 20)),
+            guidance=request.guidance if request.guidance is not None else model.defaults.get("guidance_scale"),
+            engine=made.engine,
+            model=f"{model.family.name} ({model.weights})",
+            run_id=run.id,
+        )
+        save_png(path, image, info)
+
+
+def generate(run: Run, request: Request, engine: str | None, output: Path, batch: int = 4) -> dict[str, Any]:
+    """``qdiff generate``: pictures to ``output`` (several: ``output-0.png`` …).
+
+    Raises:
+        UsageError: ``output`` is not a PNG path.
+    """
+    if not 1 <= batch <= MOST_PICTURES:
+        raise UsageError(f"--batch {batch} is not between 1 and {MOST_PICTURES}")
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"{output} does not end in .png", "pictures are written as PNG, with their settings inside")
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
+    session = Session(run, engine)
+    try:
+        made = session.pictures(request, batch)
+    finally:
+        session.close()
+    count = len(made.images)
+    paths = [output] if count == 1 else [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    save_pictures(run, made, request, session.model, paths)
+    return {
+        "run": str(run.path),
+        "engine": made.engine,
+        "weights": session.model.note,
+        "images": [str(path) for path in paths],
+        "seeds": list(request.seeds),
+        "seconds": round(made.seconds, 3),
+        "load_seconds": round(made.load_seconds, 3),
+        "seconds_per_step": round(made.seconds_per_step, 5),
+    }

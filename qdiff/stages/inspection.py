@@ -1,0 +1,129 @@
+"""What is in a run folder, and what is on this machine: ``qdiff inspect`` and ``qdiff doctor``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qdiff.artifacts import UPSTREAM, Run, versions
+from qdiff.errors import QdiffError
+
+
+def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str, Any]:
+    """Stages with their state, whether their files are unchanged, and the plan in numbers (or layer by layer)."""
+    from qdiff.engines.cache import list_engines
+    from qdiff.plan import Plan
+
+    stages = {}
+    for name, entry in run.manifest["stages"].items():
+        row = {key: entry.get(key) for key in ("status", "seconds", "peak_memory_bytes", "command") if key in entry}
+        if verify and entry.get("status") == "done":
+            try:
+                run.verify(name)
+                row["files"] = "unchanged"
+            except QdiffError as error:
+                row["files"] = error.message
+        stages[name] = row
+    result: dict[str, Any] = {"run": str(run.path), "id": run.id, "stages": stages, "missing": _missing(run)}
+    if run.done("calibrate"):
+        result["model"] = {
+            key: run.entry("calibrate")["inputs"][key] for key in ("model", "weights", "note", "fingerprint")
+        }
+    if run.done("quantize"):
+        plan = Plan.load(run.file("plan.json"))
+        result["plan"] = {
+            "recipe": plan.recipe,
+            "quantized": len(plan.quantized),
+            "kept": len(plan.layers) - len(plan.quantized),
+            "smoothed": sum(layer.smoothing is not None for layer in plan.layers),
+            "timestep_scales": sum(layer.timestep_scales for layer in plan.layers),
+        }
+        if layers:
+            result["layers"] = [layer.model_dump(mode="json") for layer in plan.layers]
+    if run.file("engines").is_dir():
+        result["engines"] = [
+            {
+                "folder": entry.folder.name,
+                "device": entry.device,
+                "version": entry.version,
+                "bytes": entry.bytes,
+                "problem": entry.problem,
+            }
+            for entry in list_engines(run.file("engines"))
+        ]
+    return result
+
+
+def _missing(run: Run) -> list[str]:
+    begun = {name.partition(":")[0] for name, entry in run.manifest["stages"].items() if entry.get("status") == "done"}
+    return [stage for stage in UPSTREAM if stage not in begun]
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, engines (and why one cannot run), processor features that INT8 needs, memory and disk."""
+    import psutil
+    import torch
+
+    from qdiff.engines import describe
+    from qdiff.models import FAMILIES
+    from qdiff.models.loading import bundled_folder
+
+    return {
+        "versions": versions(),
+        "cpu": {
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "int8_instructions": int8_instructions(),
+        },
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "memory_bytes": {"total": psutil.virtual_memory().total, "available": psutil.virtual_memory().available},
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "engines": [
+            {
+                "name": row.name,
+                "title": row.title,
+                "runs": row.available,
+                "builds": row.can_build,
+                "version": row.version,
+                "why_not": row.why_not,
+                "why_not_build": row.why_not_build,
+            }
+            for row in describe()
+        ],
+        "models": [
+            {"name": name, "title": FAMILIES[name].title, "bundled": bundled_folder(name).is_dir()} for name in FAMILIES
+        ],
+    }
+
+
+def int8_instructions() -> list[str]:
+    """Instructions of this processor that INT8 kernels use; empty where the system does not say."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return []
+    return [name for name in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]
+
+
+def models() -> list[dict[str, Any]]:
+    """The families, what their bundled weights are, and the configurations for random weights."""
+    from qdiff.models import FAMILIES
+    from qdiff.models.loading import bundled_folder
+
+    rows = []
+    for name in FAMILIES:
+        family, folder = FAMILIES[name], bundled_folder(name)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else None
+        rows.append(
+            {
+                "name": name,
+                "title": family.title,
+                "pipelines": list(family.pipelines),
+                "bundled_bytes": size,
+                "random_configurations": [f"random:{configuration}" for configuration in family.configurations],
+            }
+        )
+    return rows

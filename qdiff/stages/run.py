@@ -1,0 +1,95 @@
+"""``qdiff run``: all stages in order, each skipped when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qdiff.artifacts import Run
+from qdiff.errors import MissingDependencyError
+from qdiff.events import duration, log
+from qdiff.stages.build import build
+from qdiff.stages.calibrate import CalibrateOptions, calibrate
+from qdiff.stages.compare import DEFAULT_PICTURES, compare
+from qdiff.stages.export import export
+from qdiff.stages.quantize import quantize
+from qdiff.stages.report import report
+
+# Where nothing is asked for, every engine that this machine can build is built: an INT8 engine for the CPU, and one for
+# the newest consumer GPUs, which needs no GPU to build.
+DEFAULT_ENGINES = ("openvino", "onnxruntime", "tensorrt_rtx")
+
+
+def run_all(
+    run: Run,
+    options: CalibrateOptions,
+    recipe: str = "int8",
+    overrides: list[str] | None = None,
+    engines: list[str] | None = None,
+    *,
+    compute_capability: str | None = None,
+    profiles: list[str] | None = None,
+    pictures: int = DEFAULT_PICTURES,
+    minimum_psnr: float | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Calibrates, quantizes, exports, builds, compares and reports.
+
+    Engines that were not asked for by name and cannot be built here are left out, with a line in the result that says why.
+    """
+    from qdiff.engines import choose
+
+    results: dict[str, Any] = {}
+
+    def stage(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        result = work()
+        results[name] = result
+        seconds = result.get("seconds")
+        log.info("%s: done%s", name, f" ({duration(seconds)})" if seconds is not None else "")
+        return result
+
+    wanted = [choose(name) for name in (engines or DEFAULT_ENGINES)]
+    skipped = {}
+    buildable = []
+    for engine in wanted:
+        missing = None if engine.runs_module else engine.missing_for_build()
+        if missing is None:
+            buildable.append(engine)
+        elif engines:
+            raise MissingDependencyError(f"engine {engine.name!r} cannot be built here: {missing}", "see: qdiff doctor")
+        else:
+            skipped[engine.name] = missing
+            log.info("build:%s: left out, %s", engine.name, missing)
+
+    stage("calibrate", lambda: calibrate(run, options, force=force))
+    stage("quantize", lambda: quantize(run, recipe, overrides, force=force))
+    for target in dict.fromkeys(engine.target for engine in buildable if engine.target):
+        stage(f"export:{target}", lambda target=target: export(run, target, force=force))  # type: ignore[misc]
+    for engine in buildable:
+        if not engine.runs_module:
+            stage(
+                f"build:{engine.name}",
+                lambda engine=engine: build(  # type: ignore[misc]
+                    run, engine.name, profiles=profiles, compute_capability=compute_capability, force=force
+                ),
+            )
+    running = [engine.name for engine in buildable if engine.missing() is None]
+    running.sort(key=lambda name: -choose(name).rank)
+    stage("compare", lambda: compare(run, engines=running or ["eager"], pictures=pictures, force=force))
+    stage("report", lambda: report(run))
+    if minimum_psnr is not None:  # the gate closes last, so that the report about a failure exists
+        compare(run, engines=running or ["eager"], pictures=pictures, minimum_psnr=minimum_psnr)
+    compared = results["compare"]
+    return {
+        "run": str(run.path),
+        "id": run.id,
+        "weights": results["calibrate"]["note"],
+        "report": results["report"]["html"],
+        "images": compared["images"],
+        "engines": compared["engines"],
+        "float": compared["float"],
+        "packed_bytes": results["quantize"]["packed_bytes"],
+        "float32_bytes": results["quantize"]["float32_bytes"],
+        "skipped": skipped,
+        "stages": results,
+    }

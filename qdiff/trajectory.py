@@ -1,0 +1,103 @@
+"""The recorded trajectory: what the backbone was given, by prompt and by step, and how to replay it.
+
+A shard is one safetensors file for one batch of prompts. Tensors that change with the step are stacked ``[steps, batch,
+...]``; those that do not (text states, masks) are stored once. Both branches of classifier-free guidance are in the batch,
+in the pipeline's order. Later work never runs the text encoder, the VAE or the scheduler again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from qdiff.errors import InputError, IntegrityError
+from qdiff.files import open_tensors, save_tensors
+
+SHARD = "trajectory-{:05d}.safetensors"
+
+
+@dataclass
+class Step:
+    """One call of the backbone: its inputs by name, and the timestep's value."""
+
+    shard: int
+    timestep: float
+    inputs: dict[str, Tensor]
+
+
+class Trajectory:
+    """The shards in one folder, read lazily, one at a time.
+
+    Raises:
+        InputError: when there is no shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths = sorted(folder.glob("trajectory-*.safetensors"))
+        if not self.paths:
+            raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate")
+
+    def steps(self, shard: int) -> Iterator[Step]:
+        """The recorded calls of one shard, in sampling order.
+
+        Raises:
+            IntegrityError: when the shard is damaged or not ours.
+        """
+        path = self.paths[shard]
+        with open_tensors(path, "trajectory shard") as file:
+            try:
+                header = json.loads(file.metadata()["qdiff"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                timesteps, varying = header["timesteps"], set(header["varying"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise IntegrityError(
+                    f"{path} is not a trajectory of qdiff ({error})", "calibrate again with --force"
+                ) from None
+        for index, timestep in enumerate(timesteps):
+            inputs = {name: tensor[index] if name in varying else tensor for name, tensor in tensors.items()}
+            yield Step(shard, timestep, inputs)
+
+    def __iter__(self) -> Iterator[Step]:
+        for shard in range(len(self.paths)):
+            yield from self.steps(shard)
+
+
+def require_shard(path: Path, owner: str) -> None:
+    """Refuses a shard that an earlier try left but that is not whole or not this calibration's.
+
+    Args:
+        owner: fingerprint of everything that decides the recording.
+
+    Raises:
+        IntegrityError: damaged, or recorded with another model, seed or prompts.
+    """
+    with open_tensors(path, "trajectory shard") as file:
+        try:
+            found = json.loads((file.metadata() or {})["qdiff"]).get("owner")
+        except (KeyError, ValueError, AttributeError):
+            found = None
+    if found != owner:
+        raise IntegrityError(
+            f"{path} was recorded by another calibration (another model, seed or prompts)",
+            "delete it, or calibrate with --force or into another folder",
+        )
+
+
+def save_shard(
+    folder: Path,
+    index: int,
+    timesteps: list[float],
+    varying: dict[str, Tensor],
+    constant: dict[str, Tensor],
+    owner: str = "",
+) -> Path:
+    """Writes one shard. ``varying`` tensors are ``[steps, batch, ...]``, ``constant`` ones ``[batch, ...]``."""
+    path = folder / SHARD.format(index)
+    header = {"timesteps": timesteps, "varying": sorted(varying), "owner": owner}
+    save_tensors(path, {**varying, **constant}, {"qdiff": json.dumps(header)})
+    return path

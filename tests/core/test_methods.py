@@ -1,0 +1,135 @@
+"""What every quantization method has to do, and that each wins on the trouble that it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qdiff.errors import InputError
+from qdiff.formats import format_named
+from qdiff.methods import METHODS, Problem, Solution, apply_method
+from qdiff.statistics import HISTOGRAM_BINS, InputStatistics
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(x: torch.Tensor, layers: int = 2, seed: int = 9) -> Problem:
+    """A group of layers that reads ``x [T, tokens, channels]``; all tokens are fitting or held-out ones."""
+    timesteps, tokens, channels = x.shape
+    statistics = InputStatistics(
+        layers=[f"layer{i}" for i in range(layers)],
+        amax=x.abs().amax(1),
+        square=x.square().mean(1),
+        histogram=torch.zeros(timesteps, HISTOGRAM_BINS),
+        rows=x.reshape(-1, channels),
+        rows_timestep=torch.arange(timesteps).repeat_interleave(tokens),
+    )
+    weights = [randn(24, channels, seed=seed + i) for i in range(layers)]
+    int8 = format_named("int8")
+    return Problem(statistics.layers, weights, statistics, int8, int8)
+
+
+def plain() -> Problem:
+    return problem(randn(4, 64, 32))
+
+
+def outlier_channels() -> Problem:
+    x = randn(4, 64, 32)
+    x[..., 5] *= 80
+    x[..., 11] *= 40
+    return problem(x)
+
+
+def moving_range() -> Problem:
+    return problem(randn(4, 64, 32).clamp(-3, 3) * torch.tensor([50.0, 10.0, 3.0, 1.0])[:, None, None])
+
+
+def heavy_tail() -> Problem:
+    # One value of half a million is five times as large as all others: the cut costs less than the finer grid gains.
+    x = randn(4, 4096, 32).clamp(-2, 2)
+    x[0, 0, 3] = 10.0
+    return problem(x)
+
+
+TROUBLES = {"smooth": outlier_channels, "timestep_scales": moving_range, "clip": heavy_tail}
+OPTIONS: dict[str, dict] = {"clip": {"ratios": (1.0, 0.8, 0.6, 0.4, 0.3)}}
+
+
+@pytest.mark.parametrize("make", [plain, outlier_channels, moving_range, heavy_tail])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_is_never_worse_on_the_fitting_tokens_and_says_why(name, make):
+    given = make()
+    starts = [Solution(), *(apply_method(other, {}, given, Solution()) for other in METHODS if other != name)]
+    for start in starts:
+        found = apply_method(name, {}, given, start)
+        assert given.error(found) <= given.error(start) * (1 + 1e-9)
+        assert found.methods == (*start.methods, name)
+        assert len(found.notes) == len(start.notes) + 1 and found.notes[-1].strip()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_an_unknown_option_is_refused_with_the_nearest(name):
+    with pytest.raises(InputError, match="has no option 'minimum_gain'"):
+        apply_method(name, {"minimum_gain": 1}, plain(), Solution())
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean smooth"):
+        apply_method("smoth", {}, plain(), Solution())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_wins_where_its_trouble_is(name):
+    """By 3 dB at least, which is half a bit, and on tokens that it did not see."""
+    given = TROUBLES[name]()
+    found = apply_method(name, OPTIONS.get(name, {}), given, Solution())
+    before, after = given.errors(Solution(), held_out=True), given.errors(found, held_out=True)
+    assert sum(after) < sum(before) / 2, found.notes
+    assert found != Solution().decide(name, found.notes[-1])
+
+
+def test_every_method_gives_another_result_than_every_other():
+    """A method that does nothing is a bug: on a tensor that has all three troubles no two agree, and none is the identity."""
+    x = heavy_tail().statistics.rows.reshape(4, 4096, 32) * torch.tensor([50.0, 10.0, 3.0, 1.0])[:, None, None]
+    x[..., 5] *= 30
+    given = problem(x)
+    errors = {"none": given.error(Solution())}
+    for name in METHODS:
+        errors[name] = given.error(
+            apply_method(name, {"minimum_gain_db": -100.0, **OPTIONS.get(name, {})}, given, Solution())
+        )
+    improved = {name: error for name, error in errors.items() if name in ("smooth", "timestep_scales", "none")}
+    assert len(set(improved.values())) == len(improved), errors
+
+
+def test_smoothing_moves_the_range_into_the_weight_and_keeps_the_product():
+    given = outlier_channels()
+    found = apply_method("smooth", {"strengths": (0.5,)}, given, Solution())
+    assert found.strength == 0.5 and found.multiplier is not None
+    assert found.multiplier[5] < found.multiplier.median() / 4
+    x, weight, m = (t.double() for t in (given.statistics.rows, given.weights[0], found.multiplier))
+    assert ((x * m) @ (weight / m).T - x @ weight.T).abs().max() <= 1e-10
+    assert torch.equal(given.ranges(found), (given.statistics.amax * found.multiplier).amax(1))
+
+
+def test_timestep_scales_bring_every_timestep_to_the_widest_range():
+    given = moving_range()
+    found = apply_method("timestep_scales", {}, given, Solution())
+    scale, stretch = given.activation_scale(found)
+    assert stretch is not None and float(stretch.min()) == 1
+    assert torch.allclose(given.ranges(found) * stretch, given.ranges(found).max().expand(4), rtol=2**-10)
+    assert torch.allclose(scale, given.ranges(found).max() / 127, rtol=2**-10)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-30, 1e-6])
+def test_a_timestep_without_a_signal_makes_no_nan(small):
+    x = randn(3, 64, 32)
+    x[1] *= small
+    given = problem(x)
+    for name in METHODS:
+        found = apply_method(name, {"minimum_gain_db": -100.0}, given, Solution())
+        assert all(error == error and error < 1 for error in given.errors(found)), (name, found.notes)
+        _, stretch = given.activation_scale(found)
+        assert stretch is None or torch.isfinite(stretch.half()).all()

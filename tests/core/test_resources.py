@@ -1,0 +1,56 @@
+"""What was used is measured, also when measured blocks stand inside each other; and a full disk is seen before the work."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from qdiff import resources
+from qdiff.errors import MemoryExhaustedError
+
+MB = 1_000_000
+
+
+def touch(megabytes: int) -> None:
+    """Takes memory for real, and gives it back."""
+    torch.ones(megabytes * MB // 4).add_(1)
+
+
+@pytest.mark.parametrize("kernel_mark", [True, False])
+def test_peak_and_seconds(monkeypatch, kernel_mark):
+    if not kernel_mark:  # macOS and containers without /proc: a thread polls
+
+        def no(self, text):
+            raise OSError("read-only")
+
+        monkeypatch.setattr(resources.Path, "write_text", no)
+    with resources.measure() as usage:
+        touch(200)
+        block = torch.ones(20 * MB)
+        time.sleep(0.1)
+    assert usage.peak_bytes - usage.start_bytes > 75 * MB * (2 if kernel_mark else 1)
+    assert 0.1 <= usage.seconds < 30
+    del block
+
+
+def test_an_inner_block_does_not_hide_what_came_before_it():
+    with resources.measure() as outer:
+        touch(300)
+        with resources.measure() as inner:
+            touch(40)
+    assert outer.peak_bytes - outer.start_bytes > 280 * MB
+    assert inner.peak_bytes - inner.start_bytes < 200 * MB
+    with resources.measure() as outer:
+        with resources.measure() as inner:
+            touch(300)
+        with resources.measure():
+            pass
+    assert outer.peak_bytes >= inner.peak_bytes > 280 * MB
+
+
+def test_too_little_disk_is_refused_before_the_work(tmp_path):
+    resources.require_disk(tmp_path / "not" / "yet" / "there", 1000, "the shard")
+    with pytest.raises(MemoryExhaustedError, match="the trajectory needs .* MB on disk"):
+        resources.require_disk(tmp_path, 10**18, "the trajectory")
