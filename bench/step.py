@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -121,7 +122,11 @@ def onnxruntime_model(path: Path) -> Run:
     import onnxruntime as ort
     import torch
 
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    settings = ort.SessionOptions()
+    settings.add_session_config_entry(
+        "session.force_spinning_stop", "1"
+    )  # else its threads burn the next contender's time
+    session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
@@ -151,12 +156,19 @@ def contenders(run: Any, float_graph: Path, peers: bool) -> dict[str, Run]:
 
 
 def measure(rows: dict[str, Run], call: dict[str, Tensor], rounds: int) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls each, interleaved, after one warm-up call each."""
+    """Seconds of ``rounds`` calls each, interleaved, after one warm-up call each.
+
+    Every round has another order: a contender pays for what the one before it leaves in the caches, so none always follows
+    the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for run in rows.values():
         run(call)
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for name, run in rows.items():
+        order = list(rows.items())
+        shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             run(call)
             seconds[name].append(time.perf_counter() - start)

@@ -22,16 +22,11 @@ from qdiff.calib.observers import OBSERVERS, Observer
 from qdiff.errors import IntegrityError
 from qdiff.events import Progress
 from qdiff.files import open_tensors, save_tensors
-from qdiff.models.base import Model
+from qdiff.models.base import Model, linear_layers
 from qdiff.statistics import InputStatistics, Statistics
 from qdiff.trajectory import Step, Trajectory
 
 PARTIAL = "statistics.partial.safetensors"
-
-
-def linear_layers(backbone: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that can be quantized, by name, in module order."""
-    return {name: module for name, module in backbone.named_modules() if type(module) is nn.Linear}
 
 
 def find_groups(model: Model, step: Step) -> dict[str, list[str]]:

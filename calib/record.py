@@ -91,11 +91,6 @@ def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
     return seconds[0], inputs_bytes
 
 
-def steps_of(model: Model, recording: Recording) -> int:
-    """Number of sampler steps: the one asked for, else the model's default."""
-    return recording.steps or int(model.defaults.get("num_inference_steps", 20))
-
-
 def record(model: Model, recording: Recording, folder: Path, owner: str = "") -> list[Path]:
     """Writes the missing shards of ``recording`` into ``folder``; returns all shards' paths.
 
@@ -111,7 +106,7 @@ def record(model: Model, recording: Recording, folder: Path, owner: str = "") ->
     for index, path in enumerate(paths):
         if index not in missing:
             require_shard(path, owner)
-    with Progress("record", len(missing) * steps_of(model, recording)) as progress:
+    with Progress("record", len(missing) * model.steps(recording.steps)) as progress:
         for index in missing:
             _record_shard(model, recording, index, folder, owner, progress)
     return paths

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.checkpoint import TIMESTEPS
 from qdiff.errors import InputError
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
 from qdiff.models.base import Family
 from qdiff.plan import Plan
-from qdiff.quantize import TIMESTEPS
 
 LARGEST_BATCH, LONGEST_PROMPT, LARGEST_CELLS = 256, 4096, 1024
 
@@ -38,10 +38,11 @@ def check_target(plan: Plan, target: Target) -> None:
         InputError: naming the layer and its formats.
     """
     for layer in plan.quantized:
-        if (layer.weights, layer.activations) not in target.runs:
+        if layer.by_token or (layer.weights, layer.activations) not in target.runs:
+            scales = " with scales by token" if layer.by_token else ""
             raise InputError(
-                f"layer {layer.name} is {layer.weights} x {layer.activations}, which {target.title} cannot run",
-                "choose another target, or another format for this layer",
+                f"layer {layer.name} is {layer.weights} x {layer.activations}{scales}, which {target.title} cannot run",
+                "choose another target, or another format for this layer; the engine `eager` runs every format in torch",
             )
 
 

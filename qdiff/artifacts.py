@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import qdiff
+from qdiff.differences import differences
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError
 from qdiff.events import log
 from qdiff.files import read_json, safe_child, sha256_file, sha256_json, write_json
@@ -43,6 +44,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "compare": ("quantize", "build"),
     "report": ("quantize", "export", "build", "compare"),
 }
+EDITABLE = "plan.json"  # the one output that people edit; --plan applies what they wrote
 _SEAL = "sha256"  # of the rest of the manifest: it decides which files are trusted, so it has to be whole and ours
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt")
 
@@ -54,22 +56,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-def _differences(recorded: Any, wanted: Any, path: str = "") -> list[str]:
-    if isinstance(recorded, dict) and isinstance(wanted, dict):
-        keys = sorted(set(recorded) | set(wanted))
-        return [
-            line
-            for key in keys
-            for line in _differences(recorded.get(key), wanted.get(key), f"{path}.{key}".strip("."))
-        ]
-    return [] if recorded == wanted else [f"{path}: there {_short(recorded)}, asked {_short(wanted)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _command(stage: str, path: Path) -> str:
@@ -209,9 +195,10 @@ class Run:
                     f"{name} of stage {stage!r} is missing in {self.path}", f"run: {_command(stage, self.path)} --force"
                 )
             if sha256_file(path) != digest:
+                option = f" --plan {path}" if name == EDITABLE else ""
                 raise IntegrityError(
                     f"{name} is not the file that stage {stage!r} wrote (its sha256 differs)",
-                    f"put the old file back, or run: {_command(stage, self.path)} --force",
+                    f"put the old file back, or run: {_command(stage, self.path)}{option} --force",
                 )
 
     def is_current(self, stage: str, inputs: dict[str, Any]) -> bool:
@@ -223,16 +210,36 @@ class Run:
         entry = self.manifest["stages"].get(stage)
         if entry is None:
             return False
-        changed = _differences(entry["inputs"], json.loads(json.dumps(inputs)))
+        changed = differences(entry["inputs"], json.loads(json.dumps(inputs)))
         if changed:
             raise InputError(
-                f"{self.path} holds another {stage!r}: " + "; ".join(changed[:6]),
-                "choose another folder with -o, or add --force to make this stage anew",
+                f"{self.path} holds another {stage!r}: "
+                + "; ".join(changed[:6])
+                + (f"; and {len(changed) - 6} more changes" if len(changed) > 6 else ""),
+                self._fix(stage),
             )
         if entry["status"] != "done":
             return False
         self.verify(stage)
         return True
+
+    def _fix(self, stage: str) -> str:
+        """What to do about a stage that was made from other inputs, and what that costs."""
+        later = self._made_from(stage)
+        fix = f"add --force to make {stage} anew"
+        fix += f", which forgets what was made from it: {', '.join(later)}" if later else ""
+        if not UPSTREAM[stage.partition(":")[0]]:
+            return f"choose another folder with -o, or {fix}"
+        return f"{fix}; `{_command(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
+
+    def _made_from(self, name: str) -> list[str]:
+        """Recorded stages that were made from ``name``, directly or not."""
+        own = name.partition(":")[0]
+        verbs = {own}
+        for verb, sources in UPSTREAM.items():  # in order: a stage comes after all that it is made from
+            if verbs & set(sources):
+                verbs.add(verb)
+        return [stage for stage in self.manifest["stages"] if stage.partition(":")[0] in verbs - {own}]
 
     @contextlib.contextmanager
     def stage(
@@ -305,10 +312,8 @@ class Run:
             shutil.rmtree(stale, ignore_errors=True)
 
     def _forget(self, name: str) -> None:
-        self.manifest["stages"].pop(name, None)
-        for later in list(self.manifest["stages"]):
-            if name.partition(":")[0] in UPSTREAM[later.partition(":")[0]]:
-                self._forget(later)
+        for stage in [name, *self._made_from(name)]:
+            self.manifest["stages"].pop(stage, None)
 
     def _write(self) -> None:
         order = list(UPSTREAM)

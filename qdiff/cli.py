@@ -55,6 +55,9 @@ RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry of the recipe")
 ]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="a plan.json edited by hand: take its decisions, not a recipe's")
+]
 EngineOption = Annotated[str | None, typer.Option("--engine", help="engine [default: the fastest that is there]")]
 CapabilityOption = Annotated[
     str | None, typer.Option("--compute-capability", help="GPU to build for, e.g. 8.9 or 12.0")
@@ -158,6 +161,7 @@ def quantize(
     run: RunArgument,
     recipe: RecipeOption = "int8",
     set: SetOption = None,
+    plan: PlanOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -168,7 +172,8 @@ def quantize(
     """
     from qdiff.stages import quantize as stage
 
-    _show(stage.quantize(_open(run), recipe, set, force=force, dry_run=dry_run), json, present.quantize)
+    result = stage.quantize(_open(run), recipe, set, plan_file=plan, force=force, dry_run=dry_run)
+    _show(result, json, present.quantize)
 
 
 @app.command()

@@ -75,7 +75,9 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"there is no {what} at {path}", "run the stage that makes it, or check the folder") from None
+        raise InputError(
+            f"{what} is missing: there is no {path}", "run the stage that makes it, or check the path"
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise IntegrityError(
             f"{what} at {path} is not valid JSON: {error}", "delete it and run its stage again"
@@ -111,7 +113,7 @@ def open_tensors(path: Path, what: str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
-        raise InputError(f"there is no {what} at {path}", "run the stage that makes it") from None
+        raise InputError(f"{what}: there is no {path}", "run the stage that makes it") from None
     except SafetensorError as error:
         raise IntegrityError(f"{what} at {path} is damaged: {error}", "delete it and run its stage again") from None
 

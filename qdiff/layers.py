@@ -1,15 +1,22 @@
 """Modules whose forward is the quantized graph.
 
-:class:`QuantLinear` computes, with every piece but the two quantizers optional,
+:class:`QuantLinear` computes, with every piece but the weight's quantizer optional,
 
-    y = ( Q(x * multiplier * r[t]) · Qw(W / multiplier)ᵀ ) / r[t] + bias
+    x' = (x * multiplier - shift) R
+    y  = ( Q(x' * r[t]) · Qw(W')ᵀ ) / r[t]  +  (x' · downᵀ) · upᵀ  +  bias
 
 - ``multiplier [in]`` is SmoothQuant's 1/s (arXiv 2211.10438, eq. 3); the weight carries s.
-- with an ``output_scale``, y is quantized as well: q and k of an attention, so that their product runs in INT8.
+- ``shift [in]`` moves the middle of asymmetric channels to zero; the bias carries what that takes away (``bias + W shift``).
+- ``R`` is a block Hadamard rotation (:mod:`qdiff.rotations`); the weight carries R as well, and R Rᵀ = 1.
+- ``down [rank, in]``, ``up [out, rank]`` is a low-rank branch in 16 bit (SVDQuant, arXiv 2411.05007); Qw holds the rest.
+- ``Q`` is static (one constant scale: INT8, FP8), by token, or by block at run time with a constant tensor scale (NVFP4) or
+  none (MX); without Q only weights are quantized.
 - ``r[t]`` is the per-timestep activation scale. A static engine needs a *constant* scale for Q, so instead of changing the
   scale with t, the tensor is stretched to the range of the widest timestep and the output shrunk back. ``r[t]`` is one
-  number for each calibrated timestep, gathered by the timestep's value, never by a call counter. The linear part is
-  exactly unchanged; only the rounding gets finer where the range is small.
+  number for each calibrated timestep, gathered by the timestep's value, never by a call counter.
+- with an ``output_scale``, y is quantized as well: q and k of an attention, so that their product runs in INT8.
+
+All of it but the rounding in Q and Qw is exact: without rounding y is the float layer's output.
 
 Between the timesteps that were calibrated the nearest one is used. The table is float32 and tiny (one number a timestep).
 
@@ -18,11 +25,14 @@ Between the timesteps that were calibrated the nearest one is used. The table is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff import ops
+from qdiff.formats import format_named
 
 
 class TimestepClock:
@@ -47,59 +57,97 @@ class TimestepClock:
         return table[self._index]
 
 
-class QuantLinear(nn.Module):
-    """A linear layer with packed weights and statically quantized input. See the module's docstring for the formula.
+@dataclass(frozen=True)
+class LinearForm:
+    """Which pieces a :class:`QuantLinear` has. Everything about its shape, nothing about its numbers.
 
     Args:
-        in_features, out_features: as in ``nn.Linear``.
-        bias: whether there is one.
-        weight_format, activation_format: rows of :data:`qdiff.formats.FORMATS`.
-        smooth: whether there is a ``multiplier``.
+        in_features, out_features, bias: as in ``nn.Linear``.
+        weights: a quantized row of :data:`qdiff.formats.FORMATS`.
+        activations: a row; one that is not quantized leaves the input as it is.
+        by_token: dynamic scales, one for each token, instead of a static one (formats without blocks).
+        smooth, shift: whether there is a ``multiplier`` and a ``shift``.
+        rotation: block size of the Hadamard rotation; 0: none.
+        rank: of the low-rank branch; 0: none.
         timesteps: number of calibrated timesteps if the layer has per-timestep scales, else 0.
-        clock: the backbone's clock; needed when ``timesteps`` is not 0.
-        output_format: format of the output, or ``None``: it stays float.
+        output: format of the output, or ``None``: it stays float.
+        kept: storage of the low-rank branch.
+    """
 
-    Buffers: ``codes [out, in]``, ``scale [out]``, ``bias [out]``, ``input_scale []``, ``multiplier [in]``,
-    ``timestep_scale [T]``, ``output_scale []``; those that are not used are absent.
+    in_features: int
+    out_features: int
+    bias: bool
+    weights: str
+    activations: str
+    by_token: bool = False
+    smooth: bool = False
+    shift: bool = False
+    rotation: int = 0
+    rank: int = 0
+    timesteps: int = 0
+    output: str | None = None
+    kept: str = "float16"
+
+    @property
+    def static(self) -> bool:
+        """Whether the input's scale is one constant."""
+        format = format_named(self.activations)
+        return format.quantized and not format.block and not self.by_token
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with packed weights and a quantized input. See the module's docstring for the formula.
+
+    Buffers, those that are not used being absent: ``codes`` (packed, :mod:`qdiff.packing`), ``scale`` (as the format stores
+    it), ``tensor_scale []`` (of the weight), ``bias [out]``, ``input_scale []`` (static scale, or the tensor scale of run-time
+    blocks), ``multiplier [in]``, ``shift [in]``, ``rotation [block, block]``, ``down [rank, in]``, ``up [out, rank]``,
+    ``timestep_scale [T]``, ``output_scale []``.
+
+    Args:
+        form: which pieces there are.
+        clock: the backbone's clock; needed with per-timestep scales.
     """
 
     codes: Tensor
     scale: Tensor
+    tensor_scale: Tensor | None
     bias: Tensor | None
-    input_scale: Tensor
+    input_scale: Tensor | None
     multiplier: Tensor | None
+    shift: Tensor | None
+    rotation: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
     timestep_scale: Tensor | None
     output_scale: Tensor | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        weight_format: str,
-        activation_format: str,
-        smooth: bool = False,
-        timesteps: int = 0,
-        clock: TimestepClock | None = None,
-        output_format: str | None = None,
-    ) -> None:
+    def __init__(self, form: LinearForm, clock: TimestepClock | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight_format, self.activation_format = weight_format, activation_format
-        self.clock = clock
-        self.output_format = output_format
-        self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(out_features))
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer("input_scale", torch.ones(()))
-        self.register_buffer("multiplier", torch.ones(in_features) if smooth else None)
-        self.register_buffer("timestep_scale", torch.ones(timesteps) if timesteps else None)
-        self.register_buffer("output_scale", torch.ones(()) if output_format else None)
+        self.form, self.clock = form, clock
+        weight, activation = format_named(form.weights), format_named(form.activations)
+        shape = (form.out_features, form.in_features)
+        scale_dtype = getattr(torch, weight.scale_storage or "float32")
+        kept = getattr(torch, form.kept)
+
+        def add(name: str, present: bool, *size: int, dtype: torch.dtype = torch.float32) -> None:
+            self.register_buffer(name, torch.ones(size).to(dtype) if present else None)
+
+        add("codes", True, *weight.packed_shape(shape), dtype=getattr(torch, weight.packed_storage))
+        add("scale", True, *weight.scale_shape(shape), dtype=scale_dtype)
+        add("tensor_scale", weight.tensor_scale)
+        add("bias", form.bias or form.shift, form.out_features)
+        add("input_scale", form.static or activation.tensor_scale)
+        add("multiplier", form.smooth, form.in_features)
+        add("shift", form.shift, form.in_features)
+        add("rotation", form.rotation > 0, form.rotation, form.rotation)
+        add("down", form.rank > 0, form.rank, form.in_features, dtype=kept)
+        add("up", form.rank > 0, form.out_features, form.rank, dtype=kept)
+        add("timestep_scale", form.timesteps > 0, form.timesteps)
+        add("output_scale", form.output is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [batch, ..., in]`` to ``[batch, ..., out]``."""
-        if self.multiplier is not None:
-            x = x * self.multiplier
+        x = transform(x, self.multiplier, self.shift, self.rotation)
         if self.timestep_scale is None:
             y = self._product(x, self.bias)
         else:
@@ -108,16 +156,40 @@ class QuantLinear(nn.Module):
             stretch = stretch.reshape(-1, *[1] * (x.dim() - 1))  # [batch, 1, ...]
             y = self._product(x * stretch, None) / stretch
             y = y if self.bias is None else y + self.bias
-        if self.output_scale is None or self.output_format is None:
+        if self.down is not None and self.up is not None:
+            y = y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        if self.output_scale is None or self.form.output is None:
             return y
-        return ops.quantize_dequantize(y, self.output_scale, self.output_format)
+        return ops.quantize_dequantize(y, self.output_scale, self.form.output)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = ops.quantize_dequantize(x, self.input_scale, self.activation_format)
-        return F.linear(x, ops.dequantize_weight(self.codes, self.scale, self.weight_format), bias)
+        weight = ops.dequantize_weight(self.codes, self.scale, self.tensor_scale, self.form.weights, x.dtype)
+        return F.linear(self._quantized(x), weight, bias)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        format = format_named(self.form.activations)
+        if not format.quantized:
+            return x
+        if format.block:
+            return ops.block_quantize_dequantize(x, self.input_scale, format.name)
+        if self.form.by_token:
+            return ops.token_quantize_dequantize(x, format.name)
+        assert self.input_scale is not None
+        return ops.quantize_dequantize(x, self.input_scale, format.name)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.weight_format} x {self.activation_format}"
+        return f"{self.form.in_features}, {self.form.out_features}, {self.form.weights} x {self.form.activations}"
+
+
+def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None, rotation: Tensor | None) -> Tensor:
+    """``(x * multiplier - shift) R`` with R block-diagonal: what a layer's input goes through before its quantizer."""
+    if multiplier is not None:
+        x = x * multiplier
+    if shift is not None:
+        x = x - shift
+    if rotation is not None:
+        x = (x.unflatten(-1, (-1, rotation.shape[-1])) @ rotation).flatten(-2)
+    return x
 
 
 class HalfLinear(nn.Module):

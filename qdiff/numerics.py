@@ -1,17 +1,35 @@
-"""Quantize and dequantize: pure functions, one implementation for each kind of format.
+"""Scales, codes and values of every format: pure functions, one implementation for each kind of scale and of element.
 
-Conventions: ``x`` has any shape; ``scale`` broadcasts against it; codes are ``clamp(round(x / scale))`` with ties to even,
-which is what ONNX ``QuantizeLinear`` computes, bit for bit. NaN and infinity never become codes silently: callers check
-their data with :func:`require_finite` where it enters.
+Conventions: ``x`` has any shape; ``scale`` broadcasts against it and is what codes are multiplied with, so of a format with a
+tensor scale it is the product of both. Codes are the grid values nearest to ``x / scale`` (:mod:`qdiff.grids`): of integers
+``clamp(round(x / scale))`` with ties to even, of floats the saturating cast. Both are what ONNX ``QuantizeLinear`` computes, bit
+for bit. Integers compute in the dtype of their operands, floats in float32 whatever comes in.
+
+NaN and infinity never become codes silently: callers check their data with :func:`require_finite` where it enters,
+:func:`quantize` refuses NaN, and :func:`quantize_dequantize` lets NaN through, where it is seen. Infinity saturates.
+
+How a scale follows from amax, the largest magnitude among those that share it, is :func:`choose_scale`, by the format's scale:
+
+- ``float16``: amax / largest, on the float16 grid. Rounding down by 2^-11 lets amax saturate by a fraction of a step.
+- ``e4m3``: E4M3(amax / (largest * tensor scale)), to nearest, between 2^-9 and 448. The order of operations and the lower end are
+  modelopt's: a block whose scale would round to 0 gets the smallest subnormal, so its small values are kept coarsely or
+  round to zero, and nothing is divided by 0. (torchao's lower end is the smallest normal, 2^-6.)
+- ``e8m0``: a power of two, between 2^-126 and 2^127. E8M0 also has 2^-127, but as float32 that is subnormal, and hardware that
+  flushes those to zero would divide by 0.
+
+Blocks of zeros get the scale 1 in all three; all their codes are 0.
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
+from qdiff import grids
 from qdiff.errors import InputError
-from qdiff.formats import Format
+from qdiff.formats import ELEMENTS, Format
 
 
 def require_finite(x: Tensor, what: str) -> None:
@@ -30,47 +48,112 @@ def require_finite(x: Tensor, what: str) -> None:
 
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-20, 65504.0
+SMALLEST_E4M3, LARGEST_E4M3 = 2.0**-9, 448.0
+SMALLEST_POWER, LARGEST_POWER = 2.0**-126, 2.0**127
+
+Rounding = Literal["floor", "up", "even"]
+"""How a scale becomes a power of two (:func:`choose_scale`); other kinds of scale take no notice of it."""
 
 
 def to_half_grid(x: Tensor) -> Tensor:
     """``x`` rounded to numbers that float16 holds, in its own dtype.
 
     Every scale and factor of a quantized layer lies on this grid, so the same layer computes with the same constants whether
-    an engine runs it in 32 or in 16 bit.
+    an engine runs it in 32 or in 16 bit. (Block and tensor scales are exempt: their formats say what they are.)
     """
     return x.to(torch.float16).to(x.dtype)
 
 
-def choose_scale(amax: Tensor, format: Format) -> Tensor:
-    """The scale that maps ``amax`` (>= 0, float) to the largest code, on the float16 grid; 1 where ``amax`` is 0, so that
-    zeros stay zeros."""
-    scale = to_half_grid((amax / format.largest).clamp(min=SMALLEST_SCALE, max=LARGEST_SCALE))
-    return torch.where(amax > 0, scale, torch.ones_like(amax))
+def choose_tensor_scale(amax: Tensor, format: Format, headroom: float = LARGEST_E4M3) -> Tensor:
+    """The float32 scale of a whole tensor: ``amax`` gets the largest code and the largest block scale. 1 where ``amax`` is 0.
+
+    Layers that read one tensor and are run as one (q, k, v) share it: pass the largest amax of all.
+
+    Args:
+        amax: largest magnitude, any shape.
+        format: one with a tensor scale.
+        headroom: what the block scale of ``amax`` becomes: 448, or less to leave room for larger scales (arXiv 2512.02010: 256).
+    """
+    scale = (amax.to(torch.float32) / (format.largest * headroom)).clamp(min=SMALLEST_POWER)
+    return torch.where(amax > 0, scale, torch.ones_like(scale))
+
+
+def choose_scale(
+    amax: Tensor, format: Format, tensor_scale: Tensor | None = None, rounding: Rounding = "floor"
+) -> Tensor:
+    """The scale that maps ``amax`` to the largest code, on the grid of the format's scale; 1 where ``amax`` is 0, so that
+    zeros stay zeros. See the module's docstring.
+
+    Args:
+        amax: largest magnitudes (>= 0, float), any shape.
+        format: a quantized format.
+        tensor_scale: of the tensor, for the formats that have one; it is not contained in the result.
+        rounding: of powers of two. ``floor``: 2^(floor(log2 amax) - emax), OCP MX v1.0, section 6.3; what lies above the largest
+            code's share of the binade saturates. ``up``: the next power above amax / largest, nothing saturates (NVIDIA's
+            cuBLAS, cuDNN and modelopt). ``even``: as floor, after rounding amax to the element's mantissa.
+
+    Returns:
+        Same shape; dtype of ``amax``, or float32 for block scales of 8 bits.
+
+    Raises:
+        InputError: a format without scales, or one with a tensor scale that is not given.
+    """
+    if format.scale == "float16":
+        scale = to_half_grid((amax / format.largest).clamp(min=SMALLEST_SCALE, max=LARGEST_SCALE))
+    elif format.scale == "e4m3":
+        if tensor_scale is None:
+            raise InputError(f"{format.name} needs the tensor's scale", "choose_tensor_scale gives it")
+        ideal = amax.to(torch.float32) / (format.largest * tensor_scale)
+        scale = grids.round_to_grid(ideal.clamp(min=SMALLEST_E4M3), ELEMENTS["e4m3"])
+    elif format.scale == "e8m0":
+        scale = _power_scale(amax.to(torch.float32), format, rounding)
+    else:
+        raise InputError(f"{format.name} has no scale", "quantize to a format that has one")
+    return torch.where(amax > 0, scale, torch.ones_like(scale))
+
+
+def _power_scale(amax: Tensor, format: Format, rounding: Rounding) -> Tensor:
+    element = format.element
+    if rounding == "up":
+        ideal = amax / element.largest
+        scale = grids.power_of_two(ideal)
+        scale = torch.where(ideal > scale, scale * 2, scale)
+    elif rounding in get_args(Rounding):
+        if rounding == "even":
+            fraction = element.mantissa_bits if element.kind == "float" else element.bits - 2
+            amax = amax + grids.power_of_two(amax) * 2.0 ** -(fraction + 1)  # half a unit of the last place kept
+        scale = grids.power_of_two(amax) * 2.0**-element.largest_exponent
+    else:
+        raise InputError(f"unknown rounding {rounding!r}", f"known: {', '.join(get_args(Rounding))}")
+    return scale.clamp(min=SMALLEST_POWER, max=LARGEST_POWER)
 
 
 def quantize(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """Codes of ``x`` in the format's storage dtype."""
-    codes = torch.round(x / scale).clamp_(format.lowest, format.highest)
-    return codes.to(getattr(torch, format.storage))
+    """Codes of ``x`` in the format's storage dtype, one an entry (:mod:`qdiff.packing` packs them). Infinity saturates.
+
+    Raises:
+        InputError: ``x`` or ``scale`` holds NaN, which no code stands for.
+    """
+    ratio = _ratio(x, scale, format)
+    if torch.isnan(ratio.sum()) and torch.isnan(ratio).any():
+        bad = int(torch.isnan(ratio).sum())
+        raise InputError(f"{bad} of {ratio.numel()} values are NaN, which has no {format.name} code")
+    return grids.encode(ratio, format.element)
 
 
 def dequantize(codes: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """Values of ``codes``, in the scale's dtype."""
-    return codes.to(scale.dtype) * scale
+    """Values of unpacked ``codes``, in the scale's dtype."""
+    return grids.decode(codes, format.element, scale.dtype) * scale
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """``dequantize(quantize(x))`` without the trip through the storage dtype; same shape and dtype as ``x``."""
-    return torch.round(x / scale).clamp_(format.lowest, format.highest) * scale
+    """``dequantize(quantize(x))`` without the trip through the storage dtype; same shape and dtype as ``x``.
 
-
-def quantize_weight(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Rounds a weight ``[out, ...]`` to nearest with one scale for each output channel.
-
-    Returns:
-        codes ``[out, ...]`` in the storage dtype and scales ``[out]`` in float32.
+    NaN stays NaN, infinity saturates.
     """
-    flat = weight.detach().reshape(weight.shape[0], -1).float()
-    scale = choose_scale(flat.abs().amax(dim=1), format)
-    codes = quantize(flat, scale[:, None], format)
-    return codes.reshape(weight.shape), scale
+    values = grids.round_to_grid(_ratio(x, scale, format), format.element)
+    return values * scale if format.kind == "integer" else values.mul_(scale).to(x.dtype)
+
+
+def _ratio(x: Tensor, scale: Tensor, format: Format) -> Tensor:
+    return x / scale if format.kind == "integer" else x.to(torch.float32) / scale.to(torch.float32)

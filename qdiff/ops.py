@@ -3,6 +3,9 @@
 A quantized layer's forward is written in these ops and in plain torch. Each op has an implementation (what is evaluated
 on CPU and CUDA), a fake (shapes, for tracing), and one translation for each export target in ``export/translations``.
 So the graph that is exported is the module that was evaluated: parity is by construction, and checked all the same.
+
+Three ops for activations, by who chooses the scale (a constant, each token, each block of 16 or 32 values), and one for weights.
+What is exact plain arithmetic (smoothing, rotations, low-rank branches) needs no op.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdiff import numerics
+from qdiff import blocks, numerics
 from qdiff.formats import format_named
+from qdiff.weights import QuantizedWeight
 
 
 @torch.library.custom_op("qdiff::quantize_dequantize", mutates_args=())
@@ -25,15 +29,46 @@ def _(x: Tensor, scale: Tensor, format: str) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("qdiff::token_quantize_dequantize", mutates_args=())
+def token_quantize_dequantize(x: Tensor, format: str) -> Tensor:
+    """Dynamic activation quantization: one scale for each row of the last axis, from that row's amax at run time."""
+    return blocks.quantize_dequantize_tokens(x, format_named(format))
+
+
+@token_quantize_dequantize.register_fake
+def _(x: Tensor, format: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("qdiff::block_quantize_dequantize", mutates_args=())
+def block_quantize_dequantize(x: Tensor, tensor_scale: Tensor | None, format: str) -> Tensor:
+    """Dynamic block quantization: one scale for each block of the last axis at run time, a multiple of the constant
+    ``tensor_scale`` (0-dim float32) where the format has one (NVFP4), else ``None`` (MX formats)."""
+    return blocks.quantize_dequantize_blocks(x, format_named(format), tensor_scale)
+
+
+@block_quantize_dequantize.register_fake
+def _(x: Tensor, tensor_scale: Tensor | None, format: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("qdiff::dequantize_weight", mutates_args=())
-def dequantize_weight(codes: Tensor, scale: Tensor, format: str) -> Tensor:
-    """A weight from its packed codes: ``codes [out, ...]`` times ``scale [out]``, in the scale's dtype."""
-    return numerics.dequantize(codes, scale.reshape(-1, *[1] * (codes.dim() - 1)), format_named(format))
+def dequantize_weight(
+    codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: str, dtype: torch.dtype
+) -> Tensor:
+    """A weight ``[out, in]`` in ``dtype`` from packed codes and scales (:class:`qdiff.weights.QuantizedWeight`)."""
+    return QuantizedWeight.from_packed(format_named(format), codes, scale, tensor_scale).dequantize().to(dtype)
 
 
 @dequantize_weight.register_fake
-def _(codes: Tensor, scale: Tensor, format: str) -> Tensor:
-    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+def _(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    columns = codes.shape[-1] * 8 // min(8, format_named(format).bits)
+    return torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
 
 
-OPS = {"quantize_dequantize": quantize_dequantize, "dequantize_weight": dequantize_weight}
+OPS = {
+    "quantize_dequantize": quantize_dequantize,
+    "token_quantize_dequantize": token_quantize_dequantize,
+    "block_quantize_dequantize": block_quantize_dequantize,
+    "dequantize_weight": dequantize_weight,
+}

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qdiff.errors import IntegrityError
 from qdiff.files import read_json, write_json
-from qdiff.formats import FORMATS
+from qdiff.formats import FORMATS, low_rank_bits
+
+Kept = Literal["float16", "bfloat16"]  # storage of every tensor that is not quantized
 
 
 class LayerPlan(BaseModel):
@@ -33,10 +35,21 @@ class LayerPlan(BaseModel):
     output: str | None = Field(
         None, description="format of the output, where targets run what follows in it; null: float"
     )
+    by_token: bool = Field(False, description="activation scales by token at run time instead of one constant")
     group: str | None = Field(
         None, description="layers with the same group read one tensor and share scale and smoothing"
     )
     smoothing: float | None = Field(None, description="SmoothQuant strength; null: none")
+    multiplier: bool = Field(
+        False, description="whether channels of the input are scaled, by smoothing or another method"
+    )
+    shift: bool = Field(False, description="whether channels of the input are moved to the middle of their range")
+    rotation: int = Field(0, description="block of the Hadamard rotation; 0: none")
+    rank: int = Field(0, description="rank of the low-rank branch in 16 bit; 0: none")
+    scale_rule: Literal["amax", "mse", "four_over_six"] = Field(
+        "amax", description="how the weight's scales are chosen"
+    )
+    rounding: str = Field("nearest", description="how the weight's codes are chosen: nearest, or the method's name")
     clip: float = Field(1.0, description="range kept, as a share of the largest value seen")
     timestep_scales: bool = False
     methods: list[str] = []
@@ -48,10 +61,16 @@ class LayerPlan(BaseModel):
         """Whether this layer's weights are in a quantized format."""
         return FORMATS[self.weights].quantized
 
-    def weight_bytes(self) -> int:
-        """Bytes of the stored weight with its scales, bias left out."""
+    def weight_bits(self) -> float:
+        """Bits of the stored weight with all its scales and its low-rank branch, for each of its elements."""
         rows, columns = self.shape
-        return round(rows * columns * FORMATS[self.weights].effective_bits(columns) / 8)
+        extra = low_rank_bits(rows, columns, self.rank) if self.rank else 0.0
+        return FORMATS[self.weights].stored_bits(self.shape) / (rows * columns) + extra
+
+    def weight_bytes(self) -> int:
+        """Bytes of the stored weight with its scales and its low-rank branch, bias left out."""
+        rows, columns = self.shape
+        return round(rows * columns * self.weight_bits() / 8)
 
 
 class Plan(BaseModel):
@@ -67,7 +86,7 @@ class Plan(BaseModel):
     config: dict[str, Any] = Field(description="the backbone's diffusers config: the model is rebuilt from it")
     backbone_class: str
     timesteps: list[float] = Field(description="calibrated timestep values, in sampling order")
-    kept: Literal["float16", "bfloat16"] = Field("float16", description="storage of every tensor that is not quantized")
+    kept: Kept = Field("float16", description="storage of every tensor that is not quantized")
     layers: list[LayerPlan]
 
     def save(self, path: Path) -> None:

@@ -66,8 +66,9 @@ def quantize(result: dict[str, Any]) -> str:
         before, after = (sum(row[key] for row in layers) for key in ("bytes_float", "bytes"))
         head = ("LAYER", "WEIGHTS", "ACTIVATIONS", "FLOAT", "PACKED", "WHY")
         return f"{table(rows, head)}\n{len(layers)} layers, {size(before)} -> {size(after)}"
+    by_hand = f", {result['layers_by_hand']} set by hand" if result["layers_by_hand"] else ""
     return (
-        f"recipe {result['recipe']}: {result['quantized_layers']} layers quantized, {result['kept_layers']} kept\n"
+        f"recipe {result['recipe']}: {result['quantized_layers']} layers quantized, {result['kept_layers']} kept{by_hand}\n"
         f"{size(result['float32_bytes'])} -> {size(result['packed_bytes'])} "
         f"({result['float32_bytes'] / result['packed_bytes']:.2f}x smaller), "
         f"worst step {result['worst_sqnr_db']:.1f} dB\n{result['plan']}  ({_used(result)})"
@@ -166,6 +167,7 @@ def inspect(result: dict[str, Any]) -> str:
         for name, row in result["stages"].items()
     ]
     lines.append(table(rows, ("STAGE", "STATE", "TIME", "PEAK MEMORY", "FILES")))
+    lines += [f"{name}: fix: {row['fix']}" for name, row in result["stages"].items() if row.get("fix")]
     if result["missing"]:
         lines.append(f"not done: {', '.join(result['missing'])}")
     if "plan" in result:

@@ -1,155 +1,319 @@
-"""(float model, recipe, statistics) -> (plan, quantized backbone), and back from the run folder.
+"""(float model, decisions, statistics) -> (plan, quantized backbone).
 
-Layers are replaced in place, group by group, so the float model and the quantized one never stand in memory together.
+Decisions are those of a recipe's methods (:func:`quantize`) or of a plan that somebody wrote (:func:`quantize_as_planned`).
+What is made from them is made by one class, :class:`_Realisation`, so a plan that is applied as it was decided gives the same
+bytes. Layers are replaced in place, group by group, so the float model and the quantized one never stand in memory together.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff import numerics
-from qdiff.errors import InputError, IntegrityError
+from qdiff.checkpoint import empty_layer, install_clock
+from qdiff.errors import InputError
 from qdiff.events import Progress
-from qdiff.files import open_tensors, save_tensors
 from qdiff.formats import format_named
 from qdiff.layers import HalfLinear, QuantLinear, TimestepClock
 from qdiff.methods import Problem, Solution, apply_method
-from qdiff.models.base import Model
-from qdiff.plan import LayerPlan, Plan
+from qdiff.methods.smooth import multiplier_for
+from qdiff.models.base import Model, linear_layers
+from qdiff.plan import Kept, LayerPlan, Plan
 from qdiff.recipe import Recipe
-from qdiff.statistics import Statistics
+from qdiff.rotations import hadamard
+from qdiff.scratch import Scratch
+from qdiff.sequential import BlockWalk
+from qdiff.statistics import InputStatistics, Statistics
+from qdiff.trajectory import Trajectory
 
-TIMESTEPS = "calibrated_timesteps"
+# What is decided for the layers of a group, given their entries as far as they are known before.
+Solve = Callable[[Problem, list[LayerPlan]], Solution]
 
 
-def quantize(model: Model, recipe: Recipe, statistics: Statistics) -> Plan:
-    """Quantizes ``model.backbone`` in place and returns the plan.
+def quantize(
+    model: Model,
+    recipe: Recipe,
+    statistics: Statistics,
+    trajectory: Trajectory | None = None,
+    scratch: Scratch | None = None,
+) -> Plan:
+    """Quantizes ``model.backbone`` in place by the methods of a recipe and returns the plan.
+
+    Args:
+        trajectory: needed by sequential recipes, which replay it block by block.
+        scratch: where finished blocks of a sequential recipe are kept, so that a killed run goes on with the next.
 
     Raises:
         InputError: a pattern or method of the recipe that does not exist, NaN in a weight, statistics of another model, or
             a recipe that would quantize nothing.
     """
-    backbone = model.backbone
-    layers = {name: module for name, module in backbone.named_modules() if type(module) is nn.Linear}
-    ignored = recipe.ignored(model.family.name, list(layers))
-    with_output = recipe.with_output(model.family.name, list(layers))
-    group_of = {name: group for group, entry in statistics.inputs.items() for name in entry.layers}
-    unknown = [name for name in layers if name not in group_of]
-    if unknown or len(group_of) != len(layers):
+
+    def solve(problem: Problem, members: list[LayerPlan]) -> Solution:
+        solution = Solution()
+        for method, options in recipe.methods.items():
+            solution = apply_method(method, options or {}, problem, solution)
+        return solution
+
+    entries = draft(model, recipe, statistics)
+    if not any(entry.quantized for entry in entries.values()):
+        raise InputError(f"recipe {recipe.name!r} ignores every layer", "nothing would be quantized; change ignore")
+    work = _Realisation(model, entries, solve, statistics, recipe.kept)
+    if recipe.sequential is None:
+        work.all_groups()
+    elif trajectory is None:
+        raise InputError(f"recipe {recipe.name!r} is sequential and needs the recorded trajectory", "calibrate first")
+    else:
+        work.block_by_block(trajectory, recipe.sequential.tokens, scratch)
+    return work.plan(recipe.name)
+
+
+def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Plan:
+    """Quantizes ``model.backbone`` in place by the decisions of ``plan`` and returns it with the errors that they make.
+
+    Args:
+        plan: one that :func:`qdiff.edited_plan.settle` has checked against this model and these statistics.
+    """
+
+    def solve(problem: Problem, members: list[LayerPlan]) -> Solution:
+        decided = members[0]  # the others of the group agree: settle() has seen to it
+        return Solution(
+            strength=decided.smoothing,
+            multiplier=None if decided.smoothing is None else multiplier_for(problem, decided.smoothing),
+            clip=decided.clip,
+            timestep_scales=decided.timestep_scales,
+            methods=tuple(decided.methods),
+        )
+
+    work = _Realisation(model, {layer.name: layer for layer in plan.layers}, solve, statistics, plan.kept)
+    work.all_groups()
+    return work.plan(plan.recipe)
+
+
+def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
+    """The group of every layer of the model that can be quantized.
+
+    Raises:
+        InputError: the statistics are of other layers.
+    """
+    layers = linear_layers(model.backbone)
+    groups = {name: group for group, entry in statistics.inputs.items() for name in entry.layers}
+    if groups.keys() != layers.keys():
         raise InputError(
-            f"the statistics are of another model: {len(group_of)} layers there, {len(layers)} here",
+            f"the statistics are of another model: {len(groups)} layers there, {len(layers)} here",
             "calibrate this model: qdiff calibrate … --force",
         )
-    if set(layers) <= set(ignored):
-        raise InputError(f"recipe {recipe.name!r} ignores every layer", "nothing would be quantized; change ignore")
-
-    clock = TimestepClock()
-    install_clock(backbone, clock, torch.tensor(statistics.timesteps))
-    planned: dict[str, LayerPlan] = {}
-    with Progress("quantize", len(layers)) as progress:
-        for group, entry in statistics.inputs.items():
-            members = [name for name in entry.layers if name not in ignored]
-            if members:
-                planned |= _quantize_group(backbone, group, members, layers, recipe, statistics, clock, with_output)
-            for name in entry.layers:
-                if name in ignored:
-                    planned[name] = _keep(backbone, name, layers[name], recipe, ignored[name])
-                del layers[name]
-            progress.advance(len(entry.layers))
-    _round_kept(backbone, recipe.kept)
-
-    order = [name for name, module in backbone.named_modules() if isinstance(module, QuantLinear | HalfLinear)]
-    return Plan(
-        family=model.family.name,
-        weights=model.weights,
-        fingerprint=model.fingerprint,
-        recipe=recipe.name,
-        config=json.loads(backbone.to_json_string()),  # type: ignore[operator]
-        backbone_class=type(backbone).__name__,
-        timesteps=statistics.timesteps,
-        kept=recipe.kept,
-        layers=[planned[name] for name in order],
-    )
+    return {name: groups[name] for name in layers}
 
 
-def _quantize_group(
-    backbone: nn.Module,
-    group: str,
-    members: list[str],
-    layers: dict[str, nn.Linear],
-    recipe: Recipe,
-    statistics: Statistics,
-    clock: TimestepClock,
-    with_output: Mapping[str, str],
-) -> dict[str, LayerPlan]:
-    weights = []
-    for name in members:
-        numerics.require_finite(layers[name].weight.detach(), f"the weight of {name}")
-        weights.append(layers[name].weight.detach().float())
-    problem = Problem(
-        members,
-        weights,
-        statistics.inputs[group],
-        format_named(recipe.scheme.weights),
-        format_named(recipe.scheme.activations),
-    )
-    solution = Solution()
-    for method, options in recipe.methods.items():
-        solution = apply_method(method, options or {}, problem, solution)
-    errors = problem.errors(solution, held_out=True)
-    scale, stretch = problem.activation_scale(solution)
-    planned = {}
-    kept = getattr(torch, recipe.kept)
-    for name, (codes, weight_scale), error in zip(members, problem.quantized_weights(solution), errors, strict=True):
-        linear = layers[name]
-        plan = LayerPlan(
+def draft(model: Model, recipe: Recipe, statistics: Statistics) -> dict[str, LayerPlan]:
+    """What the recipe alone says about every layer, before a method has decided anything: formats, groups, outputs.
+
+    Raises:
+        InputError: a pattern that matches no layer, or statistics of another model.
+    """
+    groups, layers = groups_of(model, statistics), linear_layers(model.backbone)
+    ignored = recipe.ignored(model.family.name, list(layers))
+    with_output = recipe.with_output(model.family.name, list(layers))
+    entries = {}
+    for name, linear in layers.items():
+        entry = LayerPlan(
             name=name,
             kind="Linear",
             shape=(linear.out_features, linear.in_features),
             bias=linear.bias is not None,
-            weights=recipe.scheme.weights,
-            activations=recipe.scheme.activations,
-            output=recipe.scheme.activations if name in with_output else None,
-            group=group,
-            smoothing=solution.strength,
-            clip=solution.clip,
-            timestep_scales=solution.timestep_scales,
-            methods=list(solution.methods),
-            why="; ".join(
-                [
-                    *solution.notes,
-                    *([f"output {recipe.scheme.activations} where the target runs it"] if name in with_output else []),
-                ]
-            ),
-            sqnr_db=round(-10 * torch.tensor(max(error, 1e-30)).log10().item(), 3),
+            weights=recipe.kept,
+            activations=recipe.kept,
+            why=f"kept: ignore pattern {ignored.get(name)!r} of recipe {recipe.name}",
         )
-        module = _empty_layer(plan, len(statistics.timesteps), clock)
-        module.load_state_dict(
-            {
-                key: value.clone()  # members of a group get equal values, not one shared tensor
-                for key, value in {
-                    "codes": codes,
-                    "scale": weight_scale,
-                    "bias": None if linear.bias is None else linear.bias.detach().to(kept).float(),
-                    "input_scale": scale,
-                    "multiplier": solution.multiplier,
-                    "timestep_scale": stretch,
-                    "output_scale": output_scale(statistics.outputs[name], plan),
-                }.items()
-                if value is not None
-            },
-            assign=True,
+        if name not in ignored:
+            scheme, output = recipe.scheme, recipe.scheme.activations if name in with_output else None
+            entry = entry.model_copy(
+                update={
+                    "weights": scheme.weights,
+                    "activations": scheme.activations,
+                    "by_token": scheme.by_token,
+                    "output": output,
+                    "group": groups[name],
+                    "why": f"output {output} where the target runs it" if output else "",
+                }
+            )
+        entries[name] = entry
+    return entries
+
+
+class _Realisation:
+    """Carries decisions out, group by group: float layers go, quantized ones come.
+
+    Args:
+        model: its backbone is changed in place.
+        entries: what is known of every layer before.
+        solve: decides about a group.
+        kept: storage of what is not quantized.
+    """
+
+    def __init__(
+        self, model: Model, entries: dict[str, LayerPlan], solve: Solve, statistics: Statistics, kept: Kept
+    ) -> None:
+        self.model, self.entries, self.solve, self.statistics, self.kept = model, entries, solve, statistics, kept
+        self.backbone = model.backbone
+        self.layers = linear_layers(self.backbone)
+        self.planned = dict(entries)
+        self.clock = TimestepClock()
+        install_clock(self.backbone, self.clock, torch.tensor(statistics.timesteps))
+        _round_kept(self.backbone, kept)
+
+    def all_groups(self) -> None:
+        """Every group on the statistics of the float model."""
+        with Progress("quantize", len(self.layers)) as progress:
+            for group, entry in self.statistics.inputs.items():
+                self._group(group, entry)
+                progress.advance(len(entry.layers))
+
+    def block_by_block(self, trajectory: Trajectory, tokens: int, scratch: Scratch | None) -> None:
+        """Every block on the states that the quantized blocks before it produce; the rest, first, as :meth:`all_groups`."""
+        blocks = self.model.family.blocks(self.backbone)
+        groups = self.statistics.inputs
+        outside = [group for group in groups if not any(group.startswith(f"{block}.") for block in blocks)]
+        with Progress("quantize", len(self.layers)) as progress:
+            for group in outside:
+                self._group(group, groups[group])
+                progress.advance(len(groups[group].layers))
+            walk = BlockWalk(self.model, self.clock, trajectory, self.statistics.timesteps, tokens)
+            for block in walk.blocks:
+                inside = [name for name in self.layers if name.startswith(f"{block}.")]
+                if scratch is None or not self._restore(scratch, block):
+                    for group, entry in walk.observe(block, groups).items():
+                        self._group(group, entry)
+                    if scratch is not None:
+                        self._keep_block(scratch, block, inside)
+                walk.advance(block)
+                progress.advance(len(inside))
+
+    def plan(self, recipe: str) -> Plan:
+        """The plan of what was done, in the order of the backbone's modules."""
+        modules = self.backbone.named_modules()
+        order = [name for name, module in modules if isinstance(module, QuantLinear | HalfLinear)]
+        return Plan(
+            family=self.model.family.name,
+            weights=self.model.weights,
+            fingerprint=self.model.fingerprint,
+            recipe=recipe,
+            config=backbone_config(self.backbone),
+            backbone_class=type(self.backbone).__name__,
+            timesteps=self.statistics.timesteps,
+            kept=self.kept,
+            layers=[self.planned[name] for name in order],
         )
-        backbone.set_submodule(name, module)
-        planned[name] = plan
-    return planned
+
+    def _group(self, group: str, inputs: InputStatistics) -> None:
+        members = [self.entries[name] for name in inputs.layers if self.entries[name].quantized]
+        if members:
+            self._quantize(members, inputs)
+        for name in inputs.layers:
+            if not self.entries[name].quantized:
+                _keep(self.backbone, self.entries[name], self.layers[name])
+            del self.layers[name]
+
+    def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> None:
+        weights = []
+        for entry in members:
+            weight = self.layers[entry.name].weight.detach()
+            numerics.require_finite(weight, f"the weight of {entry.name}")
+            weights.append(weight.float())
+        problem = Problem(
+            [entry.name for entry in members],
+            weights,
+            inputs,
+            format_named(members[0].weights),
+            format_named(members[0].activations),
+            members[0].by_token,
+        )
+        solution = self.solve(problem, members)
+        errors = problem.errors(solution, held_out=True)
+        for index, (entry, error) in enumerate(zip(members, errors, strict=True)):
+            plan = entry.model_copy(
+                update={
+                    "smoothing": solution.strength,
+                    "multiplier": solution.multiplier is not None,
+                    "shift": solution.shift is not None,
+                    "rotation": solution.rotation,
+                    "rank": solution.rank,
+                    "scale_rule": solution.rule,
+                    "rounding": solution.rounding,
+                    "clip": solution.clip,
+                    "timestep_scales": solution.timestep_scales,
+                    "methods": list(solution.methods),
+                    "why": "; ".join(note for note in (*solution.notes, entry.why) if note),
+                    "sqnr_db": round(-10 * torch.tensor(max(error, 1e-30)).log10().item(), 3),
+                }
+            )
+            state = _tensors(problem, solution, index, self.layers[entry.name].bias, self.kept)
+            state["output_scale"] = output_scale(self.statistics.outputs[entry.name], plan)
+            # Members of a group get equal values, not one shared tensor.
+            self._place(plan, {key: value.clone() for key, value in state.items() if value is not None})
+
+    def _place(self, plan: LayerPlan, state: dict[str, Tensor]) -> None:
+        module = empty_layer(plan, len(self.statistics.timesteps), self.clock, self.kept)
+        module.load_state_dict(state, assign=True)
+        self.backbone.set_submodule(plan.name, module)
+        self.planned[plan.name] = plan
+
+    def _keep_block(self, scratch: Scratch, block: str, names: list[str]) -> None:
+        state = {
+            f"{name}|{key}": value
+            for name in names
+            for key, value in self.backbone.get_submodule(name).state_dict().items()
+        }
+        scratch.save(block, state, [self.planned[name].model_dump(mode="json") for name in names])
+
+    def _restore(self, scratch: Scratch, block: str) -> bool:
+        found = scratch.load(block)
+        if found is None:
+            return False
+        tensors, entries = found
+        for entry in (LayerPlan.model_validate(value) for value in entries):
+            prefix = f"{entry.name}|"
+            self._place(
+                entry, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            )
+            del self.layers[entry.name]
+        return True
+
+
+def backbone_config(backbone: nn.Module) -> dict[str, Any]:
+    """The diffusers config that the backbone is rebuilt from, as JSON values."""
+    return json.loads(backbone.to_json_string())  # type: ignore[operator]
+
+
+def _tensors(
+    problem: Problem, solution: Solution, index: int, bias: Tensor | None, kept: Kept
+) -> dict[str, Tensor | None]:
+    """The buffers of a group's layer ``index`` (:class:`qdiff.layers.QuantLinear`), but for its output's scale."""
+    storage = getattr(torch, kept)
+    weight = problem.quantized_weights(solution)[index]
+    scale, stretch = problem.activation_scale(solution)
+    given = problem.biases(solution)[index]
+    bias = None if bias is None else bias.detach().float()
+    total = given if bias is None else bias if given is None else bias + given
+    down, up = (None, None) if solution.low_rank is None else solution.low_rank[index]
+    return {
+        "codes": weight.packed(),
+        "scale": weight.scale,
+        "tensor_scale": weight.tensor_scale,
+        "bias": None if total is None else total.to(storage).float(),
+        "input_scale": scale,
+        "multiplier": solution.multiplier,
+        "shift": solution.shift,
+        "rotation": hadamard(solution.rotation) if solution.rotation else None,
+        "down": None if down is None else down.to(storage),
+        "up": None if up is None else up.to(storage),
+        "timestep_scale": stretch,
+    }
 
 
 def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
@@ -157,122 +321,18 @@ def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
     return None if plan.output is None else numerics.choose_scale(amax.max(), format_named(plan.output))
 
 
-def _keep(backbone: nn.Module, name: str, linear: nn.Linear, recipe: Recipe, pattern: str) -> LayerPlan:
-    plan = LayerPlan(
-        name=name,
-        kind="Linear",
-        shape=(linear.out_features, linear.in_features),
-        bias=linear.bias is not None,
-        weights=recipe.kept,
-        activations=recipe.kept,
-        why=f"kept: ignore pattern {pattern!r} of recipe {recipe.name}",
-    )
-    module = _empty_layer(plan, 0, None)
-    state = {"weight": linear.weight.detach().to(getattr(torch, recipe.kept))}
+def _keep(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear) -> None:
+    module = empty_layer(plan, 0, None, "float16")
+    state = {"weight": linear.weight.detach().to(getattr(torch, plan.weights))}
     if linear.bias is not None:
         state["bias"] = linear.bias.detach().to(state["weight"].dtype).float()
     module.load_state_dict(state, assign=True)
-    backbone.set_submodule(name, module)
-    return plan
-
-
-def _empty_layer(plan: LayerPlan, timesteps: int, clock: TimestepClock | None) -> nn.Module:
-    out_features, in_features = plan.shape
-    with torch.device("meta"):
-        if not plan.quantized:
-            return HalfLinear(in_features, out_features, plan.bias, getattr(torch, plan.weights))
-        return QuantLinear(
-            in_features,
-            out_features,
-            plan.bias,
-            plan.weights,
-            plan.activations,
-            smooth=plan.smoothing is not None,
-            timesteps=timesteps if plan.timestep_scales else 0,
-            clock=clock,
-            output_format=plan.output,
-        )
+    backbone.set_submodule(plan.name, module)
 
 
 def _round_kept(backbone: nn.Module, kept: str) -> None:
     """Rounds the parameters outside linear layers to the storage they get, so that this model equals the loaded one."""
+    linear = {id(parameter) for layer in linear_layers(backbone).values() for parameter in layer.parameters()}
     for parameter in backbone.parameters():
-        parameter.data = parameter.data.to(getattr(torch, kept)).float()
-
-
-def install_clock(backbone: nn.Module, clock: TimestepClock, timesteps: Tensor) -> None:
-    """Sets the clock at the start of every forward of the backbone, from the value of its ``timestep`` argument."""
-    backbone.register_buffer(TIMESTEPS, timesteps.float())
-    names = list(inspect.signature(type(backbone).forward).parameters)[1:]
-
-    def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        timestep = given["timestep"]
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor([float(timestep)])
-        clock.set(timestep, getattr(module, TIMESTEPS))
-
-    backbone.register_forward_pre_hook(set_clock, with_kwargs=True)
-
-
-def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
-    """Writes codes, scales and everything that was kept as one safetensors file, really packed."""
-    kept = getattr(torch, plan.kept)
-    parameters = dict(backbone.named_parameters())
-    tensors = {
-        name: tensor.detach().to(kept) if name in parameters else tensor.detach()
-        for name, tensor in backbone.state_dict().items()
-    }
-    save_tensors(path, tensors, {"qdiff": json.dumps({"recipe": plan.recipe, "fingerprint": plan.fingerprint})})
-
-
-def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module:
-    """Builds the quantized backbone from the plan and the packed tensors; the float weights are not needed.
-
-    Args:
-        outputs: ``False`` leaves the quantizers of layers' outputs away, for targets that run what follows in 16 bit.
-
-    Raises:
-        InputError: the file is missing.
-        IntegrityError: the file is damaged or does not fit the plan.
-    """
-    import accelerate
-    import diffusers
-
-    cls = getattr(diffusers, plan.backbone_class, None)
-    if cls is None or not hasattr(cls, "from_config"):
-        raise IntegrityError(
-            f"the plan names the backbone class {plan.backbone_class!r}, which diffusers does not have"
-        )
-    try:
-        with accelerate.init_empty_weights(include_buffers=False):
-            backbone = cls.from_config(plan.config)
-    except Exception as error:  # whatever diffusers and torch say about a config that is none
-        raise IntegrityError(
-            f"the plan's config does not make a {plan.backbone_class}: {str(error)[:200]}",
-            "quantize again with --force",
-        ) from error
-    clock = TimestepClock()
-    install_clock(backbone, clock, torch.tensor(plan.timesteps))
-    for layer in plan.layers:
-        try:
-            planned = layer if outputs else layer.model_copy(update={"output": None})
-            backbone.set_submodule(layer.name, _empty_layer(planned, len(plan.timesteps), clock), strict=True)
-        except AttributeError:
-            raise IntegrityError(
-                f"the plan names the layer {layer.name!r}, which the model does not have", "quantize again with --force"
-            ) from None
-    parameters = {name for name, _ in backbone.named_parameters()}
-    with open_tensors(path, "the quantized checkpoint") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    state = {
-        name: tensor.float() if name in parameters else tensor
-        for name, tensor in tensors.items()
-        if outputs or not name.endswith(".output_scale")
-    }
-    try:
-        backbone.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise IntegrityError(f"{path} does not fit the plan: {reason[:200]}", "quantize again with --force") from None
-    return backbone.eval().requires_grad_(False)
+        if id(parameter) not in linear:
+            parameter.data = parameter.data.to(getattr(torch, kept)).float()

@@ -13,28 +13,52 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qdiff.errors import InputError, UsageError, nearest, unknown_name
 from qdiff.formats import FORMATS
+from qdiff.plan import Kept
 
 
 class Scheme(BaseModel):
-    """Formats of weights and activations of every targeted layer."""
+    """Formats of weights and activations of every targeted layer.
+
+    ``activations`` may be a plain format: then only weights are quantized. ``by_token`` gives activations one scale for each
+    token at run time instead of one constant; formats with blocks scale their blocks at run time anyway.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     weights: str
     activations: str
+    by_token: bool = False
 
     @field_validator("weights", "activations")
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in FORMATS:
             raise ValueError(f"unknown format {value!r}, known: {', '.join(FORMATS)}")
-        if not FORMATS[value].quantized:
-            raise ValueError(f"{value!r} is no quantized format; leave layers alone with ignore")
         return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Scheme:
+        if not FORMATS[self.weights].quantized:
+            raise ValueError(f"weights: {self.weights!r} is no quantized format; leave layers alone with ignore")
+        activations = FORMATS[self.activations]
+        if self.by_token and (activations.block or not activations.quantized):
+            raise ValueError(f"by_token: {self.activations!r} has no scale by token")
+        return self
+
+
+class Sequential(BaseModel):
+    """Quantize block by block, each on what the quantized blocks before it hand over (:mod:`qdiff.sequential`).
+
+    ``tokens`` is how many of each tensor are kept for the methods, half to fit and half to judge.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int = Field(4096, ge=16, le=1_000_000)
 
 
 class Recipe(BaseModel):
@@ -51,7 +75,8 @@ class Recipe(BaseModel):
     outputs: dict[str, list[str]] = Field(
         default={}, description="patterns of layers whose output is quantized too (q and k of attentions), by family"
     )
-    kept: Literal["float16", "bfloat16"] = "float16"
+    kept: Kept = "float16"
+    sequential: Sequential | None = None
     methods: dict[str, dict[str, Any]] = {}
 
     def ignored(self, family: str, names: list[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
 
 
 @translates("qdiff::dequantize_weight", "onnxruntime", "tensorrt")
-def dequantize_weight(codes: Any, scale: Any, format: str) -> Any:
+def dequantize_weight(codes: Any, scale: Any, tensor_scale: Any, format: str, dtype: int) -> Any:
     """DQ along the output channels (axis 0)."""
     from onnxscript import opset23 as op
 

@@ -4,6 +4,11 @@ A *problem* is a group of layers that read one tensor, with that tensor's statis
 A method takes both and returns a solution that is no worse on the fitting tokens; the recipe says which methods run, in
 which order, with which options. The error that methods compare is the one that matters downstream: of the layers' outputs,
 relative to the float outputs, on real tokens.
+
+A solution has two parts. The *transform* (smoothing, shift, rotation, low-rank branch) changes nothing without rounding; what it
+leaves for the quantizers are :meth:`Problem.inputs` and :meth:`Problem.residuals`. The *rounding* (which rule chooses the
+weights' scales, and codes that GPTQ or AdaRound chose instead of the nearest ones) belongs to one transform: changing the
+transform drops the codes. So methods of the transform come first in a recipe.
 """
 
 from __future__ import annotations
@@ -17,27 +22,58 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from qdiff import numerics
+from qdiff import blocks, numerics, weights
 from qdiff.errors import InputError, nearest
 from qdiff.formats import Format
+from qdiff.layers import transform
 from qdiff.registry import Registry
+from qdiff.rotations import hadamard, rotate_columns
 from qdiff.statistics import InputStatistics
+from qdiff.weights import QuantizedWeight
+
+TRANSFORM = ("multiplier", "shift", "rotation", "low_rank")
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Decisions about one group. ``notes`` says why, one sentence a method."""
+    """Decisions about one group. ``notes`` says why, one sentence a method.
+
+    Args:
+        strength: SmoothQuant's, for the plan; the numbers are in ``multiplier``.
+        multiplier, shift: ``[in]``; ``(x * multiplier - shift)`` is what is rotated and quantized.
+        rotation: block of the Hadamard rotation; 0: none.
+        low_rank: for each layer ``(down [rank, in], up [out, rank])`` in transformed coordinates, or ``None``: no branch.
+        rule: how the weights' scales are chosen (:data:`qdiff.weights.Rule`).
+        rounded: for each layer its weight as a method rounded it; ``None``: to nearest.
+        rounding: name of that method, for the plan.
+        clip, timestep_scales: of static activations.
+    """
 
     strength: float | None = None
-    multiplier: Tensor | None = None  # [in], 1/s of SmoothQuant
+    multiplier: Tensor | None = None
+    shift: Tensor | None = None
+    rotation: int = 0
+    low_rank: tuple[tuple[Tensor, Tensor], ...] | None = None
+    rule: weights.Rule = "amax"
+    rounded: tuple[QuantizedWeight, ...] | None = None
+    rounding: str = "nearest"
     clip: float = 1.0
     timestep_scales: bool = False
     methods: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def decide(self, method: str, note: str, **changes: Any) -> Solution:
-        """This solution with ``changes`` made by ``method``."""
+        """This solution with ``changes`` made by ``method``; codes rounded for another transform or rule are dropped."""
+        if "rounded" not in changes and any(name in changes for name in (*TRANSFORM, "rule")):
+            changes |= {"rounded": None, "rounding": "nearest"}
+        elif "rounded" in changes:
+            changes.setdefault("rounding", method)
         return replace(self, methods=(*self.methods, method), notes=(*self.notes, note), **changes)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank branches; 0: none."""
+        return 0 if self.low_rank is None else self.low_rank[0][0].shape[0]
 
 
 @dataclass
@@ -48,7 +84,8 @@ class Problem:
         names: the layers.
         weights: their float weights ``[out, in]``, in the same order.
         statistics: of the tensor they read.
-        weight_format, activation_format: what they become.
+        weight_format, activation_format: what they become; activations in a plain format stay as they are.
+        by_token: dynamic activation scales, one for each token.
     """
 
     names: list[str]
@@ -56,24 +93,64 @@ class Problem:
     statistics: InputStatistics
     weight_format: Format
     activation_format: Format
+    by_token: bool = False
     _targets: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def static(self) -> bool:
+        """Whether the input gets one constant scale."""
+        return self.activation_format.quantized and not self.activation_format.block and not self.by_token
 
     def rows(self, held_out: bool) -> tuple[Tensor, Tensor]:
         """Calibration tokens ``[N, in]`` and the index of their timestep ``[N]``: even ones to fit, odd ones to judge."""
         part = slice(int(held_out), None, 2)
         return self.statistics.rows[part].float(), self.statistics.rows_timestep[part]
 
-    def ranges(self, solution: Solution) -> Tensor:
-        """Largest magnitude at each timestep after smoothing and clipping, ``[T]``. Exact: from the channels' amax."""
-        amax = self.statistics.amax
-        if solution.multiplier is not None:
-            amax = amax * solution.multiplier
-        return amax.amax(dim=1) * solution.clip
+    def inputs(self, solution: Solution, x: Tensor) -> Tensor:
+        """What the transform makes of the input ``x [N, in]``, before its quantizer."""
+        rotation = hadamard(solution.rotation) if solution.rotation else None
+        return transform(x, solution.multiplier, solution.shift, rotation)
 
-    def activation_scale(self, solution: Solution) -> tuple[Tensor, Tensor | None]:
-        """The constant scale ``[]`` and, with per-timestep scales, the stretch ``r [T]`` (design: Q(x * r[t]) / r[t])."""
-        ranges = self.ranges(solution)
-        widest = ranges.max()
+    def transformed_weights(self, solution: Solution) -> list[Tensor]:
+        """The weights that :meth:`inputs` are to be multiplied with."""
+        moved = self.weights
+        if solution.multiplier is not None:
+            moved = [weight / solution.multiplier for weight in moved]
+        if solution.rotation:
+            moved = [rotate_columns(weight, solution.rotation) for weight in moved]
+        return moved
+
+    def residuals(self, solution: Solution) -> list[Tensor]:
+        """The transformed weights without what their low-rank branches hold: what is quantized."""
+        moved = self.transformed_weights(solution)
+        if solution.low_rank is None:
+            return moved
+        return [weight - up @ down for weight, (down, up) in zip(moved, solution.low_rank, strict=True)]
+
+    def ranges(self, solution: Solution) -> Tensor:
+        """Largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
+
+        Exact from the channels' amax without shift and rotation; otherwise that of the calibration tokens.
+        """
+        if solution.shift is None and not solution.rotation:
+            amax = self.statistics.amax
+            if solution.multiplier is not None:
+                amax = amax * solution.multiplier.abs()
+            return amax.amax(dim=1) * solution.clip
+        magnitudes = self.inputs(solution, self.statistics.rows.float()).abs().amax(dim=1)
+        ranges = torch.zeros(len(self.statistics.amax))
+        return ranges.scatter_reduce(0, self.statistics.rows_timestep, magnitudes, "amax") * solution.clip
+
+    def activation_scale(self, solution: Solution) -> tuple[Tensor | None, Tensor | None]:
+        """The constant scale ``[]`` and, with per-timestep scales, the stretch ``r [T]`` (Q(x * r[t]) / r[t]).
+
+        Of formats with run-time blocks the scale is the tensor's, or ``None`` where they have none, or where scales are by token.
+        """
+        widest = (ranges := self.ranges(solution)).max()
+        if self.activation_format.tensor_scale:
+            return numerics.choose_tensor_scale(widest, self.activation_format), None
+        if not self.static:
+            return None, None
         scale = numerics.choose_scale(widest, self.activation_format)
         if not solution.timestep_scales:
             return scale, None
@@ -81,12 +158,53 @@ class Problem:
             torch.where(ranges > 0, widest / ranges, torch.ones_like(ranges)).clamp(max=1e4)
         )
 
-    def quantized_weights(self, solution: Solution) -> list[tuple[Tensor, Tensor]]:
-        """Codes and scales of every layer's smoothed weight."""
-        smoothed = (
-            self.weights if solution.multiplier is None else [weight / solution.multiplier for weight in self.weights]
-        )
-        return [numerics.quantize_weight(weight, self.weight_format) for weight in smoothed]
+    def quantized_inputs(self, solution: Solution, x: Tensor, timestep: Tensor) -> Tensor:
+        """What the layer's products see of the input ``x [N, in]`` with the timestep indices ``[N]``."""
+        x = self.inputs(solution, x)
+        if not self.activation_format.quantized:
+            return x
+        scale, stretch = self.activation_scale(solution)
+        if self.activation_format.block:
+            return blocks.quantize_dequantize_blocks(x, self.activation_format, scale)
+        if scale is None:
+            return blocks.quantize_dequantize_tokens(x, self.activation_format)
+        if stretch is None:
+            return numerics.quantize_dequantize(x, scale, self.activation_format)
+        by_row = stretch[timestep][:, None]
+        return numerics.quantize_dequantize(x * by_row, scale, self.activation_format) / by_row
+
+    def weight_tensor_scale(self, solution: Solution) -> Tensor | None:
+        """The tensor scale that all weights of the group share, because engines may run them as one; ``None`` without one."""
+        amax = torch.stack([weight.abs().max() for weight in self.residuals(solution)]).max()
+        return weights.choose_weight_tensor_scale(amax, self.weight_format, solution.rule)
+
+    def nearest_weights(self, solution: Solution) -> list[QuantizedWeight]:
+        """The residual weights rounded to nearest, with the solution's rule for their scales."""
+        tensor_scale = self.weight_tensor_scale(solution)
+        return [
+            weights.quantize_weight(weight, self.weight_format, solution.rule, tensor_scale=tensor_scale)
+            for weight in self.residuals(solution)
+        ]
+
+    def quantized_weights(self, solution: Solution) -> list[QuantizedWeight]:
+        """Every layer's quantized weight: as a method rounded it, else to nearest."""
+        return list(solution.rounded) if solution.rounded is not None else self.nearest_weights(solution)
+
+    def biases(self, solution: Solution) -> list[Tensor | None]:
+        """What the shift of the input takes from each layer's output and its bias has to give back, ``[out]``."""
+        if solution.shift is None:
+            return [None] * len(self.names)
+        unrotated = replace(solution, rotation=0)
+        return [weight @ solution.shift for weight in self.transformed_weights(unrotated)]
+
+    def outputs(self, solution: Solution, x: Tensor, timestep: Tensor) -> list[Tensor]:
+        """Each layer's output ``[N, out]`` as it will be computed, bias left out."""
+        moved = self.inputs(solution, x)
+        rounded = self.quantized_inputs(solution, x, timestep)
+        results = [rounded @ weight.dequantize().T for weight in self.quantized_weights(solution)]
+        if solution.low_rank is not None:
+            results = [y + (moved @ down.T) @ up.T for y, (down, up) in zip(results, solution.low_rank, strict=True)]
+        return [y if bias is None else y + bias for y, bias in zip(results, self.biases(solution), strict=True)]
 
     def errors(self, solution: Solution, held_out: bool = False) -> list[float]:
         """Normalised mean square error of each layer's output, bias left out, on fitting or on held-out tokens."""
@@ -94,20 +212,10 @@ class Problem:
         key = "held" if held_out else "fit"
         if key not in self._targets:
             self._targets[key] = [x @ weight.T for weight in self.weights]
-        if solution.multiplier is not None:
-            x = x * solution.multiplier
-        scale, stretch = self.activation_scale(solution)
-        row_stretch = None if stretch is None else stretch[timestep][:, None]
-        x = x if row_stretch is None else x * row_stretch
-        x = numerics.quantize_dequantize(x, scale, self.activation_format)
-        x = x if row_stretch is None else x / row_stretch
-        errors = []
-        for (codes, weight_scale), target in zip(self.quantized_weights(solution), self._targets[key], strict=True):
-            output = x @ numerics.dequantize(codes, weight_scale[:, None], self.weight_format).T
-            errors.append(
-                float((output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30))
-            )
-        return errors
+        return [
+            float((output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30))
+            for output, target in zip(self.outputs(solution, x, timestep), self._targets[key], strict=True)
+        ]
 
     def error(self, solution: Solution) -> float:
         """Mean of :meth:`errors` on the fitting tokens: what methods minimise."""

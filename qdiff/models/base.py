@@ -44,7 +44,7 @@ class InputSpec:
 class Request:
     """Pictures to make: one for each prompt, with its own seed, so that a picture does not depend on its batch.
 
-    ``None`` means the model's default (``Model.defaults``).
+    ``None`` means the model's default (:meth:`Model.steps`, :meth:`Model.guidance`, ``Model.defaults``).
     """
 
     prompts: Sequence[str]
@@ -65,7 +65,8 @@ class Model:
     """A loaded pipeline and where it came from.
 
     ``weights`` is what the user named; ``fingerprint`` identifies the bytes that were loaded (sha256, or the configuration
-    and seed of random weights); ``note`` is the sentence that output shows about them.
+    and seed of random weights); ``note`` is the sentence that output shows about them; ``defaults`` are the weights' own
+    settings for sampling (``generation.json``), which go before the family's.
     """
 
     family: Family
@@ -83,6 +84,14 @@ class Model:
     @backbone.setter
     def backbone(self, module: nn.Module) -> None:
         setattr(self.pipeline, self.family.backbone_attribute, module)
+
+    def steps(self, asked: int | None = None) -> int:
+        """Denoising steps: the number asked for, else what these weights or their family sample with."""
+        return int(self.defaults.get("num_inference_steps", self.family.default_steps)) if asked is None else asked
+
+    def guidance(self, asked: float | None = None) -> float:
+        """Guidance scale, chosen as :meth:`steps` is."""
+        return float(self.defaults.get("guidance_scale", self.family.default_guidance)) if asked is None else asked
 
     def use_scheduler(self, name: str | None) -> None:
         """Replaces the pipeline's scheduler by a compatible one (``dpmsolver++`` … or a diffusers class name).
@@ -151,7 +160,10 @@ class Family(ABC):
     backbone_attribute: ClassVar[str] = "transformer"
     pipelines: ClassVar[tuple[str, ...]]  # diffusers pipeline classes whose folders it loads
     configurations: ClassVar[tuple[str, ...]] = ()  # names for --weights random:NAME
+    block_list: ClassVar[str | None] = None  # attribute of the backbone that lists its blocks, where one feeds the next
     size_divisor: ClassVar[int] = 16  # pictures' height and width in pixels must divide by it
+    default_steps: ClassVar[int] = 20  # of sampling, where neither the user nor the weights say otherwise
+    default_guidance: ClassVar[float]
 
     def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
         """Loads a pipeline in float32 on the CPU: ``bundled``, ``random:NAME``, a folder, or a Hub id (pinned to a commit).
@@ -162,6 +174,12 @@ class Family(ABC):
         from qdiff.models import loading
 
         return loading.load(self, weights, revision=revision, seed=seed)
+
+    def blocks(self, backbone: nn.Module) -> list[str]:
+        """Names of the blocks that the hidden states pass one after the other; empty where there is no such chain."""
+        if self.block_list is None:
+            return []
+        return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]
 
     @abstractmethod
     def random_pipeline(self, configuration: str, seed: int) -> Any:
@@ -210,6 +228,11 @@ class NamedInputs(nn.Module):
 
 
 FAMILIES: Registry[Family] = Registry("model")
+
+
+def linear_layers(backbone: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that can be quantized, by name, in module order. What subclasses ``nn.Linear`` has a forward of its own."""
+    return {name: module for name, module in backbone.named_modules() if type(module) is nn.Linear}
 
 
 def default_prompts(count: int, seed: int) -> list[str]:

@@ -54,6 +54,8 @@ class PixArt(Family):
     title = "PixArt-α / PixArt-Σ"
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     configurations = tuple(_CONFIGURATIONS)
+    default_guidance = 4.5
+    block_list = "transformer_blocks"
 
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
         specs = [
@@ -99,13 +101,13 @@ class PixArt(Family):
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
         check_pixels(self, request.height, request.width)
-        defaults = {"num_inference_steps": 20, "guidance_scale": 4.5, **model.defaults}
+        defaults = dict(model.defaults)
         sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
         defaults.setdefault("use_resolution_binning", sample_size in (32, 64, 128, 256))
         defaults.setdefault("max_sequence_length", min(300, model.pipeline.tokenizer.model_max_length))
         given = {
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
+            "num_inference_steps": model.steps(request.steps),
+            "guidance_scale": model.guidance(request.guidance),
             "height": request.height,
             "width": request.width,
         }

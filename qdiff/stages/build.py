@@ -170,12 +170,12 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
         MissingDependencyError: it cannot run here.
         IntegrityError: its files were changed since it was built.
     """
+    from qdiff.checkpoint import load_quantized
     from qdiff.engines import choose
     from qdiff.engines.cache import load_trusted
     from qdiff.models import FAMILIES
     from qdiff.models.base import NamedInputs
     from qdiff.plan import Plan
-    from qdiff.quantize import load_quantized
 
     engine = choose(engine_name)
     if engine.runs_module:

@@ -57,6 +57,18 @@ def load_model(options: CalibrateOptions) -> Model:
     return model
 
 
+def check_sampling(steps: int | None, guidance: float | None) -> None:
+    """Refuses numbers that no sampler takes, before a model is loaded; ``None`` is the model's own.
+
+    Raises:
+        UsageError: with the range.
+    """
+    if steps is not None and not 1 <= steps <= 1000:
+        raise UsageError(f"--steps {steps} is not between 1 and 1000")
+    if guidance is not None and not 0 <= guidance <= 100:  # NaN is not either
+        raise UsageError(f"--guidance {guidance} is not between 0 and 100")
+
+
 def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
     """What will be recorded.
 
@@ -66,11 +78,10 @@ def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
     from qdiff.calib.record import Recording
     from qdiff.calib.timesteps import STRATEGIES
 
-    for name, value in (("--steps", options.steps), ("--keep", options.keep), ("--batch", options.batch)):
-        if value is not None and not 1 <= value <= 1000:
+    check_sampling(options.steps, options.guidance)
+    for name, value in (("--keep", options.keep), ("--batch", options.batch)):
+        if not 1 <= value <= 1000:
             raise UsageError(f"{name} {value} is not between 1 and 1000")
-    if options.guidance is not None and not 0 <= options.guidance <= 100:
-        raise UsageError(f"--guidance {options.guidance} is not between 0 and 100")
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed {options.seed} is not between 0 and 2^32")
     STRATEGIES[options.timesteps]
@@ -160,10 +171,10 @@ def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], 
 
 def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
     """Seconds and bytes, from one timed call of the backbone: it is called once to record and once to collect."""
-    from qdiff.calib.record import seconds_per_call, steps_of
+    from qdiff.calib.record import seconds_per_call
 
     seconds, latent_bytes = seconds_per_call(model, recording)
-    steps = steps_of(model, recording)
+    steps = model.steps(recording.steps)
     calls = recording.shards * (steps + min(steps, recording.keep if recording.strategy != "all" else steps))
     return {
         "steps": steps,

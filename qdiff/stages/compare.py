@@ -20,15 +20,6 @@ DEFAULT_PICTURES = 16
 SEED_OFFSET = 10_000
 
 
-def usable_engines(run: Run) -> list[str]:
-    """Engines of this run that can make pictures here, the simulation included, fastest first."""
-    from qdiff.engines import ENGINES
-
-    engines = [ENGINES[name]() for name in ENGINES]
-    able = [e for e in engines if e.name == "eager" or (run.done(f"build:{e.name}") and e.missing() is None)]
-    return [engine.name for engine in sorted(able, key=lambda engine: -engine.rank)]
-
-
 def compare(
     run: Run,
     *,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
 from qdiff.errors import IntegrityError, MissingDependencyError
 from qdiff.events import log
 from qdiff.files import open_tensors
 from qdiff.stages.quantize import FLOAT_PREDICTIONS
+
+if TYPE_CHECKING:
+    from qdiff.export.parity import StepParity
+    from qdiff.plan import Plan
 
 # Parity runs the graph in this engine: its CPU kernels take every graph that we write, for whatever target.
 PARITY_ENGINE = "onnxruntime"
@@ -70,12 +75,12 @@ def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = F
 
 
 def _work(run: Run, target: Any, work: Any) -> None:
+    from qdiff.checkpoint import load_quantized
     from qdiff.export import checks
     from qdiff.export.onnx_graph import check_target, export_onnx
     from qdiff.export.parity import COSINE
     from qdiff.models import FAMILIES
     from qdiff.plan import Plan
-    from qdiff.quantize import load_quantized
     from qdiff.resources import require_disk
     from qdiff.trajectory import Trajectory
 
@@ -97,9 +102,7 @@ def _work(run: Run, target: Any, work: Any) -> None:
             "the graph lost precision that the plan asked for: " + "; ".join(lost[:5]), "please report this"
         )
     del backbone  # a 16-bit target has changed its weights; the reference is the checkpoint
-    parity = _parity(
-        run, family, load_quantized(plan, run.file("model.safetensors"), outputs=outputs), path, trajectory
-    )
+    parity = _parity(run, plan, outputs, path)
     for file in sorted(path.parent.iterdir()):
         work.output(file)
     float_bytes = run.entry("quantize")["float32_bytes"]
@@ -117,20 +120,30 @@ def _work(run: Run, target: Any, work: Any) -> None:
     )
 
 
-def _parity(run: Run, family: Any, backbone: Any, path: Any, trajectory: Any) -> list[Any]:
+def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]:
     import tempfile
-    from pathlib import Path
 
+    from qdiff.checkpoint import load_quantized
     from qdiff.engines import BuildOptions, choose
-    from qdiff.export.parity import compare
+    from qdiff.export.parity import compare, expected_outputs
+    from qdiff.models import FAMILIES
+    from qdiff.resources import release_memory
+    from qdiff.trajectory import Trajectory
 
+    with open_tensors(run.file(FLOAT_PREDICTIONS), "the float predictions") as file:
+        references = list(file.get_tensor("predictions"))[:PARITY_STEPS]
+    steps = list(islice(Trajectory(run.file("calibration")).steps(0), len(references)))
+    release_memory()
+    backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)
+    expected = expected_outputs(FAMILIES[plan.family], backbone, steps)
+    del backbone
+    release_memory()
     engine = choose(PARITY_ENGINE)
+    options = BuildOptions(flags={"memory": "low"})
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder:
-        engine.build(path, Path(folder), BuildOptions())
-        runner = engine.load(Path(folder), BuildOptions())
+        engine.build(path, Path(folder), options)
+        runner = engine.load(Path(folder), options)
         try:
-            with open_tensors(run.file(FLOAT_PREDICTIONS), "the float predictions") as file:
-                references = list(file.get_tensor("predictions"))[:PARITY_STEPS]
-            return compare(family, backbone, runner, islice(trajectory.steps(0), len(references)), references)
+            return compare(expected, runner, steps, references)
         finally:
             runner.close()

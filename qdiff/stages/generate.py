@@ -13,13 +13,14 @@ from qdiff.errors import UsageError
 from qdiff.events import Progress
 from qdiff.resources import measure, release_memory
 from qdiff.stages.build import default_engine, load_runner
-from qdiff.stages.calibrate import options_of, reload_model
+from qdiff.stages.calibrate import check_sampling, options_of, reload_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from qdiff.engines import Runner
-    from qdiff.models.base import Model, Request
+    from qdiff.models.base import Model, Request, StepCallback
 
 LONGEST_PROMPT = 2_000
 MOST_PICTURES = 256
@@ -74,22 +75,33 @@ class Session:
             self.model.backbone = self._float
         self.runner.close()
 
-    def pictures(self, request: Request, batch: int = 4) -> Pictures:
-        """Makes the pictures of ``request``, ``batch`` at a time; every picture depends on its own seed alone."""
-        steps = request.steps or int(self.model.defaults.get("num_inference_steps", 20))
+    def pictures(self, request: Request, batch: int = 4, on_step: StepCallback | None = None) -> Pictures:
+        """Makes the pictures of ``request``, ``batch`` at a time; every picture depends on its own seed alone.
+
+        ``on_step(steps done so far, timestep, latents)`` is called after every step; an exception that it raises stops the
+        work at once. Several sessions may share one model: the one that is asked puts its engine in.
+        """
+        self.model.backbone = self._stand_in
+        steps = self.model.steps(request.steps)
         chunks = range(0, len(request.prompts), batch)
-        first = len(self._stand_in.seconds)
+        self._stand_in.seconds.clear()
         images: list[Image] = []
         with measure() as usage, Progress(f"generate ({self.engine})", len(chunks) * steps) as progress:
+
+            def report(step: int, timestep: float, latents: Tensor) -> None:
+                progress.advance()
+                if on_step is not None:
+                    on_step(progress.done, timestep, latents)
+
             for start in chunks:
                 part = replace(
                     request, prompts=request.prompts[start : start + batch], seeds=request.seeds[start : start + batch]
                 )
-                images += self.model.generate(part, on_step=lambda step, t, latents: progress.advance())
+                images += self.model.generate(part, on_step=report)
         return Pictures(
             self.engine,
             images,
-            self._stand_in.seconds[first:],
+            list(self._stand_in.seconds),
             usage.seconds,
             self.load_seconds,
             max(0, usage.peak_bytes - usage.start_bytes),
@@ -123,10 +135,7 @@ def make_request(
             raise UsageError(f"a prompt has {len(prompt):,} characters", f"at most {LONGEST_PROMPT:,} are taken")
     if len(prompts) > MOST_PICTURES:
         raise UsageError(f"{len(prompts)} pictures were asked for", f"at most {MOST_PICTURES} in one call")
-    if steps is not None and not 1 <= steps <= 1000:
-        raise UsageError(f"--steps {steps} is not between 1 and 1000")
-    if guidance is not None and not 0 <= guidance <= 100:
-        raise UsageError(f"--guidance {guidance} is not between 0 and 100")
+    check_sampling(steps, guidance)
     if not 0 <= seed < 2**63 - MOST_PICTURES:
         raise UsageError(f"--seed {seed} is not between 0 and 2^63")
     return Request(
@@ -150,8 +159,8 @@ def save_pictures(run: Run, made: Pictures, request: Request, model: Model, path
             prompt=prompt,
             negative_prompt=request.negative_prompt,
             seed=seed,
-            steps=request.steps or int(model.defaults.get("num_inference_steps", 20)),
-            guidance=request.guidance if request.guidance is not None else model.defaults.get("guidance_scale"),
+            steps=model.steps(request.steps),
+            guidance=model.guidance(request.guidance),
             engine=made.engine,
             model=f"{model.family.name} ({model.weights})",
             run_id=run.id,

@@ -24,7 +24,7 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
                 run.verify(name)
                 row["files"] = "unchanged"
             except QdiffError as error:
-                row["files"] = error.message
+                row |= {"files": error.message, "fix": error.fix}
         stages[name] = row
     result: dict[str, Any] = {"run": str(run.path), "id": run.id, "stages": stages, "missing": _missing(run)}
     if run.done("calibrate"):

@@ -1,78 +1,178 @@
-"""Stage 2: decide and pack. The float model goes in, the plan and the quantized checkpoint come out."""
+"""Stage 2: decide and pack. The float model goes in, the plan and the quantized checkpoint come out.
+
+What is decided comes from one of two sources: a recipe, whose methods look at the statistics, or a plan, in which a hand has
+written it down. Everything else is the same for both.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
+from qdiff.errors import UsageError
 from qdiff.files import save_tensors, sha256_json, write_json
+from qdiff.scratch import Scratch
 from qdiff.stages.calibrate import reload_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qdiff.models.base import Model
-    from qdiff.plan import Plan
+    from qdiff.plan import LayerPlan, Plan
+    from qdiff.recipe import Recipe
+    from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
-FLOAT_PREDICTIONS = "calibration/predictions.safetensors"  # of the float model, for the checks of later stages
+DEFAULT_RECIPE = "int8"
+FLOAT_PREDICTIONS = "quantization/predictions.safetensors"  # of the float model, for the checks of later stages
+SCRATCH = "quantization/blocks"  # finished blocks of a sequential recipe, until the stage is done
+DECIDED = "quantization/plan.json"  # the plan as this stage wrote it: tells what a hand changed in plan.json since
 CHECKED_STEPS = 50  # recorded calls on which the whole backbone is compared with float
+
+
+@dataclass(frozen=True)
+class _ByRecipe:
+    """Decisions of a recipe's methods."""
+
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    def inputs(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.model_dump(mode="json")}
+
+    def entries(self, model: Model, statistics: Statistics) -> list[LayerPlan]:
+        from qdiff.quantize import draft
+
+        return list(draft(model, self.recipe, statistics).values())
+
+    def apply(
+        self, model: Model, statistics: Statistics, entries: list[LayerPlan], trajectory: Trajectory, scratch: Scratch
+    ) -> Plan:
+        from qdiff.quantize import quantize
+
+        return quantize(model, self.recipe, statistics, trajectory, scratch)
+
+
+@dataclass(frozen=True)
+class _ByPlan:
+    """Decisions that stand in a plan. ``before`` are those that the run had until now."""
+
+    plan: Plan
+    before: Plan | None
+    source: Path
+
+    @property
+    def name(self) -> str:
+        return self.plan.recipe
+
+    def inputs(self) -> dict[str, Any]:
+        from qdiff.edited_plan import decisions
+
+        return {"plan": decisions(self.plan)}
+
+    def entries(self, model: Model, statistics: Statistics) -> list[LayerPlan]:
+        from qdiff.edited_plan import settle
+
+        return settle(self.plan, model, statistics, self.before, self.source).layers
+
+    def apply(
+        self, model: Model, statistics: Statistics, entries: list[LayerPlan], trajectory: Trajectory, scratch: Scratch
+    ) -> Plan:
+        from qdiff.quantize import quantize_as_planned
+
+        return quantize_as_planned(model, self.plan.model_copy(update={"layers": entries}), statistics)
 
 
 def quantize(
     run: Run,
-    recipe_name: str = "int8",
+    recipe_name: str = DEFAULT_RECIPE,
     overrides: list[str] | None = None,
     *,
+    plan_file: Path | None = None,
     force: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Writes ``plan.json``, ``model.safetensors`` and ``quantization.json``."""
-    from qdiff.recipe import load_recipe
+    """Writes ``plan.json``, ``model.safetensors``, ``quantization.json`` and ``quantization/``.
 
-    recipe = load_recipe(recipe_name, overrides)
-    inputs = {"calibrate": run.outputs_hash("calibrate"), "recipe": recipe.model_dump(mode="json")}
+    Args:
+        plan_file: a plan whose decisions are taken in place of a recipe's; it may be the run's own ``plan.json``, edited.
+
+    Raises:
+        UsageError: a plan and a recipe at once.
+        InputError: a recipe or plan that cannot be carried out (:mod:`qdiff.recipe`, :mod:`qdiff.edited_plan`).
+        IntegrityError: the plan of another model.
+    """
+    decided = _source(run, recipe_name, overrides, plan_file)
+    inputs = {"calibrate": run.outputs_hash("calibrate"), **decided.inputs()}
     if dry_run:
-        return _dry_run(run, recipe)
-    with run.stage("quantize", inputs, force=force) as work:
+        return _dry_run(run, decided)
+    with run.stage("quantize", inputs, force=force, leftovers=[SCRATCH]) as work:
         if work is not None:
             run.verify("calibrate")
-            _work(run, recipe, work)
+            _work(run, decided, work, Scratch(run.file(SCRATCH), sha256_json(inputs)))
     return _summary(run)
 
 
-def _work(run: Run, recipe: Any, work: Any) -> None:
+def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> _ByRecipe | _ByPlan:
+    """Reads the plan now: it may be the file that the work will overwrite."""
+    if plan_file is None:
+        from qdiff.recipe import load_recipe
+
+        return _ByRecipe(load_recipe(recipe_name, overrides))
+    if overrides or recipe_name != DEFAULT_RECIPE:
+        raise UsageError(
+            "--plan holds every decision already: --recipe and --set have nothing to decide beside it",
+            "give either a plan, or a recipe",
+        )
+    from qdiff.edited_plan import read
+    from qdiff.plan import Plan
+
+    plan = read(plan_file)
+    before = Plan.load(run.file(DECIDED)) if run.file(DECIDED).exists() else None
+    return _ByPlan(plan, before, plan_file)
+
+
+def _work(run: Run, decided: _ByRecipe | _ByPlan, work: Any, scratch: Scratch) -> None:
     import torch
 
-    from qdiff.quantize import quantize, save_quantized
+    from qdiff.checkpoint import save_quantized
+    from qdiff.edited_plan import BY_HAND
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
     model = reload_model(run)
+    statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
+    entries = decided.entries(model, statistics)  # what cannot be carried out is refused before the float model has run
     trajectory = Trajectory(run.file("calibration"))
     expected = _predictions(model, trajectory)
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-    float_bytes = sum(parameter.numel() * 4 for parameter in model.backbone.parameters())
-    plan = quantize(model, recipe, Statistics.load(run.file("calibration", "statistics.safetensors")))
+    plan = decided.apply(model, statistics, entries, trajectory, scratch)
     errors = _errors(expected, _predictions(model, trajectory))
     _refuse_idle(plan, errors)
     plan.save(work.output(run.file("plan.json")))
+    plan.save(work.output(run.file(DECIDED)))
     save_quantized(model.backbone, plan, work.output(run.file("model.safetensors")))
     predictions = torch.stack([prediction for _, prediction in expected])
     save_tensors(work.output(run.file(FLOAT_PREDICTIONS)), {"predictions": predictions})
     write_json(work.output(run.file("quantization.json")), {"timesteps": errors})
     packed = run.file("model.safetensors").stat().st_size
     work.fact(
-        recipe=recipe.name,
-        recipe_sha256=sha256_json(recipe.model_dump(mode="json")),
+        recipe=plan.recipe,
         parameters=parameters,
         quantized_layers=len(plan.quantized),
         kept_layers=len(plan.layers) - len(plan.quantized),
-        float32_bytes=float_bytes,
+        layers_by_hand=sum(layer.why.startswith(BY_HAND) for layer in plan.layers),
+        float32_bytes=4 * parameters,
         packed_bytes=packed,
         worst_sqnr_db=min(error["sqnr_db"] for error in errors),
     )
+    scratch.clear()
 
 
 def _predictions(model: Model, trajectory: Trajectory) -> list[tuple[float, Tensor]]:
@@ -112,44 +212,31 @@ def _summary(run: Run) -> dict[str, Any]:
         "recipe",
         "quantized_layers",
         "kept_layers",
+        "layers_by_hand",
         "float32_bytes",
         "packed_bytes",
         "worst_sqnr_db",
         "seconds",
         "peak_memory_bytes",
     )
-    return {"run": str(run.path), "plan": str(run.file("plan.json")), **{name: entry[name] for name in names}}
+    return {"run": str(run.path), "plan": str(run.file("plan.json")), **{name: entry.get(name) for name in names}}
 
 
-def _dry_run(run: Run, recipe: Any) -> dict[str, Any]:
-    """Formats and bytes of every layer, without deciding smoothing or scales."""
-    from qdiff.plan import LayerPlan
+def _dry_run(run: Run, decided: _ByRecipe | _ByPlan) -> dict[str, Any]:
+    """Formats and bytes of every layer; nothing that only the work can decide."""
     from qdiff.statistics import Statistics
 
     model = reload_model(run)
     statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
-    groups = {name: group for group, entry in statistics.inputs.items() for name in entry.layers}
-    ignored = recipe.ignored(model.family.name, list(groups))
-    rows = []
-    for name, group in groups.items():
-        linear: Any = model.backbone.get_submodule(name)
-        out_features, in_features = linear.weight.shape
-        planned = LayerPlan(
-            name=name,
-            kind="Linear",
-            shape=(out_features, in_features),
-            bias=False,
-            weights=recipe.kept if name in ignored else recipe.scheme.weights,
-            activations=recipe.kept if name in ignored else recipe.scheme.activations,
-        )
-        rows.append(
-            {
-                "name": name,
-                "weights": planned.weights,
-                "activations": planned.activations,
-                "bytes_float": 4 * out_features * in_features,
-                "bytes": planned.weight_bytes(),
-                "why": f"ignore pattern {ignored[name]!r}" if name in ignored else f"group {group}",
-            }
-        )
-    return {"dry_run": True, "run": str(run.path), "recipe": recipe.name, "layers": rows}
+    rows = [
+        {
+            "name": entry.name,
+            "weights": entry.weights,
+            "activations": entry.activations,
+            "bytes_float": 4 * entry.shape[0] * entry.shape[1],
+            "bytes": entry.weight_bytes(),
+            "why": entry.why or f"group {entry.group}",
+        }
+        for entry in decided.entries(model, statistics)
+    ]
+    return {"dry_run": True, "run": str(run.path), "recipe": decided.name, "layers": rows}

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdiff.calib.collect import find_groups, linear_layers
+from qdiff.calib.collect import find_groups
 from qdiff.calib.observers import OBSERVERS
 from qdiff.calib.prompts import choose, read_prompts
 from qdiff.calib.record import Recording, record
 from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError, IntegrityError
+from qdiff.models.base import linear_layers
 from qdiff.statistics import HISTOGRAM_STEP, InputStatistics, Statistics
 from qdiff.trajectory import Trajectory
 
@@ -300,9 +301,9 @@ def test_another_seed_or_model_is_refused_and_nothing_is_lost(finished, fails, c
         "--prompts",
         finished.prompts,
     ]
-    fails(3, ["seed: there 0, asked 1", "fingerprint", "--force"], *same, "--seed", 1, "-o", spoilt)
-    fails(3, ["guidance: there null, asked 7.0"], *same, "--guidance", 7, "-o", spoilt)
-    fails(3, ["prompts.count: there 5, asked 2"], *same, "--samples", 2, "-o", spoilt)
+    fails(3, ["seed was 0 and is now 1", "fingerprint", "--force"], *same, "--seed", 1, "-o", spoilt)
+    fails(3, ["guidance was null and is now 7.0"], *same, "--guidance", 7, "-o", spoilt)
+    fails(3, ["prompts.count was 5 and is now 2"], *same, "--samples", 2, "-o", spoilt)
     assert digests(spoilt) == before
     assert cli(*same, "-o", spoilt).code == 0
     assert digests(spoilt) == before

@@ -28,6 +28,7 @@ VERBS = (
     "inspect",
     "doctor",
 )
+TINY = ["--weights", "random:pixart-tiny", "--steps", "4", "--batch", "3"]  # as tests/conftest.py
 CALIBRATE = ["calibrate", "--weights", "random:pixart-tiny", "--samples", "2", "--steps", "2"]
 
 
@@ -128,6 +129,18 @@ def test_a_wrong_layer_pattern_names_the_nearest_layers(fails, spoilt, cli):
     err = fails(3, "nearest layers:", "quantize", spoilt, *wrong)
     assert "transformer_blocks.0.attn1.to_q" in err
     assert cli("quantize", spoilt, "--dry-run", "--json").json["layers"]
+
+
+def test_another_recipe_says_what_changed_and_what_force_costs(fails, finished):
+    """Also what somebody reads whose run was made by an older version of a built-in recipe."""
+    changed = ["--set", "methods.smooth.strengths=[0.5]"]
+    said = ["recipe.methods.smooth.strengths was [0.3, 0.4, 0.5] and is now [0.5]",
+            "forgets what was made from it: export:onnxruntime, export:tensorrt, build:onnxruntime, build:openvino",
+            "… --force` keeps the stages before it, `qdiff run --force` none"]  # fmt: skip
+    fails(3, said, "quantize", finished.path, *changed)
+    fails(3, said, "run", *TINY, "--prompts", finished.prompts, *changed, "-o", finished.path)
+    fails(3, ["seed was 0 and is now 1", "choose another folder with -o"],
+          "run", *TINY, "--prompts", finished.prompts, "--seed", 1, "-o", finished.path)  # fmt: skip
 
 
 def test_weights_that_are_not_there(fails, tmp_path):

@@ -140,7 +140,7 @@ def test_made_skipped_refused_forced(tmp_path):
     run = Run(tmp_path / "run")
     assert work(run, "calibrate", {"seed": 0, "model": {"name": "a"}}) == "made"
     assert work(Run(run.path), "calibrate", {"model": {"name": "a"}, "seed": 0}) == "skipped"
-    with pytest.raises(InputError, match="seed: there 0, asked 1") as caught:
+    with pytest.raises(InputError, match="seed was 0 and is now 1") as caught:
         work(run, "calibrate", {"seed": 1, "model": {"name": "b"}})
     assert "model.name" in caught.value.message and caught.value.exit_code == 3
     assert work(run, "calibrate", {"seed": 1, "model": {"name": "b"}}, force=True) == "made"

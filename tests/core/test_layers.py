@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from qdiff import layers, ops
-from qdiff.layers import HalfLinear, QuantLinear, TimestepClock
+from qdiff.layers import HalfLinear, LinearForm, QuantLinear, TimestepClock
 
 G = torch.Generator
 
@@ -21,7 +21,9 @@ def example(name: str) -> tuple:
     codes = torch.randint(-128, 128, (6, 4), generator=G().manual_seed(0)).to(torch.int8)
     return {
         "quantize_dequantize": (randn(2, 3, 8), torch.tensor(0.02), "int8"),
-        "dequantize_weight": (codes, randn(6).abs() + 0.1, "int8"),
+        "token_quantize_dequantize": (randn(2, 3, 8), "int8"),
+        "block_quantize_dequantize": (randn(2, 3, 32), torch.tensor(0.001), "nvfp4"),
+        "dequantize_weight": (codes, randn(6).abs() + 0.1, None, "int8", torch.float32),
     }[name]
 
 
@@ -34,8 +36,10 @@ def test_an_op_is_well_formed(name):
 @pytest.mark.parametrize("name", sorted(ops.OPS))
 def test_an_op_computes_in_the_dtype_that_it_was_given(name):
     given = tuple(
-        value.half() if torch.is_tensor(value) and value.is_floating_point() else value for value in example(name)
+        value.half() if torch.is_tensor(value) and value.dim() > 1 and value.is_floating_point() else value
+        for value in example(name)
     )
+    given = tuple(torch.float16 if value is torch.float32 else value for value in given)
     assert ops.OPS[name](*given).dtype == torch.float16
 
 
@@ -45,7 +49,7 @@ def no_rounding(monkeypatch):
 
     def install(weight: torch.Tensor) -> None:
         monkeypatch.setattr(layers.ops, "quantize_dequantize", lambda x, scale, format: x)
-        monkeypatch.setattr(layers.ops, "dequantize_weight", lambda codes, scale, format: weight)
+        monkeypatch.setattr(layers.ops, "dequantize_weight", lambda codes, scale, tensor_scale, format, dtype: weight)
 
     return install
 
@@ -56,7 +60,8 @@ def no_rounding(monkeypatch):
 def test_smoothing_and_timestep_scales_change_nothing_but_the_rounding(no_rounding, smooth, timed, bias):
     clock = TimestepClock()
     clock.set(torch.tensor([900.0, 3.0, 500.0]), torch.tensor([999.0, 500.0, 1.0]))
-    layer = QuantLinear(16, 8, bias, "int8", "int8", smooth=smooth, timesteps=3 if timed else 0, clock=clock).double()
+    form = LinearForm(16, 8, bias, "int8", "int8", smooth=smooth, timesteps=3 if timed else 0)
+    layer = QuantLinear(form, clock).double()
     multiplier = torch.exp(randn(16, seed=1, dtype=torch.float64) * 2)
     weight, x = randn(8, 16, seed=2, dtype=torch.float64), randn(3, 5, 16, seed=3, dtype=torch.float64)
     if smooth:
@@ -83,7 +88,7 @@ def test_the_clock_takes_the_nearest_calibrated_value():
 
 def timed_layer() -> tuple[QuantLinear, TimestepClock, torch.Tensor]:
     clock, calibrated = TimestepClock(), torch.tensor([900.0, 100.0])
-    layer = QuantLinear(16, 8, True, "int8", "int8", timesteps=2, clock=clock)
+    layer = QuantLinear(LinearForm(16, 8, True, "int8", "int8", timesteps=2), clock)
     layer.codes = torch.randint(-127, 128, (8, 16), generator=G().manual_seed(5)).to(torch.int8)
     layer.scale, layer.input_scale = torch.full((8,), 0.01), torch.tensor(4.0 / 127)
     layer.timestep_scale = torch.tensor([1.0, 50.0])

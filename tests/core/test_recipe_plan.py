@@ -169,7 +169,7 @@ def test_a_plan_edited_by_hand_is_refused_in_one_sentence(finished, tmp_path, ho
 
 @pytest.mark.parametrize("how", WITH_TENSORS)
 def test_a_plan_that_does_not_fit_its_tensors_is_refused(finished, how):
-    from qdiff.quantize import load_quantized
+    from qdiff.checkpoint import load_quantized
 
     value = json.loads((finished.path / "plan.json").read_text())
     edit(value, how)

@@ -14,7 +14,7 @@ from qdiff.engines.cache import build_cached, folder_name, key_parts, list_engin
 from qdiff.errors import IntegrityError
 
 engine = choose("openvino")
-pytestmark = pytest.mark.skipif(engine.missing() is not None, reason=str(engine.missing()))
+pytestmark = pytest.mark.skipif(engine.missing() is not None, reason=f"needs {engine.name}: {engine.missing()}")
 
 
 @pytest.fixture

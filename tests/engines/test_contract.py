@@ -131,7 +131,7 @@ def test_casts_to_what_the_graph_declares(name, inputs, tmp_path, write_graph):
 def test_refuses_what_is_not_a_graph(name, tmp_path):
     engine = choose(name)
     if engine.missing_for_build():
-        pytest.skip(engine.missing_for_build())
+        pytest.skip(f"{name} cannot be built here: {engine.missing_for_build()}")
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x3a\x05abcd")
     with pytest.raises(Exception) as caught:
         engine.build(tmp_path / "model.onnx", tmp_path, BuildOptions(compute_capability="12.0"))

@@ -12,7 +12,9 @@ from qdiff.errors import InputError, MissingDependencyError, UsageError
 from qdiff.events import listening
 
 rtx = choose("tensorrt_rtx")
-needs_rtx = pytest.mark.skipif(rtx.missing_for_build() is not None, reason=str(rtx.missing_for_build()))
+needs_rtx = pytest.mark.skipif(
+    rtx.missing_for_build() is not None, reason=f"needs TensorRT-RTX: {rtx.missing_for_build()}"
+)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where no GPU is")
 
 
@@ -114,7 +116,7 @@ def test_choose_profile():
 def test_runs_on_a_gpu(name, graph, profile, root, inputs):
     engine = choose(name)
     if engine.missing():
-        pytest.skip(engine.missing())
+        pytest.skip(f"{name} cannot run here: {engine.missing()}")
     static = Profile("one", {key: (shapes[0],) * 3 for key, shapes in profile.ranges.items()})
     folder, *_ = build_cached(engine, graph.path, root, BuildOptions((profile, static)))
     for _ in range(2):  # the second time with the kernels kept from the first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from onnx import numpy_helper
 
 from qdiff import ops
+from qdiff.checkpoint import load_quantized
 from qdiff.engines import BuildOptions, choose
 from qdiff.errors import InputError, IntegrityError, QualityGateError
 from qdiff.export import checks, parity
@@ -24,7 +26,6 @@ from qdiff.files import open_tensors
 from qdiff.metrics import cosine
 from qdiff.models import FAMILIES
 from qdiff.plan import Plan
-from qdiff.quantize import load_quantized
 from qdiff.stages.quantize import FLOAT_PREDICTIONS
 from qdiff.trajectory import Trajectory
 
@@ -70,8 +71,18 @@ def graph_of(finished, target: str) -> Path:
 
 
 @pytest.mark.parametrize("op", sorted(ops.OPS))
-def test_every_op_has_a_translation_for_every_target(target, op):
-    assert getattr(torch.ops.qdiff, op).default in table_for(TARGETS[target])
+def test_every_op_has_a_translation_or_its_formats_are_refused(target, op, plan):
+    """No layer may reach the exporter with an op that it cannot write."""
+    if getattr(torch.ops.qdiff, op).default in table_for(TARGETS[target]):
+        return
+    refused = {
+        "token_quantize_dequantize": {"by_token": True},
+        "block_quantize_dequantize": {"weights": "nvfp4", "activations": "nvfp4"},
+    }[op]
+    first = plan.quantized[0]
+    layers = [first.model_copy(update=refused), *plan.quantized[1:]]
+    with pytest.raises(InputError, match=re.escape(first.name)):
+        check_target(plan.model_copy(update={"layers": layers}), TARGETS[target])
 
 
 def test_the_files_checks_pass_and_nothing_was_downgraded(finished, plan, target):
@@ -214,13 +225,9 @@ def run_parity(finished, plan: Plan, path: Path, target: str, folder: Path) -> l
     engine.build(path, folder, BuildOptions())
     with open_tensors(finished.path / FLOAT_PREDICTIONS, "the float predictions") as file:
         predictions = list(file.get_tensor("predictions"))
-    return parity.compare(
-        FAMILIES[plan.family],
-        as_exported(finished, plan, target),
-        engine.load(folder, BuildOptions()),
-        Trajectory(finished.path / "calibration").steps(0),
-        predictions,
-    )
+    steps = list(Trajectory(finished.path / "calibration").steps(0))
+    expected = parity.expected_outputs(FAMILIES[plan.family], as_exported(finished, plan, target), steps)
+    return parity.compare(expected, engine.load(folder, BuildOptions()), steps, predictions)
 
 
 def test_the_parity_gate_closes_when_a_scale_is_changed(finished, plan, target, edited, tmp_path):

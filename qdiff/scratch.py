@@ -1,0 +1,56 @@
+"""Finished parts of a long stage, kept on disk until the stage is done, so that a killed run goes on with the next part.
+
+Every part is one safetensors file that is whole or absent and carries the fingerprint of what it was made from; parts of
+other work are refused. What comes out of a part is what went in, so a run that was cut off ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qdiff.errors import IntegrityError
+from qdiff.files import open_tensors, save_tensors
+
+
+class Scratch:
+    """Parts in one folder.
+
+    Args:
+        folder: made when the first part is saved.
+        owner: fingerprint of everything that decides the parts.
+    """
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        self.folder, self.owner = folder, owner
+
+    def save(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
+        """Writes one part: its tensors, and ``facts`` as JSON."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(self._path(part), tensors, {"owner": self.owner, "facts": json.dumps(facts)})
+
+    def load(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
+        """Tensors and facts of a part, or ``None`` when it is not there.
+
+        Raises:
+            IntegrityError: damaged, or made from something else.
+        """
+        path = self._path(part)
+        if not path.exists():
+            return None
+        with open_tensors(path, "a finished part") as file:
+            notes = file.metadata() or {}
+            if notes.get("owner") != self.owner:
+                raise IntegrityError(f"{path} is a part of other work", "begin the stage anew with --force")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(notes["facts"])
+
+    def clear(self) -> None:
+        """Removes the parts: the stage is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"

@@ -1,0 +1,138 @@
+"""Block by block along the quantized prefix: what the layers of a block really read once the blocks before it are quantized.
+
+Methods that choose codes for given inputs (GPTQ, AdaRound) should see the inputs that the deployed model will have, with the
+errors of everything before, so that each block makes up for them. The recorded calls are replayed once up to the first
+block; from there one block at a time is run on the states that the quantized blocks before it produced, and only those
+states (one tensor a call) and one block's tokens are held. Never the activations of the whole model.
+
+A family names its list of blocks (``Family.blocks``); every block takes the hidden states as its first argument and returns
+them, and its other arguments are the same for all blocks. That holds for DiTs; a U-Net with skip connections has no such
+list, and is calibrated from the float statistics alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.errors import InputError
+from qdiff.layers import TimestepClock
+from qdiff.models.base import Model
+from qdiff.statistics import InputStatistics
+from qdiff.trajectory import Step
+
+
+class _Stop(Exception):
+    """Leaves the backbone at its first block."""
+
+
+@dataclass
+class Call:
+    """One recorded call at the door of a block: the hidden states, what else blocks are given, and the timestep's index."""
+
+    states: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    timestep: int
+    number: int
+    value: float
+
+
+class BlockWalk:
+    """The recorded calls on their way through the blocks.
+
+    Args:
+        model: its backbone is replaced layer by layer by the caller while the walk goes on.
+        clock: of the backbone's quantized layers; blocks are called without the backbone that would set it.
+        steps: recorded calls.
+        timesteps: the calibrated values, as in the statistics.
+        tokens: about how many tokens of each tensor to keep for fitting and judging, over all calls.
+
+    Raises:
+        InputError: the family has no list of blocks, or there is no call.
+    """
+
+    def __init__(
+        self, model: Model, clock: TimestepClock, steps: Iterable[Step], timesteps: list[float], tokens: int
+    ) -> None:
+        self.backbone = model.backbone
+        self.clock, self.timesteps = clock, torch.tensor(timesteps)
+        self.blocks = model.family.blocks(self.backbone)
+        if not self.blocks:
+            raise InputError(
+                f"{model.family.title} has no list of blocks to walk through", "leave `sequential` out of the recipe"
+            )
+        self.calls = [self._enter(model, step, number, timesteps) for number, step in enumerate(steps)]
+        if not self.calls:
+            raise InputError("no recorded call to walk with", "calibrate with more prompts or steps")
+        self.rows_per_call = max(2, -(-tokens // len(self.calls)))
+
+    def _enter(self, model: Model, step: Step, number: int, timesteps: list[float]) -> Call:
+        seen: list[Call] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states, *rest = args if args else (kwargs.pop("hidden_states"),)
+            seen.append(Call(states, tuple(rest), kwargs, timesteps.index(step.timestep), number, step.timestep))
+            raise _Stop
+
+        first = self.backbone.get_submodule(self.blocks[0])
+        handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad(), contextlib.suppress(_Stop):
+                model.family.call(self.backbone, step.inputs)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def observe(self, block: str, statistics: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+        """Statistics of the block's groups on the present states: other tokens, and ranges at least as wide as before.
+
+        Args:
+            block: name of the block, whose layers are still float.
+            statistics: of the float model, by group.
+        """
+        groups = {name: entry for name, entry in statistics.items() if name.startswith(f"{block}.")}
+        rows: dict[str, list[Tensor]] = {name: [] for name in groups}
+        indices: dict[str, list[Tensor]] = {name: [] for name in groups}
+        amax = {name: entry.amax.clone() for name, entry in groups.items()}
+        current: list[Call] = []
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                call, x = current[0], args[0].detach().reshape(-1, args[0].shape[-1]).float()
+                amax[name][call.timestep] = torch.maximum(amax[name][call.timestep], x.abs().amax(dim=0))
+                generator = torch.Generator().manual_seed(call.number)
+                chosen = torch.randperm(len(x), generator=generator)[: self.rows_per_call]
+                rows[name].append(x[chosen].clone())
+                indices[name].append(torch.full((len(chosen),), call.timestep))
+
+            return hook
+
+        handles = [self.backbone.get_submodule(name).register_forward_pre_hook(watch(name)) for name in groups]
+        try:
+            for call in self.calls:
+                current[:] = [call]
+                self._run(block, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {
+            name: replace(entry, amax=amax[name], rows=torch.cat(rows[name]), rows_timestep=torch.cat(indices[name]))
+            for name, entry in groups.items()
+        }
+
+    def advance(self, block: str) -> None:
+        """Moves every call through the block as it is now."""
+        for call in self.calls:
+            call.states = self._run(block, call)
+
+    def _run(self, block: str, call: Call) -> Tensor:
+        self.clock.set(torch.tensor([call.value]), self.timesteps)
+        with torch.no_grad():
+            result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
+        return result[0] if isinstance(result, tuple) else result
