@@ -95,6 +95,10 @@ class QuantizedWeight:
         codes = quantize(self._rows(weight.detach().float()), self.element_scale(), self.format)
         return replace(self, codes=codes.reshape(weight.shape))
 
+    def scale_of_each(self) -> Tensor:
+        """The scale of every code, ``[out, ...]`` like the codes, float32."""
+        return self.element_scale().expand(self._rows(self.codes).shape).reshape(self.codes.shape)
+
     def _rows(self, x: Tensor) -> Tensor:
         return split(x, self.format) if self.format.block else x
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
-from qdiff.errors import MissingDependencyError
+from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import duration, log
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
@@ -14,6 +14,9 @@ from qdiff.stages.compare import DEFAULT_PICTURES, compare
 from qdiff.stages.export import export
 from qdiff.stages.quantize import quantize
 from qdiff.stages.report import report
+
+if TYPE_CHECKING:
+    from qdiff.engines import Engine
 
 # Where nothing is asked for, every engine that this machine can build is built: an INT8 engine for the CPU, and one for
 # the newest consumer GPUs, which needs no GPU to build.
@@ -63,6 +66,14 @@ def run_all(
 
     stage("calibrate", lambda: calibrate(run, options, force=force))
     stage("quantize", lambda: quantize(run, recipe, overrides, force=force))
+    for engine in list(buildable):
+        reason = _cannot_take(run, engine)
+        if reason and engines:
+            raise reason
+        if reason:
+            buildable.remove(engine)
+            skipped[engine.name] = reason.message
+            log.info("build:%s: left out, %s", engine.name, reason.message)
     for target in dict.fromkeys(engine.target for engine in buildable if engine.target):
         stage(f"export:{target}", lambda target=target: export(run, target, force=force))  # type: ignore[misc]
     for engine in buildable:
@@ -93,3 +104,18 @@ def run_all(
         "skipped": skipped,
         "stages": results,
     }
+
+
+def _cannot_take(run: Run, engine: Engine) -> InputError | None:
+    """Why the plan cannot be exported for an engine, if so: some formats run in torch alone."""
+    if engine.target is None:
+        return None
+    from qdiff.export.onnx_graph import check_target
+    from qdiff.export.translations import TARGETS
+    from qdiff.plan import Plan
+
+    try:
+        check_target(Plan.load(run.file("plan.json")), TARGETS[engine.target])
+    except InputError as reason:
+        return reason
+    return None

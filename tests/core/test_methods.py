@@ -8,6 +8,7 @@ import torch
 from qdiff.errors import InputError
 from qdiff.formats import format_named
 from qdiff.methods import METHODS, Problem, Solution, apply_method
+from qdiff.methods.gptq import inverse_factor, round_columns
 from qdiff.statistics import HISTOGRAM_BINS, InputStatistics
 
 
@@ -15,7 +16,9 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def problem(x: torch.Tensor, layers: int = 2, seed: int = 9) -> Problem:
+def problem(
+    x: torch.Tensor, layers: int = 2, seed: int = 9, weights: str = "int8", activations: str = "int8"
+) -> Problem:
     """A group of layers that reads ``x [T, tokens, channels]``; all tokens are fitting or held-out ones."""
     timesteps, tokens, channels = x.shape
     statistics = InputStatistics(
@@ -26,9 +29,8 @@ def problem(x: torch.Tensor, layers: int = 2, seed: int = 9) -> Problem:
         rows=x.reshape(-1, channels),
         rows_timestep=torch.arange(timesteps).repeat_interleave(tokens),
     )
-    weights = [randn(24, channels, seed=seed + i) for i in range(layers)]
-    int8 = format_named("int8")
-    return Problem(statistics.layers, weights, statistics, int8, int8)
+    values = [randn(24, channels, seed=seed + i) for i in range(layers)]
+    return Problem(statistics.layers, values, statistics, format_named(weights), format_named(activations))
 
 
 def plain() -> Problem:
@@ -53,17 +55,43 @@ def heavy_tail() -> Problem:
     return problem(x)
 
 
-TROUBLES = {"smooth": outlier_channels, "timestep_scales": moving_range, "clip": heavy_tail}
-OPTIONS: dict[str, dict] = {"clip": {"ratios": (1.0, 0.8, 0.6, 0.4, 0.3)}}
+def correlated() -> Problem:
+    x = randn(4, 64, 3) @ randn(3, 32, seed=1) + 0.05 * randn(4, 64, 32, seed=2)
+    return problem(x, weights="int4_g32", activations="float16")
+
+
+def coarse_blocks() -> Problem:
+    return problem(randn(4, 64, 32), weights="nvfp4", activations="float16")
+
+
+def few_directions() -> Problem:
+    given = problem(randn(4, 64, 32), weights="int4_g32", activations="float16")
+    for i, weight in enumerate(given.weights):
+        weight += 30 * randn(24, 2, seed=i) @ randn(2, 32, seed=i + 5)
+    return given
+
+
+TROUBLES = {
+    "smooth": outlier_channels,
+    "timestep_scales": moving_range,
+    "clip": heavy_tail,
+    "gptq": correlated,
+    "scales": coarse_blocks,
+    "low_rank": few_directions,
+}
+OPTIONS: dict[str, dict] = {"clip": {"ratios": (1.0, 0.8, 0.6, 0.4, 0.3)}, "low_rank": {"rank": 4}}
+# What a method has to win where its trouble is. Of the scale search it is known: 6.67e-3 for 9.03e-3 on Gaussian weights, 1.3 dB.
+GAINS_DB = {"scales": 1.0}
 
 
 @pytest.mark.parametrize("make", [plain, outlier_channels, moving_range, heavy_tail])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_is_never_worse_on_the_fitting_tokens_and_says_why(name, make):
     given = make()
-    starts = [Solution(), *(apply_method(other, {}, given, Solution()) for other in METHODS if other != name)]
+    others = [other for other in METHODS if other != name]
+    starts = [Solution(), *(apply_method(other, OPTIONS.get(other, {}), given, Solution()) for other in others)]
     for start in starts:
-        found = apply_method(name, {}, given, start)
+        found = apply_method(name, OPTIONS.get(name, {}), given, start)
         assert given.error(found) <= given.error(start) * (1 + 1e-9)
         assert found.methods == (*start.methods, name)
         assert len(found.notes) == len(start.notes) + 1 and found.notes[-1].strip()
@@ -82,11 +110,11 @@ def test_an_unknown_method_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_wins_where_its_trouble_is(name):
-    """By 3 dB at least, which is half a bit, and on tokens that it did not see."""
+    """By 3 dB at least, which is half a bit, or what it can (GAINS_DB), and on tokens that it did not see."""
     given = TROUBLES[name]()
     found = apply_method(name, OPTIONS.get(name, {}), given, Solution())
     before, after = given.errors(Solution(), held_out=True), given.errors(found, held_out=True)
-    assert sum(after) < sum(before) / 2, found.notes
+    assert sum(after) < sum(before) / 10 ** (GAINS_DB.get(name, 3.0) / 10), found.notes
     assert found != Solution().decide(name, found.notes[-1])
 
 
@@ -129,7 +157,67 @@ def test_a_timestep_without_a_signal_makes_no_nan(small):
     x[1] *= small
     given = problem(x)
     for name in METHODS:
-        found = apply_method(name, {"minimum_gain_db": -100.0}, given, Solution())
+        found = apply_method(name, {"minimum_gain_db": -100.0, **OPTIONS.get(name, {})}, given, Solution())
         assert all(error == error and error < 1 for error in given.errors(found)), (name, found.notes)
         _, stretch = given.activation_scale(found)
         assert stretch is None or torch.isfinite(stretch.half()).all()
+
+
+def test_gptq_with_uncorrelated_inputs_rounds_to_nearest():
+    """H = 1: no column can make up for another."""
+    given = correlated()
+    weight, nearest = given.weights[0], given.nearest_weights(Solution())[0]
+    values = round_columns(weight, nearest, torch.eye(32, dtype=torch.float64), torch.arange(32), 8)
+    assert torch.equal(nearest.with_values(values).codes, nearest.codes)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4_g32", "fp8", "nvfp4", "mxfp4"])
+def test_gptq_never_loses_on_its_hessian_and_stays_on_the_grid(weights):
+    given = problem(correlated().statistics.rows.reshape(4, 64, 32), weights=weights, activations="float16")
+    x = given.rows(held_out=False)[0].double()
+    hessian = x.T @ x
+    found = apply_method("gptq", {}, given, Solution())
+    assert found.rounding == "gptq" and found.rounded is not None, found.notes
+    for weight, nearest, rounded in zip(given.weights, given.nearest_weights(Solution()), found.rounded, strict=True):
+        losses = [
+            torch.trace(d @ hessian @ d.T) for d in (q.dequantize().double() - weight for q in (nearest, rounded))
+        ]
+        assert losses[1] < losses[0]
+        assert torch.equal(rounded.scale.float(), nearest.scale.float()) and rounded.codes.dtype == nearest.codes.dtype
+
+
+def test_gptq_does_not_depend_on_how_it_is_blocked():
+    given = correlated()
+    results = [apply_method("gptq", {"width": width}, given, Solution()).rounded for width in (1, 5, 32)]
+    assert all(torch.equal(r[0].codes, results[0][0].codes) for r in results)
+
+
+def test_gptq_says_which_layer_has_too_little():
+    few = problem(randn(1, 2, 32))
+    with pytest.raises(InputError, match="layer layer0 has 1 tokens"):
+        apply_method("gptq", {}, few, Solution())
+    with pytest.raises(InputError, match="layer0 have no positive definite Hessian"):
+        inverse_factor(torch.full((4, 4), float("nan"), dtype=torch.float64), 0.01, ["layer0"])
+    still = problem(torch.zeros(2, 8, 32))
+    assert apply_method("gptq", {}, still, Solution()).rounding == "nearest"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_branch_and_rest_are_the_weight(weighted):
+    given = few_directions()
+    found = apply_method("low_rank", {"rank": 4, "weighted": weighted}, given, Solution())
+    assert found.low_rank is not None and found.rank == 4
+    for weight, rest, (down, up) in zip(given.weights, given.residuals(found), found.low_rank, strict=True):
+        assert ((up @ down + rest) - weight).abs().max() <= 1e-5 * weight.abs().max()
+        assert torch.equal(down, down.half().float()) and torch.equal(up, up.half().float())
+
+
+def test_a_rank_as_large_as_the_layer_is_refused_by_name():
+    with pytest.raises(InputError, match=r"rank 24 is not smaller than layer layer0 of shape \[24, 32\]"):
+        apply_method("low_rank", {"rank": 24}, plain(), Solution())
+
+
+def test_a_later_transform_drops_codes_that_were_rounded_for_an_earlier_one():
+    rounded = apply_method("gptq", {}, correlated(), Solution())
+    moved = rounded.decide("smooth", "", multiplier=torch.ones(32))
+    assert rounded.rounded is not None and moved.rounded is None and moved.rounding == "nearest"
