@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -396,8 +397,20 @@ def _interrupted() -> int:
 _UsageError: Any = typer.BadParameter.__base__
 
 
+def _leave_or_interrupt(number: int, frame: Any) -> None:
+    """Ctrl-C. An exception in the middle of torch's own import meets C++ that cannot pass it on and aborts the process (signal 6,
+    now and then); nothing has been begun there, so the process ends at once. Everywhere else it is a KeyboardInterrupt."""
+    torch = sys.modules.get("torch")
+    if torch is not None and getattr(torch.__spec__, "_initializing", False):
+        sys.stderr.write("\ninterrupted: nothing was begun\n")
+        sys.stderr.flush()
+        os._exit(130)
+    signal.default_int_handler(number, frame)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs the command and exits with the code of what happened."""
+    signal.signal(signal.SIGINT, _leave_or_interrupt)
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
 
 
