@@ -8,6 +8,7 @@ sees the graph. (A hard link is refused for one more reason: ``onnx.load`` refus
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import stat
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.errors import InputError, IntegrityError
-from qdiff.files import safe_child, sha256_file
+from qdiff.files import safe_child, sha256_file, temporary_beside
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -79,3 +80,30 @@ def graph_digest(onnx: Path) -> str:
 def graph_bytes(onnx: Path) -> int:
     """Size on disk of the graph and its weights."""
     return sum(path.stat().st_size for path in [onnx, *external_files(onnx)])
+
+
+@contextlib.contextmanager
+def inlined(onnx: Path) -> Iterator[Path]:
+    """The graph with every call of a function in the file replaced by its nodes, beside ``onnx`` (whose weights it reads) until
+    the context ends; ``onnx`` itself where there is nothing to replace. For runtimes that know no functions.
+
+    Args:
+        onnx: checked by :func:`external_files`.
+    """
+    import onnx as library
+    import onnx.inliner as inliner
+
+    model = library.load(onnx, load_external_data=False)
+    if not model.functions:
+        yield onnx
+        return
+    with temporary_beside(onnx, inliner.inline_local_functions(model).SerializeToString()) as graph:
+        yield graph
+
+
+def simulates(onnx: Path) -> bool:
+    """Whether quantizers of the graph are written out in float arithmetic (functions of the domain ``qdiff``), which has to run
+    in float32: in 16 bit the scales themselves would be rounded."""
+    import onnx as library
+
+    return any(function.domain == "qdiff" for function in library.load(onnx, load_external_data=False).functions)

@@ -11,7 +11,8 @@ Measured on a 20 M-parameter PixArt (32x32 latents, batch 2, one core of an AMD 
 
 - **What is not quantized runs in BF16 where the CPU has it** (``precision=auto``). The plan keeps those parts in 16 bit anyway.
   It is 12 % faster on a 67 M-parameter INT8 PixArt whose q kᵀ is INT8, and costs the bundled PixArt 1.2 dB of 49
-  (docs/log.md). ``precision=f32`` gives the plan's exact numbers.
+  (docs/log.md). ``precision=f32`` gives the plan's exact numbers. Formats that OpenVINO has no kernels for (FP8, NVFP4 and MX
+  activations, scales by token) are arithmetic in the graph, and 16 bit would round their very scales: those run in float32.
 
 Two defaults of the library change the numbers without a word, so they are always set:
 
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
-from qdiff.engines.graph import external_files
+from qdiff.engines.graph import external_files, inlined, simulates
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.errors import InputError, IntegrityError
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIANTS = 2
+_SIMULATED = ("qdiff", "simulated_quantizers")  # a note in the IR, see OpenVinoEngine._precision
 _DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "boolean": "bool"}
 
 
@@ -127,8 +129,10 @@ class OpenVinoEngine(Engine):
         library = self.backend()
         external_files(onnx)  # links and names that lead elsewhere are refused before the backend follows them
         try:
-            model = library.Core().read_model(str(onnx))
-            library.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
+            with inlined(onnx) as graph:
+                model = library.Core().read_model(str(graph))
+                model.set_rt_info("yes" if simulates(onnx) else "no", list(_SIMULATED))
+                library.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
             if not options.profiles:
                 library.Core().compile_model(model, "CPU")
             runner = self.load(folder, options)
@@ -143,15 +147,18 @@ class OpenVinoEngine(Engine):
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
             "inputs": [str(spec) for spec in runner.inputs],
             "operations": len(model.get_ops()),
-            "precision": self._precision(library.Core(), options),
+            "precision": self._precision(library.Core(), model, options),
         }
 
     def load(self, folder: Path, options: BuildOptions) -> OpenVinoRunner:
         library = self.backend()
         core = library.Core()
+        path = folder / "model.xml"
+        if not path.is_file():
+            raise IntegrityError(f"there is no model.xml in {folder}", "build the engine anew with --force")
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": self._precision(core, options),
+            "INFERENCE_PRECISION_HINT": self._precision(core, core.read_model(str(path)), options),
         }
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = options.threads
@@ -159,9 +166,6 @@ class OpenVinoEngine(Engine):
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         if _threads(library, core, settings) == 1:
             settings["SNIPPETS_MODE"] = "DISABLE"
-        path = folder / "model.xml"
-        if not path.is_file():
-            raise IntegrityError(f"there is no model.xml in {folder}", "build the engine anew with --force")
         runner = OpenVinoRunner(
             lambda: core.read_model(str(path)),
             lambda model: core.compile_model(model, "CPU", settings),
@@ -169,9 +173,11 @@ class OpenVinoEngine(Engine):
         )
         return runner
 
-    def _precision(self, core: Any, options: BuildOptions) -> str:
-        """What runs unquantized layers: the flag, or with ``auto`` the 16-bit type that this CPU computes with."""
+    def _precision(self, core: Any, model: Any, options: BuildOptions) -> str:
+        """What runs unquantized layers: the flag, or with ``auto`` the 16-bit type that this CPU computes with, unless the model
+        writes quantizers out in float arithmetic."""
         asked = self.flag(options, "precision")
         if asked != "auto":
             return asked
-        return "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+        simulated = model.has_rt_info(list(_SIMULATED)) and model.get_rt_info(list(_SIMULATED)).astype(str) == "yes"
+        return "bf16" if not simulated and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"

@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from qdiff.checkpoint import TIMESTEPS
 from qdiff.errors import InputError
+from qdiff.export.codes import bytes_as_codes, store_codes
+from qdiff.export.functions import DOMAIN, OPSET, function
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
+from qdiff.layers import QuantLinear
 from qdiff.models.base import Family
 from qdiff.plan import Plan
 
@@ -38,7 +41,7 @@ def check_target(plan: Plan, target: Target) -> None:
         InputError: naming the layer and its formats.
     """
     for layer in plan.quantized:
-        if layer.by_token or (layer.weights, layer.activations) not in target.runs:
+        if not target.takes(layer.weights, layer.activations, layer.by_token):
             scales = " with scales by token" if layer.by_token else ""
             raise InputError(
                 f"layer {layer.name} is {layer.weights} x {layer.activations}{scales}, which {target.title} cannot run",
@@ -60,29 +63,12 @@ def export_onnx(
         InputError: an op of the module has no translation for this target.
     """
     specs = family.inputs(backbone.config)  # type: ignore[arg-type]
-    module = _InComputeDtype(family.for_export(backbone), getattr(torch, target.compute)).eval()
+    module = InComputeDtype(family.for_export(backbone), getattr(torch, target.compute)).eval()
     # A batch of one would be taken for a constant; two of everything keeps the axis dynamic.
     values = tuple(_at_least_two(example[spec.name]) for spec in specs)
-    with torch.no_grad(), _quiet():
-        program = torch.export.export(module, values, dynamic_shapes=(_dynamic_axes(specs),), strict=False)
-        _drop_idle_squeezes(program.graph_module)
-        try:
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                custom_translation_table=table_for(target),
-                opset_version=target.opset,
-                input_names=[spec.name for spec in specs],
-                output_names=["sample"],
-            )
-        except torch.onnx.OnnxExporterError as error:
-            cause = error.__cause__ or error
-            raise InputError(
-                f"cannot write the graph for {target.name}: {str(cause).strip().splitlines()[-1][:300]}"
-            ) from error
-    assert onnx_program is not None
-    _forget_origin(onnx_program.model)
-    _transpose_codes(onnx_program.model.graph)
+    bytes_as_codes(module)
+    names = [spec.name for spec in specs]
+    onnx_program = write_graph(module, values, (_dynamic_axes(specs),), target, names)
     _name_axes(onnx_program.model, specs, family.output_axes(backbone.config))  # type: ignore[arg-type]
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -98,9 +84,60 @@ def export_onnx(
     return folder / "model.onnx"
 
 
-class _InComputeDtype(nn.Module):
+def write_graph(
+    module: nn.Module, values: tuple[Tensor, ...], dynamic_shapes: Any, target: Target, inputs: list[str]
+) -> Any:
+    """Traces a module and translates it: the ``onnx_ir`` program, with packed weights and with the functions that it calls.
+
+    Args:
+        values: the module's positional arguments, an example of each.
+        dynamic_shapes: as ``torch.export.export`` takes them.
+        inputs: their names in the graph.
+
+    Raises:
+        InputError: an op of the module has no translation for this target.
+    """
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, values, dynamic_shapes=dynamic_shapes, strict=False)
+        _drop_idle_squeezes(program.graph_module)
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=table_for(target),
+                opset_version=target.opset,
+                input_names=inputs,
+                output_names=["sample"],
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise InputError(
+                f"cannot write the graph for {target.name}: {type(cause).__name__}: {str(cause).strip()[:300]}"
+            ) from error
+    assert written is not None
+    _forget_origin(written.model)
+    store_codes(written.model.graph, module, target)
+    _add_functions(written.model)
+    return written
+
+
+def _add_functions(model: Any) -> None:
+    """Puts the functions of our domain that the graph calls into the file."""
+    import onnx_ir
+
+    for name in sorted({node.op_type for node in model.graph if node.domain == DOMAIN}):
+        added = onnx_ir.from_proto(function(name))
+        model.functions[added.identifier()] = added
+        model.opset_imports[DOMAIN] = 1
+    assert model.opset_imports[""] == OPSET
+
+
+class InComputeDtype(nn.Module):
     """A backbone that computes in ``dtype`` between float32 inputs and a float32 output. Scales survive the change: they lie
-    on the float16 grid. Timesteps stay float32, inside (the calibrated values) and outside."""
+    on the float16 grid, or are left as they are (:meth:`qdiff.layers.QuantLinear.exact`). Timesteps stay float32, inside (the
+    calibrated values) and outside."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -109,8 +146,9 @@ class _InComputeDtype(nn.Module):
             for submodule in module.modules():
                 for own in (submodule._parameters, submodule._buffers):
                     kept: dict[str, Any] = own
+                    exact = submodule.exact() if isinstance(submodule, QuantLinear) else {TIMESTEPS}
                     for name, tensor in kept.items():
-                        if tensor is not None and tensor.is_floating_point() and name != TIMESTEPS:
+                        if tensor is not None and tensor.is_floating_point() and name not in exact:
                             cast = tensor.detach().to(dtype)
                             kept[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
         names: Any = module.names
@@ -163,31 +201,6 @@ def _forget_origin(model: Any) -> None:
                 value.metadata_props.clear()
         for value in [*graph.inputs, *graph.initializers.values()]:
             value.metadata_props.clear()
-
-
-def _transpose_codes(graph: Any) -> None:
-    """Stores weights as ``[in, out]``, so that DequantizeLinear feeds its MatMul without a Transpose between.
-
-    A linear layer is written as MatMul(x, Transpose(DequantizeLinear(codes [out, in], axis 0))). ONNX Runtime folds that into a
-    float weight: no INT8 product, and three times the memory.
-    """
-    import numpy
-    import onnx_ir
-
-    for node in list(graph):
-        if node.op_type != "Transpose" or list(node.attributes["perm"].as_ints()) != [1, 0]:
-            continue
-        dequantize = node.inputs[0].producer()
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not dequantize.inputs[0].is_initializer():
-            continue
-        codes = dequantize.inputs[0]
-        transposed = numpy.ascontiguousarray(codes.const_value.numpy().T)
-        codes.const_value = onnx_ir.tensor(transposed, name=codes.name)
-        codes.shape = onnx_ir.Shape(transposed.shape)
-        dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 1)
-        dequantize.outputs[0].shape = onnx_ir.Shape(transposed.shape)
-        node.outputs[0].replace_all_uses_with(dequantize.outputs[0])
-        graph.remove(node, safe=True)
 
 
 def _name_axes(model: Any, specs: Any, output_axes: tuple[int | str, ...]) -> None:

@@ -51,6 +51,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A file with ``data`` in the folder of ``path``, gone when the context ends: for a graph that reads another's weights."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    beside = Path(name)
+    try:
+        with disk_errors(name), os.fdopen(handle, "wb") as file:
+            file.write(data)
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text whole or not at all."""
 

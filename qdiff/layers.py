@@ -177,6 +177,15 @@ class QuantLinear(nn.Module):
         assert self.input_scale is not None
         return ops.quantize_dequantize(x, self.input_scale, format.name)
 
+    def exact(self) -> set[str]:
+        """Buffers that lose something in 16 bit: scales of a whole tensor, which are no float16 numbers, and stored codes."""
+        names = {"codes", "tensor_scale"}
+        if format_named(self.form.weights).scale != "float16":
+            names.add("scale")
+        if format_named(self.form.activations).tensor_scale:
+            names.add("input_scale")
+        return names
+
     def extra_repr(self) -> str:
         return f"{self.form.in_features}, {self.form.out_features}, {self.form.weights} x {self.form.activations}"
 

@@ -61,6 +61,13 @@ class LayerPlan(BaseModel):
         """Whether this layer's weights are in a quantized format."""
         return FORMATS[self.weights].quantized
 
+    @property
+    def precision(self) -> str:
+        """Formats in one word or two: ``float16``, ``int8 x int8``, ``int4_g64 x int8 by token``, ``int4_g64 x float16``."""
+        if not self.quantized:
+            return self.weights
+        return f"{self.weights} x {self.activations}{' by token' if self.by_token else ''}"
+
     def weight_bits(self) -> float:
         """Bits of the stored weight with all its scales and its low-rank branch, for each of its elements."""
         rows, columns = self.shape

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from qdiff.formats import format_named
 from qdiff.registry import Registry
 
 Translation = Callable[..., Any]
@@ -26,7 +28,8 @@ class Target:
         opset: ONNX opset of the file.
         compute: dtype of everything that is not quantized. GPUs get 16 bit: a strongly typed TensorRT engine computes what
             the graph says, and float32 attention would cost more than INT8 gains. CPUs get 32 bit, their engines choose.
-        runs: formats of (weights, activations) that its graphs can hold.
+        runs: formats of (weights, activations) that its graphs can hold; ``None`` for activations that stay as they are.
+        tokens: those of ``runs`` that it also takes with scales by token.
         outputs: formats in which it runs what follows a quantized output (the product of q and k). Empty: those quantizers
             are left out, because its engines fuse attention in 16 bit and a Q/DQ pair in the middle would break the fusion.
     """
@@ -35,18 +38,64 @@ class Target:
     title: str
     opset: int
     compute: str
-    runs: frozenset[tuple[str, str]]
+    runs: frozenset[tuple[str, str | None]]
+    tokens: frozenset[tuple[str, str | None]]
     outputs: frozenset[str]
+
+    def takes(self, weights: str, activations: str, by_token: bool = False) -> bool:
+        """Whether a layer in these formats can be written for this target."""
+        pair = (weights, activations if format_named(activations).quantized else None)
+        return pair in (self.tokens if by_token else self.runs)
 
 
 TARGETS: Registry[Target] = Registry("target")
 _TABLE: dict[str, dict[str, Translation]] = {}
 
-_INT8 = frozenset({("int8", "int8")})
-TARGETS.register("onnxruntime")(
-    Target("onnxruntime", "ONNX Runtime and OpenVINO", 23, "float32", _INT8, frozenset({"int8"}))
+_INT4 = ("int4", "int4_g32", "int4_g64", "int4_g128")
+# A CPU computes in float between the quantizers, so any weights go with any activations. Formats of 6 bits have no packed form
+# in ONNX, and E3M0's ties none in ONNX's operators.
+_CPU_WEIGHTS = (
+    "int8",
+    "fp8",
+    "fp8_e5m2",
+    *_INT4,
+    "nvfp4",
+    "nvint4",
+    "mxfp8",
+    "mxint8",
+    "mxfp4",
+    "fp4_e2m1_g128",
+    "fp4_e1m2_g128",
 )
-TARGETS.register("tensorrt")(Target("tensorrt", "TensorRT and TensorRT-RTX", 23, "float16", _INT8, frozenset()))
+_CPU_STATIC = ("int8", "fp8", "fp8_e5m2")
+_CPU_BLOCKS = ("nvfp4", "nvint4", "mxfp8", "mxint8", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3")
+TARGETS.register("onnxruntime")(
+    Target(
+        name="onnxruntime",
+        title="ONNX Runtime and OpenVINO",
+        opset=23,
+        compute="float32",
+        runs=frozenset(product(_CPU_WEIGHTS, (*_CPU_STATIC, *_CPU_BLOCKS, None))),
+        tokens=frozenset(product(_CPU_WEIGHTS, ("int8", "fp8", "int4"))),
+        outputs=frozenset({"int8"}),
+    )
+)
+# What TensorRT-RTX 1.7.1 builds (tests/export builds every pair). It refuses INT4 weights under quantized activations
+# ("is_constant").
+TARGETS.register("tensorrt")(
+    Target(
+        name="tensorrt",
+        title="TensorRT and TensorRT-RTX",
+        opset=23,
+        compute="float16",
+        runs=frozenset(
+            [("int8", "int8"), ("fp8", "fp8"), ("nvfp4", "nvfp4"), ("nvfp4", "fp8"), ("nvfp4", "int8")]
+            + [(weights, None) for weights in ("int8", "fp8", *_INT4, "nvfp4")]
+        ),
+        tokens=frozenset(),
+        outputs=frozenset(),
+    )
+)
 
 
 def translates(op: str, *targets: str) -> Callable[[Translation], Translation]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qdiff.export.parity import StepParity
     from qdiff.plan import Plan
 
-# Parity runs the graph in this engine: its CPU kernels take every graph that we write, for whatever target.
+# Parity runs the graph in this engine: its CPU takes every graph that we write, for whatever target (FP4 for TensorRT emulated).
 PARITY_ENGINE = "onnxruntime"
 PARITY_STEPS = 25
 
@@ -125,6 +125,7 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
 
     from qdiff.checkpoint import load_quantized
     from qdiff.engines import BuildOptions, choose
+    from qdiff.export.emulation import emulated
     from qdiff.export.parity import compare, expected_outputs
     from qdiff.models import FAMILIES
     from qdiff.resources import release_memory
@@ -140,8 +141,8 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     release_memory()
     engine = choose(PARITY_ENGINE)
     options = BuildOptions(flags={"memory": "low"})
-    with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder:
-        engine.build(path, Path(folder), options)
+    with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder, emulated(path) as graph:
+        engine.build(graph, Path(folder), options)
         runner = engine.load(Path(folder), options)
         try:
             return compare(expected, runner, steps, references)

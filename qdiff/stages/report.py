@@ -9,7 +9,7 @@ from qdiff.artifacts import Run, versions
 from qdiff.files import read_json
 
 if TYPE_CHECKING:
-    from qdiff.plan import Plan
+    from qdiff.plan import LayerPlan, Plan
     from qdiff.report import EngineResult, LayerResult, PromptResult
 
 
@@ -129,8 +129,8 @@ def _layers(run: Run, plan: Plan) -> list[LayerResult]:
         LayerResult(
             name=layer.name,
             kind=layer.kind,
-            requested=layer.weights,
-            realised={target: realised[layer.name]["weights"] for target, realised in exports.items()},
+            requested=layer.precision,
+            realised={target: _precision(layer, realised[layer.name]) for target, realised in exports.items()},
             sqnr_db=layer.sqnr_db,
             smoothing=layer.smoothing,
             timestep_scales=layer.timestep_scales,
@@ -140,6 +140,19 @@ def _layers(run: Run, plan: Plan) -> list[LayerResult]:
         )
         for layer in plan.layers
     ]
+
+
+def _precision(layer: LayerPlan, found: dict[str, Any]) -> str:
+    """What a graph holds of a layer, in the words of :attr:`qdiff.plan.LayerPlan.precision`."""
+    names = ("weights", "by_token")
+    realised = {**{name: found[name] for name in names}, "activations": found["activations"] or _plain(layer)}
+    return layer.model_copy(update=realised).precision
+
+
+def _plain(layer: LayerPlan) -> str:
+    from qdiff.formats import format_named
+
+    return "float" if format_named(layer.activations).quantized else layer.activations
 
 
 def _engines(run: Run, compared: dict[str, Any] | None) -> list[EngineResult]:

@@ -1,0 +1,118 @@
+"""Packed weights in the file: initializers of the right element type, in the layout that runtimes look for.
+
+torch has no tensors of INT4, and ONNX's exporter writes what it gets. So codes of 4 bits are traced as bytes (two codes each,
+the layout of ONNX as of ours: :mod:`qdiff.packing`) and get their type and shape here, without being unpacked.
+
+ONNX Runtime has no FP4; its graphs hold the same bits as UINT4, which ``qdiff.Dequantize_nvfp4`` looks up. E8M0 scales are
+bytes for every target.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdiff.errors import InputError
+from qdiff.export.translations import Target
+from qdiff.formats import Format, format_named
+from qdiff.layers import QuantLinear
+
+
+def bytes_as_codes(module: nn.Module) -> None:
+    """Views E8M0 scales as bytes, in place; the module is for tracing only afterwards."""
+    for layer in module.modules():
+        if isinstance(layer, QuantLinear) and layer.scale.dtype == torch.float8_e8m0fnu:
+            layer.scale = layer.scale.view(torch.uint8)
+
+
+def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
+    """Gives the initializers of all quantized layers their element types, and stores weights the way products want them.
+
+    Args:
+        graph: of ``onnx_ir``, as the exporter wrote it.
+        module: what was traced.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantLinear):
+            codes = graph.initializers.get(f"{name}.codes")
+            if codes is None:  # the exporter merges equal initializers of up to 1,024 elements
+                raise InputError(
+                    f"layer {name} has the very codes of another layer, and the exporter kept one of them",
+                    "leave such tiny layers alone (recipe: ignore)",
+                )
+            format = format_named(layer.form.weights)
+            if format.bits == 4:
+                packed = codes.const_value.numpy()
+                _set(codes, packed, (packed.shape[0], 2 * packed.shape[1]), _element_type(format, target))
+            _transpose(graph, codes, format)
+
+
+def _element_type(format: Format, target: Target) -> Any:
+    import onnx_ir
+
+    if format.kind == "integer":
+        return onnx_ir.DataType.INT4
+    return onnx_ir.DataType.FLOAT4E2M1 if target.name == "tensorrt" else onnx_ir.DataType.UINT4
+
+
+def _set(value: Any, packed: Any, shape: tuple[int, int], dtype: Any) -> None:
+    """Makes packed bytes the initializer's data; ONNX packs a tensor as one row."""
+    import onnx_ir
+
+    value.const_value = onnx_ir.PackedTensor(packed.reshape(-1), dtype, shape=shape, name=value.name)
+    value.shape, value.type = onnx_ir.Shape(shape), onnx_ir.TensorType(dtype)
+
+
+def _transpose(graph: Any, codes: Any, format: Format) -> None:
+    """Stores a weight as ``[in, out]``, so that DequantizeLinear feeds its MatMul without a Transpose between.
+
+    A linear layer is traced as MatMul(x, Transpose(DequantizeLinear(codes [out, in]))). ONNX Runtime folds that into a float
+    weight: no INT8 product, no product with packed INT4, and three times the memory and more. What goes through a function or two
+    DequantizeLinear (FP4, MX) is left: nothing on a CPU fuses it, and TensorRT takes either.
+    """
+    import onnx_ir
+
+    (dequantize,) = (use.node for use in codes.uses())
+    users = [use.node for use in dequantize.outputs[0].uses()]
+    simple = dequantize.op_type == "DequantizeLinear" and format.scale == "float16"
+    if not simple or any(user.op_type != "Transpose" for user in users):
+        return
+    if format.bits == 4:
+        rows, columns = codes.shape.numpy()
+        _set(codes, _transposed(codes.const_value.tobytes(), rows, columns), (columns, rows), codes.dtype)
+    else:
+        _transpose_value(codes)
+    if format.block:
+        scale = dequantize.inputs[1]
+        if len(scale.uses()) > 1:  # equal scales of small layers are one initializer
+            scale = onnx_ir.Value(name=f"{codes.name}.scale", const_value=scale.const_value, type=scale.type)
+            graph.register_initializer(scale)
+            dequantize.replace_input_with(1, scale)
+        _transpose_value(scale)
+    dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 0 if format.block else 1)
+    dequantize.outputs[0].shape = onnx_ir.Shape(codes.shape)
+    for user in users:
+        user.outputs[0].replace_all_uses_with(dequantize.outputs[0])
+        graph.remove(user, safe=True)
+
+
+def _transpose_value(value: Any) -> None:
+    import numpy
+    import onnx_ir
+
+    transposed = numpy.ascontiguousarray(value.const_value.numpy().T)
+    value.const_value = onnx_ir.tensor(transposed, name=value.name)
+    value.shape = onnx_ir.Shape(transposed.shape)
+
+
+def _transposed(data: bytes, rows: int, columns: int) -> Any:
+    """Codes of 4 bits ``[rows, columns]`` to those of ``[columns, rows]``, both packed."""
+    import numpy
+
+    packed = numpy.frombuffer(data, numpy.uint8).reshape(rows, columns // 2)
+    turned = numpy.empty((columns, rows), numpy.uint8)
+    turned[0::2], turned[1::2] = (packed & 15).T, (packed >> 4).T
+    flat = turned.reshape(-1)
+    return flat[0::2] | flat[1::2] << 4

@@ -1,0 +1,243 @@
+"""Quantizers that ONNX has no operator for, as ONNX local functions in the domain ``qdiff``.
+
+A run-time block scale, a power-of-two scale, a code of FP4: ONNX Runtime's CPU and OpenVINO have no kernels for them. Each is
+written here once, in operators that every runtime has, as a function that travels inside the file. The graph then says
+``qdiff.BlockQuantizeDequantize_nvfp4`` where it could say forty nodes: a person can read it, :mod:`.checks` can tell a
+quantizer from arithmetic that happens to look like one, and a runtime with a kernel of its own can take the call over. ONNX
+Runtime inlines functions when it loads a file; for OpenVINO, which knows none, the engine does it.
+
+The bodies follow :mod:`qdiff.numerics` and :mod:`qdiff.blocks` operation by operation, in float32, so the values are torch's,
+bit for bit (the tests compare them). Two things differ from how torch gets there:
+
+- A power of two below amax comes from a logarithm, a table and a comparison, since ONNX cannot see a float's bits; the
+  comparison makes it exact whatever the logarithm rounded to.
+- E4M3 and E5M2 are Casts. ONNX Runtime's is exact. OpenVINO's rounds to float16 first, so about one value in 250 lands on the
+  neighbouring code.
+
+=============================== ==================================================================
+``BlockQuantizeDequantize_F``   ``x [..., n]`` (, ``tensor_scale []``) to its values on the grid, a scale a block
+``TokenQuantizeDequantize_F``   the same with one scale for each row of the last axis
+``QuantizeDequantize_F``        ``x``, ``scale []``: a static scale
+``BlockQuantize_F``             ``x [..., n]``, ``tensor_scale []`` to ``codes [..., n]`` (values, in float32) and E4M3 scales
+``ScaleBlocks_F``               undoes it: ``values [..., n]``, ``scale [..., n / block]`` to the product, in the scale's dtype
+``Dequantize_F``                the same for a weight's packed ``codes [out, in]`` (UINT4)
+``PowerOfTwo``                  E8M0 codes (UINT8, biased by 127) to float32
+=============================== ==================================================================
+
+``F`` is a row of :data:`qdiff.formats.FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qdiff.errors import InputError
+from qdiff.formats import Element, Format, format_named
+from qdiff.numerics import (
+    LARGEST_E4M3,
+    LARGEST_POWER,
+    LARGEST_SCALE,
+    SMALLEST_E4M3,
+    SMALLEST_POWER,
+    SMALLEST_SCALE,
+)
+
+DOMAIN = "qdiff"
+OPSET = 23
+_FLOAT, _INT32, _INT64, _FLOAT16, _E4M3, _E5M2 = 1, 6, 7, 10, 17, 19  # onnx.TensorProto's numbers
+_CASTS = {"e4m3": _E4M3, "e5m2": _E5M2}
+
+
+class _Body:
+    """Lines of a function in ONNX's textual syntax; every call gives the name of a new value."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._constants: dict[str, str] = {}
+
+    def do(self, call: str) -> str:
+        """``do("Mul(a, b)")`` -> the name of the product."""
+        name = f"v{len(self.lines)}"
+        self.lines.append(f"{name} = {call}")
+        return name
+
+    def number(self, value: float) -> str:
+        """A float32 constant."""
+        return self._constant(f"Constant<value = float {{{value!r}}}>()")
+
+    def integers(self, *values: int) -> str:
+        """A 1-D int64 constant."""
+        return self._constant(f"Constant<value_ints = [{', '.join(map(str, values))}]>()")
+
+    def table(self, values: tuple[float, ...]) -> str:
+        """A 1-D float32 constant."""
+        return self._constant(f"Constant<value = float[{len(values)}] {{{', '.join(map(repr, values))}}}>()")
+
+    def _constant(self, call: str) -> str:
+        if call not in self._constants:
+            self._constants[call] = self.do(call)
+        return self._constants[call]
+
+    def clip(self, value: str, low: float, high: float) -> str:
+        return self.do(f"Clip({value}, {self.number(low)}, {self.number(high)})")
+
+    def cast(self, value: str, dtype: int) -> str:
+        return self.do(f"Cast<to = {dtype}>({value})")
+
+
+@dataclass(frozen=True)
+class _Function:
+    """Names of inputs and outputs, and the lines between."""
+
+    inputs: str
+    outputs: str
+    body: _Body
+
+
+def text_of(name: str) -> str:
+    """A function in ONNX's textual syntax, by its name in the domain.
+
+    Raises:
+        InputError: no such function, or a format that it does not exist for.
+    """
+    kind, _, format_name = name.partition("_")
+    if kind != "PowerOfTwo" and kind not in _KINDS:
+        raise InputError(f"there is no ONNX function {DOMAIN}.{name}")
+    made = _power_of_two() if kind == "PowerOfTwo" else _KINDS[kind](format_named(format_name))
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n{name} ({made.inputs}) => ({made.outputs})'
+    return "\n  ".join([head + "\n{", *made.body.lines]) + "\n}"
+
+
+def function(name: str) -> Any:
+    """The function as an ``onnx.FunctionProto``. Raises as :func:`text_of`."""
+    import onnx.parser
+
+    return onnx.parser.parse_function(text_of(name))
+
+
+def _static(format: Format) -> _Function:
+    body = _Body()
+    values = _on_grid(body, body.do("Div(x, scale)"), format.element)
+    return _Function("x, scale", body.do(f"Mul({values}, scale)"), body)
+
+
+def _by_token(format: Format) -> _Function:
+    body = _Body()
+    rows = body.cast("x", _FLOAT)
+    _, scale = _own_scales(body, rows, format)
+    values = body.do(f"Mul({_on_grid(body, body.do(f'Div({rows}, {scale})'), format.element)}, {scale})")
+    return _Function("x", body.do(f"CastLike({values}, x)"), body)
+
+
+def _by_block(format: Format) -> _Function:
+    body = _Body()
+    codes, _, scale = _blocks_on_grid(body, format)
+    values = body.do(f"Reshape({body.do(f'Mul({codes}, {scale})')}, {body.do('Shape(x)')})")
+    return _Function(_dynamic_inputs(format), body.do(f"CastLike({values}, x)"), body)
+
+
+def _codes_and_scales(format: Format) -> _Function:
+    body = _Body()
+    codes, stored, _ = _blocks_on_grid(body, format)
+    shape = body.do("Shape(x)")
+    shorter = body.do(f"Concat<axis = 0>({body.do('Shape<end = -1>(x)')}, {body.integers(-1)})")
+    codes = body.do(f"Reshape({codes}, {shape})")
+    scales = body.cast(body.do(f"Reshape({stored}, {shorter})"), _E4M3)
+    return _Function(_dynamic_inputs(format), f"{codes}, {scales}", body)
+
+
+def _blocks_on_grid(body: _Body, format: Format) -> tuple[str, str, str]:
+    rows = body.do(f"Reshape({body.cast('x', _FLOAT)}, {body.integers(-1, format.block)})")
+    stored, scale = _own_scales(body, rows, format)
+    return _on_grid(body, body.do(f"Div({rows}, {scale})"), format.element), stored, scale
+
+
+def _dynamic_inputs(format: Format) -> str:
+    return "x, tensor_scale" if format.tensor_scale else "x"
+
+
+def _weight(format: Format) -> _Function:
+    body = _Body()
+    index = body.cast("codes", _INT32)
+    values = body.do(f"Gather<axis = 0>({body.table(format.element.values())}, {index})")
+    return _Function("codes, scale", _times_blocks(body, values, format.block), body)
+
+
+def _scale_blocks(format: Format) -> _Function:
+    body = _Body()
+    return _Function("values, scale", _times_blocks(body, "values", format.block), body)
+
+
+def _times_blocks(body: _Body, values: str, block: int) -> str:
+    blocks = body.do(f"Reshape({body.do(f'CastLike({values}, scale)')}, {body.integers(-1, block)})")
+    product = body.do(f"Mul({blocks}, {body.do(f'Reshape(scale, {body.integers(-1, 1)})')})")
+    return body.do(f"Reshape({product}, {body.do(f'Shape({values})')})")
+
+
+def _power_of_two() -> _Function:
+    body = _Body()
+    powers = tuple(2.0 ** (code - 127) for code in range(1, 255))
+    index = body.do(f"Sub({body.cast('codes', _INT64)}, {body.integers(1)})")
+    return _Function("codes", body.do(f"Gather<axis = 0>({body.table(powers)}, {index})"), body)
+
+
+_KINDS: dict[str, Callable[[Format], _Function]] = {
+    "QuantizeDequantize": _static,
+    "TokenQuantizeDequantize": _by_token,
+    "BlockQuantizeDequantize": _by_block,
+    "BlockQuantize": _codes_and_scales,
+    "Dequantize": _weight,
+    "ScaleBlocks": _scale_blocks,
+}
+
+
+def _own_scales(body: _Body, rows: str, format: Format) -> tuple[str, str]:
+    """A scale for each row of ``rows [..., n]`` from its own amax: as it is stored, and what codes are multiplied with."""
+    amax = body.do(f"ReduceMax<keepdims = 1>({body.do(f'Abs({rows})')}, {body.integers(-1)})")
+    if format.scale == "float16":
+        ideal = body.do(f"Div({amax}, {body.number(format.largest)})")
+        scale = body.cast(body.cast(body.clip(ideal, SMALLEST_SCALE, LARGEST_SCALE), _FLOAT16), _FLOAT)
+    elif format.scale == "e4m3":
+        unit = body.do(f"Mul({body.number(format.largest)}, tensor_scale)")
+        ideal = body.clip(body.do(f"Div({amax}, {unit})"), SMALLEST_E4M3, LARGEST_E4M3)
+        scale = body.cast(body.cast(ideal, _E4M3), _FLOAT)
+    else:
+        scale = _power_below(body, amax)
+        scale = body.do(f"Mul({scale}, {body.number(2.0**-format.element.largest_exponent)})")
+        scale = body.clip(scale, SMALLEST_POWER, LARGEST_POWER)
+    some = body.do(f"Greater({amax}, {body.number(0.0)})")
+    stored = body.do(f"Where({some}, {scale}, {body.number(1.0)})")
+    return stored, body.do(f"Mul({stored}, tensor_scale)") if format.tensor_scale else stored
+
+
+def _power_below(body: _Body, x: str) -> str:
+    """2^floor(log2 x) for x >= 0 (2^-127 and less for what is smaller than 2^-126)."""
+    logarithm = body.do(f"Mul({body.do(f'Log({x})')}, {body.number(1.4426950408889634)})")
+    exponent = body.clip(body.do(f"Floor({logarithm})"), -126.0, 127.0)
+    index = body.cast(body.do(f"Add({exponent}, {body.number(126.0)})"), _INT64)
+    powers = body.table(tuple(2.0 ** (place - 126) for place in range(254)))
+    guess = body.do(f"Gather<axis = 0>({powers}, {index})")
+    too_large = body.do(f"Greater({guess}, {x})")
+    guess = body.do(f"Where({too_large}, {body.do(f'Mul({guess}, {body.number(0.5)})')}, {guess})")
+    twice = body.do(f"Mul({guess}, {body.number(2.0)})")
+    return body.do(f"Where({body.do(f'LessOrEqual({twice}, {x})')}, {twice}, {guess})")
+
+
+def _on_grid(body: _Body, ratio: str, element: Element) -> str:
+    """:func:`qdiff.grids.round_to_grid`."""
+    if element.kind == "integer":
+        return body.clip(body.do(f"Round({ratio})"), element.lowest, element.highest)
+    within = body.clip(ratio, element.lowest, element.highest)
+    if element.name in _CASTS:
+        return body.cast(body.cast(within, _CASTS[element.name]), _FLOAT)
+    if element.mantissa_bits == 0:
+        raise InputError(f"{element.name} has no mantissa: its ties have no ONNX form", "it is a format for studies")
+    magnitude = body.do(f"Abs({within})")
+    step = body.number(2.0 ** (element.smallest_exponent - element.mantissa_bits))
+    for exponent in range(element.smallest_exponent + 1, element.largest_exponent + 1):
+        above = body.do(f"GreaterOrEqual({magnitude}, {body.number(2.0**exponent)})")
+        step = body.do(f"Where({above}, {body.number(2.0 ** (exponent - element.mantissa_bits))}, {step})")
+    counts = body.do(f"Round({body.do(f'Div({within}, {step})')})")
+    return body.do(f"Mul({counts}, {step})")
