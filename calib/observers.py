@@ -57,18 +57,28 @@ class _Table(Observer):
         return {self.name: self.table.float()}
 
 
-@OBSERVERS.register("amax")
-class ChannelAmax(_Table):
-    """Largest magnitude by timestep and channel, ``[T, C]``."""
-
-    name = "amax"
+@OBSERVERS.register("range")
+class ChannelRange(Observer):
+    """Least and largest value by timestep and channel, ``[T, C]`` each; 0 where no value was seen."""
 
     def __init__(self, timesteps: int, channels: int) -> None:
         super().__init__(timesteps, channels)
-        self.table = torch.zeros(timesteps, channels)
+        self.low = torch.full((timesteps, channels), torch.inf)
+        self.high = torch.full((timesteps, channels), -torch.inf)
 
     def update(self, x: Tensor, timestep: int, generator: torch.Generator) -> None:
-        self.table[timestep] = torch.maximum(self.table[timestep], x.abs().amax(dim=0))
+        self.low[timestep] = torch.minimum(self.low[timestep], x.amin(dim=0))
+        self.high[timestep] = torch.maximum(self.high[timestep], x.amax(dim=0))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"low": self.low, "high": self.high}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.low, self.high = state["low"], state["high"]
+
+    def result(self) -> dict[str, Tensor]:
+        seen = self.low <= self.high
+        return {name: torch.where(seen, table, torch.zeros_like(table)) for name, table in self.state().items()}
 
 
 @OBSERVERS.register("square")

@@ -37,6 +37,7 @@ def empty_layer(plan: LayerPlan, timesteps: int, clock: TimestepClock | None, ke
             smooth=plan.multiplier,
             shift=plan.shift,
             rotation=plan.rotation,
+            outliers=plan.outliers,
             rank=plan.rank,
             timesteps=timesteps if plan.timestep_scales else 0,
             output=plan.output,

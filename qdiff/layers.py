@@ -7,7 +7,7 @@
 
 - ``multiplier [in]`` is SmoothQuant's 1/s (arXiv 2211.10438, eq. 3); the weight carries s.
 - ``shift [in]`` moves the middle of asymmetric channels to zero; the bias carries what that takes away (``bias + W shift``).
-- ``R`` is a block Hadamard rotation (:mod:`qdiff.rotations`); the weight carries R as well, and R Rᵀ = 1.
+- ``R`` is a rotation (:mod:`qdiff.rotations`), a block Hadamard matrix or one fitted to outliers; the weight carries its inverse.
 - ``down [rank, in]``, ``up [out, rank]`` is a low-rank branch in 16 bit (SVDQuant, arXiv 2411.05007); Qw holds the rest.
 - ``Q`` is static (one constant scale: INT8, FP8), by token, or by block at run time with a constant tensor scale (NVFP4) or
   none (MX); without Q only weights are quantized.
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from qdiff import ops
 from qdiff.formats import format_named
+from qdiff.rotations import rotate
 
 
 class TimestepClock:
@@ -67,7 +68,8 @@ class LinearForm:
         activations: a row; one that is not quantized leaves the input as it is.
         by_token: dynamic scales, one for each token, instead of a static one (formats without blocks).
         smooth, shift: whether there is a ``multiplier`` and a ``shift``.
-        rotation: block size of the Hadamard rotation; 0: none.
+        rotation: block size of the rotation; 0: none.
+        outliers: whether the rotation has factors fitted to outliers before its Hadamard matrix.
         rank: of the low-rank branch; 0: none.
         timesteps: number of calibrated timesteps if the layer has per-timestep scales, else 0.
         output: format of the output, or ``None``: it stays float.
@@ -83,6 +85,7 @@ class LinearForm:
     smooth: bool = False
     shift: bool = False
     rotation: int = 0
+    outliers: bool = False
     rank: int = 0
     timesteps: int = 0
     output: str | None = None
@@ -100,7 +103,8 @@ class QuantLinear(nn.Module):
 
     Buffers, those that are not used being absent: ``codes`` (packed, :mod:`qdiff.packing`), ``scale`` (as the format stores
     it), ``tensor_scale []`` (of the weight), ``bias [out]``, ``input_scale []`` (static scale, or the tensor scale of run-time
-    blocks), ``multiplier [in]``, ``shift [in]``, ``rotation [block, block]``, ``down [rank, in]``, ``up [out, rank]``,
+    blocks), ``multiplier [in]``, ``shift [in]``, ``rotation [block, block]`` (H),
+    ``outlier_rotation [in / block, block, block]`` (G), ``outlier_order [in]`` (P), ``down [rank, in]``, ``up [out, rank]``,
     ``timestep_scale [T]``, ``output_scale []``.
 
     Args:
@@ -116,6 +120,8 @@ class QuantLinear(nn.Module):
     multiplier: Tensor | None
     shift: Tensor | None
     rotation: Tensor | None
+    outlier_rotation: Tensor | None
+    outlier_order: Tensor | None
     down: Tensor | None
     up: Tensor | None
     timestep_scale: Tensor | None
@@ -140,6 +146,9 @@ class QuantLinear(nn.Module):
         add("multiplier", form.smooth, form.in_features)
         add("shift", form.shift, form.in_features)
         add("rotation", form.rotation > 0, form.rotation, form.rotation)
+        blocks = form.in_features // form.rotation if form.outliers else 0
+        add("outlier_rotation", form.outliers, blocks, form.rotation, form.rotation)
+        add("outlier_order", form.outliers, form.in_features, dtype=torch.int64)
         add("down", form.rank > 0, form.rank, form.in_features, dtype=kept)
         add("up", form.rank > 0, form.out_features, form.rank, dtype=kept)
         add("timestep_scale", form.timesteps > 0, form.timesteps)
@@ -147,7 +156,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [batch, ..., in]`` to ``[batch, ..., out]``."""
-        x = transform(x, self.multiplier, self.shift, self.rotation)
+        x = transform(x, self.multiplier, self.shift)
+        x = rotate(x, self.rotation, self.outlier_rotation, self.outlier_order)
         if self.timestep_scale is None:
             y = self._product(x, self.bias)
         else:
@@ -190,15 +200,11 @@ class QuantLinear(nn.Module):
         return f"{self.form.in_features}, {self.form.out_features}, {self.form.weights} x {self.form.activations}"
 
 
-def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None, rotation: Tensor | None) -> Tensor:
-    """``(x * multiplier - shift) R`` with R block-diagonal: what a layer's input goes through before its quantizer."""
+def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``x * multiplier - shift``: what a layer's input goes through before its rotation and its quantizer."""
     if multiplier is not None:
         x = x * multiplier
-    if shift is not None:
-        x = x - shift
-    if rotation is not None:
-        x = (x.unflatten(-1, (-1, rotation.shape[-1])) @ rotation).flatten(-2)
-    return x
+    return x if shift is None else x - shift
 
 
 class HalfLinear(nn.Module):

@@ -44,12 +44,14 @@ class LayerPlan(BaseModel):
         False, description="whether channels of the input are scaled, by smoothing or another method"
     )
     shift: bool = Field(False, description="whether channels of the input are moved to the middle of their range")
-    rotation: int = Field(0, description="block of the Hadamard rotation; 0: none")
+    rotation: int = Field(0, description="block of the rotation; 0: none")
+    outliers: bool = Field(False, description="whether the rotation was fitted to outliers")
     rank: int = Field(0, description="rank of the low-rank branch in 16 bit; 0: none")
     scale_rule: Literal["amax", "mse", "four_over_six"] = Field(
         "amax", description="how the weight's scales are chosen"
     )
     rounding: str = Field("nearest", description="how the weight's codes are chosen: nearest, or the method's name")
+    bias_correction: bool = Field(False, description="whether the bias makes up for the mean error of the output")
     clip: float = Field(1.0, description="range kept, as a share of the largest value seen")
     timestep_scales: bool = False
     methods: list[str] = []

@@ -25,7 +25,6 @@ from qdiff.methods.smooth import multiplier_for
 from qdiff.models.base import Model, linear_layers
 from qdiff.plan import Kept, LayerPlan, Plan
 from qdiff.recipe import Recipe
-from qdiff.rotations import hadamard
 from qdiff.scratch import Scratch
 from qdiff.sequential import BlockWalk
 from qdiff.statistics import InputStatistics, Statistics
@@ -241,10 +240,12 @@ class _Realisation:
                     "smoothing": solution.strength,
                     "multiplier": solution.multiplier is not None,
                     "shift": solution.shift is not None,
-                    "rotation": solution.rotation,
+                    "rotation": 0 if solution.rotation is None else solution.rotation.block,
+                    "outliers": solution.rotation is not None and solution.rotation.first is not None,
                     "rank": solution.rank,
                     "scale_rule": solution.rule,
                     "rounding": solution.rounding,
+                    "bias_correction": solution.correction is not None,
                     "clip": solution.clip,
                     "timestep_scales": solution.timestep_scales,
                     "methods": list(solution.methods),
@@ -309,7 +310,9 @@ def _tensors(
         "input_scale": scale,
         "multiplier": solution.multiplier,
         "shift": solution.shift,
-        "rotation": hadamard(solution.rotation) if solution.rotation else None,
+        "rotation": None if solution.rotation is None else solution.rotation.last,
+        "outlier_rotation": None if solution.rotation is None else solution.rotation.first,
+        "outlier_order": None if solution.rotation is None else solution.rotation.order,
         "down": None if down is None else down.to(storage),
         "up": None if up is None else up.to(storage),
         "timestep_scale": stretch,

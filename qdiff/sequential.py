@@ -99,13 +99,16 @@ class BlockWalk:
         groups = {name: entry for name, entry in statistics.items() if name.startswith(f"{block}.")}
         rows: dict[str, list[Tensor]] = {name: [] for name in groups}
         indices: dict[str, list[Tensor]] = {name: [] for name in groups}
-        amax = {name: entry.amax.clone() for name, entry in groups.items()}
+        low = {name: entry.low.clone() for name, entry in groups.items()}
+        high = {name: entry.high.clone() for name, entry in groups.items()}
         current: list[Call] = []
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 call, x = current[0], args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                amax[name][call.timestep] = torch.maximum(amax[name][call.timestep], x.abs().amax(dim=0))
+                at = call.timestep
+                low[name][at] = torch.minimum(low[name][at], x.amin(dim=0))
+                high[name][at] = torch.maximum(high[name][at], x.amax(dim=0))
                 generator = torch.Generator().manual_seed(call.number)
                 chosen = torch.randperm(len(x), generator=generator)[: self.rows_per_call]
                 rows[name].append(x[chosen].clone())
@@ -122,7 +125,13 @@ class BlockWalk:
             for handle in handles:
                 handle.remove()
         return {
-            name: replace(entry, amax=amax[name], rows=torch.cat(rows[name]), rows_timestep=torch.cat(indices[name]))
+            name: replace(
+                entry,
+                low=low[name],
+                high=high[name],
+                rows=torch.cat(rows[name]),
+                rows_timestep=torch.cat(indices[name]),
+            )
             for name, entry in groups.items()
         }
 

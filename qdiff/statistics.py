@@ -2,8 +2,8 @@
 
 Keyed by the timestep's VALUE. The tables are chosen so that everything later is exact without the float model:
 
-- ``amax [T, C]``: largest magnitude of each channel at each timestep. Any smoothing divides channels by constants, so the
-  per-tensor and per-timestep ranges after smoothing follow exactly: ``max_c amax[t, c] / s[c]``.
+- ``low``, ``high [T, C]``: least and largest value of each channel at each timestep, 0 where none was seen. Smoothing divides
+  channels by constants and a shift moves them, so the per-tensor and per-timestep ranges after both follow exactly.
 - ``square [T, C]``: mean square, the second moment.
 - ``histogram [T, K]``: counts of ``log2 |x|`` in bins of 1/8 octave; percentiles follow, and histograms of shards add up.
 - ``outputs``: for each layer the largest magnitude of its output at each timestep, ``[T]``.
@@ -24,7 +24,7 @@ from qdiff.files import open_tensors, save_tensors
 
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_STEP = -24.0, 16.0, 0.125
 HISTOGRAM_BINS = int((HISTOGRAM_HIGH - HISTOGRAM_LOW) / HISTOGRAM_STEP)
-TABLES = ("amax", "square", "histogram", "rows", "rows_timestep")
+TABLES = ("low", "high", "square", "histogram", "rows", "rows_timestep")
 
 
 @dataclass
@@ -32,11 +32,17 @@ class InputStatistics:
     """Statistics of one tensor that one or several layers read. Shapes in the module's docstring; float32."""
 
     layers: list[str]
-    amax: Tensor
+    low: Tensor
+    high: Tensor
     square: Tensor
     histogram: Tensor
     rows: Tensor
     rows_timestep: Tensor
+
+    @property
+    def amax(self) -> Tensor:
+        """Largest magnitude of each channel at each timestep, ``[T, C]``."""
+        return torch.maximum(self.high, -self.low)
 
     def percentile(self, share: float, timestep: int | None = None) -> float:
         """The magnitude that ``share`` (0..1) of all values do not exceed; upper edge of the histogram's bin."""

@@ -1,9 +1,14 @@
 """Quantization methods, one file each. Importing this package registers them all."""
 
+from qdiff.methods import awq as awq
+from qdiff.methods import bias as bias
 from qdiff.methods import clip as clip
 from qdiff.methods import gptq as gptq
 from qdiff.methods import low_rank as low_rank
+from qdiff.methods import repq as repq
+from qdiff.methods import rotate as rotate
 from qdiff.methods import scales as scales
+from qdiff.methods import shift as shift
 from qdiff.methods import smooth as smooth
 from qdiff.methods import timestep_scales as timestep_scales
 from qdiff.methods.base import METHODS, Problem, Solution, apply_method, check_options

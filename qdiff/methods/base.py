@@ -27,7 +27,7 @@ from qdiff.errors import InputError, nearest
 from qdiff.formats import Format
 from qdiff.layers import transform
 from qdiff.registry import Registry
-from qdiff.rotations import hadamard, rotate_columns
+from qdiff.rotations import Rotation
 from qdiff.statistics import InputStatistics
 from qdiff.weights import QuantizedWeight
 
@@ -41,22 +41,24 @@ class Solution:
     Args:
         strength: SmoothQuant's, for the plan; the numbers are in ``multiplier``.
         multiplier, shift: ``[in]``; ``(x * multiplier - shift)`` is what is rotated and quantized.
-        rotation: block of the Hadamard rotation; 0: none.
+        rotation: of the moved input; ``None``: none.
         low_rank: for each layer ``(down [rank, in], up [out, rank])`` in transformed coordinates, or ``None``: no branch.
         rule: how the weights' scales are chosen (:data:`qdiff.weights.Rule`).
         rounded: for each layer its weight as a method rounded it; ``None``: to nearest.
         rounding: name of that method, for the plan.
+        correction: for each layer what its bias has to add ``[out]``.
         clip, timestep_scales: of static activations.
     """
 
     strength: float | None = None
     multiplier: Tensor | None = None
     shift: Tensor | None = None
-    rotation: int = 0
+    rotation: Rotation | None = None
     low_rank: tuple[tuple[Tensor, Tensor], ...] | None = None
     rule: weights.Rule = "amax"
     rounded: tuple[QuantizedWeight, ...] | None = None
     rounding: str = "nearest"
+    correction: tuple[Tensor, ...] | None = None
     clip: float = 1.0
     timestep_scales: bool = False
     methods: tuple[str, ...] = ()
@@ -108,16 +110,16 @@ class Problem:
 
     def inputs(self, solution: Solution, x: Tensor) -> Tensor:
         """What the transform makes of the input ``x [N, in]``, before its quantizer."""
-        rotation = hadamard(solution.rotation) if solution.rotation else None
-        return transform(x, solution.multiplier, solution.shift, rotation)
+        x = transform(x, solution.multiplier, solution.shift)
+        return x if solution.rotation is None else solution.rotation.forward(x)
 
     def transformed_weights(self, solution: Solution) -> list[Tensor]:
         """The weights that :meth:`inputs` are to be multiplied with."""
         moved = self.weights
         if solution.multiplier is not None:
             moved = [weight / solution.multiplier for weight in moved]
-        if solution.rotation:
-            moved = [rotate_columns(weight, solution.rotation) for weight in moved]
+        if solution.rotation is not None:
+            moved = [solution.rotation.weight(weight) for weight in moved]
         return moved
 
     def residuals(self, solution: Solution) -> list[Tensor]:
@@ -130,13 +132,11 @@ class Problem:
     def ranges(self, solution: Solution) -> Tensor:
         """Largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
 
-        Exact from the channels' amax without shift and rotation; otherwise that of the calibration tokens.
+        Exact from the channels' ranges without rotation; otherwise that of the calibration tokens.
         """
-        if solution.shift is None and not solution.rotation:
-            amax = self.statistics.amax
-            if solution.multiplier is not None:
-                amax = amax * solution.multiplier.abs()
-            return amax.amax(dim=1) * solution.clip
+        if solution.rotation is None:
+            ends = (self.inputs(solution, end).abs() for end in (self.statistics.low, self.statistics.high))
+            return torch.maximum(*ends).amax(dim=1) * solution.clip
         magnitudes = self.inputs(solution, self.statistics.rows.float()).abs().amax(dim=1)
         ranges = torch.zeros(len(self.statistics.amax))
         return ranges.scatter_reduce(0, self.statistics.rows_timestep, magnitudes, "amax") * solution.clip
@@ -191,19 +191,31 @@ class Problem:
         return list(solution.rounded) if solution.rounded is not None else self.nearest_weights(solution)
 
     def biases(self, solution: Solution) -> list[Tensor | None]:
-        """What the shift of the input takes from each layer's output and its bias has to give back, ``[out]``."""
-        if solution.shift is None:
-            return [None] * len(self.names)
-        unrotated = replace(solution, rotation=0)
-        return [weight @ solution.shift for weight in self.transformed_weights(unrotated)]
+        """What each layer's bias has to add ``[out]``: what the shift took, and what a method found to be missing.
+
+        The shift is given back through the *quantized* weight, ``Q(W) s``: the error of the weights then meets ``x`` and not
+        ``x - s``, which after a GELU is much larger.
+        """
+        given: list[Tensor | None] = [None] * len(self.names)
+        if solution.shift is not None:
+            shift = solution.shift if solution.rotation is None else solution.rotation.forward(solution.shift)
+            given = list(self._products(solution, shift, shift))
+        if solution.correction is None:
+            return given
+        return [found if bias is None else bias + found for bias, found in zip(given, solution.correction, strict=True)]
+
+    def _products(self, solution: Solution, rounded: Tensor, moved: Tensor) -> list[Tensor]:
+        """What each layer's quantized weight makes of ``rounded [..., in]`` and its low-rank branch of ``moved``."""
+        results = [rounded @ weight.dequantize().T for weight in self.quantized_weights(solution)]
+        if solution.low_rank is None:
+            return results
+        return [y + (moved @ down.T) @ up.T for y, (down, up) in zip(results, solution.low_rank, strict=True)]
 
     def outputs(self, solution: Solution, x: Tensor, timestep: Tensor) -> list[Tensor]:
         """Each layer's output ``[N, out]`` as it will be computed, bias left out."""
         moved = self.inputs(solution, x)
         rounded = self.quantized_inputs(solution, x, timestep)
-        results = [rounded @ weight.dequantize().T for weight in self.quantized_weights(solution)]
-        if solution.low_rank is not None:
-            results = [y + (moved @ down.T) @ up.T for y, (down, up) in zip(results, solution.low_rank, strict=True)]
+        results = self._products(solution, rounded, moved)
         return [y if bias is None else y + bias for y, bias in zip(results, self.biases(solution), strict=True)]
 
     def errors(self, solution: Solution, held_out: bool = False) -> list[float]:

@@ -117,10 +117,15 @@ def test_an_observers_state_survives_a_restart_byte_for_byte(name):
         assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+def test_a_timestep_that_was_not_seen_has_the_range_zero():
+    ranges = observe("range", [(torch.full((5, 3), 4.0), 1)], 2)
+    assert ranges["low"].tolist() == ranges["high"].tolist() == [[0.0] * 3, [4.0] * 3]
+
+
 def test_percentiles_are_within_a_bin():
     x = torch.randn(100, 40, generator=torch.Generator().manual_seed(1)).exp()
     empty = torch.zeros(0)
-    entry = InputStatistics([], empty, empty, observe("histogram", [(x, 1)], 2)["histogram"], empty, empty)
+    entry = InputStatistics([], empty, empty, empty, observe("histogram", [(x, 1)], 2)["histogram"], empty, empty)
     ordered = x.abs().flatten().sort().values
     for share in (0.01, 0.5, 0.9, 0.999, 1.0):
         exact = float(ordered[max(0, round(share * len(ordered)) - 1)])
@@ -196,6 +201,7 @@ def test_statistics_are_what_a_loop_over_the_trajectory_computes(finished, tiny)
         for layer in entry.layers:  # members of a group read the very same values
             for index, time_ in enumerate(statistics.timesteps):
                 x = torch.cat(seen[layer][time_])
+                assert torch.equal(entry.low[index], x.amin(0)) and torch.equal(entry.high[index], x.amax(0))
                 assert torch.equal(entry.amax[index], x.abs().amax(0))
                 torch.testing.assert_close(entry.square[index], x.double().square().mean(0).float(), rtol=1e-6, atol=0)
                 assert float(statistics.outputs[layer][index]) == out[layer][time_]

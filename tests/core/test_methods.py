@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from qdiff.errors import InputError
 from qdiff.formats import format_named
 from qdiff.methods import METHODS, Problem, Solution, apply_method
 from qdiff.methods.gptq import inverse_factor, round_columns
+from qdiff.methods.rotate import fluctuation, rotated
+from qdiff.rotations import hadamard, zigzag
 from qdiff.statistics import HISTOGRAM_BINS, InputStatistics
 
 
@@ -23,7 +27,8 @@ def problem(
     timesteps, tokens, channels = x.shape
     statistics = InputStatistics(
         layers=[f"layer{i}" for i in range(layers)],
-        amax=x.abs().amax(1),
+        low=x.amin(1),
+        high=x.amax(1),
         square=x.square().mean(1),
         histogram=torch.zeros(timesteps, HISTOGRAM_BINS),
         rows=x.reshape(-1, channels),
@@ -71,7 +76,41 @@ def few_directions() -> Problem:
     return given
 
 
+def large_on_average() -> Problem:
+    """Few channels carry the signal: their weights' rounding is what counts."""
+    x = randn(4, 64, 32)
+    x[..., 5] *= 30
+    x[..., 11] *= 20
+    return problem(x, weights="int4_g32", activations="float16")
+
+
+def one_sided() -> Problem:
+    """As after a GELU: nothing below -0.2."""
+    return problem(torch.nn.functional.gelu(randn(4, 64, 32) * 4))
+
+
+def unequal_channels() -> Problem:
+    return problem(randn(4, 64, 32) * torch.logspace(-1.5, 1, 32) + 3 * torch.logspace(-1.5, 1, 32))
+
+
+def outlier_values() -> Problem:
+    """One large value a token, each time in another channel: no scale a channel helps."""
+    x = randn(4, 64, 32)
+    where = torch.randint(32, (4, 64, 1), generator=torch.Generator().manual_seed(3))
+    return problem(x.scatter(-1, where, 40.0), weights="int8")
+
+
+def off_centre() -> Problem:
+    """Weights of few bits under inputs with a mean: their error moves every output one way."""
+    return problem(randn(4, 64, 32) * 0.1 + 2, weights="int4_g32", activations="float16")
+
+
 TROUBLES = {
+    "bias": off_centre,
+    "awq": large_on_average,
+    "repq": unequal_channels,
+    "rotate": outlier_values,
+    "shift": one_sided,
     "smooth": outlier_channels,
     "timestep_scales": moving_range,
     "clip": heavy_tail,
@@ -161,6 +200,90 @@ def test_a_timestep_without_a_signal_makes_no_nan(small):
         assert all(error == error and error < 1 for error in given.errors(found)), (name, found.notes)
         _, stretch = given.activation_scale(found)
         assert stretch is None or torch.isfinite(stretch.half()).all()
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "randomised", "outlier"])
+def test_a_rotation_keeps_the_product(kind):
+    """In float64 to 1e-10; the fitted factors lie on the float16 grid, and the weight carries their exact inverse."""
+    given = outlier_values()
+    start = Solution().decide(
+        "smooth", "", multiplier=(randn(32).abs() + 0.5).half().float(), shift=randn(32).half().float()
+    )
+    found = rotated(given, start, kind, 16)
+    assert found.rotation is not None and (found.rotation.first is not None) == (kind == "outlier")
+    x = given.statistics.rows.double()
+    moved = found.rotation.forward(x * found.multiplier.double() - found.shift.double())
+    for weight in given.weights:
+        turned = found.rotation.weight(weight.double() / found.multiplier.double())
+        constant = (weight.double() / found.multiplier.double()) @ found.shift.double()
+        assert (moved @ turned.T + constant - x @ weight.double().T).abs().max() <= 1e-10
+    assert given.inputs(found, x.float()).abs().max() < given.inputs(start, x.float()).abs().max() / 1.5
+
+
+def test_the_regular_hadamard_matrix_makes_no_outlier_of_a_constant():
+    """The all-ones column of Sylvester's matrix sums a constant row up to sqrt(block) times itself (ConvRot)."""
+    matrix = hadamard(64)
+    assert torch.equal(matrix @ matrix, torch.eye(64)) and torch.equal(matrix, matrix.T)
+    assert (torch.ones(64) @ matrix).abs().max() == 1
+
+
+def test_channels_are_dealt_in_a_zigzag():
+    order = zigzag(torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), 4)
+    assert sorted(order.tolist()) == list(range(8))
+    assert order[:4].tolist() == [7, 4, 3, 0] and order[4:].tolist() == [6, 5, 2, 1]
+
+
+def test_fluctuation_chooses_the_kind():
+    """LRQ-DiT's rule: J below 1 a Hadamard matrix, above it the rotation fitted to outliers."""
+    small, large = outlier_values(), outlier_values()
+    small.statistics.rows /= 100
+    large.statistics.rows *= 100
+    for given, fitted in ((small, False), (large, True)):
+        given.statistics.low, given.statistics.high = (
+            t * (0.01 if not fitted else 100) for t in (given.statistics.low, given.statistics.high)
+        )
+        assert (fluctuation(given.statistics.rows) >= 1) == fitted
+        found = apply_method("rotate", {"choice": "fluctuation", "minimum_gain_db": -100}, given, Solution())
+        assert (found.rotation.first is not None) == fitted, found.notes
+
+
+def test_a_layer_that_no_block_divides_is_named():
+    with pytest.raises(InputError, match="divides the 30 columns of layer layer0"):
+        apply_method("rotate", {}, problem(randn(4, 64, 30)), Solution())
+
+
+@pytest.mark.parametrize("name", ["shift", "repq"])
+def test_the_bias_gives_back_what_a_shift_takes(name):
+    """Through the weight as it is in the layer, so the weight's own error meets the input and not the shifted input."""
+    given = unequal_channels()
+    found = apply_method(name, {"minimum_gain_db": -100.0}, given, Solution())
+    assert found.shift is not None
+    x, _ = given.rows(held_out=True)
+    moved, plain = given.inputs(found, x), replace(found, shift=None)
+    for weight, bias in zip(given.quantized_weights(found), given.biases(found), strict=True):
+        expected = given.inputs(plain, x) @ weight.dequantize().T
+        torch.testing.assert_close(moved @ weight.dequantize().T + bias, expected, rtol=1e-4, atol=1e-4)
+    if name == "repq":
+        low, high = (given.inputs(found, end) for end in (given.statistics.low.amin(0), given.statistics.high.amax(0)))
+        torch.testing.assert_close(-low, high, rtol=0.01, atol=0.01 * float(high.max()))
+        torch.testing.assert_close(high, high.mean().expand(32), rtol=0.01, atol=0.01 * float(high.max()))
+
+
+def test_a_corrected_bias_leaves_no_mean_error():
+    given = off_centre()
+    found = apply_method("bias", {}, given, Solution())
+    x, timestep = given.rows(held_out=False)
+    for weight, output in zip(given.weights, given.outputs(found, x, timestep), strict=True):
+        assert (output - x @ weight.T).mean(0).abs().max() < 1e-4
+
+
+def test_ranges_after_a_shift_are_those_of_all_values_not_of_the_tokens():
+    given = one_sided()
+    found = apply_method("shift", {}, given, Solution())
+    given.statistics.rows = given.statistics.rows[:2]
+    given.statistics.rows_timestep = given.statistics.rows_timestep[:2]
+    low, high = given.statistics.low - found.shift, given.statistics.high - found.shift
+    assert torch.equal(given.ranges(found), torch.maximum(low.abs(), high.abs()).amax(1))
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_nearest():

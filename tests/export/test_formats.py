@@ -25,7 +25,7 @@ from qdiff.export.translations import TARGETS, Target
 from qdiff.formats import FORMATS, format_named
 from qdiff.layers import LinearForm, QuantLinear
 from qdiff.metrics import sqnr_db
-from qdiff.rotations import hadamard
+from qdiff.rotations import hadamard, outlier_rotation
 from qdiff.weights import quantize_weight
 
 COLUMNS, ROWS = 256, 96
@@ -47,10 +47,11 @@ class Cell:
 
     def layer(self) -> QuantLinear:
         generator = torch.Generator().manual_seed(len(self.name))
-        rank, rotation = (8 if "rank" in self.pieces else 0), (16 if "rotation" in self.pieces else 0)
+        outliers = "outliers" in self.pieces
+        rank, rotation = (8 if "rank" in self.pieces else 0), (16 if outliers or "rotation" in self.pieces else 0)
         smooth, shift = "smooth" in self.pieces, "shift" in self.pieces
         form = LinearForm(
-            COLUMNS, ROWS, True, self.weights, self.activations, self.by_token, smooth, shift, rotation, rank
+            COLUMNS, ROWS, True, self.weights, self.activations, self.by_token, smooth, shift, rotation, outliers, rank
         )
         layer = QuantLinear(form)
         weight = quantize_weight(torch.randn(ROWS, COLUMNS, generator=generator) / 16, format_named(self.weights))
@@ -67,6 +68,9 @@ class Cell:
             layer.shift = torch.randn(COLUMNS, generator=generator).half().float()
         if rotation:
             layer.rotation = hadamard(rotation)
+        if outliers:
+            fitted = outlier_rotation(torch.randn(64, COLUMNS, generator=generator).exp(), rotation)
+            layer.outlier_rotation, layer.outlier_order = fitted.first, fitted.order
         if rank:
             layer.down = torch.randn(rank, COLUMNS, generator=generator).half() / 16
             layer.up = torch.randn(ROWS, rank, generator=generator).half() / 4
@@ -87,7 +91,7 @@ def cells_of(target: Target) -> list[Cell]:
         cells += [Cell("int8", name) for name in sorted({name for _, name in target.runs if name})]
         cells += [Cell("int4_g64", name, True) for name in sorted({name for _, name in target.tokens if name})]
         cells += [Cell("nvfp4", "nvfp4"), Cell("fp8", "fp8"), Cell("mxfp8", "mxfp8")]
-    pieces = [("rank",), ("rotation",), ("smooth", "shift", "rotation", "rank")]
+    pieces = [("rank",), ("rotation",), ("outliers",), ("smooth", "shift", "rotation", "rank")]
     return cells + [Cell("nvfp4", "nvfp4", pieces=one) for one in pieces]
 
 

@@ -1,0 +1,84 @@
+"""Rotation of the input (:mod:`qdiff.rotations`): an outlier is spread over its block before the quantizer sees it.
+
+It helps grids whose step follows the largest value (INT4, INT8, MXFP4), and costs NVFP4 something: a float grid is fine near
+zero, where rotated values are not (MR-GPTQ, arXiv 2509.23202: NVFP4 94.7 % to 93.8 %). So *no rotation* is always a candidate.
+For MR-GPTQ's own setting let the block be that of the format and let ``scales`` and ``gptq`` follow.
+
+Which kinds are tried is the ``choice``: ``error`` tries all of ``kinds`` and keeps the best; ``fluctuation`` is LRQ-DiT's rule
+(arXiv 2508.03485): with J = ‖X‖_F / sqrt(N C) below 1 a Hadamard matrix, above it the rotation fitted to outliers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qdiff.errors import InputError
+from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.rotations import BLOCKS, Rotation, hadamard, largest_block, outlier_rotation
+
+Kind = Literal["hadamard", "randomised", "outlier"]
+Kinds = Annotated[tuple[Kind, ...], Field(min_length=1)]
+Most = Annotated[int, Field(ge=4, le=256)]
+
+
+def fluctuation(x: Tensor) -> float:
+    """J of LRQ-DiT: the root mean square of tokens ``x [N, in]``."""
+    return float(x.double().square().mean().sqrt())
+
+
+def rotated(problem: Problem, solution: Solution, kind: Kind, block: int) -> Solution:
+    """The solution with a rotation of that kind, in place of one that is there."""
+    if kind == "hadamard":
+        return solution.decide("rotate", "", rotation=Rotation(hadamard(block)))
+    if kind == "randomised":
+        signs = torch.ones(problem.weights[0].shape[1])
+        generator = torch.Generator().manual_seed(zlib.crc32(problem.names[0].encode()))
+        signs[torch.rand(len(signs), generator=generator) < 0.5] = -1
+        multiplier = signs if solution.multiplier is None else solution.multiplier * signs
+        shift = None if solution.shift is None else solution.shift * signs
+        return solution.decide("rotate", "", multiplier=multiplier, shift=shift, rotation=Rotation(hadamard(block)))
+    x, _ = problem.rows(held_out=False)
+    unrotated = solution.decide("rotate", "", rotation=None)
+    return solution.decide("rotate", "", rotation=outlier_rotation(problem.inputs(unrotated, x), block))
+
+
+@METHODS.register("rotate")
+def rotate(
+    problem: Problem,
+    solution: Solution,
+    kinds: Kinds = ("hadamard", "randomised", "outlier"),
+    most: Most = 64,
+    choice: Literal["error", "fluctuation"] = "error",
+    minimum_gain_db: Decibels = 0.3,
+) -> Solution:
+    """Rotates where that gains at least ``minimum_gain_db`` (a product with a small matrix is not free).
+
+    Args:
+        most: the largest block to mix; the largest power of 4 that divides the layer's columns is taken.
+
+    Raises:
+        InputError: no block divides the columns.
+    """
+    columns = problem.weights[0].shape[1]
+    block = largest_block(columns, most)
+    if not block:
+        raise InputError(
+            f"rotate: no block of {', '.join(map(str, BLOCKS))} divides the {columns} columns of layer {problem.names[0]}",
+            "keep this layer (recipe: ignore), or leave rotate out",
+        )
+    plain = problem.error(solution)
+    if choice == "fluctuation":
+        x, _ = problem.rows(held_out=False)
+        kinds = ("hadamard",) if fluctuation(problem.inputs(solution, x)) < 1 else ("outlier",)
+    trials = [(kind, rotated(problem, solution, kind, block)) for kind in kinds]
+    least, kind, best = min(((problem.error(trial), kind, trial) for kind, trial in trials), key=lambda trial: trial[0])
+    gain = decibels(least, plain)
+    if gain < minimum_gain_db:
+        return solution.decide("rotate", f"no rotation ({kind} of {block} {gain:+.1f} dB)")
+    changes = {"multiplier": best.multiplier, "shift": best.shift, "rotation": best.rotation}
+    return solution.decide("rotate", f"{kind} rotation of {block} gains {gain:.1f} dB", **changes)
