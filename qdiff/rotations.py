@@ -55,8 +55,7 @@ class Rotation:
         """
         if x.shape[-1] % self.block:
             raise InputError(f"blocks of {self.block} do not divide {x.shape[-1]} columns", "choose a smaller rotation")
-        factors = (None if factor is None else factor.to(x) for factor in (self.last, self.first))
-        return rotate(x, *factors, self.order)
+        return rotate(x, self.last.to(x), None if self.first is None else self.first.to(x), self.order)
 
     def weight(self, weight: Tensor) -> Tensor:
         """``W (Rᵀ)⁻¹`` for ``W [out, in]``: what the rotated input is multiplied with. G on the float16 grid is orthogonal to
