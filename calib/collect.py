@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qdiff.calib.observers import OBSERVERS, Observer
 from qdiff.errors import IntegrityError
-from qdiff.events import Progress
+from qdiff.events import Progress, log
 from qdiff.files import open_tensors, save_tensors
 from qdiff.models.base import Model, linear_layers
 from qdiff.statistics import InputStatistics, Statistics
@@ -97,6 +97,9 @@ class Collector:
         self.timesteps = sorted(values, reverse=True)  # samplers go from noise to picture
         self.groups = find_groups(model, next(iter(trajectory)))
         layers = linear_layers(model.backbone)
+        reached = {name for names in self.groups.values() for name in names}
+        for name in layers.keys() - reached:
+            log.warning("collect: the pipeline never reached layer %s: it will be kept in 16 bit", name)
         self.outputs = {name: torch.zeros(len(self.timesteps)) for name in layers}
         self.observers: dict[str, dict[str, Observer]] = {
             group: {name: OBSERVERS[name](len(self.timesteps), layers[group].in_features) for name in OBSERVERS}

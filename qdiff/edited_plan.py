@@ -78,19 +78,21 @@ def settle(plan: Plan, model: Model, statistics: Statistics, before: Plan | None
     another = "give a plan of this model: quantize this run with a recipe, and edit the plan.json that it writes"
     _refuse(IntegrityError, source, _other_model(plan, model), another)
     groups, layers = groups_of(model, statistics), linear_layers(model.backbone)
-    facts = [fault for layer in plan.layers for fault in _facts(layer, layers[layer.name], groups[layer.name])]
+    facts = [fault for layer in plan.layers for fault in _facts(layer, layers[layer.name], groups.get(layer.name))]
     _refuse(IntegrityError, source, facts, f"take that back; what can be edited is {', '.join(DECISIONS)}")
     known = {}
     if before is not None and before.fingerprint == plan.fingerprint:
         known = {layer.name: layer for layer in before.layers}
     wrong = [fault for layer in plan.layers for fault in _impossible(layer, plan.kept, known.get(layer.name))]
-    wrong += _disagreements([layer for layer in plan.layers if layer.quantized], groups)
+    unreached = [layer.name for layer in plan.quantized if layer.name not in groups]
+    wrong += [f"{name}: calibration never reached this layer; keep it in {plan.kept}" for name in unreached]
+    wrong += _disagreements([layer for layer in plan.quantized if layer.name in groups], groups)
     if not plan.quantized:
         wrong.append("it quantizes no layer")
     _refuse(
         InputError, source, wrong, 'correct the file; docs/guide/recipes.md, "Editing a plan", says what can be set'
     )
-    settled = [_settled(layer, groups[layer.name], known.get(layer.name)) for layer in plan.layers]
+    settled = [_settled(layer, groups.get(layer.name), known.get(layer.name)) for layer in plan.layers]
     return plan.model_copy(update={"layers": settled})
 
 
@@ -138,7 +140,7 @@ def _other_model(plan: Plan, model: Model) -> Iterator[str]:
             yield f"the layer {name!r} is missing"
 
 
-def _facts(layer: LayerPlan, linear: nn.Linear, group: str) -> Iterator[str]:
+def _facts(layer: LayerPlan, linear: nn.Linear, group: str | None) -> Iterator[str]:
     """Facts about one layer that are not the model's."""
     shape = (linear.out_features, linear.in_features)
     if layer.shape != shape:
@@ -146,7 +148,8 @@ def _facts(layer: LayerPlan, linear: nn.Linear, group: str) -> Iterator[str]:
     if layer.bias != (linear.bias is not None):
         yield f"{layer.name}: bias is {_text(layer.bias)}, the model's is {_text(linear.bias is not None)}"
     if layer.group not in (None, group):
-        yield f"{layer.name}: group is {layer.group!r}, but it reads the tensor of {group!r}"
+        reads = f"it reads the tensor of {group!r}" if group else "calibration never reached this layer"
+        yield f"{layer.name}: group is {layer.group!r}, but {reads}"
 
 
 def _is_smoothing(layer: LayerPlan, before: LayerPlan | None) -> bool:
@@ -199,7 +202,7 @@ def _disagreements(layers: list[LayerPlan], groups: dict[str, str]) -> Iterator[
                 )
 
 
-def _settled(layer: LayerPlan, group: str, before: LayerPlan | None) -> LayerPlan:
+def _settled(layer: LayerPlan, group: str | None, before: LayerPlan | None) -> LayerPlan:
     """The entry without what does not belong to it, and with its reason."""
     if layer.quantized:
         layer = layer.model_copy(update={"group": group})

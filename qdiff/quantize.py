@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qdiff import numerics
 from qdiff.checkpoint import empty_layer, install_clock
 from qdiff.errors import InputError
-from qdiff.events import Progress
+from qdiff.events import Progress, log
 from qdiff.formats import format_named
 from qdiff.layers import HalfLinear, QuantLinear, TimestepClock
 from qdiff.methods import Problem, Solution, apply_method
@@ -94,26 +94,26 @@ def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Pla
 
 
 def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
-    """The group of every layer of the model that can be quantized.
+    """The group of every layer of the model that can be quantized; layers that calibration never reached have none.
 
     Raises:
         InputError: the statistics are of other layers.
     """
     layers = linear_layers(model.backbone)
     groups = {name: group for group, entry in statistics.inputs.items() for name in entry.layers}
-    if groups.keys() != layers.keys():
+    if statistics.outputs.keys() != layers.keys() or not groups.keys() <= layers.keys():
         raise InputError(
-            f"the statistics are of another model: {len(groups)} layers there, {len(layers)} here",
+            f"the statistics are of another model: {len(statistics.outputs)} layers there, {len(layers)} here",
             "calibrate this model: qdiff calibrate … --force",
         )
-    return {name: groups[name] for name in layers}
+    return {name: groups[name] for name in layers if name in groups}
 
 
 def draft(model: Model, recipe: Recipe, statistics: Statistics) -> dict[str, LayerPlan]:
     """What the recipe alone says about every layer, before a method has decided anything: formats, groups, outputs.
 
     Raises:
-        InputError: a pattern that matches no layer, or statistics of another model.
+        InputError: a pattern that matches no layer, statistics of another model, or a layer that a format's blocks do not divide.
     """
     groups, layers = groups_of(model, statistics), linear_layers(model.backbone)
     ignored = recipe.ignored(model.family.name, list(layers))
@@ -129,7 +129,11 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> dict[str, Lay
             activations=recipe.kept,
             why=f"kept: ignore pattern {ignored.get(name)!r} of recipe {recipe.name}",
         )
-        if name not in ignored:
+        if name not in ignored and name not in groups:
+            log.warning("quantize: calibration never reached layer %s; it is kept in %s", name, recipe.kept)
+            entry = entry.model_copy(update={"why": "kept: calibration never reached this layer"})
+        elif name not in ignored:
+            _check_shape(name, entry.shape, recipe)
             scheme, output = recipe.scheme, recipe.scheme.activations if name in with_output else None
             entry = entry.model_copy(
                 update={
@@ -143,6 +147,17 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> dict[str, Lay
             )
         entries[name] = entry
     return entries
+
+
+def _check_shape(name: str, shape: tuple[int, int], recipe: Recipe) -> None:
+    """Refuses, by its name, a layer that the scheme's blocks do not divide."""
+    weights, activations = format_named(recipe.scheme.weights), format_named(recipe.scheme.activations)
+    try:
+        weights.packed_shape(shape)
+        weights.check_columns(shape[1])
+        activations.check_columns(shape[1])
+    except InputError as error:
+        raise InputError(f"layer {name} of shape {list(shape)}: {error.message}", error.fix) from None
 
 
 class _Realisation:
@@ -195,6 +210,8 @@ class _Realisation:
 
     def plan(self, recipe: str) -> Plan:
         """The plan of what was done, in the order of the backbone's modules."""
+        for name, linear in self.layers.items():  # no group reads anything into them
+            _keep(self.backbone, self.entries[name], linear)
         modules = self.backbone.named_modules()
         order = [name for name, module in modules if isinstance(module, QuantLinear | HalfLinear)]
         return Plan(

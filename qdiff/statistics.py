@@ -83,9 +83,9 @@ class Statistics:
                     for name, layers in header["groups"].items()
                 }
                 outputs = {
-                    layer: file.get_tensor(f"{layer}|output")
-                    for layers in header["groups"].values()
-                    for layer in layers
+                    name.removesuffix("|output"): file.get_tensor(name)
+                    for name in file.keys()
+                    if name.endswith("|output")
                 }
                 return cls(header["timesteps"], inputs, outputs)
             except (KeyError, TypeError, ValueError) as error:
