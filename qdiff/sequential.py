@@ -33,7 +33,8 @@ class _Stop(Exception):
 
 @dataclass
 class Call:
-    """One recorded call at the door of a block: the hidden states, what else blocks are given, and the timestep's index."""
+    """One recorded call at the door of a block: the hidden states, what else blocks are given, the timestep's index and value,
+    and the shard (its prompts)."""
 
     states: Tensor
     args: tuple[Any, ...]
@@ -41,6 +42,7 @@ class Call:
     timestep: int
     number: int
     value: float
+    shard: int
 
 
 class BlockWalk:
@@ -77,7 +79,9 @@ class BlockWalk:
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
-            seen.append(Call(states, tuple(rest), kwargs, timesteps.index(step.timestep), number, step.timestep))
+            seen.append(
+                Call(states, tuple(rest), kwargs, timesteps.index(step.timestep), number, step.timestep, step.shard)
+            )
             raise _Stop
 
         first = self.backbone.get_submodule(self.blocks[0])
@@ -117,7 +121,8 @@ class BlockWalk:
         try:
             for call in self.calls:
                 current[:] = [call]
-                self._run(block, call)
+                with torch.no_grad():
+                    self.run(block, call)
         finally:
             for handle in handles:
                 handle.remove()
@@ -129,10 +134,11 @@ class BlockWalk:
     def advance(self, block: str) -> None:
         """Moves every call through the block as it is now."""
         for call in self.calls:
-            call.states = self._run(block, call)
+            with torch.no_grad():
+                call.states = self.run(block, call)
 
-    def _run(self, block: str, call: Call) -> Tensor:
+    def run(self, block: str, call: Call) -> Tensor:
+        """What the block as it is now makes of a call's states; with gradients where they are on."""
         self.clock.set(torch.tensor([call.value]), self.timesteps)
-        with torch.no_grad():
-            result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
+        result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result

@@ -46,6 +46,7 @@ class Solution:
         rule: how the weights' scales are chosen (:data:`qdiff.weights.Rule`).
         rounded: for each layer its weight as a method rounded it; ``None``: to nearest.
         rounding: name of that method, for the plan.
+        offsets: for each layer what a method adds to its bias ``[out]``; ``None``: nothing.
         clip, timestep_scales: of static activations.
     """
 
@@ -57,6 +58,7 @@ class Solution:
     rule: weights.Rule = "amax"
     rounded: tuple[QuantizedWeight, ...] | None = None
     rounding: str = "nearest"
+    offsets: tuple[Tensor, ...] | None = None
     clip: float = 1.0
     timestep_scales: bool = False
     methods: tuple[str, ...] = ()
@@ -65,7 +67,7 @@ class Solution:
     def decide(self, method: str, note: str, **changes: Any) -> Solution:
         """This solution with ``changes`` made by ``method``; codes rounded for another transform or rule are dropped."""
         if "rounded" not in changes and any(name in changes for name in (*TRANSFORM, "rule")):
-            changes |= {"rounded": None, "rounding": "nearest"}
+            changes |= {"rounded": None, "rounding": "nearest", "offsets": None}
         elif "rounded" in changes:
             changes.setdefault("rounding", method)
         return replace(self, methods=(*self.methods, method), notes=(*self.notes, note), **changes)
@@ -191,11 +193,14 @@ class Problem:
         return list(solution.rounded) if solution.rounded is not None else self.nearest_weights(solution)
 
     def biases(self, solution: Solution) -> list[Tensor | None]:
-        """What the shift of the input takes from each layer's output and its bias has to give back, ``[out]``."""
+        """What is added to each layer's bias ``[out]``: what the shift of the input takes away, and the solution's offsets."""
         if solution.shift is None:
-            return [None] * len(self.names)
+            return [None] * len(self.names) if solution.offsets is None else list(solution.offsets)
         unrotated = replace(solution, rotation=0)
-        return [weight @ solution.shift for weight in self.transformed_weights(unrotated)]
+        taken = [weight @ solution.shift for weight in self.transformed_weights(unrotated)]
+        if solution.offsets is None:
+            return list(taken)
+        return [bias + offset for bias, offset in zip(taken, solution.offsets, strict=True)]
 
     def outputs(self, solution: Solution, x: Tensor, timestep: Tensor) -> list[Tensor]:
         """Each layer's output ``[N, out]`` as it will be computed, bias left out."""
@@ -237,23 +242,31 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: unknown method or option, or a value that the option does not take.
     """
-    method = METHODS[name]
-    known = [
-        parameter for parameter in inspect.signature(method).parameters if parameter not in ("problem", "solution")
-    ]
-    types = get_type_hints(method, include_extras=True)
+    return check_keywords(f"method {name!r}", METHODS[name], options, ("problem", "solution"))
+
+
+def check_keywords(
+    what: str, function: Callable[..., Any], options: dict[str, Any], given: tuple[str, ...]
+) -> dict[str, Any]:
+    """Options checked against a function's annotations and converted to them; ``given`` are arguments that are no options.
+
+    Raises:
+        InputError: an option that ``function`` does not have, or a value that it does not take. ``what`` begins the message.
+    """
+    known = [parameter for parameter in inspect.signature(function).parameters if parameter not in given]
+    types = get_type_hints(function, include_extras=True)
     checked = {}
     for option, value in options.items():
         if option not in known:
             close = nearest(option, known)
             raise InputError(
-                f"method {name!r} has no option {option!r}",
+                f"{what} has no option {option!r}",
                 f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}",
             )
         try:
             checked[option] = TypeAdapter(types[option]).validate_python(value)
         except ValidationError as error:
-            raise InputError(f"method {name!r}: {option} = {value!r}: {error.errors()[0]['msg']}") from None
+            raise InputError(f"{what}: {option} = {value!r}: {error.errors()[0]['msg']}") from None
     return checked
 
 
