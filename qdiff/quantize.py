@@ -25,7 +25,7 @@ from qdiff.methods.smooth import multiplier_for
 from qdiff.models.base import Model, linear_layers
 from qdiff.plan import Kept, LayerPlan, Plan
 from qdiff.recipe import Recipe, Sequential
-from qdiff.reconstruction import Decided, reconstruct
+from qdiff.reconstruction import Decided, reconstruct, split
 from qdiff.rotations import hadamard
 from qdiff.scratch import Scratch
 from qdiff.sequential import BlockWalk
@@ -189,12 +189,13 @@ class _Realisation:
                 self._group(group, groups[group])
                 progress.advance(len(groups[group].layers))
             walk = BlockWalk(self.model, self.clock, trajectory, timesteps, how.tokens)
+            held_out = () if learning is None else split(walk.calls)[1]
             for block in walk.blocks:
                 inside = [name for name in self.layers if name.startswith(f"{block}.")]
                 if reference is not None:
                     reference.advance(block)
                 if scratch is None or not self._restore(scratch, block):
-                    observed = walk.observe(block, groups).items()
+                    observed = walk.observe(block, groups, held_out).items()
                     decided = [self._group(group, entry) for group, entry in observed]
                     if learning is not None and reference is not None:
                         made = [group for group in decided if group is not None]

@@ -9,8 +9,10 @@ What is trained is the quantized graph itself: activation quantizers, low-rank b
 the layers, straight-through where they round (:mod:`qdiff.ops`). Only the weight is a variable (:class:`LearnedLinear`).
 
 Every call's error is taken relative to its target's energy: steps with small signals would not count otherwise. The sum is
-divided by the block's error before, so that a method's penalty means the same for every block and model. Calls of some prompts
-are held out; what was learned is kept only where it is nearer to float on them as well.
+divided by the block's error before, so that a method's penalty means the same for every block and model.
+
+Calls of some prompts are held out, from the methods before as well: prompts share their text tokens, and what was fitted on
+a prompt looks better on it than it is. What was learned is kept only where it is nearer to float on the held-out calls.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from qdiff.methods.learned import RECONSTRUCTIONS, LearnedWeight
 from qdiff.plan import LayerPlan
 from qdiff.sequential import BlockWalk, Call
 from qdiff.weights import QuantizedWeight
+
+CALLS_FOR_SCALE = 16  # whose error is called 1 in the loss
 
 
 @dataclass
@@ -98,7 +102,7 @@ class BlockFit:
         bias_rate: float = 0.0,
     ) -> None:
         """See :class:`qdiff.methods.learned.Fit`."""
-        scale = max(self.error(self.fitting), 1e-30)
+        scale = max(self.error(self.fitting[:: -(-len(self.fitting) // CALLS_FOR_SCALE)]), 1e-30)
         backbone = self.walk.backbone
         for name, weight in self.weights.items():
             layer = backbone.get_submodule(name)
@@ -172,14 +176,14 @@ def reconstruct(
     if not weights:
         return
     fit = BlockFit(walk, reference, block, weights)
-    before = [fit.error(fit.fitting), fit.error(fit.held_out)]
+    before = fit.error(fit.held_out)
     RECONSTRUCTIONS[method](fit, **options)
     learned = [_learned(group, fit.learned, method) for group in groups]
     for group in learned:
         place(group)
-    after = [fit.error(fit.fitting), fit.error(fit.held_out)]
-    said = f"block {decibels(before[1], 1):.2f} -> {decibels(after[1], 1):.2f} dB on held-out calls"
-    better = after[1] <= before[1]
+    after = fit.error(fit.held_out)
+    said = f"block {decibels(before, 1):.2f} -> {decibels(after, 1):.2f} dB on held-out calls"
+    better = after < before
     for old, new in zip(groups, learned, strict=True):
         note = f"{method}: {said}" if better else f"{method} not kept: {said}"
         kept = new.solution if better else old.solution

@@ -13,7 +13,7 @@ list, and is calibrated from the float statistics alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +72,7 @@ class BlockWalk:
         self.calls = [self._enter(model, step, number, timesteps) for number, step in enumerate(steps)]
         if not self.calls:
             raise InputError("no recorded call to walk with", "calibrate with more prompts or steps")
-        self.rows_per_call = max(2, -(-tokens // len(self.calls)))
+        self.tokens = tokens
 
     def _enter(self, model: Model, step: Step, number: int, timesteps: list[float]) -> Call:
         seen: list[Call] = []
@@ -93,13 +93,17 @@ class BlockWalk:
             handle.remove()
         return seen[0]
 
-    def observe(self, block: str, statistics: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+    def observe(
+        self, block: str, statistics: dict[str, InputStatistics], without: Collection[int] = ()
+    ) -> dict[str, InputStatistics]:
         """Statistics of the block's groups on the present states: other tokens, and ranges at least as wide as before.
 
         Args:
             block: name of the block, whose layers are still float.
             statistics: of the float model, by group.
+            without: numbers of calls whose tokens are not kept, because something is to be judged on them; their ranges count.
         """
+        rows_per_call = max(2, -(-self.tokens // max(1, len(self.calls) - len(without))))
         groups = {name: entry for name, entry in statistics.items() if name.startswith(f"{block}.")}
         rows: dict[str, list[Tensor]] = {name: [] for name in groups}
         indices: dict[str, list[Tensor]] = {name: [] for name in groups}
@@ -110,8 +114,10 @@ class BlockWalk:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 call, x = current[0], args[0].detach().reshape(-1, args[0].shape[-1]).float()
                 amax[name][call.timestep] = torch.maximum(amax[name][call.timestep], x.abs().amax(dim=0))
+                if call.number in without:
+                    return
                 generator = torch.Generator().manual_seed(call.number)
-                chosen = torch.randperm(len(x), generator=generator)[: self.rows_per_call]
+                chosen = torch.randperm(len(x), generator=generator)[:rows_per_call]
                 rows[name].append(x[chosen].clone())
                 indices[name].append(torch.full((len(chosen),), call.timestep))
 
