@@ -53,6 +53,6 @@ def _start(ratio: Tensor, start: QuantizedWeight) -> Tensor:
 
 
 @RECONSTRUCTIONS.register("flexround")
-def flexround(fit: Fit, iterations: Iterations = 1000, rate: Rate = 1e-3, bias_rate: Share = 0.0) -> None:
+def flexround(fit: Fit, iterations: Iterations = 300, rate: Rate = 1e-3, bias_rate: Share = 0.0) -> None:
     """Learns the divisors of every weight of the block."""
     fit.learn(Divided, iterations, rate, bias_rate=bias_rate)

@@ -122,6 +122,17 @@ def test_all_binades_move_at_one_rate_where_the_variable_knows_the_step(scale_aw
     assert torch.allclose(gradient / gradient[0], expected, rtol=1e-5)
 
 
+def test_straight_through_computes_on_the_grid_with_the_gradient_of_the_soft_weight():
+    weight, start = weight_of("nvfp4")
+    soft, hard = RoundedUpOrDown(weight, start), RoundedUpOrDown(weight, start, straight_through=True)
+    assert torch.allclose(hard(), hard.finished().dequantize(), rtol=1e-6)
+    assert torch.equal(code_values(hard.finished()), code_values(start)), "half and above is up: the nearest, at first"
+    for variable in (soft, hard):
+        (variable() * randn(*weight.shape, seed=2)).sum().backward()
+    assert torch.equal(soft.variable.grad, hard.variable.grad)
+    assert hard.penalty(0.9) is None
+
+
 def test_the_penalty_waits_and_then_drives_to_either_side():
     variable = RoundedUpOrDown(*weight_of("int4_g32"))
     assert variable.penalty(0.1) is None
