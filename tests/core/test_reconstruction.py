@@ -16,7 +16,6 @@ from qdiff.methods import RECONSTRUCTIONS, check_reconstruction
 from qdiff.methods.adaround import RoundedUpOrDown
 from qdiff.methods.flexround import Divided
 from qdiff.methods.learned import candidates, code_values
-from qdiff.plan import Plan
 from qdiff.quantize import quantize
 from qdiff.recipe import load_recipe
 from qdiff.reconstruction import BlockFit, codes_of, split
@@ -26,6 +25,8 @@ from qdiff.statistics import Statistics
 from qdiff.trajectory import Trajectory
 from qdiff.weights import QuantizedWeight, quantize_weight
 
+PROMPTS = ["a red apple", "a rocket on a blue background", "cheese", "two cats, asleep", "a green tree"]
+TINY = ("--model", "pixart", "--weights", "random:pixart-tiny", "--steps", "4", "--batch", "3")
 FLOATS = ["nvfp4", "mxfp6_e3m2", "mxfp8", "fp4_e1m2_g128", "fp4_e3m0_g128"]
 GRIDS = ["int4_g32", "int8", "nvint4", *FLOATS]
 
@@ -137,9 +138,9 @@ def test_the_penalty_waits_and_then_drives_to_either_side():
     variable = RoundedUpOrDown(*weight_of("int4_g32"))
     assert variable.penalty(0.1) is None
     started = variable.soft().detach()
-    optimizer = torch.optim.Adam(variable.parameters(), lr=0.05)
-    for step in range(200):
-        penalty = variable.penalty(0.2 + 0.8 * step / 200)
+    optimizer = torch.optim.Adam(variable.parameters(), lr=0.1)
+    for step in range(100):
+        penalty = variable.penalty(0.2 + 0.8 * step / 100)
         assert penalty is not None
         optimizer.zero_grad()
         penalty.backward()
@@ -178,13 +179,18 @@ def test_divisors_begin_at_the_codes_that_exist():
 
 
 @pytest.fixture(scope="module")
-def recorded(finished):
-    folder = finished.path / "calibration"
+def recorded(cli, tmp_path_factory):
+    """Five prompts in two shards, four steps."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    cli("calibrate", *TINY, "--prompts", folder / "prompts.txt", "-o", folder / "run", "--json").json  # noqa: B018
+    folder = folder / "run" / "calibration"
     return Trajectory(folder), Statistics.load(folder / "statistics.safetensors")
 
 
 def settings(method: str, iterations: int = 40, **options: object) -> list[str]:
-    chosen = {"method": method, "iterations": iterations, **options}
+    from_nearest = {"lean": 0.0} if method == "adaround" else {}
+    chosen = {"method": method, "iterations": iterations, **from_nearest, **options}
     return ["sequential.tokens=64", f"sequential.reconstruct={json.dumps(chosen)}"]
 
 
@@ -234,7 +240,7 @@ def test_a_block_comes_nearer_to_float_than_nearest_on_seen_and_unseen_calls(
 
 
 def test_every_method_gives_other_codes_than_every_other_and_than_none(tiny, recorded):
-    overrides = [[*plain("nvfp4"), *settings(name, 8, rate=0.05)] for name in RECONSTRUCTIONS]
+    overrides = [[*plain("nvfp4"), *settings(name, 20)] for name in RECONSTRUCTIONS]
     states = [run(tiny(), recorded, chosen)[1] for chosen in [*overrides, [*plain("nvfp4"), "sequential.tokens=64"]]]
     assert not any(same(states[i], states[j]) for i in range(len(states)) for j in range(i))
 
@@ -353,8 +359,8 @@ def test_a_wrong_reconstruction_is_refused_before_anything_runs(given, words):
         load_recipe("nvfp4", [f"sequential.reconstruct={json.dumps(given)}"])
 
 
-def test_a_plan_by_hand_cannot_ask_for_it(finished, tiny, recorded):
-    plan = Plan.load(finished.path / "plan.json")
+def test_a_plan_by_hand_cannot_ask_for_it(tiny, recorded, tmp_path):
+    plan = quantize(tiny(), load_recipe("int8"), recorded[1])
     name = plan.quantized[0].name
     layers = [
         layer.model_copy(update={"rounding": "adaround"}) if layer.name == name else layer for layer in plan.layers
@@ -363,7 +369,7 @@ def test_a_plan_by_hand_cannot_ask_for_it(finished, tiny, recorded):
     with pytest.raises(
         InputError, match=f"{name}: rounding is adaround, which only a recipe can do; by hand it is nearest"
     ):
-        settle(asked, tiny(), recorded[1], plan, finished.path / "plan.json")
+        settle(asked, tiny(), recorded[1], plan, tmp_path / "plan.json")
 
 
 def test_recipes_take_a_reconstruction_and_leave_it_out():
