@@ -30,7 +30,7 @@ def empty_layer(plan: LayerPlan, timesteps: int, clock: TimestepClock | None, ke
         form = LinearForm(
             in_features,
             out_features,
-            plan.bias,
+            plan.bias or plan.bias_correction,
             plan.weights,
             plan.activations,
             by_token=plan.by_token,

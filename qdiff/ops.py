@@ -6,9 +6,15 @@ So the graph that is exported is the module that was evaluated: parity is by con
 
 Three ops for activations, by who chooses the scale (a constant, each token, each block of 16 or 32 values), and one for weights.
 What is exact plain arithmetic (smoothing, rotations, low-rank branches) needs no op.
+
+Methods that learn (:mod:`qdiff.reconstruction`) train this same module, so the activations' ops have a gradient: straight
+through the rounding (arXiv 1308.3432), and none for what one constant scale cuts off. Run-time scales follow their values:
+nothing is cut but where a block scale saturates, and that is left out of account.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +35,19 @@ def _(x: Tensor, scale: Tensor, format: str) -> Tensor:
     return torch.empty_like(x)
 
 
+def _keep_range(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    x, scale, format = inputs
+    lowest, highest = format_named(format).lowest, format_named(format).highest
+    ctx.save_for_backward((x >= lowest * scale) & (x <= highest * scale))
+
+
+def _within_range(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return gradient * ctx.saved_tensors[0], None, None
+
+
+quantize_dequantize.register_autograd(_within_range, setup_context=_keep_range)
+
+
 @torch.library.custom_op("qdiff::token_quantize_dequantize", mutates_args=())
 def token_quantize_dequantize(x: Tensor, format: str) -> Tensor:
     """Dynamic activation quantization: one scale for each row of the last axis, from that row's amax at run time."""
@@ -38,6 +57,9 @@ def token_quantize_dequantize(x: Tensor, format: str) -> Tensor:
 @token_quantize_dequantize.register_fake
 def _(x: Tensor, format: str) -> Tensor:
     return torch.empty_like(x)
+
+
+token_quantize_dequantize.register_autograd(lambda ctx, gradient: (gradient, None))
 
 
 @torch.library.custom_op("qdiff::block_quantize_dequantize", mutates_args=())
@@ -50,6 +72,9 @@ def block_quantize_dequantize(x: Tensor, tensor_scale: Tensor | None, format: st
 @block_quantize_dequantize.register_fake
 def _(x: Tensor, tensor_scale: Tensor | None, format: str) -> Tensor:
     return torch.empty_like(x)
+
+
+block_quantize_dequantize.register_autograd(lambda ctx, gradient: (gradient, None, None))
 
 
 @torch.library.custom_op("qdiff::dequantize_weight", mutates_args=())

@@ -20,11 +20,12 @@ from qdiff.errors import InputError
 from qdiff.events import Progress, log
 from qdiff.formats import format_named
 from qdiff.layers import HalfLinear, QuantLinear, TimestepClock
-from qdiff.methods import Problem, Solution, apply_method
+from qdiff.methods import Problem, Solution, apply_method, check_reconstruction
 from qdiff.methods.smooth import multiplier_for
 from qdiff.models.base import Model, linear_layers
 from qdiff.plan import Kept, LayerPlan, Plan
-from qdiff.recipe import Recipe
+from qdiff.recipe import Recipe, Sequential
+from qdiff.reconstruction import Decided, reconstruct, split
 from qdiff.scratch import Scratch
 from qdiff.sequential import BlockWalk
 from qdiff.statistics import InputStatistics, Statistics
@@ -67,7 +68,7 @@ def quantize(
     elif trajectory is None:
         raise InputError(f"recipe {recipe.name!r} is sequential and needs the recorded trajectory", "calibrate first")
     else:
-        work.block_by_block(trajectory, recipe.sequential.tokens, scratch)
+        work.block_by_block(trajectory, recipe.sequential, scratch)
     return work.plan(recipe.name)
 
 
@@ -188,21 +189,31 @@ class _Realisation:
                 self._group(group, entry)
                 progress.advance(len(entry.layers))
 
-    def block_by_block(self, trajectory: Trajectory, tokens: int, scratch: Scratch | None) -> None:
+    def block_by_block(self, trajectory: Trajectory, how: Sequential, scratch: Scratch | None) -> None:
         """Every block on the states that the quantized blocks before it produce; the rest, first, as :meth:`all_groups`."""
         blocks = self.model.family.blocks(self.backbone)
         groups = self.statistics.inputs
         outside = [group for group in groups if not any(group.startswith(f"{block}.") for block in blocks)]
+        timesteps = self.statistics.timesteps
+        learning = None if how.reconstruct is None else check_reconstruction(how.reconstruct)
+        # The float model's states, moved through each block while that is still float.
+        reference = BlockWalk(self.model, self.clock, trajectory, timesteps, how.tokens) if learning else None
         with Progress("quantize", len(self.layers)) as progress:
             for group in outside:
                 self._group(group, groups[group])
                 progress.advance(len(groups[group].layers))
-            walk = BlockWalk(self.model, self.clock, trajectory, self.statistics.timesteps, tokens)
+            walk = BlockWalk(self.model, self.clock, trajectory, timesteps, how.tokens)
+            held_out = () if learning is None else split(walk.calls)[1]
             for block in walk.blocks:
                 inside = [name for name in self.layers if name.startswith(f"{block}.")]
+                if reference is not None:
+                    reference.advance(block)
                 if scratch is None or not self._restore(scratch, block):
-                    for group, entry in walk.observe(block, groups).items():
-                        self._group(group, entry)
+                    observed = walk.observe(block, groups, held_out).items()
+                    decided = [self._group(group, entry) for group, entry in observed]
+                    if learning is not None and reference is not None:
+                        made = [group for group in decided if group is not None]
+                        reconstruct(*learning, walk, reference, block, made, self._realise)
                     if scratch is not None:
                         self._keep_block(scratch, block, inside)
                 walk.advance(block)
@@ -226,16 +237,16 @@ class _Realisation:
             layers=[self.planned[name] for name in order],
         )
 
-    def _group(self, group: str, inputs: InputStatistics) -> None:
+    def _group(self, group: str, inputs: InputStatistics) -> Decided | None:
         members = [self.entries[name] for name in inputs.layers if self.entries[name].quantized]
-        if members:
-            self._quantize(members, inputs)
+        decided = self._quantize(members, inputs) if members else None
         for name in inputs.layers:
             if not self.entries[name].quantized:
                 _keep(self.backbone, self.entries[name], self.layers[name])
             del self.layers[name]
+        return decided
 
-    def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> None:
+    def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> Decided:
         weights = []
         for entry in members:
             weight = self.layers[entry.name].weight.detach()
@@ -249,7 +260,14 @@ class _Realisation:
             format_named(members[0].activations),
             members[0].by_token,
         )
-        solution = self.solve(problem, members)
+        biases: list[Tensor | None] = [self.layers[entry.name].bias for entry in members]
+        decided = Decided(members, problem, self.solve(problem, members), biases)
+        self._realise(decided)
+        return decided
+
+    def _realise(self, decided: Decided) -> None:
+        """Puts the layers of a group into the backbone, in the place of float or of quantized ones."""
+        members, problem, solution = decided.members, decided.problem, decided.solution
         errors = problem.errors(solution, held_out=True)
         for index, (entry, error) in enumerate(zip(members, errors, strict=True)):
             plan = entry.model_copy(
@@ -270,7 +288,7 @@ class _Realisation:
                     "sqnr_db": round(-10 * torch.tensor(max(error, 1e-30)).log10().item(), 3),
                 }
             )
-            state = _tensors(problem, solution, index, self.layers[entry.name].bias, self.kept)
+            state = _tensors(problem, solution, index, decided.biases[index], self.kept)
             state["output_scale"] = output_scale(self.statistics.outputs[entry.name], plan)
             # Members of a group get equal values, not one shared tensor.
             self._place(plan, {key: value.clone() for key, value in state.items() if value is not None})

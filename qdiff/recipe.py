@@ -53,12 +53,14 @@ class Scheme(BaseModel):
 class Sequential(BaseModel):
     """Quantize block by block, each on what the quantized blocks before it hand over (:mod:`qdiff.sequential`).
 
-    ``tokens`` is how many of each tensor are kept for the methods, half to fit and half to judge.
+    ``tokens`` is how many of each tensor are kept for the methods, half to fit and half to judge. ``reconstruct`` names a
+    method that learns the rounding of each block as a whole, with its options (:mod:`qdiff.reconstruction`).
     """
 
     model_config = ConfigDict(extra="forbid")
 
     tokens: int = Field(4096, ge=16, le=1_000_000)
+    reconstruct: dict[str, Any] | None = None
 
 
 class Recipe(BaseModel):
@@ -168,8 +170,10 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
             close = nearest(str(first["loc"][-1]), Recipe.model_fields)
             fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(Recipe.model_fields)}"
         raise InputError(f"recipe {name}: {where}: {message}", fix) from None
-    from qdiff.methods import check_options
+    from qdiff.methods import check_options, check_reconstruction
 
     for method, options in recipe.methods.items():
         check_options(method, options)
+    if recipe.sequential is not None and recipe.sequential.reconstruct is not None:
+        check_reconstruction(recipe.sequential.reconstruct)
     return recipe

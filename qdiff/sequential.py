@@ -13,7 +13,7 @@ list, and is calibrated from the float statistics alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,8 @@ class _Stop(Exception):
 
 @dataclass
 class Call:
-    """One recorded call at the door of a block: the hidden states, what else blocks are given, and the timestep's index."""
+    """One recorded call at the door of a block: the hidden states, what else blocks are given, the timestep's index and value,
+    and the shard (its prompts)."""
 
     states: Tensor
     args: tuple[Any, ...]
@@ -41,6 +42,7 @@ class Call:
     timestep: int
     number: int
     value: float
+    shard: int
 
 
 class BlockWalk:
@@ -70,14 +72,16 @@ class BlockWalk:
         self.calls = [self._enter(model, step, number, timesteps) for number, step in enumerate(steps)]
         if not self.calls:
             raise InputError("no recorded call to walk with", "calibrate with more prompts or steps")
-        self.rows_per_call = max(2, -(-tokens // len(self.calls)))
+        self.tokens = tokens
 
     def _enter(self, model: Model, step: Step, number: int, timesteps: list[float]) -> Call:
         seen: list[Call] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
-            seen.append(Call(states, tuple(rest), kwargs, timesteps.index(step.timestep), number, step.timestep))
+            seen.append(
+                Call(states, tuple(rest), kwargs, timesteps.index(step.timestep), number, step.timestep, step.shard)
+            )
             raise _Stop
 
         first = self.backbone.get_submodule(self.blocks[0])
@@ -89,13 +93,17 @@ class BlockWalk:
             handle.remove()
         return seen[0]
 
-    def observe(self, block: str, statistics: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+    def observe(
+        self, block: str, statistics: dict[str, InputStatistics], without: Collection[int] = ()
+    ) -> dict[str, InputStatistics]:
         """Statistics of the block's groups on the present states: other tokens, and ranges at least as wide as before.
 
         Args:
             block: name of the block, whose layers are still float.
             statistics: of the float model, by group.
+            without: numbers of calls whose tokens are not kept, because something is to be judged on them; their ranges count.
         """
+        rows_per_call = max(2, -(-self.tokens // max(1, len(self.calls) - len(without))))
         groups = {name: entry for name, entry in statistics.items() if name.startswith(f"{block}.")}
         rows: dict[str, list[Tensor]] = {name: [] for name in groups}
         indices: dict[str, list[Tensor]] = {name: [] for name in groups}
@@ -109,8 +117,10 @@ class BlockWalk:
                 at = call.timestep
                 low[name][at] = torch.minimum(low[name][at], x.amin(dim=0))
                 high[name][at] = torch.maximum(high[name][at], x.amax(dim=0))
+                if call.number in without:
+                    return
                 generator = torch.Generator().manual_seed(call.number)
-                chosen = torch.randperm(len(x), generator=generator)[: self.rows_per_call]
+                chosen = torch.randperm(len(x), generator=generator)[:rows_per_call]
                 rows[name].append(x[chosen].clone())
                 indices[name].append(torch.full((len(chosen),), call.timestep))
 
@@ -120,7 +130,8 @@ class BlockWalk:
         try:
             for call in self.calls:
                 current[:] = [call]
-                self._run(block, call)
+                with torch.no_grad():
+                    self.run(block, call)
         finally:
             for handle in handles:
                 handle.remove()
@@ -138,10 +149,11 @@ class BlockWalk:
     def advance(self, block: str) -> None:
         """Moves every call through the block as it is now."""
         for call in self.calls:
-            call.states = self._run(block, call)
+            with torch.no_grad():
+                call.states = self.run(block, call)
 
-    def _run(self, block: str, call: Call) -> Tensor:
+    def run(self, block: str, call: Call) -> Tensor:
+        """What the block as it is now makes of a call's states; with gradients where they are on."""
         self.clock.set(torch.tensor([call.value]), self.timesteps)
-        with torch.no_grad():
-            result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
+        result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result

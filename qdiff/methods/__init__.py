@@ -1,8 +1,10 @@
 """Quantization methods, one file each. Importing this package registers them all."""
 
+from qdiff.methods import adaround as adaround
 from qdiff.methods import awq as awq
 from qdiff.methods import bias as bias
 from qdiff.methods import clip as clip
+from qdiff.methods import flexround as flexround
 from qdiff.methods import gptq as gptq
 from qdiff.methods import low_rank as low_rank
 from qdiff.methods import repq as repq
@@ -12,5 +14,14 @@ from qdiff.methods import shift as shift
 from qdiff.methods import smooth as smooth
 from qdiff.methods import timestep_scales as timestep_scales
 from qdiff.methods.base import METHODS, Problem, Solution, apply_method, check_options
+from qdiff.methods.learned import RECONSTRUCTIONS, check_reconstruction
 
-__all__ = ["METHODS", "Problem", "Solution", "apply_method", "check_options"]
+__all__ = [
+    "METHODS",
+    "RECONSTRUCTIONS",
+    "Problem",
+    "Solution",
+    "apply_method",
+    "check_options",
+    "check_reconstruction",
+]

@@ -249,23 +249,31 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: unknown method or option, or a value that the option does not take.
     """
-    method = METHODS[name]
-    known = [
-        parameter for parameter in inspect.signature(method).parameters if parameter not in ("problem", "solution")
-    ]
-    types = get_type_hints(method, include_extras=True)
+    return check_keywords(f"method {name!r}", METHODS[name], options, ("problem", "solution"))
+
+
+def check_keywords(
+    what: str, function: Callable[..., Any], options: dict[str, Any], given: tuple[str, ...]
+) -> dict[str, Any]:
+    """Options checked against a function's annotations and converted to them; ``given`` are arguments that are no options.
+
+    Raises:
+        InputError: an option that ``function`` does not have, or a value that it does not take. ``what`` begins the message.
+    """
+    known = [parameter for parameter in inspect.signature(function).parameters if parameter not in given]
+    types = get_type_hints(function, include_extras=True)
     checked = {}
     for option, value in options.items():
         if option not in known:
             close = nearest(option, known)
             raise InputError(
-                f"method {name!r} has no option {option!r}",
+                f"{what} has no option {option!r}",
                 f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}",
             )
         try:
             checked[option] = TypeAdapter(types[option]).validate_python(value)
         except ValidationError as error:
-            raise InputError(f"method {name!r}: {option} = {value!r}: {error.errors()[0]['msg']}") from None
+            raise InputError(f"{what}: {option} = {value!r}: {error.errors()[0]['msg']}") from None
     return checked
 
 

@@ -1,0 +1,207 @@
+"""Learned rounding of one block: its quantized weights together, so that its output comes near to the float block's.
+
+The block is fed what the quantized blocks before it hand over; the target is what the *float* model's block gives for the same
+call, on the float prefix ("asym" in Q-Diffusion, arXiv 2302.04304): the block also makes up for errors that came in. The walk of
+the float model (a second :class:`qdiff.sequential.BlockWalk`) goes beside the quantized one, one block at a time, so the float
+block itself need not be kept: its outputs are taken before its layers are replaced.
+
+What is trained is the quantized graph itself: activation quantizers, low-rank branches, multipliers and rotations are those of
+the layers, straight-through where they round (:mod:`qdiff.ops`). Only the weight is a variable (:class:`LearnedLinear`).
+
+Every call's error is taken relative to its target's energy: steps with small signals would not count otherwise. The sum is
+divided by the block's error before, so that a method's penalty means the same for every block and model.
+
+Calls of some prompts are held out, from the methods before as well: prompts share their text tokens, and what was fitted on
+a prompt looks better on it than it is. What was learned is kept only where it is nearer to float on the held-out calls.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qdiff.events import Progress
+from qdiff.formats import format_named
+from qdiff.layers import QuantLinear
+from qdiff.methods.base import Problem, Solution, decibels
+from qdiff.methods.learned import RECONSTRUCTIONS, LearnedWeight
+from qdiff.plan import LayerPlan
+from qdiff.sequential import BlockWalk, Call
+from qdiff.weights import QuantizedWeight
+
+CALLS_FOR_SCALE = 16  # whose error is called 1 in the loss
+
+
+@dataclass
+class Decided:
+    """A group whose methods have decided: all that is needed to place its layers, and to place them again."""
+
+    members: list[LayerPlan]
+    problem: Problem
+    solution: Solution
+    biases: list[Tensor | None]
+
+
+class LearnedLinear(QuantLinear):
+    """A quantized layer whose weight is a variable.
+
+    Args:
+        layer: the quantized layer; its buffers are shared, not copied.
+        weight: the variable.
+        bias: whether the bias is learned too.
+    """
+
+    def __init__(self, layer: QuantLinear, weight: LearnedWeight, bias: bool) -> None:
+        with torch.device("meta"):
+            super().__init__(layer.form, layer.clock)
+        self.load_state_dict(layer.state_dict(), assign=True)
+        self.learned = weight
+        if bias and self.bias is not None:
+            start = self.bias.detach().clone()
+            del self.bias
+            self.bias = nn.Parameter(start)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(self._quantized(x), self.learned(), bias)
+
+
+class BlockFit:
+    """One block on its recorded calls; what a method of :data:`RECONSTRUCTIONS` learns with (:class:`qdiff.methods.learned.Fit`).
+
+    Args:
+        walk: the quantized model's, at the door of the block, whose layers are quantized.
+        reference: the float model's, behind the block.
+        weights: of every quantized layer what was to be rounded ``[out, in]``.
+    """
+
+    def __init__(self, walk: BlockWalk, reference: BlockWalk, block: str, weights: dict[str, Tensor]) -> None:
+        self.walk, self.block, self.weights = walk, block, weights
+        self.targets = [call.states for call in reference.calls]
+        self.energies = [float(target.square().mean().clamp(min=1e-30)) for target in self.targets]
+        self.fitting, self.held_out = split(walk.calls)
+        self.learned: dict[str, LearnedLinear] = {}
+
+    def error(self, numbers: Iterable[int]) -> float:
+        """Mean over calls of the squared error of the block's output, relative to the target's energy."""
+        with torch.no_grad():
+            errors = [float(self._error(number)) for number in numbers]
+        return sum(errors) / len(errors)
+
+    def learn(
+        self,
+        make: Callable[[Tensor, QuantizedWeight], LearnedWeight],
+        iterations: int,
+        rate: float,
+        penalty: float = 0.0,
+        bias_rate: float = 0.0,
+    ) -> None:
+        """See :class:`qdiff.methods.learned.Fit`."""
+        scale = max(self.error(self.fitting[:: -(-len(self.fitting) // CALLS_FOR_SCALE)]), 1e-30)
+        backbone = self.walk.backbone
+        for name, weight in self.weights.items():
+            layer = backbone.get_submodule(name)
+            assert isinstance(layer, QuantLinear)
+            self.learned[name] = LearnedLinear(layer, make(weight, codes_of(layer)), bias_rate > 0)
+            backbone.set_submodule(name, self.learned[name])
+        variables = [p for layer in self.learned.values() for p in layer.learned.parameters()]
+        biases = [layer.bias for layer in self.learned.values() if isinstance(layer.bias, nn.Parameter)]
+        groups = [{"params": variables, "lr": rate}, {"params": biases, "lr": bias_rate}]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        count = sum(weight.numel() for weight in self.weights.values())
+        generator = torch.Generator().manual_seed(zlib.crc32(self.block.encode()))
+        order: list[int] = []
+        with Progress(f"reconstruct {self.block}", iterations) as progress:
+            for iteration in range(iterations):
+                order = order or torch.randperm(len(self.fitting), generator=generator).tolist()
+                loss = self._error(self.fitting[order.pop()]) / scale
+                for layer in self.learned.values():
+                    extra = layer.learned.penalty(iteration / iterations) if penalty else None
+                    if extra is not None:
+                        loss = loss + penalty * extra * (layer.learned.scale.numel() / count)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                progress.advance()
+
+    def _error(self, number: int) -> Tensor:
+        output = self.walk.run(self.block, self.walk.calls[number])
+        return F.mse_loss(output, self.targets[number]) / self.energies[number]
+
+
+def split(calls: list[Call]) -> tuple[list[int], list[int]]:
+    """Numbers of the calls to fit on and of those held out: whole shards, because the calls of one have their prompts in common;
+    of a single shard every fourth call."""
+    shards = sorted({call.shard for call in calls})
+    if len(shards) > 1:
+        kept = set(shards[-max(1, len(shards) // 8) :])
+        held = [number for number, call in enumerate(calls) if call.shard in kept]
+    else:
+        held = list(range(3, len(calls), 4)) or [len(calls) - 1]
+    fitting = [number for number in range(len(calls)) if number not in set(held)]
+    return fitting or held, held
+
+
+def codes_of(layer: QuantLinear) -> QuantizedWeight:
+    """Codes and scales of a quantized layer."""
+    return QuantizedWeight.from_packed(format_named(layer.form.weights), layer.codes, layer.scale, layer.tensor_scale)
+
+
+def reconstruct(
+    method: str,
+    options: dict[str, Any],
+    walk: BlockWalk,
+    reference: BlockWalk,
+    block: str,
+    groups: list[Decided],
+    place: Callable[[Decided], None],
+) -> None:
+    """Learns the rounding of a block whose groups are placed, and places them again with what was learned, where that is better.
+
+    Args:
+        method, options: of :data:`RECONSTRUCTIONS`, checked.
+        walk, reference: see :class:`BlockFit`.
+        place: puts the layers of a group into the backbone.
+    """
+    weights = {
+        name: weight
+        for group in groups
+        for name, weight in zip(group.problem.names, group.problem.residuals(group.solution), strict=True)
+    }
+    if not weights:
+        return
+    fit = BlockFit(walk, reference, block, weights)
+    before = fit.error(fit.held_out)
+    RECONSTRUCTIONS[method](fit, **options)
+    learned = [_learned(group, fit.learned, method) for group in groups]
+    for group in learned:
+        place(group)
+    after = fit.error(fit.held_out)
+    said = f"block {decibels(before, 1):.2f} -> {decibels(after, 1):.2f} dB on held-out calls"
+    better = after < before
+    for old, new in zip(groups, learned, strict=True):
+        note = f"{method}: {said}" if better else f"{method} not kept: {said}"
+        kept = new.solution if better else old.solution
+        place(replace(old, solution=replace(kept, notes=(*kept.notes, note), methods=(*kept.methods, method))))
+
+
+def _learned(group: Decided, layers: dict[str, LearnedLinear], method: str) -> Decided:
+    mine = [layers[name] for name in group.problem.names]
+    rounded = tuple(layer.learned.finished() for layer in mine)
+    solution = replace(group.solution, rounded=rounded, rounding=method)
+    # What was learned on is what is stored: the bias as it was trained, whatever the new codes make of a shift.
+    given = group.problem.biases(replace(solution, correction=None))
+    totals = [layer.bias for layer in mine]
+    if all(total is None for total in totals):
+        return replace(group, solution=solution)
+    correction = []
+    for total, bias, taken in zip(totals, group.biases, given, strict=True):
+        assert total is not None, "layers of a group have a bias or have none"
+        rest = total.detach() - (0 if bias is None else bias.detach().float())
+        correction.append(rest - (0 if taken is None else taken))
+    return replace(group, solution=replace(solution, correction=tuple(correction)))
