@@ -48,8 +48,8 @@ def rows_of_a_walk(model, recorded, monkeypatch):
     kept = {}
     observe = BlockWalk.observe
 
-    def spy(self, block, statistics):
-        result = observe(self, block, statistics)
+    def spy(self, block, *given):
+        result = observe(self, block, *given)
         kept.update(result)
         kept["calls"] = len(self.calls)
         return result
