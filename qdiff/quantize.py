@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qdiff import numerics
 from qdiff.checkpoint import empty_layer, install_clock
+from qdiff.distillation import Distilled, distil, float_predictions
 from qdiff.errors import InputError
 from qdiff.events import Progress, log
 from qdiff.formats import format_named
@@ -62,14 +63,37 @@ def quantize(
     entries = draft(model, recipe, statistics)
     if not any(entry.quantized for entry in entries.values()):
         raise InputError(f"recipe {recipe.name!r} ignores every layer", "nothing would be quantized; change ignore")
+    if (recipe.sequential or recipe.distil) and trajectory is None:
+        raise InputError(
+            f"recipe {recipe.name!r} replays the recorded trajectory, which is not given", "calibrate first"
+        )
+    targets = float_predictions(model, trajectory) if recipe.distil and trajectory else []
     work = _Realisation(model, entries, solve, statistics, recipe.kept)
-    if recipe.sequential is None:
+    if recipe.sequential is None or trajectory is None:
         work.all_groups()
-    elif trajectory is None:
-        raise InputError(f"recipe {recipe.name!r} is sequential and needs the recorded trajectory", "calibrate first")
     else:
         work.block_by_block(trajectory, recipe.sequential, scratch)
-    return work.plan(recipe.name)
+    plan = work.plan(recipe.name)
+    if recipe.distil is None or trajectory is None:
+        return plan
+    return distilled(plan, distil(model, trajectory, targets, recipe.distil, scratch))
+
+
+def distilled(plan: Plan, result: Distilled) -> Plan:
+    """The plan of a model that was trained as a whole; errors of single layers are not what it was trained for, and left out."""
+
+    def entry(layer: LayerPlan) -> LayerPlan:
+        if not layer.quantized:
+            return layer
+        changes: dict[str, Any] = {
+            "methods": [*layer.methods, "distil"],
+            "why": f"{layer.why}; {result}".removeprefix("; "),
+        }
+        if result.better:
+            changes |= {"rounding": "distil", "sqnr_db": None}
+        return layer.model_copy(update=changes)
+
+    return plan.model_copy(update={"layers": [entry(layer) for layer in plan.layers]})
 
 
 def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Plan:

@@ -63,6 +63,19 @@ class Sequential(BaseModel):
     reconstruct: dict[str, Any] | None = None
 
 
+class Distillation(BaseModel):
+    """Train codes and biases of the whole quantized model against the float model's predictions (:mod:`qdiff.distillation`).
+
+    ``rate`` is Adam's for the codes, in their own units; both rates fall to zero over the iterations.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    iterations: int = Field(300, ge=1, le=100_000)
+    rate: float = Field(0.004, gt=0, le=1)
+    bias_rate: float = Field(0.0001, ge=0, le=1)
+
+
 class Recipe(BaseModel):
     """See the module's docstring. ``methods`` maps a method's name to its options, in the order in which they apply."""
 
@@ -80,6 +93,7 @@ class Recipe(BaseModel):
     kept: Kept = "float16"
     sequential: Sequential | None = None
     methods: dict[str, dict[str, Any]] = {}
+    distil: Distillation | None = None
 
     def ignored(self, family: str, names: list[str]) -> dict[str, str]:
         """Which of ``names`` stay unquantized, with the pattern that says so.

@@ -18,7 +18,7 @@ a prompt looks better on it than it is. What was learned is kept only where it i
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from qdiff.methods.base import Problem, Solution, decibels
 from qdiff.methods.learned import RECONSTRUCTIONS, LearnedWeight
 from qdiff.plan import LayerPlan
 from qdiff.sequential import BlockWalk, Call
+from qdiff.trajectory import Step
 from qdiff.weights import QuantizedWeight
 
 CALLS_FOR_SCALE = 16  # whose error is called 1 in the loss
@@ -134,7 +135,7 @@ class BlockFit:
         return F.mse_loss(output, self.targets[number]) / self.energies[number]
 
 
-def split(calls: list[Call]) -> tuple[list[int], list[int]]:
+def split(calls: Sequence[Call | Step]) -> tuple[list[int], list[int]]:
     """Numbers of the calls to fit on and of those held out: whole shards, because the calls of one have their prompts in common;
     of a single shard every fourth call."""
     shards = sorted({call.shard for call in calls})

@@ -1,0 +1,195 @@
+"""Distillation: the quantized model as a whole, trained for a few hundred steps to predict what the float model predicts.
+
+Rounding weights better, layer by layer or block by block, ends where the error of the *activations* begins: with NVFP4 on
+both sides that is most of it (docs/log.md). What is left to gain is that layers learn to make up for each other. So codes and biases of
+all quantized layers are trained together, through the quantized graph itself (straight-through where it rounds), on the recorded
+calls and against the float model's own predictions: no data and no labels, as in QAD (arXiv 2601.20088) and EfficientDM
+(arXiv 2310.03270). Scales, transforms and low-rank branches stay, so the result is a checkpoint like any other.
+
+- **Loss**: squared error of the prediction, relative to what it was at that timestep before. Late steps have the smallest signal
+  and the largest relative error; without the division they would be all that counts.
+- **Variables** begin at the codes that exist and are in their units: a code changes when its variable has crossed half of a
+  step. Nothing of the float weights is needed, so it works on any plan, also on blocks that were restored after a kill.
+- **Judgement**: on the calls of prompts that were held out (:func:`qdiff.reconstruction.split`). Where the trained model is not
+  nearer to float there, everything stays as it was.
+
+It costs memory: a variable, a gradient and Adam's two moments for each weight, five times the float model in all. Killed runs go
+on from the last :data:`KEEP_EVERY` steps, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qdiff import grids
+from qdiff.events import Progress
+from qdiff.layers import QuantLinear
+from qdiff.methods.base import decibels
+from qdiff.methods.learned import LearnedWeight, code_values
+from qdiff.models.base import Model
+from qdiff.recipe import Distillation
+from qdiff.reconstruction import LearnedLinear, codes_of, split
+from qdiff.scratch import Scratch
+from qdiff.trajectory import Step, Trajectory
+from qdiff.weights import QuantizedWeight
+
+PART, KEEP_EVERY = "distillation", 50
+
+
+class Nudged(LearnedWeight):
+    """A weight whose codes move when its variable has gone far enough. Args as :class:`LearnedWeight`, whose ``weight`` is the
+    quantized one."""
+
+    def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
+        super().__init__(weight, start)
+        self.variable = nn.Parameter(code_values(start))
+
+    def forward(self) -> Tensor:
+        return (self.variable + (self.values() - self.variable).detach()) * self.scale
+
+    def values(self) -> Tensor:
+        return grids.round_to_grid(self.variable.detach(), self.start.format.element)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of it: mean error on held-out calls, relative to the energy of the float predictions, before and after."""
+
+    before: float
+    after: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the trained model is nearer to float."""
+        return self.after < self.before
+
+    def __str__(self) -> str:
+        gain = decibels(self.after, self.before)
+        kept = "distillation" if self.better else "distillation not kept"
+        return f"{kept}: prediction {decibels(self.before, 1):.2f} dB, {gain:+.2f} on held-out prompts"
+
+
+def float_predictions(model: Model, trajectory: Iterable[Step]) -> list[Tensor]:
+    """What the float model predicts on every recorded call: the targets. Call it before a layer is quantized."""
+    with torch.no_grad():
+        return [model.family.call(model.backbone, step.inputs) for step in trajectory]
+
+
+def distil(
+    model: Model, trajectory: Trajectory, targets: list[Tensor], how: Distillation, scratch: Scratch | None = None
+) -> Distilled:
+    """Trains the quantized layers of ``model.backbone`` in place.
+
+    Args:
+        targets: :func:`float_predictions` of the same trajectory.
+        scratch: where the state is kept, so that a killed run goes on.
+    """
+    return _Work(model, list(trajectory), targets, how).run(scratch)
+
+
+class _Work:
+    def __init__(self, model: Model, steps: list[Step], targets: list[Tensor], how: Distillation) -> None:
+        self.model, self.steps, self.targets, self.how = model, steps, targets, how
+        self.backbone = model.backbone
+        self.energies = [float(target.square().mean().clamp(min=1e-30)) for target in targets]
+        self.fitting, self.held_out = split(steps)
+        self.quantized = {n: m for n, m in self.backbone.named_modules() if isinstance(m, QuantLinear)}
+
+    def run(self, scratch: Scratch | None) -> Distilled:
+        errors = self._errors(self.held_out)
+        before = sum(errors.values()) / len(errors)
+        usual = self._by_timestep(errors)
+        learned = self._replace_layers()
+        variables = [parameter for layer in learned.values() for parameter in layer.learned.parameters()]
+        biases = [layer.bias for layer in learned.values() if isinstance(layer.bias, nn.Parameter)]
+        optimizer = torch.optim.Adam(
+            [{"params": variables, "lr": 0.0}, {"params": biases, "lr": 0.0}], betas=(0.9, 0.99)
+        )
+        first = self._restore(scratch, variables + biases, optimizer)
+        with Progress("distil", self.how.iterations) as progress:
+            progress.advance(first)
+            for iteration in range(first, self.how.iterations):
+                if scratch is not None and iteration % KEEP_EVERY == 0 and iteration > first:
+                    self._keep(scratch, variables + biases, optimizer, iteration)
+                share = 1 - iteration / self.how.iterations
+                for group, rate in zip(optimizer.param_groups, (self.how.rate, self.how.bias_rate), strict=True):
+                    group["lr"] = rate * share
+                number = self._call(iteration)
+                loss = self._error(number) / usual.get(self.steps[number].timestep, before)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                progress.advance()
+        self._finish(learned)
+        after = self._errors(self.held_out)
+        result = Distilled(before, sum(after.values()) / len(after))
+        if not result.better:
+            for name, layer in self.quantized.items():
+                self.backbone.set_submodule(name, layer)
+        return result
+
+    def _call(self, iteration: int) -> int:
+        """Every call once before any comes again, in an order that the iteration alone decides."""
+        epoch, place = divmod(iteration, len(self.fitting))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"distil {epoch}".encode()))
+        return self.fitting[int(torch.randperm(len(self.fitting), generator=generator)[place])]
+
+    def _error(self, number: int) -> Tensor:
+        output = self.model.family.call(self.backbone, self.steps[number].inputs)
+        return (output - self.targets[number]).square().mean() / self.energies[number]
+
+    def _errors(self, numbers: list[int]) -> dict[int, float]:
+        with torch.no_grad():
+            return {number: float(self._error(number)) for number in numbers}
+
+    def _by_timestep(self, errors: dict[int, float]) -> dict[float, float]:
+        seen: dict[float, list[float]] = {}
+        for number, error in errors.items():
+            seen.setdefault(self.steps[number].timestep, []).append(error)
+        return {timestep: max(sum(found) / len(found), 1e-30) for timestep, found in seen.items()}
+
+    def _replace_layers(self) -> dict[str, LearnedLinear]:
+        learned = {}
+        for name, layer in self.quantized.items():
+            start = codes_of(layer)
+            learned[name] = LearnedLinear(layer, Nudged(start.dequantize(), start), self.how.bias_rate > 0)
+            self.backbone.set_submodule(name, learned[name])
+        return learned
+
+    def _finish(self, learned: dict[str, LearnedLinear]) -> None:
+        """Puts layers with the trained codes in the place of those that were trained."""
+        for name, layer in learned.items():
+            state = {key: value.clone() for key, value in self.quantized[name].state_dict().items()}
+            state["codes"] = layer.learned.finished().packed()
+            if isinstance(layer.bias, nn.Parameter):
+                kept = getattr(torch, layer.form.kept)
+                state["bias"] = layer.bias.detach().to(kept).float()
+            with torch.device("meta"):
+                placed = QuantLinear(layer.form, layer.clock)
+            placed.load_state_dict(state, assign=True)
+            self.backbone.set_submodule(name, placed)
+
+    def _keep(
+        self, scratch: Scratch, variables: list[nn.Parameter], optimizer: torch.optim.Adam, iteration: int
+    ) -> None:
+        tensors = {f"{i}|value": variable.detach() for i, variable in enumerate(variables)}
+        for i, variable in enumerate(variables):
+            moments = optimizer.state[variable]
+            tensors |= {f"{i}|{name}": value for name, value in moments.items()}
+        scratch.save(PART, tensors, {"iteration": iteration})
+
+    def _restore(self, scratch: Scratch | None, variables: list[nn.Parameter], optimizer: torch.optim.Adam) -> int:
+        found = None if scratch is None else scratch.load(PART)
+        if found is None:
+            return 0
+        tensors, facts = found
+        for i, variable in enumerate(variables):
+            variable.data.copy_(tensors[f"{i}|value"])
+            mine = {key.partition("|")[2]: value for key, value in tensors.items() if key.startswith(f"{i}|")}
+            optimizer.state[variable] = {name: value for name, value in mine.items() if name != "value"}
+        return int(facts["iteration"])

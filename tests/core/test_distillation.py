@@ -1,0 +1,97 @@
+"""The quantized model as a whole learns to predict what the float model predicts; what was learned is kept where it is better."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qdiff.checkpoint import load_quantized, save_quantized
+from qdiff.distillation import distil, float_predictions
+from qdiff.quantize import quantize
+from qdiff.recipe import Distillation, load_recipe
+from qdiff.reconstruction import split
+from qdiff.scratch import Scratch
+from qdiff.statistics import Statistics
+from qdiff.trajectory import Trajectory
+
+BASE = ["sequential=null", "methods={}", "outputs={}"]
+
+
+@pytest.fixture
+def recorded(finished):
+    folder = finished.path / "calibration"
+    return Trajectory(folder), Statistics.load(folder / "statistics.safetensors")
+
+
+def quantized(tiny, recorded, distil_setting="null", scratch=None):
+    trajectory, statistics = recorded
+    model = tiny()
+    plan = quantize(model, load_recipe("nvfp4", [*BASE, f"distil={distil_setting}"]), statistics, trajectory, scratch)
+    return model, plan
+
+
+def error(model, targets, steps, numbers) -> float:
+    with torch.no_grad():
+        outputs = [model.family.call(model.backbone, steps[number].inputs) for number in numbers]
+    pairs = zip(outputs, (targets[number] for number in numbers), strict=True)
+    return sum(float((y - target).square().mean() / target.square().mean()) for y, target in pairs) / len(numbers)
+
+
+def test_it_comes_nearer_to_float_on_prompts_that_it_has_not_seen(tiny, recorded, tmp_path):
+    targets, steps = float_predictions(tiny(), recorded[0]), list(recorded[0])
+    _, held_out = split(steps)
+    before, _ = quantized(tiny, recorded)
+    after, plan = quantized(tiny, recorded, "{iterations: 60, rate: 0.02, bias_rate: 0.001}")
+    assert error(after, targets, steps, held_out) < 0.8 * error(before, targets, steps, held_out)
+    one = plan.quantized[0]
+    assert (
+        one.rounding == "distil"
+        and one.sqnr_db is None
+        and "held-out prompts" in one.why
+        and one.methods[-1] == "distil"
+    )
+    state, start = after.backbone.state_dict(), before.backbone.state_dict()
+    changed = {key.rpartition(".")[2] for key in state if not torch.equal(state[key].float(), start[key].float())}
+    assert changed == {"codes", "bias"}, "scales and everything else stay"
+    save_quantized(after.backbone, plan, tmp_path / "model.safetensors")
+    loaded = load_quantized(plan, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected = after.family.call(after.backbone, steps[0].inputs)
+        assert torch.equal(after.family.call(loaded, steps[0].inputs), expected), "what was saved is what was trained"
+
+
+def test_what_does_not_help_is_not_kept(tiny, recorded):
+    before, _ = quantized(tiny, recorded)
+    after, plan = quantized(tiny, recorded, "{iterations: 3, rate: 1.0, bias_rate: 0.5}")
+    assert "distillation not kept" in plan.quantized[0].why and plan.quantized[0].rounding == "nearest"
+    first, second = before.backbone.state_dict(), after.backbone.state_dict()
+    assert all(torch.equal(first[key].float(), second[key].float()) for key in first)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny, recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr("qdiff.distillation.KEEP_EVERY", 4)
+    how = Distillation(iterations=11, rate=0.02)
+    targets = float_predictions(tiny(), recorded[0])
+
+    def train(scratch: Scratch | None):
+        model, _ = quantized(tiny, recorded)
+        distil(model, recorded[0], targets, how, scratch)
+        return model.backbone.state_dict()
+
+    whole = train(None)
+    scratch, saved = Scratch(tmp_path / "parts", "mine"), []
+    save = Scratch.save
+
+    def killed(self, part, tensors, facts):
+        save(self, part, tensors, facts)
+        saved.append(facts["iteration"])
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scratch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(scratch)
+    assert saved == [4, 8]
+    resumed = train(scratch)
+    assert all(torch.equal(whole[key].float(), resumed[key].float()) for key in whole)
