@@ -25,6 +25,8 @@ from qdiff.events import TerminalListener, listening, log
 from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, write_json
 from qdiff.resources import measure, release_memory
 
+TIMES = ("seconds", "cpu_seconds")
+
 
 def key_of(shared: Shared, row: Row) -> str:
     """Fingerprint of everything that decides a row's result."""
@@ -44,15 +46,15 @@ def run_row(shared: Shared, row: Row) -> dict[str, Any]:
     predictions, pictures, accuracy = answers(material.model, shared.held_out, shared.request(material.model))
     check_different({FLOAT: reference[0], row.name: predictions})
     timesteps = [step.timestep for step in shared.held_out]
-    statistics = shared.facts["statistics_seconds"] if row.library == "qdiff" else 0.0
+    before = {name: shared.facts[f"statistics_{name}"] if row.library == "qdiff" else 0.0 for name in TIMES}
     result = {
         "key": key_of(shared, row),
         **identity(row),
         "bits": effective_bits(made.storage, material.layers),
         **score(timesteps, reference, predictions, pictures),
         "accuracy": accuracy,
-        "seconds": usage.seconds + statistics,
-        "cpu_seconds": cpu_seconds + statistics,
+        "seconds": usage.seconds + before["seconds"],
+        "cpu_seconds": cpu_seconds + before["cpu_seconds"],
         "peak_memory_bytes": usage.peak_bytes,
         "scaled_inputs": made.scaled_inputs,
         "layers": len(material.layers),

@@ -37,13 +37,15 @@ Numerics = dict[str, Any]
 NVFP4: Numerics = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 NVFP4_STATIC: Numerics = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
 INT4_G64: Numerics = {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}}
-INT8_TENSOR: Numerics = {"num_bits": 8, "axis": None}
+FP8_CHANNEL: Numerics = {"num_bits": (4, 3), "axis": 0}
+FP8_TENSOR: Numerics = {"num_bits": (4, 3), "axis": None}
 INT8_TOKEN: Numerics = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
 NUMERICS = {
     "nvfp4": NVFP4,
     "nvfp4_static": NVFP4_STATIC,
     "int4_g64": INT4_G64,
-    "int8_tensor": INT8_TENSOR,
+    "fp8_channel": FP8_CHANNEL,
+    "fp8_tensor": FP8_TENSOR,
     "int8_token": INT8_TOKEN,
 }
 

@@ -72,5 +72,6 @@ def _notes(facts: dict[str, Any]) -> list[str]:
         "",
         f"Seconds and memory are of the row's own process with {facts['threads']} threads: loading and scoring are not in the "
         "seconds, the libraries' own pages are in the memory. qdiff's seconds include "
-        f"{facts['statistics_seconds']:.0f} s for the statistics of `qdiff calibrate`; the recording is shared.",
+        f"{facts['statistics_seconds']:.0f} s ({facts['statistics_cpu_seconds']:.0f} CPU s) for the statistics of `qdiff "
+        "calibrate`; the recording is shared.",
     ]

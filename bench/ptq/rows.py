@@ -66,7 +66,10 @@ def _modelopt(format: str, *variants: tuple[str, dict[str, Any]]) -> list[Row]:
 PLAIN = ["methods={}", "sequential=null"]
 NVFP4_STATIC = {"weights": "nvfp4_static", "activations": "nvfp4"}
 G64_TOKEN = {"weights": "int4_g64", "activations": "int8_token"}
+FP8_BY_CHANNEL = {"weights": "fp8_channel", "activations": "fp8_tensor"}
 G64 = {"weights": "int4_g64"}
+LOCAL_HESSIAN = {"method": "local_hessian", "fp8_scale_sweep": True}
+HEADROOM = {"method": "nvfp4_act_headroom", "weight_scale_algorithm": {"method": "mse", "fp8_scale_sweep": True}}
 LAYERWISE_GPTQ = {"method": "gptq", "layerwise": {"enable": True}}
 SMOOTH_05, SMOOTH_08 = ({"method": "smoothquant", "alpha": alpha} for alpha in (0.5, 0.8))
 
@@ -94,12 +97,14 @@ ROWS: tuple[Row, ...] = (
         ("mse, four over six", {"preset": "NVFP4_FOUR_OVER_SIX_CFG"}),
         ("mse, all scales", {"preset": "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"}),
         ("local Hessian", {"preset": "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG"}),
+        ("act headroom, mse, all scales", {**NVFP4_STATIC, "algorithm": HEADROOM}),
         ("awq_lite", {"preset": "NVFP4_AWQ_LITE_CFG"}),
         ("awq_clip", {"preset": "NVFP4_AWQ_CLIP_CFG"}),
         ("awq_full", {"preset": "NVFP4_AWQ_FULL_CFG"}),
         ("gptq", {**NVFP4_STATIC, "algorithm": "gptq"}),
         ("gptq layerwise", {**NVFP4_STATIC, "algorithm": LAYERWISE_GPTQ}),
         ("gptq layerwise, dynamic scales", {"preset": "NVFP4_DEFAULT_CFG", "algorithm": LAYERWISE_GPTQ}),
+        ("awq_lite, local Hessian", {**NVFP4_STATIC, "algorithm": ["awq_lite", LOCAL_HESSIAN]}),
         ("awq_lite, gptq", {"preset": "NVFP4_DEFAULT_CFG", "algorithm": ["awq_lite", "gptq"]}),
         ("svdquant 32", {"preset": "NVFP4_SVDQUANT_DEFAULT_CFG"}),
         ("svdquant 16", {"preset": "NVFP4_SVDQUANT_DEFAULT_CFG", "algorithm": {"method": "svdquant", "lowrank": 16}}),
@@ -172,9 +177,10 @@ ROWS: tuple[Row, ...] = (
     *_qdiff(FP8, "fp8", ("to nearest", ["methods={}"]), ("recipe fp8", [])),
     *_modelopt(
         FP8,
-        ("max", {"preset": "FP8_DEFAULT_CFG"}),
-        ("mse", {"preset": "FP8_DEFAULT_CFG", "algorithm": "mse"}),
-        ("gptq layerwise", {"preset": "FP8_DEFAULT_CFG", "algorithm": LAYERWISE_GPTQ}),
+        ("max", FP8_BY_CHANNEL),
+        ("max, per tensor (FP8_DEFAULT)", {"preset": "FP8_DEFAULT_CFG"}),
+        ("mse", {**FP8_BY_CHANNEL, "algorithm": "mse"}),
+        ("gptq layerwise", {**FP8_BY_CHANNEL, "algorithm": LAYERWISE_GPTQ}),
     ),
 )
 

@@ -106,6 +106,7 @@ class Shared:
         model = self.model()
         predictions, pictures, accuracy = answers(model, self.held_out, self.request(model))
         save_tensors(self.folder / "float.safetensors", {"predictions": predictions, "pictures": pictures})
+        started = time.process_time()
         with measure() as usage:
             Collector(model, Trajectory(self.calibration.file("calibration")), "timed").collect(
                 self.folder / "timed.safetensors"
@@ -116,6 +117,7 @@ class Shared:
             "settings": asdict(self.settings),
             "accuracy": accuracy,
             "statistics_seconds": usage.seconds,
+            "statistics_cpu_seconds": time.process_time() - started,
             "kept_layers": self.kept(model),
             "note": model.note,
             "threads": torch.get_num_threads(),
