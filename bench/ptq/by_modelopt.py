@@ -56,6 +56,8 @@ def make(
     algorithm: Any = None,
     weights: str | None = None,
     activations: str | None = None,
+    activations_after: str | None = None,
+    algorithm_after: Any = None,
 ) -> Made:
     """Quantizes ``model.backbone`` in place.
 
@@ -63,6 +65,9 @@ def make(
         preset: name of a configuration of ModelOpt, as ``NVFP4_DEFAULT_CFG``.
         weights, activations: numerics in place of the configuration's; without a preset both say all (``None``: float).
         algorithm: in place of the configuration's: a name, a dict with ``method``, or a list of these, one after the other.
+        activations_after: numerics of activations that are switched on when ``algorithm`` is done. AWQ refuses quantizers by
+            token, and its search leaves activations float whatever they will be, so this is what it would have found.
+        algorithm_after: runs after that.
     """
     install()
     backbone = material.model.backbone
@@ -71,6 +76,12 @@ def make(
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         backbone = mtq.quantize(backbone, config, lambda module: material.replay(_answering(module)))
+        if activations_after is not None:
+            numerics = {"cfg": copy.deepcopy(NUMERICS[activations_after]), "enable": True}
+            entries = [{"quantizer_name": f"{name}.input_quantizer", **numerics} for name in material.layers]
+            mtq.set_quantizer_by_cfg(backbone, entries)
+        if algorithm_after is not None:
+            backbone = mtq.calibrate(backbone, algorithm_after, lambda module: material.replay(_answering(module)))
         layers = {name: module for name, module in backbone.named_modules() if hasattr(module, "weight_quantizer")}
         material.check({name for name, module in layers.items() if module.weight_quantizer.is_enabled})
         _refuse_other_quantizers(backbone, material)

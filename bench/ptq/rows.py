@@ -66,6 +66,7 @@ def _modelopt(format: str, *variants: tuple[str, dict[str, Any]]) -> list[Row]:
 PLAIN = ["methods={}", "sequential=null"]
 NVFP4_STATIC = {"weights": "nvfp4_static", "activations": "nvfp4"}
 G64_TOKEN = {"weights": "int4_g64", "activations": "int8_token"}
+G64_THEN_TOKEN = {"weights": "int4_g64", "activations_after": "int8_token"}
 FP8_BY_CHANNEL = {"weights": "fp8_channel", "activations": "fp8_tensor"}
 G64 = {"weights": "int4_g64"}
 LOCAL_HESSIAN = {"method": "local_hessian", "fp8_scale_sweep": True}
@@ -149,11 +150,11 @@ ROWS: tuple[Row, ...] = (
         W4A8,
         ("max", G64_TOKEN),
         ("mse", {**G64_TOKEN, "algorithm": "mse"}),
-        ("awq_lite", {**G64_TOKEN, "algorithm": "awq_lite"}),
-        ("awq_clip", {**G64_TOKEN, "algorithm": "awq_clip"}),
-        ("awq_full", {**G64_TOKEN, "algorithm": "awq_full"}),
+        ("awq_lite", {**G64_THEN_TOKEN, "algorithm": "awq_lite"}),
+        ("awq_clip", {**G64_THEN_TOKEN, "algorithm": "awq_clip"}),
+        ("awq_full", {**G64_THEN_TOKEN, "algorithm": "awq_full"}),
         ("gptq layerwise", {**G64_TOKEN, "algorithm": LAYERWISE_GPTQ}),
-        ("awq_lite, gptq", {**G64_TOKEN, "algorithm": ["awq_lite", "gptq"]}),
+        ("awq_lite, gptq", {**G64_THEN_TOKEN, "algorithm": "awq_lite", "algorithm_after": "gptq"}),
         ("awq_lite, g128, FP8 (W4A8_AWQ_BETA)", {"preset": "W4A8_AWQ_BETA_CFG"}),
     ),
     # INT4 weights alone
