@@ -23,7 +23,7 @@ DEV := $(VENV)/.installed-dev-$(SUM)
 PEERS := $(VENV)/.installed-bench-$(SUM)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check types demo bench constraints clean distclean
+.PHONY: help run test check types demo bench ptq constraints clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ demo: run ## one picture of PROMPT from the fastest engine of RUN, in RUN/demo.p
 
 bench: $(PEERS) ## time one denoising step against the peers (ARGS='--config pixart-67m --json')
 	$(BIN)/python -m bench.step $(or $(ARGS),--config pixart-67m)
+
+ptq: $(PEERS) ## quantization methods beside the peers' (ARGS='--work DIR --only NAME'); hours
+	$(BIN)/python -m bench.ptq $(ARGS)
 
 constraints: $(DEV) $(PEERS) ## write constraints.txt anew from what is installed
 	@{ sed -n '/^#/p' constraints.txt; \

@@ -1,8 +1,7 @@
 """Whole formats against the libraries that models come from: torchao's MX and NVFP4, nvidia-modelopt's quantized tensors.
 
-Each runs where it is installed. modelopt is one of the peers of ``make bench``; torchao is none of this project's dependencies,
-so its tests want ``PYTHONPATH`` to hold a copy (``pip install --no-deps --target FOLDER torchao``). Where we differ from them
-on purpose, a test says where and by how much.
+Each runs where it is installed: both are peers of the benchmarks (the extra ``bench``). Where we differ from them on purpose, a
+test says where and by how much.
 """
 
 from __future__ import annotations
