@@ -89,7 +89,8 @@ def distil(
         targets: :func:`float_predictions` of the same trajectory.
         scratch: where the state is kept, so that a killed run goes on.
     """
-    return _Work(model, list(trajectory), targets, how).run(scratch)
+    with torch.enable_grad():  # whatever the caller runs in
+        return _Work(model, list(trajectory), targets, how).run(scratch)
 
 
 class _Work:

@@ -178,7 +178,8 @@ def reconstruct(
         return
     fit = BlockFit(walk, reference, block, weights)
     before = fit.error(fit.held_out)
-    RECONSTRUCTIONS[method](fit, **options)
+    with torch.enable_grad():  # whatever the caller runs in
+        RECONSTRUCTIONS[method](fit, **options)
     learned = [_learned(group, fit.learned, method) for group in groups]
     for group in learned:
         place(group)
