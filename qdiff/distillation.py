@@ -13,8 +13,8 @@ EfficientDM (arXiv 2310.03270). Scales, transforms and low-rank branches stay, s
 - **Judgement**: on the calls of prompts that were held out (:func:`qdiff.reconstruction.split`). Where the trained model is not
   nearer to float there, everything stays as it was.
 
-It costs memory: a variable, a gradient and Adam's two moments for each weight, five times the float model in all. Killed runs go
-on from the last :data:`KEEP_EVERY` steps, to the same bytes.
+It costs memory: a variable, a gradient and Adam's two moments for each weight, five times the float model; with ``rate: 0``
+biases alone are trained, which costs next to none. Killed runs go on from the last :data:`KEEP_EVERY` steps, to the same bytes.
 """
 
 from __future__ import annotations
@@ -106,11 +106,10 @@ class _Work:
         before = sum(errors.values()) / len(errors)
         usual = self._by_timestep(errors)
         learned = self._replace_layers()
-        variables = [parameter for layer in learned.values() for parameter in layer.learned.parameters()]
+        variables = [p for layer in learned.values() for p in layer.learned.parameters() if p.requires_grad]
         biases = [layer.bias for layer in learned.values() if isinstance(layer.bias, nn.Parameter)]
-        optimizer = torch.optim.Adam(
-            [{"params": variables, "lr": 0.0}, {"params": biases, "lr": 0.0}], betas=(0.9, 0.99)
-        )
+        groups = [{"params": variables, "rate": self.how.rate}, {"params": biases, "rate": self.how.bias_rate}]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
         first = self._restore(scratch, variables + biases, optimizer)
         with Progress("distil", self.how.iterations) as progress:
             progress.advance(first)
@@ -118,8 +117,8 @@ class _Work:
                 if scratch is not None and iteration % KEEP_EVERY == 0 and iteration > first:
                     self._keep(scratch, variables + biases, optimizer, iteration)
                 share = 1 - iteration / self.how.iterations
-                for group, rate in zip(optimizer.param_groups, (self.how.rate, self.how.bias_rate), strict=True):
-                    group["lr"] = rate * share
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * share
                 number = self._call(iteration)
                 loss = self._error(number) / usual.get(self.steps[number].timestep, before)
                 optimizer.zero_grad()
@@ -159,6 +158,7 @@ class _Work:
         for name, layer in self.quantized.items():
             start = codes_of(layer)
             learned[name] = LearnedLinear(layer, Nudged(start.dequantize(), start), self.how.bias_rate > 0)
+            learned[name].learned.requires_grad_(self.how.rate > 0)
             self.backbone.set_submodule(name, learned[name])
         return learned
 

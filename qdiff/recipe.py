@@ -66,14 +66,21 @@ class Sequential(BaseModel):
 class Distillation(BaseModel):
     """Train codes and biases of the whole quantized model against the float model's predictions (:mod:`qdiff.distillation`).
 
-    ``rate`` is Adam's for the codes, in their own units; both rates fall to zero over the iterations.
+    ``rate`` is Adam's for the codes, in their own units, ``bias_rate`` that of the biases; 0 leaves them as they are. Both fall
+    to zero over the iterations.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     iterations: int = Field(300, ge=1, le=100_000)
-    rate: float = Field(0.004, gt=0, le=1)
+    rate: float = Field(0.004, ge=0, le=1)
     bias_rate: float = Field(0.0001, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _something(self) -> Distillation:
+        if not self.rate and not self.bias_rate:
+            raise ValueError("distil: both rates are 0, so nothing would be trained")
+        return self
 
 
 class Recipe(BaseModel):

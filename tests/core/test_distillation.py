@@ -7,6 +7,7 @@ import torch
 
 from qdiff.checkpoint import load_quantized, save_quantized
 from qdiff.distillation import distil, float_predictions
+from qdiff.errors import InputError
 from qdiff.quantize import quantize
 from qdiff.recipe import Distillation, load_recipe
 from qdiff.reconstruction import split
@@ -58,6 +59,17 @@ def test_it_comes_nearer_to_float_on_prompts_that_it_has_not_seen(tiny, recorded
     with torch.no_grad():
         expected = after.family.call(after.backbone, steps[0].inputs)
         assert torch.equal(after.family.call(loaded, steps[0].inputs), expected), "what was saved is what was trained"
+
+
+def test_a_rate_of_zero_leaves_the_codes(tiny, recorded):
+    before, _ = quantized(tiny, recorded)
+    after, plan = quantized(tiny, recorded, "{iterations: 20, rate: 0, bias_rate: 0.003}")
+    assert "distillation: prediction" in plan.quantized[0].why
+    state, start = after.backbone.state_dict(), before.backbone.state_dict()
+    changed = {key.rpartition(".")[2] for key in state if not torch.equal(state[key].float(), start[key].float())}
+    assert changed == {"bias"}
+    with pytest.raises(InputError, match="both rates are 0"):
+        load_recipe("nvfp4", ["distil={rate: 0, bias_rate: 0}"])
 
 
 def test_what_does_not_help_is_not_kept(tiny, recorded):
