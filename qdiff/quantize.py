@@ -296,6 +296,7 @@ class _Realisation:
         for index, (entry, error) in enumerate(zip(members, errors, strict=True)):
             plan = entry.model_copy(
                 update={
+                    "weights": (solution.weight_format or problem.weight_format).name,
                     "smoothing": solution.strength,
                     "multiplier": solution.multiplier is not None,
                     "shift": solution.shift is not None,

@@ -43,6 +43,7 @@ class Solution:
         multiplier, shift: ``[in]``; ``(x * multiplier - shift)`` is what is rotated and quantized.
         rotation: of the moved input; ``None``: none.
         low_rank: for each layer ``(down [rank, in], up [out, rank])`` in transformed coordinates, or ``None``: no branch.
+        weight_format: in place of the problem's, with the same bits and scales; ``None``: the problem's.
         rule: how the weights' scales are chosen (:data:`qdiff.weights.Rule`).
         rounded: for each layer its weight as a method rounded it; ``None``: to nearest.
         rounding: name of that method, for the plan.
@@ -55,6 +56,7 @@ class Solution:
     shift: Tensor | None = None
     rotation: Rotation | None = None
     low_rank: tuple[tuple[Tensor, Tensor], ...] | None = None
+    weight_format: Format | None = None
     rule: weights.Rule = "amax"
     rounded: tuple[QuantizedWeight, ...] | None = None
     rounding: str = "nearest"
@@ -66,7 +68,7 @@ class Solution:
 
     def decide(self, method: str, note: str, **changes: Any) -> Solution:
         """This solution with ``changes`` made by ``method``; codes rounded for another transform or rule are dropped."""
-        if "rounded" not in changes and any(name in changes for name in (*TRANSFORM, "rule")):
+        if "rounded" not in changes and any(name in changes for name in (*TRANSFORM, "rule", "weight_format")):
             changes |= {"rounded": None, "rounding": "nearest"}
         elif "rounded" in changes:
             changes.setdefault("rounding", method)
@@ -176,13 +178,13 @@ class Problem:
     def weight_tensor_scale(self, solution: Solution) -> Tensor | None:
         """The tensor scale that all weights of the group share, because engines may run them as one; ``None`` without one."""
         amax = torch.stack([weight.abs().max() for weight in self.residuals(solution)]).max()
-        return weights.choose_weight_tensor_scale(amax, self.weight_format, solution.rule)
+        return weights.choose_weight_tensor_scale(amax, solution.weight_format or self.weight_format, solution.rule)
 
     def nearest_weights(self, solution: Solution) -> list[QuantizedWeight]:
         """The residual weights rounded to nearest, with the solution's rule for their scales."""
-        tensor_scale = self.weight_tensor_scale(solution)
+        tensor_scale, format = self.weight_tensor_scale(solution), solution.weight_format or self.weight_format
         return [
-            weights.quantize_weight(weight, self.weight_format, solution.rule, tensor_scale=tensor_scale)
+            weights.quantize_weight(weight, format, solution.rule, tensor_scale=tensor_scale)
             for weight in self.residuals(solution)
         ]
 

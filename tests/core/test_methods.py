@@ -10,6 +10,7 @@ import torch
 from qdiff.errors import InputError
 from qdiff.formats import format_named
 from qdiff.methods import METHODS, Problem, Solution, apply_method
+from qdiff.methods.element import sisters
 from qdiff.methods.gptq import inverse_factor, round_columns
 from qdiff.methods.rotate import fluctuation, rotated
 from qdiff.rotations import hadamard, zigzag
@@ -100,6 +101,14 @@ def outlier_values() -> Problem:
     return problem(x.scatter(-1, where, 40.0), weights="int8")
 
 
+def powers_of_two() -> Problem:
+    """Weights that lie on E3M0's grid, in a recipe that says E2M1."""
+    given = problem(randn(4, 64, 128), weights="fp4_e2m1_g128", activations="float16")
+    for i, weight in enumerate(given.weights):
+        weight.copy_(torch.exp2(-randn(24, 128, seed=i).abs().mul(2).floor().clamp(max=5)) * weight.sign())
+    return given
+
+
 def off_centre() -> Problem:
     """Weights of few bits under inputs with a mean: their error moves every output one way."""
     return problem(randn(4, 64, 32) * 0.1 + 2, weights="int4_g32", activations="float16")
@@ -107,6 +116,7 @@ def off_centre() -> Problem:
 
 TROUBLES = {
     "bias": off_centre,
+    "element": powers_of_two,
     "awq": large_on_average,
     "repq": unequal_channels,
     "rotate": outlier_values,
@@ -284,6 +294,20 @@ def test_ranges_after_a_shift_are_those_of_all_values_not_of_the_tokens():
     given.statistics.rows_timestep = given.statistics.rows_timestep[:2]
     low, high = given.statistics.low - found.shift, given.statistics.high - found.shift
     assert torch.equal(given.ranges(found), torch.maximum(low.abs(), high.abs()).amax(1))
+
+
+def test_the_element_is_chosen_among_formats_of_one_size():
+    found = apply_method("element", {}, powers_of_two(), Solution())
+    assert found.weight_format is not None and found.weight_format.name == "fp4_e3m0_g128", found.notes
+    assert sisters(format_named("fp4_e2m1_g128")) == ["int4_g128", "fp4_e1m2_g128", "fp4_e3m0_g128"]
+    assert sisters(format_named("int8")) == ["fp8", "fp8_e5m2"] and sisters(format_named("mxfp4")) == []
+    with pytest.raises(InputError, match="nvfp4 has other bits, blocks or scales than fp4_e2m1_g128"):
+        apply_method("element", {"candidates": ("nvfp4",)}, powers_of_two(), Solution())
+    searched = apply_method(
+        "scales", {"rules": ("four_over_six",), "minimum_gain_db": -100}, coarse_blocks(), Solution()
+    )
+    changed = apply_method("element", {"minimum_gain_db": -100}, coarse_blocks(), searched)
+    assert changed.weight_format is not None and changed.weight_format.name == "nvint4" and changed.rule == "amax"
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_nearest():

@@ -1,0 +1,74 @@
+"""The element format of the weights, chosen for each group of layers (FP4DiT, arXiv 2503.15465, section 4.1).
+
+At equal bits grids differ in where they are fine: E3M0 near zero, E1M2 and integers everywhere alike, E2M1 between. FP4DiT gives
+up-projections E3M0, since GELU is sensitive near zero, and everything else E2M1 or E1M2; here the layers' outputs decide. The
+candidates are the rows of :data:`qdiff.formats.FORMATS` with the bits, block and scales of the recipe's weights: for
+``fp4_e2m1_g128`` its E1M2 and E3M0 sisters and INT4, for ``int8`` FP8, for ``nvfp4`` NVINT4. What a target does not run is refused
+at export, so name the ``candidates`` that it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qdiff.errors import InputError
+from qdiff.formats import FORMATS, Format, format_named
+from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.weights import stretches
+
+
+def sisters(format: Format) -> list[str]:
+    """Names of the other formats of the same size: bits, block and scales."""
+
+    def size(row: Format) -> tuple[object, ...]:
+        return row.bits, row.block, row.scale, row.tensor_scale
+
+    return [name for name, row in FORMATS.items() if size(row) == size(format) and name != format.name]
+
+
+@METHODS.register("element")
+def element(
+    problem: Problem,
+    solution: Solution,
+    candidates: tuple[str, ...] | None = None,
+    minimum_gain_db: Decibels = 0.1,
+) -> Solution:
+    """Takes the candidate whose outputs come nearest to float, if it gains at least ``minimum_gain_db`` over the recipe's format.
+
+    Raises:
+        InputError: a candidate that does not exist, or of another size than the recipe's weights.
+    """
+    asked = problem.weight_format
+    possible = sisters(asked)
+    names = possible if candidates is None else [name for name in candidates if name != asked.name]
+    for name in names:
+        if name not in possible:
+            format_named(name)
+            raise InputError(
+                f"element: {name} has other bits, blocks or scales than {asked.name}",
+                f"candidates of {asked.name}: {', '.join(possible) or 'none'}",
+            )
+    trials = []
+    for name in names:
+        row = format_named(name)
+        fits = solution.rule != "four_over_six" or len(_rule(solution, row)) > 1
+        trial = replace(
+            solution, weight_format=row, rounded=None, rounding="nearest", rule=solution.rule if fits else "amax"
+        )
+        trials.append((problem.error(trial), name, trial))
+    if not trials:
+        return solution.decide("element", f"{asked.name} has no sister of its size")
+    least, name, best = min(trials, key=lambda trial: trial[0])
+    gain = decibels(least, problem.error(solution))
+    if gain < minimum_gain_db:
+        return solution.decide("element", f"{asked.name} ({name} {gain:+.1f} dB)")
+    note = f"{name} instead of {asked.name} gains {gain:.1f} dB"
+    return solution.decide("element", note, weight_format=best.weight_format, rule=best.rule)
+
+
+def _rule(solution: Solution, row: Format) -> list[float]:
+    """Candidates of the solution's rule in another format; one where the rule is not for it."""
+    try:
+        return stretches(solution.rule, row)
+    except InputError:
+        return [1.0]
