@@ -134,7 +134,14 @@ class Guard:
         if "/file=" in path and not self._is_ours(path.partition("/file=")[2]):
             return 403, "This file is not to be had."
         if method == "POST":
-            length = dict(scope["headers"]).get(b"content-length", b"")
+            headers = dict(scope["headers"])
+            origin = headers.get(b"origin")
+            if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+                return (
+                    403,
+                    "This was asked by another site's page.",
+                )  # it may not read the answer, but it must not build either
+            length = headers.get(b"content-length", b"")
             if not length.isdigit():
                 return 411, "Say how long the request is."
             if int(length) > _BODY_BYTES:
