@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,14 @@ class Made:
     psnr_db: float | None = None  # against float, of the first picture
     ssim: float | None = None
     disturbed: bool = False  # a build ran beside it: times are not the engine's own
+
+    def each(self) -> list[Made]:
+        """One for each picture, with its own seed: pictures do not depend on those that were made beside them."""
+        seed = self.settings.seed or 0
+        return [
+            replace(self, paths=(path,), settings=self.settings.model_copy(update={"seed": seed + i, "pictures": 1}))
+            for i, path in enumerate(self.paths)
+        ]
 
     def facts(self) -> dict[str, Any]:
         """JSON for the download: the settings, and what was measured."""
@@ -186,8 +194,6 @@ class Artist:
                 path.with_suffix(".json").unlink(missing_ok=True)
 
     def compare(self, job: Job, source: Source, engines: list[str], settings: Settings) -> list[Made]:
-        from dataclasses import replace
-
         from PIL import Image
 
         from qdiff.images import to_pixels

@@ -43,8 +43,8 @@ def build_page(service: Service) -> Any:
                 compare = tab_compare.add(service)
             with gr.Tab("Inspect", id="inspect") as inspect_tab:
                 inspect = tab_inspect.add(service, inspect_tab)
-            with gr.Tab("Build", id="build"):
-                tab_build.add(service, page, lists=[generate, compare, inspect])
+            with gr.Tab("Build", id="build") as build_tab:
+                tab_build.add(service, page, build_tab, lists=[generate, compare, inspect])
         clock = gr.Timer(3)
         clock.tick(head, None, top, show_progress="hidden", queue=False, api_visibility="private")
 

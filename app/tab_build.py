@@ -11,7 +11,7 @@ from qdiff.app.sources import BUDGETS
 _WORDS = {"quick": "a first look", "standard": "as the command line", "thorough": "for the last tenth of a dB"}
 
 
-def add(service: Service, page: Any, lists: list[Any]) -> None:
+def add(service: Service, page: Any, tab: Any, lists: list[Any]) -> None:
     """Adds the tab's components. ``lists`` are the other tabs' lists of models: a finished build joins them."""
     import gradio as gr
 
@@ -76,4 +76,5 @@ def add(service: Service, page: Any, lists: list[Any]) -> None:
     stop.click(end, seen, outputs, **quiet)
     clock.tick(state, seen, outputs, **quiet)
     page.load(lambda: state(-1), None, outputs, **quiet)  # a reload finds the build, and runs that were made meanwhile
+    tab.select(state, seen, outputs, **quiet)  # another visitor may have begun one since
     recipe.change(about, recipe, described, **quiet)

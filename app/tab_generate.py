@@ -129,21 +129,27 @@ def add(service: Service) -> Any:
                 yield {canvas: views.progress(update)}
 
     def _result(made: Made, past: list[dict[str, Any]]) -> dict[Any, Any]:
-        described = json.dumps(made.facts(), indent=2, ensure_ascii=False)
-        file = made.paths[0].with_suffix(".json")
-        file.write_text(described + "\n", encoding="utf-8")
-        new = [{"path": str(path), "settings": made.settings.to_json()} for path in made.paths]
+        new = []
+        for path, one in zip(made.paths, made.each(), strict=True):
+            file = path.with_suffix(".json")
+            file.write_text(json.dumps(one.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            new.append({"path": str(path), "settings": one.settings.to_json()})
         past = [entry for entry in [*new, *past] if Path(entry["path"]).exists()][:_HISTORY]
         return {
             canvas: views.made(made),
             facts: views.facts(made),
-            png: gr.DownloadButton(value=str(made.paths[0]), interactive=True),
-            settings_file: gr.DownloadButton(value=str(file), interactive=True),
+            **_downloads(made.paths[0]),
             pasted: json.dumps(made.settings.to_json(), indent=2, ensure_ascii=False),
             seed: made.settings.seed,
             history: past,
             gallery: gr.Gallery(value=[entry["path"] for entry in past], visible=True),
             visit: gr.HTML(visible=True),
+        }
+
+    def _downloads(path: Path) -> dict[Any, Any]:
+        return {
+            png: gr.DownloadButton(value=str(path), interactive=True),
+            settings_file: gr.DownloadButton(value=str(path.with_suffix(".json")), interactive=True),
         }
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
@@ -194,7 +200,9 @@ def add(service: Service) -> Any:
         try:
             entry = past[int(event.index)]
             path = Path(entry["path"])
-            shown = {canvas: views.past(path, entry["settings"]["prompt"])} if path.exists() else {}
+            shown = {}
+            if path.exists():
+                shown = {canvas: views.past(path, entry["settings"]["prompt"]), **_downloads(path)}
             settings = Settings.make(**entry["settings"])
             return {
                 **fill(settings),
@@ -206,7 +214,7 @@ def add(service: Service) -> Any:
             raise alert(service, error) from None
 
     apply.click(paste, pasted, inputs, **hidden)
-    gallery.select(recall, history, [*inputs, canvas, facts, pasted], **hidden)
+    gallery.select(recall, history, [*inputs, canvas, facts, pasted, png, settings_file], **hidden)
     return model
 
 

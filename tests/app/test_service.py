@@ -26,8 +26,16 @@ def test_a_picture_says_how_it_was_made_and_can_be_made_again(service, draw):
 
 
 def test_several_pictures_have_following_seeds(draw):
+    import numpy
+    from PIL import Image
+
     made = draw(pictures=3, seed=5).result
     assert [read_metadata(path).seed for path in made.paths] == [5, 6, 7]
+    third = made.each()[2]
+    assert (third.settings.seed, third.settings.pictures) == (7, 1)
+    beside, alone = (draw(**{**one.settings.to_json(), "engine": "float"}).result.paths[-1] for one in (made, third))
+    pixels = [numpy.asarray(Image.open(path).convert("RGB"), int) for path in (beside, alone)]
+    assert abs(pixels[0] - pixels[1]).max() <= 1, "a picture does not depend on its batch, but for the last rounding"
 
 
 def test_without_a_seed_one_is_drawn_and_told(draw):
