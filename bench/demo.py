@@ -136,26 +136,24 @@ def full_queue(page: Page, waiting: int = 16) -> dict[str, Any]:
     return {"told": told, "admitted": len(jobs), "served": served}
 
 
-def cancelling(page: Page) -> dict[str, Any]:
-    """Seconds from the cancel to a free slot, beside the seconds of one step."""
-    visitor, other = page.client(), page.client()
-    settings = {"width": 512, "height": 512, "engine": "float", "api_name": "/generate"}
-    step = visitor.predict("a cat", steps=3, **settings)["seconds_per_step"]
-    job = visitor.submit("a cat", steps=100, **settings)
-    _until(lambda: page.metrics()["qdiff_jobs_running"] == 1)
-    time.sleep(2 * step + 0.3)
-    start = time.monotonic()
-    visitor.predict(api_name="/cancel")
-    asked = time.monotonic()
-    _until(lambda: page.metrics()["qdiff_jobs_running"] == 0)
-    end = time.monotonic()
-    assert job.result(timeout=30) == {"cancelled": True}
-    other.close(), visitor.close()
-    return {
-        "step_seconds": step,
-        "request_seconds": round(asked - start, 3),
-        "free_after_seconds": round(end - asked, 3),
-    }
+def cancelling(page: Page, rounds: int = 5) -> dict[str, Any]:
+    """Seconds from the answer to a cancel until the slot is free, beside the seconds of one step; medians over the rounds."""
+    visitor = page.client()
+    settings = {"width": 256, "height": 256, "engine": "float", "api_name": "/generate"}
+    step, free = [], []
+    for _ in range(rounds):
+        step.append(visitor.predict("a cat", steps=3, **settings)["seconds_per_step"])
+        job = visitor.submit("a cat", steps=100, **settings)
+        _until(lambda: page.metrics()["qdiff_jobs_running"] == 1)
+        time.sleep(2 * step[-1])
+        visitor.predict(api_name="/cancel")
+        start = time.monotonic()
+        _until(lambda: page.metrics()["qdiff_jobs_running"] == 0)
+        free.append(time.monotonic() - start)
+        if job.result(timeout=30) != {"cancelled": True}:
+            raise SystemExit("a cancelled picture came nevertheless")
+    visitor.close()
+    return {"step_seconds": round(statistics.median(step), 3), "free_after_seconds": round(statistics.median(free), 3)}
 
 
 def felt(page: Page, chromium: str) -> dict[str, Any] | None:
@@ -183,7 +181,7 @@ def felt(page: Page, chromium: str) -> dict[str, Any] | None:
             tab = browser.new_page()
             tab.goto(page.url)
             tab.fill("#prompt textarea", "a rocket on a blue background")
-            tab.wait_for_timeout(500)
+            tab.wait_for_timeout(3000)  # a visitor looks before clicking
             tab.evaluate(watch)
             tab.wait_for_function("'picture' in window.seen", timeout=60_000)
             rows.append(tab.evaluate("window.seen"))
@@ -224,7 +222,7 @@ def main() -> int:
         "no admitted request failed": under["failed"] == 0 and not failed and queue["served"] == queue["admitted"],
         "the one too many was told so": "queue is full" in queue["told"],
         "memory is flat": under["memory_mb_at_the_end"] <= FLAT * under["memory_mb_after_a_quarter"],
-        "a cancel frees the slot within one step": cancel["free_after_seconds"] <= cancel["step_seconds"] + 0.25,
+        "a cancel frees the slot within one step": cancel["free_after_seconds"] <= cancel["step_seconds"] + 0.1,
         "it ended in order": result["exit_code"] == 0,
     }
     print(json.dumps({**result, "held": held}, indent=2))
