@@ -10,7 +10,7 @@ ARGS ?=
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python3.14; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$name && break; done)
 # tensorrt-rtx has no wheel for other systems.
-EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cpu$(comma)rtx,cpu)
+EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),cpu$(comma)rtx$(comma)app,cpu$(comma)app)
 comma := ,
 
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ DEV := $(VENV)/.installed-dev-$(SUM)
 PEERS := $(VENV)/.installed-bench-$(SUM)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check types demo bench ptq constraints clean distclean
+.PHONY: help run test check types demo page bench ptq constraints clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ types: $(DEV)
 
 demo: run ## one picture of PROMPT from the fastest engine of RUN, in RUN/demo.png
 	$(BIN)/qdiff generate $(RUN) --prompt "$(PROMPT)" --seed 0 -o $(RUN)/demo.png
+
+page: run ## the web page on RUN, at http://127.0.0.1:7860
+	$(BIN)/qdiff demo $(RUN)
 
 bench: $(PEERS) ## time one denoising step against the peers (ARGS='--config pixart-67m --json')
 	$(BIN)/python -m bench.step $(or $(ARGS),--config pixart-67m)

@@ -383,6 +383,31 @@ def doctor(json: JsonOption = False) -> None:
     _show(inspection.doctor(), json, present.doctor)
 
 
+@app.command()
+def demo(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]…", help="run folders [default: those in runs/]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; other than loopback needs --auth")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    auth: Annotated[Path | None, typer.Option(help="file with lines name:password, only for its owner to read")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for runs built on the page")] = Path("runs"),
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL=WEIGHTS", help="may be built on the page too")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, help="GB for loaded engines [default: half the free]")
+    ] = None,
+) -> None:
+    """Start the web page: generate, compare float with engines, inspect plans, build.
+
+    Example: qdiff demo runs/pixart
+    """
+    from qdiff.app import server
+
+    server.demo(runs or [], host, port, auth, output, allow or [], memory)
+
+
 def _fail(error: QdiffError) -> int:
     typer.echo(f"error: {error}", err=True)
     return error.exit_code

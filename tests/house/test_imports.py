@@ -20,7 +20,7 @@ ALLOWED = {
 # The composition root joins the folders, inside functions only: cli parses and prints, stages holds the stages.
 ROOTS = {"qdiff.stages": {"calib", "export", "engines"}, "qdiff.cli": {"calib", "export", "engines", "app"}}
 # Who may import the composition root, apart from itself; anything else would be a circle.
-ROOT_USERS = {"qdiff.stages": ("qdiff.cli", "qdiff.app"), "qdiff.cli": ("qdiff.__main__",)}
+ROOT_USERS = {"qdiff.stages": ("qdiff.cli", "qdiff.app"), "qdiff.cli": ("qdiff.__main__", "qdiff.app.__main__")}
 NOT_SHIPPED = {"zoo", "bench", "tests"}
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx", "gradio", "diffusers")
 BACKENDS = {"onnx", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx", "gradio"}

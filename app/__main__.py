@@ -1,0 +1,7 @@
+"""``python -m qdiff.app``: the same as ``qdiff demo``."""
+
+import sys
+
+from qdiff.cli import main
+
+main(["demo", *sys.argv[1:]])

@@ -1,0 +1,260 @@
+"""Drawing: what happens in the compute slot's thread between a request that was admitted and pictures with their numbers.
+
+When memory runs out in the middle of a picture, everything else that is loaded is let go and the picture is tried once more;
+if that fails too, the request fails, all engines are let go, and the next request starts clean.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdiff.app.jobs import Job
+from qdiff.app.limits import Limits
+from qdiff.app.metrics import Metrics
+from qdiff.app.pool import Pool
+from qdiff.app.settings import Settings
+from qdiff.app.sources import Source
+from qdiff.errors import MemoryExhaustedError
+from qdiff.resources import release_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdiff.models import Model
+    from qdiff.stages.generate import Pictures, Session
+
+log = logging.getLogger("qdiff.app")
+_PREVIEW_SECONDS = 0.12  # between two previews
+_MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate",
+    "cannot allocate",
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Pictures of one engine. ``settings`` are complete: given back, they make the same pictures."""
+
+    settings: Settings
+    paths: tuple[Path, ...]  # PNG with metadata, one for each picture
+    engine: str
+    note: str
+    seconds: float
+    seconds_per_step: float
+    load_seconds: float
+    memory_bytes: int
+    size_bytes: int | None
+    psnr_db: float | None = None  # against float, of the first picture
+    ssim: float | None = None
+    disturbed: bool = False  # a build ran beside it: times are not the engine's own
+
+    def each(self) -> list[Made]:
+        """One for each picture, with its own seed: pictures do not depend on those that were made beside them."""
+        seed = self.settings.seed or 0
+        return [
+            replace(self, paths=(path,), settings=self.settings.model_copy(update={"seed": seed + i, "pictures": 1}))
+            for i, path in enumerate(self.paths)
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """JSON for the download: the settings, and what was measured."""
+        names = ("engine", "note", "seconds", "seconds_per_step", "load_seconds", "memory_bytes", "size_bytes")
+        facts = {name: getattr(self, name) for name in (*names, "psnr_db", "ssim", "disturbed")}
+        return {"settings": self.settings.to_json(), **{k: v for k, v in facts.items() if v is not None}}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a source draws with if nothing is asked for."""
+
+    steps: int
+    guidance: float
+    width: int
+    height: int
+
+
+class Artist:
+    """Draws with the pool's engines into ``folder``.
+
+    Args:
+        disturbed: whether something else computes now.
+    """
+
+    def __init__(
+        self, pool: Pool, limits: Limits, metrics: Metrics, folder: Path, disturbed: Callable[[], bool]
+    ) -> None:
+        self._pool, self._limits, self._metrics = pool, limits, metrics
+        self._folder, self._disturbed = folder, disturbed
+        self.known: dict[str, Defaults] = {}  # what was read so far, by source
+
+    def defaults(self, source: Source) -> Defaults:
+        """The source's own settings; loads its model the first time."""
+        if source.name not in self.known:
+            model = self._pool.model(source)
+            size = int(model.backbone.config.sample_size) * source.family.pixels_per_cell(model.backbone.config)  # type: ignore
+            width, height = (int(model.defaults.get(name, size)) for name in ("width", "height"))
+            inputs = source.run.entry("calibrate")["inputs"] if source.run else {}
+            self.known[source.name] = Defaults(
+                model.steps(inputs.get("steps")), model.guidance(inputs.get("guidance")), width, height
+            )
+        return self.known[source.name]
+
+    def draw(
+        self, job: Job, source: Source, engine: str, settings: Settings, keep: bool = True, share: Any = None
+    ) -> Made:
+        """Draws, and once more after everything else was let go when memory ran out."""
+        try:
+            return self._draw_once(job, source, engine, settings, keep, share)
+        except BaseException as error:
+            if not out_of_memory(error):
+                raise
+            self._metrics.out_of_memory.inc()
+        freed = self._pool.drop(keep=(source.name, engine))
+        log.warning("memory ran out in %s of %s; %d other engines were let go", engine, source.name, freed)
+        try:
+            if not freed:
+                raise MemoryExhaustedError(
+                    "There was not enough memory for this picture.", "Take a smaller size or fewer pictures."
+                )
+            return self._draw_once(job, source, engine, settings, keep, share)
+        except BaseException as error:
+            if out_of_memory(error):
+                self._pool.drop()
+                release_memory()
+            raise
+
+    def _draw_once(self, job: Job, source: Source, engine: str, settings: Settings, keep: bool, share: Any) -> Made:
+        from qdiff.models import Request
+
+        job.publish(task=f"loading {engine}", step=0, steps=0, preview=None)
+        session = self._pool.session(source, engine)
+        job.checkpoint()
+        defaults = self.defaults(source)
+        settings = settings.model_copy(
+            update={
+                "engine": engine,
+                "steps": settings.steps or defaults.steps,
+                "guidance": defaults.guidance if settings.guidance is None else settings.guidance,
+                "width": settings.width or defaults.width,
+                "height": settings.height or defaults.height,
+            }
+        )
+        self._limits.check(settings, source.family.size_divisor)  # the model's own values may be beyond them too
+        assert settings.seed is not None
+        request = Request(
+            prompts=[settings.prompt] * settings.pictures,
+            seeds=[settings.seed + i for i in range(settings.pictures)],
+            negative_prompt=settings.negative_prompt,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            # A size that is the model's own is left to its pipeline, as the command line does.
+            height=None if settings.height == defaults.height and settings.width == defaults.width else settings.height,
+            width=None if settings.height == defaults.height and settings.width == defaults.width else settings.width,
+        )
+        job.publish(task=f"drawing with {engine}", step=0, steps=settings.steps)
+        watch = _Watch(job, self._pool.previewer(source), settings.steps or 1, share)
+        pictures = session.pictures(request, batch=settings.pictures, on_step=watch)
+        if not keep:
+            return _made(settings, (), pictures, session, self._pool.engine_bytes(source, engine), None)
+        self._metrics.pictures.labels(engine).inc(len(pictures.images))
+        paths = self._save(job, source, pictures, request, session.model)
+        size = source.engine_bytes(engine)
+        # What loading added to the resident set, where that is more than the file: freed heap may have been used again.
+        memory = max(self._pool.engine_bytes(source, engine), size or 0)
+        if engine == "float":  # its weights came with the pipeline, before the engine was "loaded"
+            memory = max(memory, self._pool.backbone_bytes(source))
+        return _made(settings, paths, pictures, session, memory, size, disturbed=self._disturbed())
+
+    def _save(self, job: Job, source: Source, pictures: Pictures, request: Any, model: Model) -> tuple[Path, ...]:
+        from qdiff.stages.generate import save_pictures
+
+        self._sweep()
+        names = [f"qdiff-{pictures.engine}-seed{seed}-{job.id}.png" for seed in request.seeds]
+        paths = [self._folder / name for name in names]
+        save_pictures(source.home, pictures, request, model, paths)
+        return tuple(paths)
+
+    def _sweep(self) -> None:
+        """Removes pictures that are too old or too many."""
+        ages = sorted((path.stat().st_mtime, path) for path in self._folder.glob("*.png"))
+        oldest = time.time() - self._limits.kept_seconds
+        surplus = len(ages) - self._limits.kept_pictures
+        for index, (age, path) in enumerate(ages):
+            if age < oldest or index < surplus:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".json").unlink(missing_ok=True)
+
+    def compare(self, job: Job, source: Source, engines: list[str], settings: Settings) -> list[Made]:
+        from PIL import Image
+
+        from qdiff.images import to_pixels
+        from qdiff.metrics import paired
+
+        names = ["float", *engines]
+        rows = [self.draw(job, source, name, settings, share=(index, len(names))) for index, name in enumerate(names)]
+        images = [Image.open(row.paths[0]).convert("RGB") for row in rows]
+        for index in range(1, len(rows)):
+            quality = paired(to_pixels(images[:1]), to_pixels(images[index : index + 1]))
+            rows[index] = replace(rows[index], psnr_db=quality.psnr_db_mean, ssim=quality.ssim_mean)
+        return rows
+
+
+class _Watch:
+    """Called after every denoising step: stops what was cancelled, and publishes the step and, not too often, a preview."""
+
+    def __init__(self, job: Job, previewer: Any, steps: int, share: tuple[int, int] | None) -> None:
+        self._job, self._previewer = job, previewer
+        self._before, self._of = share or (0, 1)
+        self._steps = steps
+        self._start = time.monotonic()
+        self._shown = 0.0
+
+    def __call__(self, step: int, timestep: float, latents: Tensor) -> None:
+        self._job.checkpoint()
+        now = time.monotonic()
+        left = (now - self._start) / step * (self._steps * (self._of - self._before) - step)
+        changes: dict[str, Any] = {
+            "step": self._steps * self._before + step,
+            "steps": self._steps * self._of,
+            "seconds_left": left,
+        }
+        if now - self._shown >= _PREVIEW_SECONDS:
+            self._shown = now
+            changes["preview"] = self._previewer(latents)
+        self._job.publish(**changes)
+
+
+def _made(
+    settings: Settings, paths: tuple[Path, ...], pictures: Pictures, session: Session, memory: int, size: int | None,
+    disturbed: bool = False,
+) -> Made:  # fmt: skip
+    return Made(
+        settings=settings,
+        paths=paths,
+        engine=pictures.engine,
+        note=session.model.note,
+        seconds=round(pictures.seconds, 3),
+        seconds_per_step=round(pictures.seconds_per_step, 5),
+        load_seconds=round(pictures.load_seconds, 3),
+        memory_bytes=memory + pictures.added_bytes,
+        size_bytes=size,
+        disturbed=disturbed,
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whichever library, means that memory ran out."""
+    if isinstance(error, (MemoryError, MemoryExhaustedError)):
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in _MEMORY_WORDS)

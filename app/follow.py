@@ -1,0 +1,47 @@
+"""From jobs to Gradio's events: a job is followed without a thread, and what goes wrong arrives as words.
+
+A generator that blocks holds one of Gradio's forty threads for as long as somebody waits; sixteen waiting visitors would leave
+few for the page itself. Looking at the job's state twelve times a second costs nothing and holds none.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from qdiff.app.jobs import Job, Update
+from qdiff.app.service import Service
+from qdiff.app.views import text
+
+_POLL_SECONDS = 0.08
+
+
+async def follow(service: Service, job: Job) -> AsyncGenerator[Update, None]:
+    """The job's states, newest only, to the final one. Who stops listening (a closed page) cancels the job."""
+    seen = None
+    try:
+        while True:
+            update = job.update
+            if update is not seen:
+                yield update
+                seen = update
+            if update.final:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+    finally:
+        if not job.update.final:
+            service.cancel(job.client)
+
+
+def alert(service: Service, error: BaseException) -> Any:
+    """A :class:`gradio.Error` with words of ours. Gradio shows its message as HTML, so it is escaped here."""
+    import gradio as gr
+
+    shown = service.shown(error)
+    return gr.Error(
+        text(f"{shown.message} {shown.fix or ''}".strip()), title="That did not work", duration=8, print_exception=False
+    )
+
+
+def client_of(request: Any) -> str:
+    """Who asks: Gradio's session, one for each open page and for each API client."""
+    return str(getattr(request, "session_hash", None) or "unknown")

@@ -1,0 +1,84 @@
+"""A cheap look at the picture while it forms: latents to colours by one 3 × 3 convolution, no VAE.
+
+Colour is nearly a linear function of the latent channels (the "latent to RGB factors" of the field's user interfaces). Those
+factors are known for a few published VAEs; here they are fitted to the VAE that is loaded, once, over a cell and its
+neighbours: pictures of random flat patches are encoded, and least squares with a small ridge gives the kernel. That costs one
+small VAE call and holds for bundled and private models alike.
+
+Shown is the model's estimate of the clean latent where the scheduler keeps one (the data prediction of DPM-Solver++,
+arXiv 2211.01095 §4), which looks like the picture from the first step on; else the noisy latent itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from qdiff.models import Model
+
+_SIDE = 64  # pixels
+_FIELDS, _PATCHES = 8, (1, 2, 4)  # pictures of each kind, and their patches along a side
+_RIDGE = 1e-2
+
+
+class Previewer:
+    """Small pictures from the latents of one model."""
+
+    def __init__(self, model: Model) -> None:
+        self._pipeline = model.pipeline
+        self._kernel = _fit(model.pipeline.vae)  # [9 C + 1, 3]
+
+    def __call__(self, latents: Tensor) -> Image:
+        """The first picture of ``latents [B, C, h, w]``, ``h × w`` pixels large."""
+        import torch
+        from PIL import Image
+
+        latent = self._clean_estimate(latents)[:1].float().cpu()
+        colours = (_neighbours(latent) @ self._kernel).clamp(0, 1).mul(255).round().to(torch.uint8)  # [h * w, 3]
+        return Image.fromarray(colours.reshape(*latent.shape[-2:], 3).numpy(), "RGB")
+
+    def _clean_estimate(self, latents: Tensor) -> Tensor:
+        scheduler: Any = self._pipeline.scheduler
+        if "++" in str(scheduler.config.get("algorithm_type", "")):
+            newest = (getattr(scheduler, "model_outputs", None) or [None])[-1]
+            if newest is not None and newest.shape == latents.shape:
+                return newest
+        return latents
+
+
+def _neighbours(latents: Tensor) -> Tensor:
+    """``[N, C, h, w]`` to ``[N h w, 9 C + 1]``: each cell with its eight neighbours (edges repeated), and one."""
+    import torch
+    from torch.nn import functional
+
+    padded = functional.pad(latents, (1, 1, 1, 1), mode="replicate")
+    rows = functional.unfold(padded, 3).transpose(1, 2).flatten(0, 1)  # [N h w, 9 C]
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+
+
+def _fit(vae: Any) -> Tensor:
+    """Least squares from latents to RGB in [0, 1]. The generator is our own: no caller's seed is touched."""
+    import torch
+    from torch.nn import functional
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        fields = torch.cat(
+            [
+                functional.interpolate(torch.rand(_FIELDS, 3, count, count, generator=generator), size=(_SIDE, _SIDE))
+                for count in _PATCHES
+            ]
+        )
+        pixels = (2 * fields - 1).to(next(vae.parameters()))
+        latents = vae.encode(pixels).latent_dist.mode().float().cpu()  # [N, C, h, w]
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        rows = _neighbours((latents - shift) * vae.config.scaling_factor)
+        colours = (
+            functional.interpolate(fields, size=latents.shape[-2:], mode="area").permute(0, 2, 3, 1).reshape(-1, 3)
+        )
+        gram = rows.T @ rows
+        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+        return torch.linalg.solve(gram + ridge, rows.T @ colours)

@@ -1,0 +1,186 @@
+"""The tab Compare: one seed on float and on engines, a slider over the two, and a round of "which one is quantized?"."""
+
+import functools
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from qdiff.app import views
+from qdiff.app.drawing import Made
+from qdiff.app.follow import client_of, follow
+from qdiff.app.service import Service
+from qdiff.app.settings import Settings
+from qdiff.errors import QdiffError
+
+_SLIDER_SIDE = 512  # smaller pictures are enlarged by whole factors, without smoothing
+
+
+def add(service: Service) -> Any:
+    """Adds the tab's components; returns the list of models, which a finished build changes."""
+    import gradio as gr
+
+    from qdiff.app.tab_generate import _names, _whole
+
+    limits = service.limits
+    first = next((source for source in service.sources.all() if source.quantized), service.sources[""])
+    nothing = views.empty(
+        "Nothing compared yet", "The same prompt and seed are drawn by the float model and by each engine."
+    )
+    none_there = views.empty(
+        "Nothing to compare with", "This model has no quantized engine yet. Build one on the Build tab."
+    )
+    round_ = gr.State(None, time_to_live=3600)
+    made_state = gr.State([], time_to_live=3600)
+    score = gr.State((0, 0), time_to_live=3600)
+
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=300):
+            prompt = gr.Textbox(
+                "a rocket on a blue background", label="Prompt", lines=2, max_lines=5, max_length=limits.prompt_characters,
+                elem_id="compare-prompt",
+            )  # fmt: skip
+            model = gr.Dropdown(
+                _names(service), value=first.name, label="Model", filterable=False, elem_id="compare-model"
+            )
+            choices = _quantized(first)
+            engines = gr.CheckboxGroup(
+                choices, value=choices[:1], label="Engines beside float", elem_id="compare-engines"
+            )
+            with gr.Row():
+                seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=100)
+                steps = gr.Slider(1, limits.steps, service.defaults(first).steps, step=1, label="Steps", min_width=160)
+            hide = gr.Checkbox(False, label="Blind: let me guess which one is quantized", elem_id="blind")
+            with gr.Row():
+                go = gr.Button("Compare", variant="primary", elem_id="compare", scale=3)
+                stop = gr.Button(
+                    "Cancel", variant="stop", interactive=False, scale=1, min_width=90, elem_id="compare-cancel"
+                )
+        with gr.Column(scale=6, min_width=300):
+            canvas = gr.HTML(nothing if first.quantized else none_there, elem_id="compare-canvas")
+            slider = gr.ImageSlider(
+                visible=False, type="filepath", format="png", interactive=False, show_label=True, elem_classes="qd-slider",
+                label="float (left), engine (right)", elem_id="slider", buttons=["fullscreen"], max_height=520,
+            )  # fmt: skip
+            shown = gr.Radio([], label="On the right", visible=False, elem_id="shown")
+            with gr.Row(visible=False) as guesses:
+                guess_a = gr.Button("A is quantized", elem_id="guess-a", min_width=110)
+                guess_b = gr.Button("B is quantized", elem_id="guess-b", min_width=110)
+                skip = gr.Button("I see no difference", elem_id="guess-none", min_width=110)
+            cards = gr.HTML("", elem_id="cards")
+
+    working = [canvas, slider, shown, guesses, cards, go, stop, round_, made_state]
+
+    async def compare(
+        prompt: str, model: str, engines: list[str], seed: float | None, steps: float, hide: bool, request: gr.Request
+    ) -> AsyncIterator[dict[Any, Any]]:
+        idle = {go: gr.Button(interactive=True), stop: gr.Button(interactive=False)}
+        clean: dict[Any, Any] = {
+            slider: gr.ImageSlider(visible=False), shown: gr.Radio(visible=False), guesses: gr.Row(visible=False), cards: "",
+        }  # fmt: skip
+        try:
+            wanted = None if seed is None else _whole(seed)
+            settings = Settings.make(prompt=prompt or "", model=model, seed=wanted, steps=_whole(steps))
+            job = service.compare(settings, list(engines or []), client_of(request))
+        except Exception as error:
+            shown_error = error if isinstance(error, QdiffError) else service.shown(error)
+            yield {**idle, **clean, canvas: gr.HTML(views.failed(shown_error), visible=True)}
+            return
+        yield {
+            **clean, canvas: gr.HTML(views.progress(job.update), visible=True), go: gr.Button(interactive=False),
+            stop: gr.Button(interactive=True),
+        }  # fmt: skip
+        async for update in follow(service, job):
+            if update.state == "done":
+                yield {**idle, **_result(update.result, hide)}
+            elif update.state == "failed":
+                yield {**idle, canvas: views.failed(update.error)}
+            elif update.state == "cancelled":
+                yield {**idle, canvas: views.cancelled()}
+            else:
+                yield {canvas: views.progress(update)}
+
+    def _result(rows: list[Made], hide: bool) -> dict[Any, Any]:
+        names = [row.engine for row in rows[1:]]
+        state = [{"engine": row.engine, "path": str(row.paths[0])} for row in rows]
+        titles = {choice.name: choice.title for choice in service.sources[rows[0].settings.model].engines()}
+        told = views.comparison(rows, titles)
+        if hide:
+            order = random.SystemRandom().sample([state[0], state[1]], 2)
+            question = views.blind(Path(order[0]["path"]), Path(order[1]["path"]))
+            return {
+                canvas: gr.HTML(question, visible=True), guesses: gr.Row(visible=True), made_state: state,
+                round_: {"order": order, "cards": told, "names": names},
+            }  # fmt: skip
+        return {canvas: gr.HTML(visible=False), made_state: state, cards: told, **_reveal(state, names[0], names)}
+
+    def _reveal(state: list[dict[str, str]], engine: str, names: list[str]) -> dict[Any, Any]:
+        other = next(row for row in state if row["engine"] == engine)
+        pair = (enlarged(Path(state[0]["path"])), enlarged(Path(other["path"])))
+        return {
+            slider: gr.ImageSlider(pair, visible=True, label=f"float (left) and {engine} (right)"),
+            shown: gr.Radio(names, value=engine, visible=len(names) > 1),
+        }
+
+    def choose(engine: str, state: list[dict[str, str]]) -> Any:
+        pair = [row for row in state if row["engine"] in ("float", engine)]
+        if len(pair) != 2 or not all(Path(row["path"]).exists() for row in pair):
+            return gr.skip()
+        return gr.ImageSlider(
+            (enlarged(Path(pair[0]["path"])), enlarged(Path(pair[1]["path"]))),
+            label=f"float (left) and {engine} (right)",
+        )
+
+    def answer(guess: str, asked: Any, state: list[dict[str, str]], tally: tuple[int, int]) -> dict[Any, Any]:
+        if not asked:
+            return {guesses: gr.Row(visible=False)}
+        order = asked["order"]
+        quantized = "A" if order[0]["engine"] != "float" else "B"
+        right, total = tally[0] + (guess == quantized), tally[1] + (guess != "")
+        verdict = {quantized: "Right.", "": "Fair enough."}.get(guess, "No.")
+        words = f"{verdict} {quantized} is quantized ({views.text(state[1]['engine'])})."
+        words += f" {right} of {total} right so far." if total else ""
+        return {
+            canvas: views.blind(Path(order[0]["path"]), Path(order[1]["path"]), words), guesses: gr.Row(visible=False),
+            cards: asked["cards"], round_: None, score: (right, total),
+            **_reveal(state, asked["names"][0], asked["names"]),
+        }  # fmt: skip
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+    inputs = [prompt, model, engines, seed, steps, hide]
+    gr.on([go.click, prompt.submit], compare, inputs, working, **quiet)
+    shown.input(choose, [shown, made_state], slider, **quiet)
+    told = [canvas, guesses, cards, round_, score, slider, shown]
+    for button, guess in ((guess_a, "A"), (guess_b, "B"), (skip, "")):
+        button.click(functools.partial(answer, guess), [round_, made_state, score], told, **quiet)
+
+    def cancel(request: gr.Request) -> None:
+        service.cancel(client_of(request))
+
+    stop.click(cancel, None, None, queue=False, api_visibility="private")
+
+    def changed(name: str) -> tuple[Any, Any]:
+        source = service.sources[name]
+        names = _quantized(source)
+        return gr.CheckboxGroup(names, value=names[:1]), nothing if source.quantized else none_there
+
+    model.change(changed, model, [engines, canvas], **quiet)
+    return model
+
+
+def _quantized(source: Any) -> list[str]:
+    return [choice.name for choice in source.engines() if choice.name != "float" and not choice.why_not]
+
+
+def enlarged(path: Path) -> str:
+    """The path of a copy that a slider can show: pictures of 64 pixels would stay that small."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        factor = _SLIDER_SIDE // max(image.size)
+        if factor < 2:
+            return str(path)
+        large = path.with_name(f"{path.stem}-x{factor}.png")
+        if not large.exists():
+            image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(large)
+        return str(large)

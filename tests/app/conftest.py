@@ -1,0 +1,128 @@
+"""A service and a real web server on the finished run of the smallest model, and a browser that drives the page."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdiff.app.limits import Limits
+from qdiff.app.service import Service
+from qdiff.app.settings import Settings
+from qdiff.app.sources import Sources, Weights
+
+TINY = Weights("pixart", "random:pixart-tiny")
+
+
+@pytest.fixture(scope="session")
+def make_service(finished, tmp_path_factory) -> Iterator[Callable[..., Service]]:
+    """Services on the finished run: ``make_service(Limits(waiting=2), memory_bytes=…)``."""
+    made: list[Service] = []
+
+    def make(limits: Limits | None = None, runs: list[Path] | None = None, **options: Any) -> Service:
+        sources = Sources([finished.path] if runs is None else runs, tmp_path_factory.mktemp("built"), [TINY])
+        made.append(Service(sources, limits or Limits(), **options))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.close()
+
+
+@pytest.fixture(scope="session")
+def service(make_service) -> Service:
+    """One service for all tests that leave nothing behind in it."""
+    return make_service()
+
+
+@pytest.fixture
+def draw(service) -> Callable[..., Any]:
+    """Draws with few steps and waits: ``draw(prompt="a cat", engine="float")`` gives the final update."""
+
+    def one(client: str = "test", **settings: Any) -> Any:
+        wanted = {"prompt": "a red apple", "steps": 2, "seed": 1, **settings}
+        return service.generate(Settings.make(**wanted), client).wait(120)
+
+    return one
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running server: its address and the service behind it."""
+
+    url: str
+    service: Service
+
+
+def _port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on."""
+    return _port()
+
+
+@pytest.fixture(scope="session")
+def site(service) -> Iterator[Site]:
+    """The page on a real server in a thread."""
+    import uvicorn
+
+    from qdiff.app.server import build_app, make_server
+
+    port = _port()
+    config = uvicorn.Config(
+        build_app(service, "127.0.0.1"), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1
+    )
+    server = make_server(config, service)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    end = time.monotonic() + 60
+    while not server.started:
+        assert thread.is_alive() and time.monotonic() < end, "the server did not start"
+        time.sleep(0.05)
+    yield Site(f"http://127.0.0.1:{port}/", service)
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, without its sandbox: it has to start as root in CI, and opens no page but ours."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, site) -> Iterator[Any]:
+    """The page, opened; the test fails if the browser reports an error or asks another host for anything."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page, trouble = context.new_page(), []
+    page.on("pageerror", lambda error: trouble.append(f"script: {error}"))
+    page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+    page.on(
+        "request",
+        lambda asked: None if asked.url.startswith((site.url, "data:", "blob:")) else trouble.append(asked.url),
+    )
+    page.goto(site.url)
+    page.wait_for_selector("#prompt textarea")
+    yield page
+    context.close()
+    assert not trouble
