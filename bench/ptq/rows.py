@@ -139,6 +139,7 @@ ROWS: tuple[Row, ...] = (
         ("recipe int8, q k float", ["outputs={}"]),
         ("recipe int8", []),
     ),
+    *_qdiff(INT8, "int8-gptq", ("recipe int8-gptq", [])),
     *_modelopt(
         INT8,
         ("max", {"preset": "INT8_DEFAULT_CFG"}),
