@@ -217,20 +217,21 @@ def _basic(header: str, may_enter: Any) -> bool:
 
 
 def serve(service: Any, host: str, port: int, accounts: Mapping[str, str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM; then everything is ended in order."""
+    """Serves until SIGINT or SIGTERM.
+
+    Raises:
+        UsageError: the port is taken.
+    """
     import uvicorn
 
-    try:
-        app = build_app(service, host, accounts)
-        config = uvicorn.Config(
-            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3, server_header=False
-        )
-        server = make_server(config, service)
-        server.run()
-        if not server.started:
-            raise UsageError(f"cannot listen on {host}:{port}", "another program is there: choose another --port")
-    finally:
-        service.close()
+    app = build_app(service, host, accounts)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3, server_header=False
+    )
+    server = make_server(config, service)
+    server.run()
+    if not server.started:
+        raise UsageError(f"cannot listen on {host}:{port}", "another program is there: choose another --port")
 
 
 def _not_about_the_end(record: logging.LogRecord) -> bool:
@@ -298,11 +299,18 @@ def demo(
 
     sources = Sources(runs, output, [Weights.parse(text) for text in allow])
     service = Service(sources, Limits(), None if memory is None else int(memory * 1e9))
-    log.info("loading %s", sources[""].title)
-    update = service.warm().wait()
-    if update.error is not None:
+    before = signal.signal(signal.SIGTERM, _end)  # also while the model loads, so that what is below runs
+    try:
+        log.info("loading %s", sources[""].title)
+        update = service.warm().wait()
+        if update.error is not None:
+            raise update.error
+        log.info("http://%s:%d  (Ctrl-C ends it)", f"[{host}]" if ":" in host else host, port)
+        serve(service, host, port, accounts)
+    finally:
         service.close()
-        raise update.error
-    shown = f"[{host}]" if ":" in host else host
-    log.info("http://%s:%d  (Ctrl-C ends it)", shown, port)
-    serve(service, host, port, accounts)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
