@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.artifacts import Run
-from qdiff.errors import InputError, QdiffError
+from qdiff.errors import QdiffError
 from qdiff.events import Event, listening
 
 
@@ -33,7 +33,7 @@ class _Lines(logging.Handler):
 
 
 def build(options: dict[str, Any]) -> None:
-    """All stages for one model. What no engine can run is compared in torch."""
+    """All stages for one model. An engine that cannot take the recipe's formats is an error that names the layer."""
     from qdiff.stages.calibrate import CalibrateOptions
     from qdiff.stages.run import run_all
 
@@ -43,15 +43,7 @@ def build(options: dict[str, Any]) -> None:
     engines = [word for name in options["engines"] for word in ("--engine", name)]
     # The manifest records the command that made a stage: the one that does the same from a shell.
     sys.argv = ["qdiff", "run", *arguments, "--recipe", recipe, *engines, "--pictures", "4", "-o", folder]
-    run = Run(folder)
-    try:
-        run_all(run, calibration, recipe, engines=options["engines"], pictures=4)
-    except InputError as reason:
-        exported = any(stage.startswith("export:") for stage in run.manifest["stages"])
-        if not run.done("quantize") or exported:
-            raise
-        _say(log=f"No engine takes this plan yet, it runs in torch. {reason.message}")
-        run_all(run, calibration, recipe, engines=["eager"], pictures=4)
+    run_all(Run(folder), calibration, recipe, engines=options["engines"], pictures=4)
 
 
 def _end_with_parent() -> None:

@@ -53,9 +53,8 @@ def test_one_at_a_time_stopped_and_gone_on_with(make_service):
     assert "calibrate" not in dict(running.stages), "what was finished is not done again"
     done = wait(service.builds, lambda state: state.state != "running")
     assert done.state == "done", (done.error, done.log)
-    assert any("runs in torch" in line for line in done.log), "no engine takes FP8 yet"
     source = service.sources[f"{done.run} · fp8"]
-    assert [engine.name for engine in source.engines()] == ["float", "eager"]
+    assert {engine.name for engine in source.engines()} >= {"float", "eager", "openvino"}
 
 
 @pytest.mark.slow
