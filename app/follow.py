@@ -5,12 +5,12 @@ few for the page itself. Looking at the job's state twelve times a second costs 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from qdiff.app import views
 from qdiff.app.jobs import Job, Update
 from qdiff.app.service import Service
-from qdiff.app.views import text
 
 _POLL_SECONDS = 0.08
 
@@ -32,13 +32,36 @@ async def follow(service: Service, job: Job) -> AsyncGenerator[Update, None]:
             service.cancel(job.client)
 
 
+async def drawn(
+    service: Service, job: Job, idle: dict[Any, Any], canvas: Any, result: Callable[[Any], dict[Any, Any]]
+) -> AsyncGenerator[dict[Any, Any], None]:
+    """What a page shows of a job, update by update, on its ``canvas``.
+
+    Args:
+        idle: what is shown again when the job has ended, however it did.
+        result: what is shown of the job's result.
+    """
+    async for update in follow(service, job):
+        if update.state == "done":
+            yield {**idle, **result(update.result)}
+        elif update.state == "failed":
+            yield {**idle, canvas: views.failed(update.error)}
+        elif update.state == "cancelled":
+            yield {**idle, canvas: views.cancelled()}
+        else:
+            yield {canvas: views.progress(update)}
+
+
 def alert(service: Service, error: BaseException) -> Any:
     """A :class:`gradio.Error` with words of ours. Gradio shows its message as HTML, so it is escaped here."""
     import gradio as gr
 
     shown = service.shown(error)
     return gr.Error(
-        text(f"{shown.message} {shown.fix or ''}".strip()), title="That did not work", duration=8, print_exception=False
+        views.text(f"{shown.message} {shown.fix or ''}".strip()),
+        title="That did not work",
+        duration=8,
+        print_exception=False,
     )
 
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdiff.app.builds import Builds
 from qdiff.app.drawing import Artist, Defaults, out_of_memory
@@ -27,9 +27,6 @@ from qdiff.app.pool import Pool
 from qdiff.app.settings import Settings
 from qdiff.app.sources import Source, Sources
 from qdiff.errors import InputError, MemoryExhaustedError, QdiffError
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("qdiff.app")
 

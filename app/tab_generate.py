@@ -8,7 +8,7 @@ from typing import Any
 
 from qdiff.app import views
 from qdiff.app.drawing import Made
-from qdiff.app.follow import alert, client_of, follow
+from qdiff.app.follow import alert, client_of, drawn
 from qdiff.app.service import Service
 from qdiff.app.settings import Settings
 from qdiff.errors import QdiffError
@@ -118,15 +118,8 @@ def add(service: Service) -> Any:
             go: gr.Button(interactive=False),
             stop: gr.Button(interactive=True),
         }
-        async for update in follow(service, job):
-            if update.state == "done":
-                yield {**idle, **_result(update.result, past)}
-            elif update.state == "failed":
-                yield {**idle, canvas: views.failed(update.error)}
-            elif update.state == "cancelled":
-                yield {**idle, canvas: views.cancelled()}
-            else:
-                yield {canvas: views.progress(update)}
+        async for changes in drawn(service, job, idle, canvas, lambda made: _result(made, past)):
+            yield changes
 
     def _result(made: Made, past: list[dict[str, Any]]) -> dict[Any, Any]:
         new = []
