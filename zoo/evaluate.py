@@ -9,6 +9,7 @@ Every prompt has its own seed, so a picture does not depend on the batch it was 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import random
 import sys
@@ -49,9 +50,11 @@ def generate(
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        own = {"max_sequence_length": 32, "use_resolution_binning": False, "clean_caption": False}  # PixArt's
+        known = inspect.signature(pipeline.__call__).parameters
         made = pipeline(
             part, num_inference_steps=steps, guidance_scale=guidance, height=64, width=64, generator=generators,
-            max_sequence_length=32, use_resolution_binning=False, clean_caption=False, output_type="np",
+            output_type="np", **{name: value for name, value in own.items() if name in known},
         ).images  # fmt: skip
         images.append(np.rint(made * 255).astype(np.uint8))
     return np.concatenate(images)
@@ -105,9 +108,9 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="PNG of the last guidance's pictures, seen then held-out")
     parser.add_argument("--wrong", action="store_true", help="list the prompts that came out wrong")
     options = parser.parse_args()
-    from diffusers import PixArtSigmaPipeline
+    from diffusers import DiffusionPipeline
 
-    pipeline = PixArtSigmaPipeline.from_pretrained(options.folder)
+    pipeline = DiffusionPipeline.from_pretrained(options.folder)
     scales = options.guidance or [json.loads((options.folder / "generation.json").read_text())["guidance_scale"]]
     for scale in scales:
         started = time.monotonic()

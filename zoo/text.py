@@ -1,4 +1,4 @@
-"""The words' side of PixArt: a tokenizer of whole words and a small T5 encoder, warmed up on the pictures themselves.
+"""The words' side of the image models: a tokenizer of whole words and a small T5 or CLIP encoder, warmed up on the pictures.
 
 Tokenizer: a unigram model whose pieces are the words of the captions plus single characters at a bad price: a caption's
 word is one token, any other word is spelled, nothing of ASCII is unknown. It is stored as a `tokenizers` file that
@@ -7,7 +7,8 @@ transformers reads back without the network.
 Warm-up: cross attention learns little while all words look alike, and a text encoder learns little while cross
 attention ignores it. To break the circle, the encoder is first trained alone to predict, from every token's state by
 one linear layer, the whole picture's latents. This takes a minute, puts synonyms at one place, and spares the joint
-training its slow start. The linear layer is thrown away.
+training its slow start. The linear layer is thrown away. CLIP's attention is causal, so there only the tokens behind the
+text are asked: the others have not read all of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,19 +32,38 @@ def words_of(texts: Sequence[str]) -> Counter[str]:
     return Counter(word for text in texts for word in re.findall(r"[^\W_]+|[^\w\s]", text.lower()))
 
 
-def build_tokenizer(texts: Sequence[str]) -> Any:
-    """A T5 tokenizer whose pieces are the words of ``texts`` (frequent first) and all printable ASCII characters."""
+@dataclass(frozen=True)
+class Special:
+    """The tokens of an encoder that are no words. ``first`` lists them in the order of their ids; the template puts them
+    around the text."""
+
+    first: tuple[str, ...]
+    template: str
+    pad: str
+    end: str
+    begin: str | None = None
+
+
+T5 = Special(("<pad>", "</s>", "<unk>"), "$A </s>", "<pad>", "</s>")
+CLIP = Special(
+    ("<|startoftext|>", "<|endoftext|>", "<unk>"), "<|startoftext|> $A <|endoftext|>",
+    "<|endoftext|>", "<|endoftext|>", "<|startoftext|>",
+)  # fmt: skip
+
+
+def build_tokenizer(texts: Sequence[str], special: Special = T5) -> Any:
+    """A tokenizer whose pieces are the words of ``texts`` (frequent first) and all printable ASCII characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     count = words_of(texts)
     total = sum(count.values())
-    pieces: list[tuple[str, float]] = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0)]
+    pieces: list[tuple[str, float]] = [(token, -100.0 if token == "<unk>" else 0.0) for token in special.first]
     pieces += [("\u2581" + word, math.log(c / total)) for word, c in sorted(count.items(), key=lambda i: (-i[1], i[0]))]
     known = {piece for piece, _ in pieces}
     characters = [chr(c) for c in range(33, 127) if not chr(c).isupper()] + ["\u2581"]
     pieces += [(c, -20.0) for c in characters if c not in known]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=special.first.index("<unk>")))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,15 +73,36 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
         ]
     )
     tokenizer.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
-    tokenizer.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
+    around = [(token, special.first.index(token)) for token in dict.fromkeys((special.begin, special.end)) if token]
+    tokenizer.post_processor = processors.TemplateProcessing(single=special.template.split(), special_tokens=around)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
+        pad_token=special.pad,
+        eos_token=special.end,
+        bos_token=special.begin,
         unk_token="<unk>",
         model_max_length=MAX_LENGTH,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def build_clip(vocabulary: int) -> nn.Module:
+    """A fresh CLIP text encoder: 3 layers of width 192, 1.5 M parameters."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=WIDTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config)
 
 
 def build_encoder(vocabulary: int) -> nn.Module:
@@ -101,8 +143,12 @@ class WarmUp(nn.Module):
         self.head = nn.Linear(WIDTH, latents)
 
     def loss(self, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error over all real tokens. ids, mask [B, L]; target [B, latents]."""
-        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [B, L, WIDTH]
+        """Mean squared error over the tokens that are asked. ids, mask [B, L]; target [B, latents]."""
+        if self.encoder.config.model_type.startswith("clip"):  # pads are attended to, as in the pipeline
+            states = self.encoder(input_ids=ids).last_hidden_state.float()  # [B, L, WIDTH]
+            mask = (ids == self.encoder.config.eos_token_id).long()
+        else:
+            states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weight = mask.float() / mask.sum(1, keepdim=True)
         # E|h - y|^2 over tokens, without a [B, L, latents] tensor for the target's copies
         predicted = self.head(states).float()  # [B, L, latents]

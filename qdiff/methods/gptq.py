@@ -35,14 +35,16 @@ def inverse_factor(hessian: Tensor, damping: float, names: list[str]) -> tuple[T
         InputError: no damping makes it positive definite: the inputs are not numbers, or all are zero.
     """
     mean = hessian.diagonal().mean()
-    for attempt in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):  # of a wide layer each matrix is hundreds of megabytes: never more than three of them
         share = damping * 10**attempt
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = hessian.clone()
+        matrix.diagonal().add_(share * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed and mean > 0:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
             if not failed:
-                return factor, share
+                return matrix, share
     raise InputError(
         f"gptq: the inputs of layer {names[0]} have no positive definite Hessian, even with damping {share:g}",
         "calibrate with more prompts, or keep this layer (recipe: ignore)",
@@ -87,11 +89,14 @@ def gptq(
             f"gptq: layer {problem.names[0]} has {len(x)} tokens to fit on", "calibrate with more prompts or steps"
         )
     inputs = problem.quantized_inputs(solution, x, timestep).double()
-    hessian = 2 * inputs.T @ inputs / len(inputs)
+    hessian = (inputs.T @ inputs).mul_(2 / len(inputs))
+    del inputs
     if not hessian.diagonal().any():
         return solution.decide("gptq", "its input is zero on every token: to nearest")
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor, share = inverse_factor(hessian[order][:, order], damping, problem.names)
+    hessian = hessian[order].index_select(1, order)
+    factor, share = inverse_factor(hessian, damping, problem.names)
+    del hessian
     nearest = problem.nearest_weights(solution)
     rounded = tuple(
         start.with_values(round_columns(weight, start, factor, order, width))
