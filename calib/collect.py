@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.calib.observers import OBSERVERS, Observer
+from qdiff.calib.first_token import FirstToken
+from qdiff.calib.observers import OBSERVERS, Observer, RowSample
 from qdiff.errors import IntegrityError
 from qdiff.events import Progress, log
 from qdiff.files import open_tensors, save_tensors
-from qdiff.models.base import Model, linear_layers
+from qdiff.models.base import Model, quantizable_layers
 from qdiff.statistics import InputStatistics, Statistics
 from qdiff.trajectory import Step, Trajectory
+from qdiff.windows import layer_channels, sample_windows, tokens
 
 PARTIAL = "statistics.partial.safetensors"
 
@@ -56,7 +58,7 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
 
         return hook
 
-    parents = {name: name.rpartition(".")[0] for name in linear_layers(model.backbone)}
+    parents = {name: name.rpartition(".")[0] for name in quantizable_layers(model.backbone)}
     before = {name: watch(name, parent) for name, parent in parents.items()}
     with _hooks(model.backbone, before), contextlib.ExitStack() as stack, torch.inference_mode():
         for parent in set(parents.values()):
@@ -96,14 +98,21 @@ class Collector:
         values = {step.timestep for step in trajectory}
         self.timesteps = sorted(values, reverse=True)  # samplers go from noise to picture
         self.groups = find_groups(model, next(iter(trajectory)))
-        layers = linear_layers(model.backbone)
+        layers = quantizable_layers(model.backbone)
         reached = {name for names in self.groups.values() for name in names}
         for name in layers.keys() - reached:
             log.warning("collect: the pipeline never reached layer %s: it will be kept in 16 bit", name)
         self.outputs = {name: torch.zeros(len(self.timesteps)) for name in layers}
+        self.layers = layers
         self.observers: dict[str, dict[str, Observer]] = {
-            group: {name: OBSERVERS[name](len(self.timesteps), layers[group].in_features) for name in OBSERVERS}
+            group: {name: OBSERVERS[name](len(self.timesteps), layer_channels(layers[group])) for name in OBSERVERS}
             for group in self.groups
+        }
+        constant = set(model.family.first_token_layers(model.backbone))
+        self.firsts = {
+            group: FirstToken(layer_channels(layers[group]))
+            for group, names in self.groups.items()
+            if constant.issuperset(names)
         }
 
     def collect(self, partial: Path) -> Statistics:
@@ -118,19 +127,33 @@ class Collector:
                 self._save(partial, shard + 1)
         inputs = {}
         for group, observers in self.observers.items():
-            tables = {name: table for observer in observers.values() for name, table in observer.result().items()}
+            tables: dict[str, Any] = {}
+            for observer in observers.values():
+                tables |= observer.result()
             inputs[group] = InputStatistics(self.groups[group], **tables)
+            if group in self.firsts:
+                inputs[group] = self.firsts[group].into(inputs[group])
         return Statistics(self.timesteps, inputs, self.outputs)
 
     def _replay(self, step: Step) -> None:
         index = self.timesteps.index(step.timestep)
         generator = torch.Generator().manual_seed(step.shard * 100_003 + index)
 
-        def watch_input(observers: dict[str, Observer]) -> Any:
+        def watch_input(group: str, observers: dict[str, Observer]) -> Any:
+            layer, first = self.layers[group], self.firsts.get(group)
+
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+                seen = args[0].detach().float()
+                if first is not None:
+                    seen = first.take(seen)
+                x = tokens(layer, seen)
                 for observer in observers.values():
-                    observer.update(x, index, generator)
+                    if isinstance(layer, nn.Conv2d) and isinstance(observer, RowSample):
+                        columns = layer.weight[0].numel()
+                        windows = sample_windows(layer, seen, RowSample.count(columns), generator)
+                        observer.update(windows, index, generator)
+                    else:
+                        observer.update(x, index, generator)
 
             return hook
 
@@ -140,7 +163,7 @@ class Collector:
 
             return hook
 
-        inputs = {group: watch_input(observers) for group, observers in self.observers.items()}
+        inputs = {group: watch_input(group, observers) for group, observers in self.observers.items()}
         outputs = {name: watch_output(table) for name, table in self.outputs.items()}
         with _hooks(self.model.backbone, inputs, outputs), torch.no_grad():
             self.model.family.call(self.model.backbone, step.inputs)
@@ -153,6 +176,7 @@ class Collector:
             for name, tensor in observer.state().items()
         }
         tensors |= {f"{name}|output": table for name, table in self.outputs.items()}
+        tensors |= {f"{group}|first": first.state() for group, first in self.firsts.items()}
         save_tensors(partial, tensors, {"qdiff": json.dumps({"shards": shards, "fingerprint": self.fingerprint})})
 
     def _restore(self, partial: Path) -> int:
@@ -169,6 +193,8 @@ class Collector:
                 group, _, name = key.rpartition("|")
                 if name == "output":
                     self.outputs[group] = file.get_tensor(key)
+                elif name == "first":
+                    self.firsts[group].restore(file.get_tensor(key))
                 else:
                     state[group][name] = file.get_tensor(key)
         for group, observers in self.observers.items():

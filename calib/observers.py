@@ -124,9 +124,16 @@ class LogHistogram(_Table):
 
 @OBSERVERS.register("rows")
 class RowSample(Observer):
-    """Whole rows, ``PER_CALL`` random ones of every call, as they were."""
+    """Whole rows, ``PER_CALL`` random ones of every call, as they were. Of a convolution they are windows, of which few are as
+    large as many tokens."""
 
     PER_CALL = 4
+    WIDE, PER_CALL_OF_WIDE = 4096, 1
+
+    @classmethod
+    def count(cls, columns: int) -> int:
+        """Rows to keep of every call."""
+        return cls.PER_CALL_OF_WIDE if columns > cls.WIDE else cls.PER_CALL
 
     def __init__(self, timesteps: int, channels: int) -> None:
         super().__init__(timesteps, channels)
@@ -134,7 +141,7 @@ class RowSample(Observer):
         self.indices: list[Tensor] = []
 
     def update(self, x: Tensor, timestep: int, generator: torch.Generator) -> None:
-        count = min(self.PER_CALL, x.shape[0])
+        count = min(self.count(x.shape[1]), x.shape[0])
         chosen = torch.randperm(x.shape[0], generator=generator)[:count]
         self.rows.append(x[chosen].clone())
         self.indices.append(torch.full((count,), timestep, dtype=torch.int64))

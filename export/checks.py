@@ -76,7 +76,7 @@ def _no_float_copies(graph: Graph, plan: Plan) -> None:
 
     # By shape, because a copy has no telling name: as many float weights of a shape as kept layers have it, none more.
     allowed = Counter(tuple(sorted(layer.shape)) for layer in plan.layers if not layer.quantized)
-    suspicious = {tuple(sorted(layer.shape)) for layer in plan.quantized}
+    suspicious = {tuple(sorted(shape)) for layer in plan.quantized for shape in (layer.shape, layer.matrix)}
     floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
     found: dict[tuple[int, ...], list[str]] = {}
     for name, tensor in {**graph.initializers, **graph.constants}.items():

@@ -17,7 +17,7 @@ from torch import nn
 from qdiff.errors import InputError
 from qdiff.export.translations import Target
 from qdiff.formats import Format, format_named
-from qdiff.layers import QuantLinear
+from qdiff.layers import QuantConv2d, QuantLinear
 
 
 def bytes_as_codes(module: nn.Module) -> None:
@@ -46,7 +46,10 @@ def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
             if format.bits == 4:
                 packed = codes.const_value.numpy()
                 _set(codes, packed, (packed.shape[0], 2 * packed.shape[1]), _element_type(format, target))
-            _transpose(graph, codes, format)
+            if isinstance(layer, QuantConv2d):
+                _as_kernels(graph, codes, format)
+            else:
+                _transpose(graph, codes, format)
 
 
 def _element_type(format: Format, target: Target) -> Any:
@@ -93,6 +96,25 @@ def _transpose(graph: Any, codes: Any, format: Format) -> None:
         _transpose_value(scale)
     dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 0 if format.block else 1)
     dequantize.outputs[0].shape = onnx_ir.Shape(codes.shape)
+    for user in users:
+        user.outputs[0].replace_all_uses_with(dequantize.outputs[0])
+        graph.remove(user, safe=True)
+
+
+def _as_kernels(graph: Any, codes: Any, format: Format) -> None:
+    """Stores a convolution's weight as ``[out, in, height, width]``, so that DequantizeLinear feeds its Conv without a Reshape
+    between: runtimes look for the pair. Packed and blocked codes stay a matrix, whose blocks run over channels and taps."""
+    import onnx_ir
+
+    if format.bits < 8 or format.block:
+        return
+    (dequantize,) = (use.node for use in codes.uses())
+    users = [use.node for use in dequantize.outputs[0].uses()]
+    if dequantize.op_type != "DequantizeLinear" or any(user.op_type != "Reshape" for user in users):
+        return
+    shape = users[0].outputs[0].shape.numpy()
+    codes.const_value = onnx_ir.tensor(codes.const_value.numpy().reshape(shape), name=codes.name)
+    codes.shape = dequantize.outputs[0].shape = onnx_ir.Shape(shape)
     for user in users:
         user.outputs[0].replace_all_uses_with(dequantize.outputs[0])
         graph.remove(user, safe=True)

@@ -31,7 +31,8 @@ from qdiff.layers import QuantLinear
 from qdiff.models.base import Family
 from qdiff.plan import Plan
 
-LARGEST_BATCH, LONGEST_PROMPT, LARGEST_CELLS = 256, 4096, 1024
+# A first token that is computed apart leaves at least two others: with one the tracer would take the axis for a constant.
+SHORTEST_PROMPT, LONGEST_PROMPT, LARGEST_CELLS = 3, 4096, 1024
 
 
 def check_target(plan: Plan, target: Target) -> None:
@@ -68,7 +69,8 @@ def export_onnx(
     values = tuple(_at_least_two(example[spec.name]) for spec in specs)
     bytes_as_codes(module)
     names = [spec.name for spec in specs]
-    onnx_program = write_graph(module, values, (_dynamic_axes(specs),), target, names)
+    divisor = family.cells_divisor(backbone.config)  # type: ignore[arg-type]
+    onnx_program = write_graph(module, values, (_dynamic_axes(specs, divisor, family.largest_batch),), target, names)
     _name_axes(onnx_program.model, specs, family.output_axes(backbone.config))  # type: ignore[arg-type]
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -107,7 +109,7 @@ def write_graph(
                 custom_translation_table=table_for(target),
                 opset_version=target.opset,
                 input_names=inputs,
-                output_names=["sample"],
+                output_names=["prediction"],
             )
         except torch.onnx.OnnxExporterError as error:
             cause: BaseException = error
@@ -167,14 +169,14 @@ def _at_least_two(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[0] > 1 else torch.cat([tensor, tensor])
 
 
-def _dynamic_axes(specs: Any) -> tuple[dict[int, Any], ...]:
-    half_height = torch.export.Dim("half_height", min=2, max=LARGEST_CELLS // 2)
-    half_width = torch.export.Dim("half_width", min=2, max=LARGEST_CELLS // 2)
+def _dynamic_axes(specs: Any, divisor: int, batch: int) -> tuple[dict[int, Any], ...]:
+    height = torch.export.Dim("height_of_patches", min=2, max=LARGEST_CELLS // divisor)
+    width = torch.export.Dim("width_of_patches", min=2, max=LARGEST_CELLS // divisor)
     dims = {
-        "batch": torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
-        "tokens": torch.export.Dim("tokens", min=2, max=LONGEST_PROMPT),
-        "height": 2 * half_height,  # latent cells come in patches of two
-        "width": 2 * half_width,
+        "batch": torch.export.Dim("batch", min=1, max=batch),
+        "tokens": torch.export.Dim("tokens", min=SHORTEST_PROMPT, max=LONGEST_PROMPT),
+        "height": divisor * height,
+        "width": divisor * width,
     }
     return tuple({i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)} for spec in specs)
 

@@ -13,20 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import IntegrityError
+from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, save_tensors
-from qdiff.layers import HalfLinear, LinearForm, QuantLinear, TimestepClock
+from qdiff.layers import HalfConv2d, HalfLinear, LinearForm, QuantConv2d, QuantLinear, TimestepClock
 from qdiff.plan import Kept, LayerPlan, Plan
+from qdiff.structure import restructure
+from qdiff.windows import Window
 
 TIMESTEPS = "calibrated_timesteps"
 
 
-def empty_layer(plan: LayerPlan, timesteps: int, clock: TimestepClock | None, kept: Kept) -> nn.Module:
-    """The layer that ``plan`` describes, without numbers (its buffers are on the meta device)."""
-    out_features, in_features = plan.shape
+def empty_layer(
+    plan: LayerPlan, timesteps: int, clock: TimestepClock | None, kept: Kept, replaced: nn.Module
+) -> nn.Module:
+    """The layer that ``plan`` describes, without numbers (its buffers are on the meta device).
+
+    Args:
+        replaced: the layer whose place it takes; a convolution's geometry is read from it.
+
+    Raises:
+        IntegrityError: it takes the place of another kind of layer.
+    """
+    out_features, in_features = plan.matrix
+    window = _window(plan, replaced)
     with torch.device("meta"):
         if not plan.quantized:
-            return HalfLinear(in_features, out_features, plan.bias, getattr(torch, plan.weights))
+            storage = getattr(torch, plan.weights)
+            if window is None:
+                return HalfLinear(in_features, out_features, plan.bias, storage)
+            return HalfConv2d((out_features, plan.shape[1], *window.kernel), window, plan.bias, storage)
         form = LinearForm(
             in_features,
             out_features,
@@ -42,8 +57,28 @@ def empty_layer(plan: LayerPlan, timesteps: int, clock: TimestepClock | None, ke
             timesteps=timesteps if plan.timestep_scales else 0,
             output=plan.output,
             kept=kept,
+            window=window,
         )
-        return QuantLinear(form, clock)
+        return QuantLinear(form, clock) if window is None else QuantConv2d(form, clock)
+
+
+def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
+    if plan.kind == "Linear":
+        return None
+    if isinstance(replaced, nn.Conv2d):
+        window = Window.of(replaced)
+    elif isinstance(replaced, QuantConv2d | HalfConv2d):
+        window = replaced.window
+    else:
+        raise IntegrityError(
+            f"the plan calls layer {plan.name} a convolution, the model has a {type(replaced).__name__}",
+            "quantize again with --force",
+        )
+    if tuple(plan.shape[2:]) != window.kernel:
+        raise IntegrityError(
+            f"the plan gives layer {plan.name} the shape {list(plan.shape)}, its kernel is {window.kernel}"
+        )
+    return window
 
 
 def install_clock(backbone: nn.Module, clock: TimestepClock, timesteps: Tensor) -> None:
@@ -100,10 +135,18 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
         ) from error
     clock = TimestepClock()
     install_clock(backbone, clock, torch.tensor(plan.timesteps))
+    try:
+        restructure(backbone, plan.structure)
+    except InputError as error:
+        raise IntegrityError(
+            f"the plan does not fit its model: {error.message}", "quantize again with --force"
+        ) from None
     for layer in plan.layers:
         try:
             planned = layer if outputs else layer.model_copy(update={"output": None})
-            backbone.set_submodule(layer.name, empty_layer(planned, len(plan.timesteps), clock, plan.kept), strict=True)
+            replaced = backbone.get_submodule(layer.name)
+            made = empty_layer(planned, len(plan.timesteps), clock, plan.kept, replaced)
+            backbone.set_submodule(layer.name, made, strict=True)
         except AttributeError:
             raise IntegrityError(
                 f"the plan names the layer {layer.name!r}, which the model does not have", "quantize again with --force"

@@ -21,9 +21,9 @@ from qdiff.differences import shortened
 from qdiff.errors import InputError, IntegrityError, QdiffError, nearest
 from qdiff.events import log
 from qdiff.formats import FORMATS
-from qdiff.models.base import Model, linear_layers
+from qdiff.models.base import Model, quantizable_layers
 from qdiff.plan import LayerPlan, Plan
-from qdiff.quantize import backbone_config, groups_of
+from qdiff.quantize import backbone_config, groups_of, kind_of
 from qdiff.statistics import Statistics
 
 BY_HAND = "set by hand: "
@@ -77,7 +77,7 @@ def settle(plan: Plan, model: Model, statistics: Statistics, before: Plan | None
     """
     another = "give a plan of this model: quantize this run with a recipe, and edit the plan.json that it writes"
     _refuse(IntegrityError, source, _other_model(plan, model), another)
-    groups, layers = groups_of(model, statistics), linear_layers(model.backbone)
+    groups, layers = groups_of(model, statistics), quantizable_layers(model.backbone)
     facts = [fault for layer in plan.layers for fault in _facts(layer, layers[layer.name], groups.get(layer.name))]
     _refuse(IntegrityError, source, facts, f"take that back; what can be edited is {', '.join(DECISIONS)}")
     known = {}
@@ -131,7 +131,7 @@ def _other_model(plan: Plan, model: Model) -> Iterator[str]:
         value, real = plan.config.get(name), config.get(name)
         if value != real and not name.startswith("_"):  # those say where and by which diffusers it was saved
             yield f"config.{name} is {shortened(value)}, the model's is {shortened(real)}"
-    layers, planned = linear_layers(backbone), {layer.name for layer in plan.layers}
+    layers, planned = quantizable_layers(backbone), {layer.name for layer in plan.layers}
     for name in sorted(planned - layers.keys()):
         close = nearest(name, layers, 1)
         yield f"the model has no layer {name!r}" + (f" (the nearest is {close[0]})" if close else "")
@@ -140,11 +140,13 @@ def _other_model(plan: Plan, model: Model) -> Iterator[str]:
             yield f"the layer {name!r} is missing"
 
 
-def _facts(layer: LayerPlan, linear: nn.Linear, group: str | None) -> Iterator[str]:
+def _facts(layer: LayerPlan, linear: nn.Module, group: str | None) -> Iterator[str]:
     """Facts about one layer that are not the model's."""
-    shape = (linear.out_features, linear.in_features)
+    shape = tuple(linear.weight.shape)  # type: ignore[arg-type]
     if layer.shape != shape:
         yield f"{layer.name}: shape is {list(layer.shape)}, the model's is {list(shape)}"
+    if layer.kind != kind_of(linear):
+        yield f"{layer.name}: kind is {layer.kind}, the model's is {kind_of(linear)}"
     if layer.bias != (linear.bias is not None):
         yield f"{layer.name}: bias is {_text(layer.bias)}, the model's is {_text(linear.bias is not None)}"
     if layer.group not in (None, group):

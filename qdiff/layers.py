@@ -16,11 +16,14 @@
   number for each calibrated timestep, gathered by the timestep's value, never by a call counter.
 - with an ``output_scale``, y is quantized as well: q and k of an attention, so that their product runs in INT8.
 
+:class:`QuantConv2d` is the same with a convolution as the product: its weight is stored as the matrix that meets the windows
+(:mod:`qdiff.windows`). It has no shift (padding is zero), no rotation and no low-rank branch.
+
 All of it but the rounding in Q and Qw is exact: without rounding y is the float layer's output.
 
 Between the timesteps that were calibrated the nearest one is used. The table is float32 and tiny (one number a timestep).
 
-:class:`HalfLinear` is a linear layer that stays unquantized: its weight is stored in 16 bits and used in the dtype of x.
+:class:`HalfLinear` and :class:`HalfConv2d` stay unquantized: their weight is stored in 16 bits and used in the dtype of x.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from torch.nn import functional as F
 from qdiff import ops
 from qdiff.formats import format_named
 from qdiff.rotations import rotate
+from qdiff.windows import Window
 
 
 class TimestepClock:
@@ -74,6 +78,7 @@ class LinearForm:
         timesteps: number of calibrated timesteps if the layer has per-timestep scales, else 0.
         output: format of the output, or ``None``: it stays float.
         kept: storage of the low-rank branch.
+        window: of a convolution, whose ``in_features`` are the columns of its matrix.
     """
 
     in_features: int
@@ -90,6 +95,12 @@ class LinearForm:
     timesteps: int = 0
     output: str | None = None
     kept: str = "float16"
+    window: Window | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input."""
+        return self.in_features // (1 if self.window is None else self.window.taps)
 
     @property
     def static(self) -> bool:
@@ -143,7 +154,7 @@ class QuantLinear(nn.Module):
         add("tensor_scale", weight.tensor_scale)
         add("bias", form.bias or form.shift, form.out_features)
         add("input_scale", form.static or activation.tensor_scale)
-        add("multiplier", form.smooth, form.in_features)
+        add("multiplier", form.smooth, form.channels)
         add("shift", form.shift, form.in_features)
         add("rotation", form.rotation > 0, form.rotation, form.rotation)
         blocks = form.in_features // form.rotation if form.outliers else 0
@@ -156,8 +167,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [batch, ..., in]`` to ``[batch, ..., out]``."""
-        x = transform(x, self.multiplier, self.shift)
-        x = rotate(x, self.rotation, self.outlier_rotation, self.outlier_order)
+        x = self._transformed(x)
         if self.timestep_scale is None:
             y = self._product(x, self.bias)
         else:
@@ -165,16 +175,26 @@ class QuantLinear(nn.Module):
             stretch = self.clock.gather(self.timestep_scale)  # [batch]
             stretch = stretch.reshape(-1, *[1] * (x.dim() - 1))  # [batch, 1, ...]
             y = self._product(x * stretch, None) / stretch
-            y = y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self._along_output(self.bias)
         if self.down is not None and self.up is not None:
             y = y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         if self.output_scale is None or self.form.output is None:
             return y
         return ops.quantize_dequantize(y, self.output_scale, self.form.output)
 
+    def _transformed(self, x: Tensor) -> Tensor:
+        x = transform(x, self.multiplier, self.shift)
+        return rotate(x, self.rotation, self.outlier_rotation, self.outlier_order)
+
+    def _along_output(self, x: Tensor) -> Tensor:
+        """``x [out]`` in a shape that an output can be added to."""
+        return x
+
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = ops.dequantize_weight(self.codes, self.scale, self.tensor_scale, self.form.weights, x.dtype)
-        return F.linear(self._quantized(x), weight, bias)
+        return F.linear(self._quantized(x), self._weight(x.dtype), bias)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        return ops.dequantize_weight(self.codes, self.scale, self.tensor_scale, self.form.weights, dtype)
 
     def _quantized(self, x: Tensor) -> Tensor:
         format = format_named(self.form.activations)
@@ -200,6 +220,47 @@ class QuantLinear(nn.Module):
         return f"{self.form.in_features}, {self.form.out_features}, {self.form.weights} x {self.form.activations}"
 
 
+class QuantConv2d(QuantLinear):
+    """A convolution with packed weights ``[out, in * height * width]`` and a quantized input.
+
+    Buffers are those of :class:`QuantLinear`, ``multiplier`` being of the input's channels. Scales of the input are static.
+
+    Args:
+        form: with a ``window``.
+        clock: as there.
+    """
+
+    def __init__(self, form: LinearForm, clock: TimestepClock | None = None) -> None:
+        if form.window is None or form.shift or form.rotation or form.rank or form.by_token:
+            raise ValueError(
+                "a convolution needs a window, and has no shift, rotation, low-rank branch or scales by token"
+            )
+        super().__init__(form, clock)
+        self.window = form.window
+
+    # What diffusers and export ask of a convolution.
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.form.channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.form.out_features
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        return x if self.multiplier is None else x * self.multiplier[:, None, None]
+
+    def _along_output(self, x: Tensor) -> Tensor:
+        return x[:, None, None]
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [B, in, H, W]``."""
+        weight = self._weight(x.dtype).unflatten(1, (self.form.channels, *self.window.kernel))
+        return _convolve(self._quantized(x), weight, bias, self.window)
+
+
 def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Tensor:
     """``x * multiplier - shift``: what a layer's input goes through before its rotation and its quantizer."""
     if multiplier is not None:
@@ -222,3 +283,27 @@ class HalfLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` to ``[..., out]``."""
         return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class HalfConv2d(nn.Module):
+    """A convolution that stays unquantized, as :class:`HalfLinear` does. Weight ``[out, in, height, width]``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], window: Window, bias: bool, storage: torch.dtype = torch.float16
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.in_channels = shape[:2]
+        self.window = window
+        self.register_buffer("weight", torch.zeros(shape, dtype=storage))
+        self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, in, H, W]`` to ``[B, out, H', W']``."""
+        return _convolve(x, self.weight.to(x.dtype), self.bias, self.window)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    return F.conv2d(x, weight, bias, window.stride, window.padding, window.dilation)

@@ -6,6 +6,7 @@ model is rebuilt from the plan and the tensors alone, without the float model.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,8 @@ class LayerPlan(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    kind: Literal["Linear"]
-    shape: tuple[int, int]
+    kind: Literal["Linear", "Conv2d"]
+    shape: tuple[int, int] | tuple[int, int, int, int]
     bias: bool
     weights: str
     activations: str
@@ -64,6 +65,11 @@ class LayerPlan(BaseModel):
         return FORMATS[self.weights].quantized
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the weight as the matrix that a product is made with."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
     def precision(self) -> str:
         """Formats in one word or two: ``float16``, ``int8 x int8``, ``int4_g64 x int8 by token``, ``int4_g64 x float16``."""
         if not self.quantized:
@@ -72,14 +78,25 @@ class LayerPlan(BaseModel):
 
     def weight_bits(self) -> float:
         """Bits of the stored weight with all its scales and its low-rank branch, for each of its elements."""
-        rows, columns = self.shape
+        rows, columns = self.matrix
         extra = low_rank_bits(rows, columns, self.rank) if self.rank else 0.0
-        return FORMATS[self.weights].stored_bits(self.shape) / (rows * columns) + extra
+        return FORMATS[self.weights].stored_bits(self.matrix) / (rows * columns) + extra
 
     def weight_bytes(self) -> int:
         """Bytes of the stored weight with its scales and its low-rank branch, bias left out."""
-        rows, columns = self.shape
+        rows, columns = self.matrix
         return round(rows * columns * self.weight_bits() / 8)
+
+
+class Structure(BaseModel):
+    """What was changed in a model before it was quantized (:mod:`qdiff.structure`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    split: dict[str, int] = Field(
+        {}, description="layers that became two, and the channel at which the skip connection begins"
+    )
+    first_token: list[str] = Field([], description="layers whose constant first token is computed apart")
 
 
 class Plan(BaseModel):
@@ -96,6 +113,7 @@ class Plan(BaseModel):
     backbone_class: str
     timesteps: list[float] = Field(description="calibrated timestep values, in sampling order")
     kept: Kept = Field("float16", description="storage of every tensor that is not quantized")
+    structure: Structure = Field(Structure(), description="what was changed in the model before it was quantized")
     layers: list[LayerPlan]
 
     def save(self, path: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,17 @@ from qdiff.distillation import Distilled, distil, float_predictions
 from qdiff.errors import InputError
 from qdiff.events import Progress, log
 from qdiff.formats import format_named
-from qdiff.layers import HalfLinear, QuantLinear, TimestepClock
+from qdiff.layers import HalfConv2d, HalfLinear, QuantLinear, TimestepClock
 from qdiff.methods import Problem, Solution, apply_method, check_reconstruction
 from qdiff.methods.smooth import multiplier_for
-from qdiff.models.base import Model, linear_layers
-from qdiff.plan import Kept, LayerPlan, Plan
+from qdiff.models.base import Model, quantizable_layers
+from qdiff.plan import Kept, LayerPlan, Plan, Structure
 from qdiff.recipe import Recipe, Sequential
 from qdiff.reconstruction import Decided, reconstruct, split
 from qdiff.scratch import Scratch
 from qdiff.sequential import BlockWalk
 from qdiff.statistics import InputStatistics, Statistics
+from qdiff.structure import divide, restructure
 from qdiff.trajectory import Trajectory
 
 # What is decided for the layers of a group, given their entries as far as they are known before.
@@ -53,6 +55,17 @@ def quantize(
         InputError: a pattern or method of the recipe that does not exist, NaN in a weight, statistics of another model, or
             a recipe that would quantize nothing.
     """
+    return carry_out(model, recipe, draft(model, recipe, statistics), trajectory, scratch)
+
+
+def carry_out(
+    model: Model,
+    recipe: Recipe,
+    drafted: Draft,
+    trajectory: Trajectory | None = None,
+    scratch: Scratch | None = None,
+) -> Plan:
+    """:func:`quantize` from the draft on. Raises as there."""
 
     def solve(problem: Problem, members: list[LayerPlan]) -> Solution:
         solution = Solution()
@@ -60,7 +73,7 @@ def quantize(
             solution = apply_method(method, options or {}, problem, solution)
         return solution
 
-    entries = draft(model, recipe, statistics)
+    entries, statistics = drafted.entries, drafted.statistics
     if not any(entry.quantized for entry in entries.values()):
         raise InputError(f"recipe {recipe.name!r} ignores every layer", "nothing would be quantized; change ignore")
     if (recipe.sequential or recipe.distil) and trajectory is None:
@@ -69,11 +82,14 @@ def quantize(
         )
     targets = float_predictions(model, trajectory) if recipe.distil and trajectory else []
     work = _Realisation(model, entries, solve, statistics, recipe.kept)
-    if recipe.sequential is None or trajectory is None:
+    if recipe.sequential and not model.family.blocks(model.backbone):
+        log.info("quantize: %s has no chain of blocks; every layer is fitted to the float model", model.family.title)
+        work.all_groups()
+    elif recipe.sequential is None or trajectory is None:
         work.all_groups()
     else:
         work.block_by_block(trajectory, recipe.sequential, scratch)
-    plan = work.plan(recipe.name)
+    plan = work.plan(recipe.name, drafted.structure)
     if recipe.distil is None or trajectory is None:
         return plan
     return distilled(plan, distil(model, trajectory, targets, recipe.distil, scratch))
@@ -115,7 +131,34 @@ def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Pla
 
     work = _Realisation(model, {layer.name: layer for layer in plan.layers}, solve, statistics, plan.kept)
     work.all_groups()
-    return work.plan(plan.recipe)
+    return work.plan(plan.recipe, plan.structure)
+
+
+def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics) -> Structure:
+    """What the recipe changes in this model before anything is decided about its layers."""
+    family, layers = model.family, groups_of(model, statistics)
+    ignored = recipe.ignored(family.name, list(quantizable_layers(model.backbone)))
+    split = family.splits(model.backbone) if recipe.split_shortcuts else {}
+    groups = statistics.inputs.values() if recipe.first_token else []
+    firsts = [name for entry in groups if entry.first is not None for name in entry.layers]
+    return Structure(
+        split={name: at for name, at in split.items() if name not in ignored and name in layers},
+        first_token=[name for name in firsts if name not in ignored],
+    )
+
+
+def change(model: Model, structure: Structure, statistics: Statistics) -> Statistics:
+    """Changes the float model in place and returns the statistics of what it then is."""
+    firsts = {
+        name: entry.first for entry in statistics.inputs.values() if entry.first is not None for name in entry.layers
+    }
+    missing = [name for name in structure.first_token if name not in firsts]
+    if missing:
+        raise InputError(
+            f"layer {missing[0]} has no constant first token in these statistics", "calibrate this model with qdiff"
+        )
+    restructure(model.backbone, structure, {name: firsts[name] for name in structure.first_token})
+    return divide(statistics, structure)
 
 
 def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
@@ -124,7 +167,7 @@ def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
     Raises:
         InputError: the statistics are of other layers.
     """
-    layers = linear_layers(model.backbone)
+    layers = quantizable_layers(model.backbone)
     groups = {name: group for group, entry in statistics.inputs.items() for name in entry.layers}
     if statistics.outputs.keys() != layers.keys() or not groups.keys() <= layers.keys():
         raise InputError(
@@ -134,21 +177,38 @@ def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
     return {name: groups[name] for name in layers if name in groups}
 
 
-def draft(model: Model, recipe: Recipe, statistics: Statistics) -> dict[str, LayerPlan]:
-    """What the recipe alone says about every layer, before a method has decided anything: formats, groups, outputs.
+@dataclass(frozen=True)
+class Draft:
+    """What is known before a method has decided anything.
+
+    Args:
+        structure: how the model was changed.
+        statistics: of the changed model.
+        entries: what the recipe alone says about every layer: formats, groups, outputs.
+    """
+
+    structure: Structure
+    statistics: Statistics
+    entries: dict[str, LayerPlan]
+
+
+def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
+    """Changes the model's structure as the recipe wants it, in place, and says what the recipe makes of every layer.
 
     Raises:
         InputError: a pattern that matches no layer, statistics of another model, or a layer that a format's blocks do not divide.
     """
-    groups, layers = groups_of(model, statistics), linear_layers(model.backbone)
-    ignored = recipe.ignored(model.family.name, list(layers))
+    structure = wanted_structure(model, recipe, statistics)
+    ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
+    statistics = change(model, structure, statistics)
+    groups, layers = groups_of(model, statistics), quantizable_layers(model.backbone)
     with_output = recipe.with_output(model.family.name, list(layers))
     entries = {}
     for name, linear in layers.items():
         entry = LayerPlan(
             name=name,
-            kind="Linear",
-            shape=(linear.out_features, linear.in_features),
+            kind=kind_of(linear),
+            shape=tuple(linear.weight.shape),
             bias=linear.bias is not None,
             weights=recipe.kept,
             activations=recipe.kept,
@@ -157,8 +217,10 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> dict[str, Lay
         if name not in ignored and name not in groups:
             log.warning("quantize: calibration never reached layer %s; it is kept in %s", name, recipe.kept)
             entry = entry.model_copy(update={"why": "kept: calibration never reached this layer"})
+        elif name not in ignored and entry.kind not in recipe.targets:
+            entry = entry.model_copy(update={"why": f"kept: recipe {recipe.name} does not target {entry.kind}"})
         elif name not in ignored:
-            _check_shape(name, entry.shape, recipe)
+            _check_shape(name, entry, recipe)
             scheme, output = recipe.scheme, recipe.scheme.activations if name in with_output else None
             entry = entry.model_copy(
                 update={
@@ -171,18 +233,29 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> dict[str, Lay
                 }
             )
         entries[name] = entry
-    return entries
+    return Draft(structure, statistics, entries)
 
 
-def _check_shape(name: str, shape: tuple[int, int], recipe: Recipe) -> None:
-    """Refuses, by its name, a layer that the scheme's blocks do not divide."""
+def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:
+    """What a plan calls a layer."""
+    return "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
+
+
+def _check_shape(name: str, entry: LayerPlan, recipe: Recipe) -> None:
+    """Refuses, by its name, a layer that the scheme's blocks do not divide, or whose input they cannot be laid over."""
     weights, activations = format_named(recipe.scheme.weights), format_named(recipe.scheme.activations)
     try:
-        weights.packed_shape(shape)
-        weights.check_columns(shape[1])
-        activations.check_columns(shape[1])
+        weights.packed_shape(entry.matrix)
+        weights.check_columns(entry.matrix[1])
+        if entry.kind == "Conv2d" and (activations.block or recipe.scheme.by_token):
+            scales = f"{activations.name}'s blocks" if activations.block else "scales by token"
+            raise InputError(
+                f"a convolution's input cannot have {scales}",
+                "leave Conv2d out of the recipe's targets, or ignore the layer",
+            )
+        activations.check_columns(entry.matrix[1])
     except InputError as error:
-        raise InputError(f"layer {name} of shape {list(shape)}: {error.message}", error.fix) from None
+        raise InputError(f"layer {name} of shape {list(entry.shape)}: {error.message}", error.fix) from None
 
 
 class _Realisation:
@@ -200,7 +273,7 @@ class _Realisation:
     ) -> None:
         self.model, self.entries, self.solve, self.statistics, self.kept = model, entries, solve, statistics, kept
         self.backbone = model.backbone
-        self.layers = linear_layers(self.backbone)
+        self.layers = quantizable_layers(self.backbone)
         self.planned = dict(entries)
         self.clock = TimestepClock()
         install_clock(self.backbone, self.clock, torch.tensor(statistics.timesteps))
@@ -243,12 +316,12 @@ class _Realisation:
                 walk.advance(block)
                 progress.advance(len(inside))
 
-    def plan(self, recipe: str) -> Plan:
+    def plan(self, recipe: str, structure: Structure) -> Plan:
         """The plan of what was done, in the order of the backbone's modules."""
         for name, linear in self.layers.items():  # no group reads anything into them
             _keep(self.backbone, self.entries[name], linear)
         modules = self.backbone.named_modules()
-        order = [name for name, module in modules if isinstance(module, QuantLinear | HalfLinear)]
+        order = [name for name, module in modules if isinstance(module, QuantLinear | HalfLinear | HalfConv2d)]
         return Plan(
             family=self.model.family.name,
             weights=self.model.weights,
@@ -258,6 +331,7 @@ class _Realisation:
             backbone_class=type(self.backbone).__name__,
             timesteps=self.statistics.timesteps,
             kept=self.kept,
+            structure=structure,
             layers=[self.planned[name] for name in order],
         )
 
@@ -275,14 +349,16 @@ class _Realisation:
         for entry in members:
             weight = self.layers[entry.name].weight.detach()
             numerics.require_finite(weight, f"the weight of {entry.name}")
-            weights.append(weight.float())
+            weights.append(weight.float().flatten(1))
         problem = Problem(
             [entry.name for entry in members],
             weights,
-            inputs,
+            inputs.columns(),
             format_named(members[0].weights),
             format_named(members[0].activations),
             members[0].by_token,
+            members[0].kind,
+            inputs.taps,
         )
         biases: list[Tensor | None] = [self.layers[entry.name].bias for entry in members]
         decided = Decided(members, problem, self.solve(problem, members), biases)
@@ -319,7 +395,8 @@ class _Realisation:
             self._place(plan, {key: value.clone() for key, value in state.items() if value is not None})
 
     def _place(self, plan: LayerPlan, state: dict[str, Tensor]) -> None:
-        module = empty_layer(plan, len(self.statistics.timesteps), self.clock, self.kept)
+        replaced = self.backbone.get_submodule(plan.name)
+        module = empty_layer(plan, len(self.statistics.timesteps), self.clock, self.kept, replaced)
         module.load_state_dict(state, assign=True)
         self.backbone.set_submodule(plan.name, module)
         self.planned[plan.name] = plan
@@ -368,7 +445,7 @@ def _tensors(
         "tensor_scale": weight.tensor_scale,
         "bias": None if total is None else total.to(storage).float(),
         "input_scale": scale,
-        "multiplier": solution.multiplier,
+        "multiplier": None if solution.multiplier is None else solution.multiplier[:: problem.taps],
         "shift": solution.shift,
         "rotation": None if solution.rotation is None else solution.rotation.last,
         "outlier_rotation": None if solution.rotation is None else solution.rotation.first,
@@ -384,8 +461,8 @@ def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
     return None if plan.output is None else numerics.choose_scale(amax.max(), format_named(plan.output))
 
 
-def _keep(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear) -> None:
-    module = empty_layer(plan, 0, None, "float16")
+def _keep(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear | nn.Conv2d) -> None:
+    module = empty_layer(plan, 0, None, "float16", linear)
     state = {"weight": linear.weight.detach().to(getattr(torch, plan.weights))}
     if linear.bias is not None:
         state["bias"] = linear.bias.detach().to(state["weight"].dtype).float()
@@ -395,7 +472,7 @@ def _keep(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear) -> None:
 
 def _round_kept(backbone: nn.Module, kept: str) -> None:
     """Rounds the parameters outside linear layers to the storage they get, so that this model equals the loaded one."""
-    linear = {id(parameter) for layer in linear_layers(backbone).values() for parameter in layer.parameters()}
+    linear = {id(parameter) for layer in quantizable_layers(backbone).values() for parameter in layer.parameters()}
     for parameter in backbone.parameters():
         if id(parameter) not in linear:
             parameter.data = parameter.data.to(getattr(torch, kept)).float()

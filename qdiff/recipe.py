@@ -92,7 +92,9 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     scheme: Scheme
-    targets: list[Literal["Linear"]] = ["Linear"]
+    targets: list[Literal["Linear", "Conv2d"]] = ["Linear", "Conv2d"]
+    split_shortcuts: bool = Field(True, description="two scales where a layer reads a skip connection (U-Nets)")
+    first_token: bool = Field(True, description="CLIP's constant first token apart from the quantized ones")
     ignore: dict[str, list[str]] = Field(default={}, description="patterns of layers that stay unquantized, by family")
     outputs: dict[str, list[str]] = Field(
         default={}, description="patterns of layers whose output is quantized too (q and k of attentions), by family"

@@ -7,13 +7,15 @@ Keyed by the timestep's VALUE. The tables are chosen so that everything later is
 - ``square [T, C]``: mean square, the second moment.
 - ``histogram [T, K]``: counts of ``log2 |x|`` in bins of 1/8 octave; percentiles follow, and histograms of shards add up.
 - ``outputs``: for each layer the largest magnitude of its output at each timestep, ``[T]``.
-- ``rows [N, C]`` with ``rows_timestep [N]``: whole tokens kept as they were, to measure output errors on.
+- ``rows [N, C]`` with ``rows_timestep [N]``: whole tokens kept as they were, to measure output errors on. Of a convolution they
+  are windows, with ``taps`` columns for every channel (:mod:`qdiff.windows`).
+- ``first``: where the first token is the same in every call, it is kept apart and is not in the other tables.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +31,12 @@ TABLES = ("low", "high", "square", "histogram", "rows", "rows_timestep")
 
 @dataclass
 class InputStatistics:
-    """Statistics of one tensor that one or several layers read. Shapes in the module's docstring; float32."""
+    """Statistics of one tensor that one or several layers read. Shapes in the module's docstring; float32.
+
+    Args:
+        first: ``[in]``, the constant first token, or ``None``.
+        tokens: how many tokens a call has; of use with ``first`` alone.
+    """
 
     layers: list[str]
     low: Tensor
@@ -38,6 +45,37 @@ class InputStatistics:
     histogram: Tensor
     rows: Tensor
     rows_timestep: Tensor
+    first: Tensor | None = None
+    tokens: int = 0
+
+    @property
+    def taps(self) -> int:
+        """Columns of ``rows`` for each channel."""
+        return self.rows.shape[1] // self.low.shape[1]
+
+    def columns(self) -> InputStatistics:
+        """With one column for every column of ``rows`` in the tables too."""
+        wide = {name: getattr(self, name).repeat_interleave(self.taps, dim=1) for name in ("low", "high", "square")}
+        return replace(self, **wide) if self.taps > 1 else self
+
+    def channels(self, part: slice, layers: list[str]) -> InputStatistics:
+        """Of some of the channels, for layers that read those alone."""
+        rows = self.rows.unflatten(1, (-1, self.taps))[:, part].flatten(1)
+        tables = {name: getattr(self, name)[:, part] for name in ("low", "high", "square")}
+        return replace(self, layers=layers, rows=rows, **tables)
+
+    def without_first(self, layers: list[str]) -> InputStatistics:
+        """For layers that do not read the first token."""
+        return replace(self, layers=layers, first=None, tokens=0)
+
+    def with_first(self) -> InputStatistics:
+        """For layers that read the first token like any other: its range, and its share of the rows."""
+        if self.first is None:
+            return self
+        rows = self.rows.clone()
+        rows[:: self.tokens] = self.first
+        low, high = torch.minimum(self.low, self.first), torch.maximum(self.high, self.first)
+        return replace(self, low=low, high=high, rows=rows, first=None, tokens=0)
 
     @property
     def amax(self) -> Tensor:
@@ -64,7 +102,13 @@ class Statistics:
         """Writes one safetensors file; names are ``<group>|<table>``."""
         tensors = {f"{name}|{table}": getattr(entry, table) for name, entry in self.inputs.items() for table in TABLES}
         tensors |= {f"{name}|output": amax for name, amax in self.outputs.items()}
-        header = {"timesteps": self.timesteps, "groups": {name: entry.layers for name, entry in self.inputs.items()}}
+        firsts = {name: entry for name, entry in self.inputs.items() if entry.first is not None}
+        tensors |= {f"{name}|first": entry.first for name, entry in firsts.items() if entry.first is not None}
+        header = {
+            "timesteps": self.timesteps,
+            "groups": {name: entry.layers for name, entry in self.inputs.items()},
+            "tokens": {name: entry.tokens for name, entry in firsts.items()},
+        }
         save_tensors(path, tensors, {"qdiff": json.dumps(header)})
 
     @classmethod
@@ -82,6 +126,8 @@ class Statistics:
                     name: InputStatistics(layers, **{table: file.get_tensor(f"{name}|{table}") for table in TABLES})
                     for name, layers in header["groups"].items()
                 }
+                for name, tokens in header.get("tokens", {}).items():
+                    inputs[name] = replace(inputs[name], first=file.get_tensor(f"{name}|first"), tokens=tokens)
                 outputs = {
                     name.removesuffix("|output"): file.get_tensor(name)
                     for name in file.keys()

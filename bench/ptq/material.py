@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.ptq.bits import Storage
-from qdiff.models.base import Model, linear_layers
+from qdiff.models.base import Model, quantizable_layers
 from qdiff.recipe import load_recipe
 from qdiff.statistics import Statistics
 from qdiff.trajectory import Trajectory
@@ -77,6 +77,6 @@ class Made:
 
 def shared_layers(model: Model, recipe: str = "int8") -> dict[str, tuple[int, int]]:
     """The layers that all rows quantize: all linear ones but those that the built-in recipes ignore for the family."""
-    layers = linear_layers(model.backbone)
+    layers = quantizable_layers(model.backbone)
     ignored = load_recipe(recipe).ignored(model.family.name, list(layers))
     return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if name not in ignored}

@@ -160,7 +160,7 @@ class Shared:
     @staticmethod
     def kept(model: Model) -> list[str]:
         """Linear layers that no row quantizes."""
-        from qdiff.models.base import linear_layers
+        from qdiff.models.base import quantizable_layers
 
         layers = shared_layers(model)
-        return [name for name in linear_layers(model.backbone) if name not in layers]
+        return [name for name in quantizable_layers(model.backbone) if name not in layers]

@@ -32,6 +32,8 @@ from qdiff.statistics import InputStatistics
 from qdiff.weights import QuantizedWeight
 
 TRANSFORM = ("multiplier", "shift", "rotation", "low_rank")
+# Methods that mix columns, or move them where the padding's zeros would not follow: recipes pass them over at convolutions.
+LINEAR_ONLY = frozenset({"awq", "shift", "repq", "rotate", "low_rank"})
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Problem:
         statistics: of the tensor they read.
         weight_format, activation_format: what they become; activations in a plain format stay as they are.
         by_token: dynamic activation scales, one for each token.
+        kind: ``Linear`` or ``Conv2d``.
+        taps: of convolutions, columns for each channel of the input; their weights are matrices here and their tokens windows.
     """
 
     names: list[str]
@@ -98,12 +102,23 @@ class Problem:
     weight_format: Format
     activation_format: Format
     by_token: bool = False
+    kind: str = "Linear"
+    taps: int = 1
     _targets: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def static(self) -> bool:
         """Whether the input gets one constant scale."""
         return self.activation_format.quantized and not self.activation_format.block and not self.by_token
+
+    @property
+    def convolution(self) -> bool:
+        """Whether the layer reads windows, among which zeros of the padding, and not tokens."""
+        return self.kind == "Conv2d"
+
+    def by_channel(self, columns: Tensor) -> Tensor:
+        """``columns [in]`` with the largest of each channel's columns in all of them."""
+        return columns.unflatten(0, (-1, self.taps)).amax(dim=1).repeat_interleave(self.taps)
 
     def rows(self, held_out: bool) -> tuple[Tensor, Tensor]:
         """Calibration tokens ``[N, in]`` and the index of their timestep ``[N]``: even ones to fit, odd ones to judge."""
@@ -281,6 +296,8 @@ def check_keywords(
 
 def apply_method(name: str, options: dict[str, Any], problem: Problem, solution: Solution) -> Solution:
     """Runs one method with a recipe's options. Raises as :func:`check_options`."""
+    if problem.convolution and name in LINEAR_ONLY:
+        return solution.decide(name, f"no {name} of a convolution")
     return METHODS[name](problem, solution, **check_options(name, options))
 
 

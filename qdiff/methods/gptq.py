@@ -35,7 +35,9 @@ def inverse_factor(hessian: Tensor, damping: float, names: list[str]) -> tuple[T
         InputError: no damping makes it positive definite: the inputs are not numbers, or all are zero.
     """
     mean = hessian.diagonal().mean()
-    for attempt in range(ATTEMPTS):  # of a wide layer each matrix is hundreds of megabytes: never more than three of them
+    for attempt in range(
+        ATTEMPTS
+    ):  # of a wide layer each matrix is hundreds of megabytes: never more than three of them
         share = damping * 10**attempt
         matrix = hessian.clone()
         matrix.diagonal().add_(share * mean)

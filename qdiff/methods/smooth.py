@@ -19,7 +19,8 @@ _SMALLEST = 1e-5
 def multiplier_for(problem: Problem, strength: float) -> Tensor:
     """``1 / s [in]``. Normalised to a geometric mean of 1, which changes no code and keeps the numbers near where they were."""
     activation = problem.statistics.amax.amax(dim=0).clamp(min=_SMALLEST)
-    weight = torch.stack([w.abs().amax(dim=0) for w in problem.weights]).amax(dim=0).clamp(min=_SMALLEST)
+    columns = torch.stack([w.abs().amax(dim=0) for w in problem.weights]).amax(dim=0)
+    weight = problem.by_channel(columns).clamp(min=_SMALLEST)
     s = activation.pow(strength) / weight.pow(1 - strength)
     s = s / s.log().mean().exp()
     return to_half_grid((1 / s).clamp(min=1e-3, max=1e3))

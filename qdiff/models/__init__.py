@@ -1,6 +1,7 @@
 """Model families, one file each. Importing this package registers them all (and loads torch, but not diffusers)."""
 
 from qdiff.models import pixart as pixart
+from qdiff.models import stable_diffusion as stable_diffusion
 from qdiff.models.base import FAMILIES, Family, InputSpec, Model, Request
 
 __all__ = ["FAMILIES", "Family", "InputSpec", "Model", "Request"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qdiff.errors import InputError, UsageError, nearest
 from qdiff.registry import Registry
+from qdiff.windows import is_plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,6 +163,7 @@ class Family(ABC):
     configurations: ClassVar[tuple[str, ...]] = ()  # names for --weights random:NAME
     block_list: ClassVar[str | None] = None  # attribute of the backbone that lists its blocks, where one feeds the next
     size_divisor: ClassVar[int] = 16  # pictures' height and width in pixels must divide by it
+    largest_batch: ClassVar[int] = 256  # of an exported graph
     default_steps: ClassVar[int] = 20  # of sampling, where neither the user nor the weights say otherwise
     default_guidance: ClassVar[float]
 
@@ -174,6 +176,14 @@ class Family(ABC):
         from qdiff.models import loading
 
         return loading.load(self, weights, revision=revision, seed=seed)
+
+    def splits(self, backbone: nn.Module) -> dict[str, int]:
+        """Layers that read hidden states joined with a skip connection, and at which channel the second part begins."""
+        return {}
+
+    def first_token_layers(self, backbone: nn.Module) -> list[str]:
+        """Layers that read text states whose first token is the same for every prompt and dwarfs the others (CLIP's)."""
+        return []
 
     def blocks(self, backbone: nn.Module) -> list[str]:
         """Names of the blocks that the hidden states pass one after the other; empty where there is no such chain."""
@@ -192,6 +202,14 @@ class Family(ABC):
     @abstractmethod
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
         """Axes of the backbone's output."""
+
+    def cells_divisor(self, config: Mapping[str, Any]) -> int:
+        """What a latent's height and width must divide by: cells of a patch, or the halvings of a U-Net."""
+        return 2
+
+    def random_defaults(self, configuration: str) -> dict[str, Any]:
+        """Settings for sampling that belong to a full-size configuration, as ``generation.json`` has them."""
+        return {}
 
     def pixels_per_cell(self, config: Mapping[str, Any]) -> int:
         """Pixels along one side of a latent cell: the VAE's factor."""
@@ -230,9 +248,10 @@ class NamedInputs(nn.Module):
 FAMILIES: Registry[Family] = Registry("model")
 
 
-def linear_layers(backbone: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that can be quantized, by name, in module order. What subclasses ``nn.Linear`` has a forward of its own."""
-    return {name: module for name, module in backbone.named_modules() if type(module) is nn.Linear}
+def quantizable_layers(backbone: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that can be quantized, by name, in module order: linear layers, and convolutions that are plain
+    (:func:`qdiff.windows.is_plain`). What subclasses ``nn.Linear`` has a forward of its own."""
+    return {name: module for name, module in backbone.named_modules() if type(module) is nn.Linear or is_plain(module)}
 
 
 def default_prompts(count: int, seed: int) -> list[str]:

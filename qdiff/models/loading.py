@@ -153,10 +153,12 @@ def _random(family: Family, configuration: str, seed: int) -> Model:
 
     if configuration not in family.configurations:
         raise unknown_name("configuration", configuration, family.configurations, InputError)
-    pipeline = family.random_pipeline(configuration, seed)
+    with _quiet():
+        pipeline = family.random_pipeline(configuration, seed)
     fingerprint = sha256_json({"random": configuration, "seed": seed, "family": family.name})
     note = f"random weights of the size of {configuration}: timings and memory are real, pictures are noise"
-    return Model(family, pipeline, f"random:{configuration}", fingerprint, note)
+    defaults = family.random_defaults(configuration)
+    return Model(family, pipeline, f"random:{configuration}", fingerprint, note, defaults)
 
 
 def _check(model: Model) -> None:

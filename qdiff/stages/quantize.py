@@ -6,6 +6,7 @@ written it down. Everything else is the same for both.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qdiff.models.base import Model
-    from qdiff.plan import LayerPlan, Plan
+    from qdiff.plan import Plan
+    from qdiff.quantize import Draft
     from qdiff.recipe import Recipe
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
@@ -46,17 +48,15 @@ class _ByRecipe:
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}
 
-    def entries(self, model: Model, statistics: Statistics) -> list[LayerPlan]:
+    def draft(self, model: Model, statistics: Statistics) -> Draft:
         from qdiff.quantize import draft
 
-        return list(draft(model, self.recipe, statistics).values())
+        return draft(model, self.recipe, statistics)
 
-    def apply(
-        self, model: Model, statistics: Statistics, entries: list[LayerPlan], trajectory: Trajectory, scratch: Scratch
-    ) -> Plan:
-        from qdiff.quantize import quantize
+    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch) -> Plan:
+        from qdiff.quantize import carry_out
 
-        return quantize(model, self.recipe, statistics, trajectory, scratch)
+        return carry_out(model, self.recipe, drafted, trajectory, scratch)
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,19 @@ class _ByPlan:
 
         return {"plan": decisions(self.plan)}
 
-    def entries(self, model: Model, statistics: Statistics) -> list[LayerPlan]:
+    def draft(self, model: Model, statistics: Statistics) -> Draft:
         from qdiff.edited_plan import settle
+        from qdiff.quantize import Draft, change
 
-        return settle(self.plan, model, statistics, self.before, self.source).layers
+        statistics = change(model, self.plan.structure, statistics)
+        settled = settle(self.plan, model, statistics, self.before, self.source)
+        return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})
 
-    def apply(
-        self, model: Model, statistics: Statistics, entries: list[LayerPlan], trajectory: Trajectory, scratch: Scratch
-    ) -> Plan:
+    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch) -> Plan:
         from qdiff.quantize import quantize_as_planned
 
-        return quantize_as_planned(model, self.plan.model_copy(update={"layers": entries}), statistics)
+        plan = self.plan.model_copy(update={"layers": list(drafted.entries.values())})
+        return quantize_as_planned(model, plan, drafted.statistics)
 
 
 def quantize(
@@ -148,11 +150,11 @@ def _work(run: Run, decided: _ByRecipe | _ByPlan, work: Any, scratch: Scratch) -
 
     model = reload_model(run)
     statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
-    entries = decided.entries(model, statistics)  # what cannot be carried out is refused before the float model has run
+    drafted = decided.draft(model, statistics)  # what cannot be carried out is refused before the float model has run
     trajectory = Trajectory(run.file("calibration"))
     expected = _predictions(model, trajectory)
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-    plan = decided.apply(model, statistics, entries, trajectory, scratch)
+    plan = decided.apply(model, drafted, trajectory, scratch)
     errors = _errors(expected, _predictions(model, trajectory))
     _refuse_idle(plan, errors)
     plan.save(work.output(run.file("plan.json")))
@@ -233,10 +235,10 @@ def _dry_run(run: Run, decided: _ByRecipe | _ByPlan) -> dict[str, Any]:
             "name": entry.name,
             "weights": entry.weights,
             "activations": entry.activations,
-            "bytes_float": 4 * entry.shape[0] * entry.shape[1],
+            "bytes_float": 4 * math.prod(entry.shape),
             "bytes": entry.weight_bytes(),
             "why": entry.why or f"group {entry.group}",
         }
-        for entry in decided.entries(model, statistics)
+        for entry in decided.draft(model, statistics).entries.values()
     ]
     return {"dry_run": True, "run": str(run.path), "recipe": decided.name, "layers": rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def _layers(run: Run, plan: Plan) -> list[LayerResult]:
             smoothing=layer.smoothing,
             timestep_scales=layer.timestep_scales,
             why=layer.why,
-            bytes_float=layer.shape[0] * layer.shape[1] * 4,
+            bytes_float=math.prod(layer.shape) * 4,
             bytes_quantized=layer.weight_bytes(),
         )
         for layer in plan.layers

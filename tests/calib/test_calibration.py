@@ -22,7 +22,7 @@ from qdiff.calib.prompts import choose, read_prompts
 from qdiff.calib.record import Recording, record
 from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError, IntegrityError
-from qdiff.models.base import linear_layers
+from qdiff.models.base import quantizable_layers
 from qdiff.statistics import HISTOGRAM_STEP, InputStatistics, Statistics
 from qdiff.trajectory import Trajectory
 
@@ -172,14 +172,14 @@ def test_groups_are_the_layers_that_read_one_tensor(finished, tiny):
     assert groups[block + "attn1.to_q"] == [block + f"attn1.to_{n}" for n in "qkv"]
     assert groups[block + "attn2.to_q"] == [block + "attn2.to_q"]
     assert groups[block + "attn2.to_k"] == [block + "attn2.to_k", block + "attn2.to_v"]
-    assert sorted(name for names in groups.values() for name in names) == sorted(linear_layers(model.backbone))
+    assert sorted(name for names in groups.values() for name in names) == sorted(quantizable_layers(model.backbone))
 
 
 def test_statistics_are_what_a_loop_over_the_trajectory_computes(finished, tiny):
     model = tiny()
     statistics = Statistics.load(finished.path / "calibration" / "statistics.safetensors")
     trajectory = Trajectory(finished.path / "calibration")
-    seen: dict[str, dict[float, list[torch.Tensor]]] = {name: {} for name in linear_layers(model.backbone)}
+    seen: dict[str, dict[float, list[torch.Tensor]]] = {name: {} for name in quantizable_layers(model.backbone)}
     out: dict[str, dict[float, float]] = {name: {} for name in seen}
     now = 0.0
 
@@ -190,7 +190,7 @@ def test_statistics_are_what_a_loop_over_the_trajectory_computes(finished, tiny)
 
         return hook
 
-    for name, layer in linear_layers(model.backbone).items():
+    for name, layer in quantizable_layers(model.backbone).items():
         layer.register_forward_hook(watch(name))
     for step in trajectory:
         now = step.timestep

@@ -171,8 +171,11 @@ def test_by_token_and_weights_alone(tiny, statistics, before):
     assert new[proj.name].sqnr_db > old[proj.name] + 1, "half of the noise is gone"
 
 
-def kind(plan: Json) -> None:
-    plan["layers"][0]["kind"] = "Conv2d"
+def kind(name: str) -> Callable[[Json], None]:
+    def set_kind(plan: Json) -> None:
+        plan["layers"][0]["kind"] = name
+
+    return set_kind
 
 
 def drop(plan: Json) -> None:
@@ -188,6 +191,7 @@ FACTS: dict[str, tuple[Callable[[Json], Any], str]] = {
     "name": (lambda plan: change(plan, QKV[0], name=f"{BLOCK}.attn1.to_qq"), f"the nearest is {QKV[0]})"),
     "shape": (lambda plan: change(plan, QKV[0], shape=[3, 4]), f"{QKV[0]}: shape is [3, 4], the model's is [32, 32]"),
     "bias": (lambda plan: change(plan, QKV[0], bias=False), f"{QKV[0]}: bias is false, the model's is true"),
+    "kind of another": (kind("Conv2d"), "kind is Conv2d, the model's is Linear"),
     "group": (lambda plan: change(plan, QKV[1], group=QKV[1]), f"but it reads the tensor of '{QKV[0]}'"),
 }
 WISHES: dict[str, tuple[Callable[[Json], Any], str]] = {
@@ -219,7 +223,7 @@ WISHES: dict[str, tuple[Callable[[Json], Any], str]] = {
     ),
     "word": (lambda plan: change(plan, QKV, smoothing="strong"), "smoothing"),
     "field": (lambda plan: change(plan, QKV, bits=4), "bits"),
-    "kind": (kind, "kind"),
+    "kind": (kind("Conv3d"), "kind"),
 }
 
 

@@ -1,0 +1,254 @@
+"""Stable Diffusion 1.5, 2.1, XL and XL-Turbo: a U-Net with cross attention to CLIP states.
+
+Papers: latent diffusion arXiv 2112.10752, SDXL arXiv 2307.01952, SDXL-Turbo arXiv 2311.17042. Layers: ``time_embedding`` and
+every resnet's ``time_emb_proj`` (timestep), ``conv_in``, ``down_blocks.*``, ``mid_block``, ``up_blocks.*`` with ``resnets`` and
+``attentions`` (``attn1`` self, ``attn2`` cross, ``ff``), ``conv_out``; in XL ``add_embedding`` (pooled text and picture sizes).
+
+Resnets of ``up_blocks`` read hidden states joined with a skip connection (:meth:`StableDiffusion.splits`), and cross attention
+reads CLIP's constant first token (:meth:`StableDiffusion.first_token_layers`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_THREE_LEVELS: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+_XL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    # As published: four levels of 320 to 1280 channels, 8 heads, CLIP-L states of width 768, 512 px. 860 M parameters.
+    "sd-1.5": {"sample_size": 64, "cross_attention_dim": 768},
+    # As published for 1024 px: three levels, up to ten transformer layers in a block, two encoders. 2.6 G parameters.
+    "sdxl": _XL,
+    # The same network, sampled in one to four steps without guidance, at 512 px.
+    "sdxl-turbo": {**_XL, "sample_size": 64},
+    # Small enough for a unit test.
+    "sd-tiny": {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 1,
+        "attention_head_dim": (2, 4, 4),
+        "cross_attention_dim": 64,
+        "norm_num_groups": 8,
+        **_THREE_LEVELS,
+    },
+    # XL's interface (two encoders, pooled text, picture sizes) at that size.
+    "sdxl-tiny": {
+        "sample_size": 16,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 64,
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+}
+_STEPS_AND_GUIDANCE = {"sdxl-turbo": {"num_inference_steps": 4, "guidance_scale": 0.0}}
+
+
+class StableDiffusion(Family):
+    """Text to image with a :class:`diffusers.UNet2DConditionModel`."""
+
+    name = "stable-diffusion"
+    title = "Stable Diffusion 1.5, 2.1, XL, XL-Turbo"
+    backbone_attribute = "unet"
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    configurations = tuple(_CONFIGURATIONS)
+    size_divisor = 64  # a latent cell is 8 pixels, and three levels halve it
+    largest_batch = 63  # diffusers' upsampling takes another path from 64 on, and a graph has one
+    default_guidance = 7.5
+
+    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+        specs = [
+            InputSpec("sample", ("batch", config["in_channels"], "height", "width"), varies=True),
+            InputSpec("timestep", ("batch",), varies=True),
+            InputSpec("encoder_hidden_states", ("batch", "tokens", config["cross_attention_dim"])),
+        ]
+        if config.get("addition_embed_type") == "text_time":
+            sizes = 6 * config["addition_time_embed_dim"]
+            pooled = config["projection_class_embeddings_input_dim"] - sizes
+            specs += [InputSpec("text_embeds", ("batch", pooled)), InputSpec("time_ids", ("batch", 6))]
+        return tuple(specs)
+
+    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
+        return ("batch", config["out_channels"], "height", "width")
+
+    def cells_divisor(self, config: Mapping[str, Any]) -> int:
+        return 2 ** (len(config["block_out_channels"]) - 1)
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        given = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
+        sample = given["sample"]
+        inputs = {
+            "sample": sample.float(),
+            "timestep": torch.as_tensor(given["timestep"]).float().reshape(-1).expand(len(sample)),
+            "encoder_hidden_states": given["encoder_hidden_states"].float(),
+        }
+        added = given.get("added_cond_kwargs") or {}
+        inputs.update({name: value.float() for name, value in added.items() if value is not None})
+        return inputs
+
+    def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+        return backbone(
+            inputs["sample"],
+            timestep=inputs["timestep"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )[0]
+
+    def splits(self, backbone: nn.Module) -> dict[str, int]:
+        config: Any = backbone.config
+        skips = [config.block_out_channels[0]]  # channels of the skip connections in the order in which they are made
+        for level, channels in enumerate(config.block_out_channels):
+            layers = (
+                config.layers_per_block if isinstance(config.layers_per_block, int) else config.layers_per_block[level]
+            )
+            last = level == len(config.block_out_channels) - 1
+            skips += [channels] * (layers if last else layers + 1)
+        found = {}
+        for level, block in enumerate(backbone.get_submodule("up_blocks").children()):
+            for index, resnet in enumerate(block.resnets):  # type: ignore[arg-type]
+                at = resnet.conv1.in_channels - skips.pop()
+                for part in ("conv1", "conv_shortcut"):
+                    if getattr(resnet, part, None) is not None:
+                        found[f"up_blocks.{level}.resnets.{index}.{part}"] = at
+        return found
+
+    def first_token_layers(self, backbone: nn.Module) -> list[str]:
+        return [name for name, _ in backbone.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
+
+    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
+        check_pixels(self, request.height, request.width)
+        given = {
+            "num_inference_steps": model.steps(request.steps),
+            "guidance_scale": model.guidance(request.guidance),
+            "height": request.height,
+            "width": request.width,
+        }
+        arguments = {**model.defaults, **{name: value for name, value in given.items() if value is not None}}
+        if on_step is not None:
+
+            def after(pipeline: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+                on_step(step, float(t), values["latents"])
+                return {}
+
+            arguments["callback_on_step_end"] = after
+        model.use_scheduler(request.scheduler)
+        model.pipeline.set_progress_bar_config(disable=True)
+        with torch.inference_mode():
+            return model.pipeline(
+                prompt=list(request.prompts),
+                negative_prompt=[request.negative_prompt] * len(request.prompts) if request.negative_prompt else None,
+                generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
+                **arguments,
+            ).images
+
+    def random_pipeline(self, configuration: str, seed: int) -> Any:
+        import diffusers
+        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        config = _CONFIGURATIONS[configuration]
+        defaults = {"attention_head_dim": 8} if "attention_head_dim" not in config else {}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            unet = UNet2DConditionModel(**defaults, **config)
+            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
+            vae = AutoencoderKL(
+                block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, latent_channels=4,
+            )  # fmt: skip
+            width = config["cross_attention_dim"]
+            tokenizer = _tokenizer()
+            if "addition_embed_type" not in config:
+                encoders: dict[str, Any] = {"text_encoder": CLIPTextModel(_clip(width, tokenizer))}
+            else:
+                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+                first = 3 * width // 8  # XL: 768 and 1280
+                encoders = {
+                    "text_encoder": CLIPTextModel(_clip(first, tokenizer)),
+                    "text_encoder_2": CLIPTextModelWithProjection(_clip(width - first, tokenizer, pooled)),
+                    "tokenizer_2": _tokenizer(),
+                }
+        scheduler = DPMSolverMultistepScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="trailing",
+        )
+        parts: dict[str, Any] = {"vae": vae, "unet": unet, "tokenizer": tokenizer, "scheduler": scheduler, **encoders}
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+        if "tokenizer_2" in parts:
+            return diffusers.StableDiffusionXLPipeline(**parts)
+        return diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+
+    def random_defaults(self, configuration: str) -> dict[str, Any]:
+        return dict(_STEPS_AND_GUIDANCE.get(configuration, {}))
+
+
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    from qdiff.models.loading import bundled_folder
+
+    folder = bundled_folder(StableDiffusion.name) / "tokenizer"
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _clip(width: int, tokenizer: Any, pooled: int = 0) -> Any:
+    """A text encoder of one layer and of that width."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=math.gcd(width, 8),
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=pooled or width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+FAMILIES.register("stable-diffusion")(StableDiffusion())
