@@ -33,7 +33,7 @@ from qdiff.methods.base import decibels
 from qdiff.methods.learned import LearnedWeight, code_values
 from qdiff.models.base import Model
 from qdiff.recipe import Distillation
-from qdiff.reconstruction import LearnedLinear, codes_of, split
+from qdiff.reconstruction import LearnedLinear, codes_of, learned_layer, split
 from qdiff.scratch import Scratch
 from qdiff.trajectory import Step, Trajectory
 from qdiff.weights import QuantizedWeight
@@ -157,7 +157,7 @@ class _Work:
         learned = {}
         for name, layer in self.quantized.items():
             start = codes_of(layer)
-            learned[name] = LearnedLinear(layer, Nudged(start.dequantize(), start), self.how.bias_rate > 0)
+            learned[name] = learned_layer(layer, Nudged(start.dequantize(), start), self.how.bias_rate > 0)
             learned[name].learned.requires_grad_(self.how.rate > 0)
             self.backbone.set_submodule(name, learned[name])
         return learned
@@ -171,7 +171,7 @@ class _Work:
                 kept = getattr(torch, layer.form.kept)
                 state["bias"] = layer.bias.detach().to(kept).float()
             with torch.device("meta"):
-                placed = QuantLinear(layer.form, layer.clock)
+                placed = type(self.quantized[name])(layer.form, layer.clock)
             placed.load_state_dict(state, assign=True)
             self.backbone.set_submodule(name, placed)
 

@@ -7,6 +7,7 @@ bytes. Layers are replaced in place, group by group, so the float model and the 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from qdiff.methods import Problem, Solution, apply_method, check_reconstruction
 from qdiff.methods.smooth import multiplier_for
 from qdiff.models.base import Model, quantizable_layers
 from qdiff.plan import Kept, LayerPlan, Plan, Structure
-from qdiff.recipe import Recipe, Sequential
+from qdiff.recipe import Recipe, Scheme, Sequential
 from qdiff.reconstruction import Decided, reconstruct, split
 from qdiff.scratch import Scratch
-from qdiff.sequential import BlockWalk
+from qdiff.sequential import BlockWalk, ReplayWalk
 from qdiff.statistics import InputStatistics, Statistics
 from qdiff.structure import divide, restructure
 from qdiff.trajectory import Trajectory
@@ -82,10 +83,7 @@ def carry_out(
         )
     targets = float_predictions(model, trajectory) if recipe.distil and trajectory else []
     work = _Realisation(model, entries, solve, statistics, recipe.kept)
-    if recipe.sequential and not model.family.blocks(model.backbone):
-        log.info("quantize: %s has no chain of blocks; every layer is fitted to the float model", model.family.title)
-        work.all_groups()
-    elif recipe.sequential is None or trajectory is None:
+    if recipe.sequential is None or trajectory is None:
         work.all_groups()
     else:
         work.block_by_block(trajectory, recipe.sequential, scratch)
@@ -220,8 +218,9 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
         elif name not in ignored and entry.kind not in recipe.targets:
             entry = entry.model_copy(update={"why": f"kept: recipe {recipe.name} does not target {entry.kind}"})
         elif name not in ignored:
-            _check_shape(name, entry, recipe)
-            scheme, output = recipe.scheme, recipe.scheme.activations if name in with_output else None
+            scheme = recipe.scheme_of(entry.kind)
+            _check_shape(name, entry, scheme)
+            output = scheme.activations if name in with_output else None
             entry = entry.model_copy(
                 update={
                     "weights": scheme.weights,
@@ -241,17 +240,17 @@ def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:
     return "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
 
 
-def _check_shape(name: str, entry: LayerPlan, recipe: Recipe) -> None:
+def _check_shape(name: str, entry: LayerPlan, scheme: Scheme) -> None:
     """Refuses, by its name, a layer that the scheme's blocks do not divide, or whose input they cannot be laid over."""
-    weights, activations = format_named(recipe.scheme.weights), format_named(recipe.scheme.activations)
+    weights, activations = format_named(scheme.weights), format_named(scheme.activations)
     try:
         weights.packed_shape(entry.matrix)
         weights.check_columns(entry.matrix[1])
-        if entry.kind == "Conv2d" and (activations.block or recipe.scheme.by_token):
+        if entry.kind == "Conv2d" and (activations.block or scheme.by_token):
             scales = f"{activations.name}'s blocks" if activations.block else "scales by token"
             raise InputError(
                 f"a convolution's input cannot have {scales}",
-                "leave Conv2d out of the recipe's targets, or ignore the layer",
+                "give convolutions formats of their own (recipe: convolutions), or keep them (targets: [Linear])",
             )
         activations.check_columns(entry.matrix[1])
     except InputError as error:
@@ -293,13 +292,18 @@ class _Realisation:
         outside = [group for group in groups if not any(group.startswith(f"{block}.") for block in blocks)]
         timesteps = self.statistics.timesteps
         learning = None if how.reconstruct is None else check_reconstruction(how.reconstruct)
-        # The float model's states, moved through each block while that is still float.
-        reference = BlockWalk(self.model, self.clock, trajectory, timesteps, how.tokens) if learning else None
+        kind = BlockWalk if self.model.family.chain else ReplayWalk
+        reference: BlockWalk | None = None
+        if learning:
+            # Of a chain the float model's states are moved through each block while that is still float; else a float copy of
+            # the model has to stay.
+            float_backbone = None if self.model.family.chain else copy.deepcopy(self.backbone)
+            reference = kind(self.model, self.clock, trajectory, timesteps, how.tokens, float_backbone)
         with Progress("quantize", len(self.layers)) as progress:
             for group in outside:
                 self._group(group, groups[group])
                 progress.advance(len(groups[group].layers))
-            walk = BlockWalk(self.model, self.clock, trajectory, timesteps, how.tokens)
+            walk = kind(self.model, self.clock, trajectory, timesteps, how.tokens)
             held_out = () if learning is None else split(walk.calls)[1]
             for block in walk.blocks:
                 inside = [name for name in self.layers if name.startswith(f"{block}.")]
@@ -313,7 +317,7 @@ class _Realisation:
                         reconstruct(*learning, walk, reference, block, made, self._realise)
                     if scratch is not None:
                         self._keep_block(scratch, block, inside)
-                walk.advance(block)
+                walk.leave(block)
                 progress.advance(len(inside))
 
     def plan(self, recipe: str, structure: Structure) -> Plan:

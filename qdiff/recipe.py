@@ -92,6 +92,9 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     scheme: Scheme
+    convolutions: Scheme | None = Field(
+        None, description="formats of convolutions, where they are not those of `scheme`"
+    )
     targets: list[Literal["Linear", "Conv2d"]] = ["Linear", "Conv2d"]
     split_shortcuts: bool = Field(True, description="two scales where a layer reads a skip connection (U-Nets)")
     first_token: bool = Field(True, description="CLIP's constant first token apart from the quantized ones")
@@ -103,6 +106,10 @@ class Recipe(BaseModel):
     sequential: Sequential | None = None
     methods: dict[str, dict[str, Any]] = {}
     distil: Distillation | None = None
+
+    def scheme_of(self, kind: str) -> Scheme:
+        """Formats of a layer of that kind (``Linear``, ``Conv2d``)."""
+        return self.convolutions if kind == "Conv2d" and self.convolutions is not None else self.scheme
 
     def ignored(self, family: str, names: list[str]) -> dict[str, str]:
         """Which of ``names`` stay unquantized, with the pattern that says so.

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from qdiff.events import Progress
 from qdiff.formats import format_named
-from qdiff.layers import QuantLinear
+from qdiff.layers import QuantConv2d, QuantLinear
 from qdiff.methods.base import Problem, Solution, decibels
 from qdiff.methods.learned import RECONSTRUCTIONS, LearnedWeight
 from qdiff.plan import LayerPlan
@@ -50,7 +50,7 @@ class Decided:
 
 
 class LearnedLinear(QuantLinear):
-    """A quantized layer whose weight is a variable.
+    """A quantized layer whose weight is a variable; :class:`LearnedConv2d` is the same of a convolution.
 
     Args:
         layer: the quantized layer; its buffers are shared, not copied.
@@ -68,8 +68,17 @@ class LearnedLinear(QuantLinear):
             del self.bias
             self.bias = nn.Parameter(start)
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(self._quantized(x), self.learned(), bias)
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        return self.learned()
+
+
+class LearnedConv2d(LearnedLinear, QuantConv2d):
+    """See :class:`LearnedLinear`."""
+
+
+def learned_layer(layer: QuantLinear, weight: LearnedWeight, bias: bool) -> LearnedLinear:
+    """The layer of that kind whose weight is a variable."""
+    return (LearnedConv2d if isinstance(layer, QuantConv2d) else LearnedLinear)(layer, weight, bias)
 
 
 class BlockFit:
@@ -108,7 +117,7 @@ class BlockFit:
         for name, weight in self.weights.items():
             layer = backbone.get_submodule(name)
             assert isinstance(layer, QuantLinear)
-            self.learned[name] = LearnedLinear(layer, make(weight, codes_of(layer)), bias_rate > 0)
+            self.learned[name] = learned_layer(layer, make(weight, codes_of(layer)), bias_rate > 0)
             backbone.set_submodule(name, self.learned[name])
         variables = [p for layer in self.learned.values() for p in layer.learned.parameters()]
         biases = [layer.bias for layer in self.learned.values() if isinstance(layer.bias, nn.Parameter)]

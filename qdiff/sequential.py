@@ -5,9 +5,10 @@ errors of everything before, so that each block makes up for them. The recorded 
 block; from there one block at a time is run on the states that the quantized blocks before it produced, and only those
 states (one tensor a call) and one block's tokens are held. Never the activations of the whole model.
 
-A family names its list of blocks (``Family.blocks``); every block takes the hidden states as its first argument and returns
-them, and its other arguments are the same for all blocks. That holds for DiTs; a U-Net with skip connections has no such
-list, and is calibrated from the float statistics alone.
+A family names its blocks (``Family.blocks``) in the order in which they are called; every block takes the hidden states as its
+first argument and returns them. In a DiT that is a chain: what a block returns is all that the next one reads, so its states are
+moved along (:class:`BlockWalk`). In a U-Net a block reads skip connections and what lies between blocks too, so the recorded
+calls are replayed up to every block anew (:class:`ReplayWalk`): half a forward for each block and call, and the same memory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from qdiff.layers import TimestepClock
 from qdiff.models.base import Model
 from qdiff.statistics import InputStatistics
 from qdiff.trajectory import Step
+from qdiff.windows import sample_windows
+from qdiff.windows import tokens as tokens_of
 
 
 class _Stop(Exception):
@@ -54,44 +57,62 @@ class BlockWalk:
         steps: recorded calls.
         timesteps: the calibrated values, as in the statistics.
         tokens: about how many tokens of each tensor to keep for fitting and judging, over all calls.
+        backbone: in place of the model's.
 
     Raises:
         InputError: the family has no list of blocks, or there is no call.
     """
 
     def __init__(
-        self, model: Model, clock: TimestepClock, steps: Iterable[Step], timesteps: list[float], tokens: int
+        self,
+        model: Model,
+        clock: TimestepClock,
+        steps: Iterable[Step],
+        timesteps: list[float],
+        tokens: int,
+        backbone: nn.Module | None = None,
     ) -> None:
-        self.backbone = model.backbone
+        self.family, self.backbone = model.family, model.backbone if backbone is None else backbone
         self.clock, self.timesteps = clock, torch.tensor(timesteps)
-        self.blocks = model.family.blocks(self.backbone)
+        self.blocks = self.family.blocks(self.backbone)
         if not self.blocks:
             raise InputError(
                 f"{model.family.title} has no list of blocks to walk through", "leave `sequential` out of the recipe"
             )
-        self.calls = [self._enter(model, step, number, timesteps) for number, step in enumerate(steps)]
+        self.tokens = tokens
+        self.calls = self._calls(steps, timesteps)
         if not self.calls:
             raise InputError("no recorded call to walk with", "calibrate with more prompts or steps")
-        self.tokens = tokens
 
-    def _enter(self, model: Model, step: Step, number: int, timesteps: list[float]) -> Call:
-        seen: list[Call] = []
+    def _calls(self, steps: Iterable[Step], timesteps: list[float]) -> list[Call]:
+        return [
+            Call(*self._door(self.blocks[0], step), timesteps.index(step.timestep), number, step.timestep, step.shard)
+            for number, step in enumerate(steps)
+        ]
+
+    def _door(self, block: str, step: Step) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """States and other arguments that the block is called with when the recorded call is replayed up to it."""
+        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
-            seen.append(
-                Call(states, tuple(rest), kwargs, timesteps.index(step.timestep), number, step.timestep, step.shard)
-            )
+            seen.append((states, tuple(rest), kwargs))
             raise _Stop
 
-        first = self.backbone.get_submodule(self.blocks[0])
-        handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self.backbone.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad(), contextlib.suppress(_Stop):
-                model.family.call(self.backbone, step.inputs)
+                self.family.call(self.backbone, step.inputs)
         finally:
             handle.remove()
         return seen[0]
+
+    def enter(self, block: str) -> None:
+        """Brings every call to the door of the block. Here they are there already."""
+
+    def leave(self, block: str) -> None:
+        """The block is as it will be: on to the next."""
+        self.advance(block)
 
     def observe(
         self, block: str, statistics: dict[str, InputStatistics], without: Collection[int] = ()
@@ -103,6 +124,7 @@ class BlockWalk:
             statistics: of the float model, by group.
             without: numbers of calls whose tokens are not kept, because something is to be judged on them; their ranges count.
         """
+        self.enter(block)
         rows_per_call = max(2, -(-self.tokens // max(1, len(self.calls) - len(without))))
         groups = {name: entry for name, entry in statistics.items() if name.startswith(f"{block}.")}
         rows: dict[str, list[Tensor]] = {name: [] for name in groups}
@@ -110,23 +132,27 @@ class BlockWalk:
         low = {name: entry.low.clone() for name, entry in groups.items()}
         high = {name: entry.high.clone() for name, entry in groups.items()}
         current: list[Call] = []
+        layers = {name: self.backbone.get_submodule(name) for name in groups}
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                call, x = current[0], args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                at = call.timestep
+                call, layer, seen = current[0], layers[name], args[0].detach().float()
+                x, at = tokens_of(layer, seen), call.timestep
                 low[name][at] = torch.minimum(low[name][at], x.amin(dim=0))
                 high[name][at] = torch.maximum(high[name][at], x.amax(dim=0))
                 if call.number in without:
                     return
                 generator = torch.Generator().manual_seed(call.number)
-                chosen = torch.randperm(len(x), generator=generator)[:rows_per_call]
-                rows[name].append(x[chosen].clone())
-                indices[name].append(torch.full((len(chosen),), call.timestep))
+                if isinstance(layer, nn.Conv2d):
+                    kept = sample_windows(layer, seen, rows_per_call, generator)
+                else:
+                    kept = x[torch.randperm(len(x), generator=generator)[:rows_per_call]].clone()
+                rows[name].append(kept)
+                indices[name].append(torch.full((len(kept),), at))
 
             return hook
 
-        handles = [self.backbone.get_submodule(name).register_forward_pre_hook(watch(name)) for name in groups]
+        handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
         try:
             for call in self.calls:
                 current[:] = [call]
@@ -157,3 +183,28 @@ class BlockWalk:
         self.clock.set(torch.tensor([call.value]), self.timesteps)
         result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
+
+
+class ReplayWalk(BlockWalk):
+    """The recorded calls at the door of one block after the other, where blocks are no chain: every call is replayed up to it
+    through what the backbone is by then."""
+
+    def _calls(self, steps: Iterable[Step], timesteps: list[float]) -> list[Call]:
+        self._steps = list(steps)
+        nothing = torch.zeros(0)
+        return [
+            Call(nothing, (), {}, timesteps.index(step.timestep), number, step.timestep, step.shard)
+            for number, step in enumerate(self._steps)
+        ]
+
+    def enter(self, block: str) -> None:
+        for call, step in zip(self.calls, self._steps, strict=True):
+            call.states, call.args, call.kwargs = self._door(block, step)
+
+    def advance(self, block: str) -> None:
+        """Brings every call behind the block."""
+        self.enter(block)
+        super().advance(block)
+
+    def leave(self, block: str) -> None:
+        """Nothing to carry: the next block is entered from the beginning."""

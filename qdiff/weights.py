@@ -120,6 +120,14 @@ def stretches(rule: Rule, format: Format) -> list[float]:
     raise InputError(f"the scale rule {rule!r} is not for {format.name}", "use amax or mse")
 
 
+def has_rule(rule: Rule, format: Format) -> bool:
+    """Whether scales of the format can be chosen by that rule."""
+    try:
+        return bool(stretches(rule, format))
+    except InputError:
+        return False
+
+
 def choose_weight_tensor_scale(amax: Tensor, format: Format, rule: Rule = "amax") -> Tensor | None:
     """The tensor scale with the headroom that ``rule`` needs, from the largest magnitude of a weight, or of all weights that
     share it; ``None`` where the format has none. Raises as :func:`stretches`."""

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.weights import Rule
+from qdiff.weights import Rule, has_rule
 
 Rules = Annotated[tuple[Rule, ...], Field(min_length=1)]
 
@@ -21,6 +21,9 @@ Rules = Annotated[tuple[Rule, ...], Field(min_length=1)]
 def scales(problem: Problem, solution: Solution, rules: Rules = ("mse",), minimum_gain_db: Decibels = 0.0) -> Solution:
     """Takes the rule whose outputs come nearest to float."""
     plain = problem.error(solution)
+    if problem.convolution:  # a recipe's rules may be meant for the formats of its linear layers
+        format = solution.weight_format or problem.weight_format
+        rules = tuple(rule for rule in rules if has_rule(rule, format)) or ("amax",)
     trials = [replace(solution, rule=rule, rounded=None, rounding="nearest") for rule in rules]
     error, best = min(((problem.error(trial), trial) for trial in trials), key=lambda pair: pair[0])
     gain = decibels(error, plain)

@@ -162,6 +162,7 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]  # diffusers pipeline classes whose folders it loads
     configurations: ClassVar[tuple[str, ...]] = ()  # names for --weights random:NAME
     block_list: ClassVar[str | None] = None  # attribute of the backbone that lists its blocks, where one feeds the next
+    chain: ClassVar[bool] = True  # whether what a block returns is all that the next one reads
     size_divisor: ClassVar[int] = 16  # pictures' height and width in pixels must divide by it
     largest_batch: ClassVar[int] = 256  # of an exported graph
     default_steps: ClassVar[int] = 20  # of sampling, where neither the user nor the weights say otherwise
@@ -186,7 +187,8 @@ class Family(ABC):
         return []
 
     def blocks(self, backbone: nn.Module) -> list[str]:
-        """Names of the blocks that the hidden states pass one after the other; empty where there is no such chain."""
+        """Names of the blocks that the hidden states pass one after the other (:mod:`qdiff.sequential`); empty where no block of
+        the backbone is known."""
         if self.block_list is None:
             return []
         return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]

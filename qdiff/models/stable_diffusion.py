@@ -50,9 +50,9 @@ _CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # Small enough for a unit test.
     "sd-tiny": {
         "sample_size": 16,
-        "block_out_channels": (32, 64, 64),
+        "block_out_channels": (64, 64, 64),
         "layers_per_block": 1,
-        "attention_head_dim": (2, 4, 4),
+        "attention_head_dim": (2, 2, 2),
         "cross_attention_dim": 64,
         "norm_num_groups": 8,
         **_THREE_LEVELS,
@@ -85,6 +85,7 @@ class StableDiffusion(Family):
     backbone_attribute = "unet"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     configurations = tuple(_CONFIGURATIONS)
+    chain = False  # skip connections
     size_divisor = 64  # a latent cell is 8 pixels, and three levels halve it
     largest_batch = 63  # diffusers' upsampling takes another path from 64 on, and a graph has one
     default_guidance = 7.5
@@ -145,6 +146,25 @@ class StableDiffusion(Family):
                 for part in ("conv1", "conv_shortcut"):
                     if getattr(resnet, part, None) is not None:
                         found[f"up_blocks.{level}.resnets.{index}.{part}"] = at
+        return found
+
+    def blocks(self, backbone: nn.Module) -> list[str]:
+        """Resnets and transformer blocks in the order in which they are called: a level's resnets and attentions take turns."""
+        sections = [f"down_blocks.{i}" for i, _ in enumerate(backbone.get_submodule("down_blocks").children())]
+        sections += [
+            "mid_block",
+            *(f"up_blocks.{i}" for i, _ in enumerate(backbone.get_submodule("up_blocks").children())),
+        ]
+        found = []
+        for section in sections:
+            part: Any = backbone.get_submodule(section)
+            attentions = list(getattr(part, "attentions", None) or [])
+            for index, _ in enumerate(part.resnets):
+                found.append(f"{section}.resnets.{index}")
+                # The middle's only attention stands between its two resnets.
+                if index < len(attentions):
+                    inner = attentions[index].transformer_blocks
+                    found += [f"{section}.attentions.{index}.transformer_blocks.{i}" for i, _ in enumerate(inner)]
         return found
 
     def first_token_layers(self, backbone: nn.Module) -> list[str]:

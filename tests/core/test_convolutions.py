@@ -265,3 +265,70 @@ def test_a_convolution_refuses_formats_that_its_input_cannot_have(unet):
     ):
         with pytest.raises(InputError, match=words):
             quantize(load(), load_recipe("int8", [change, "outputs={}"]), statistics, trajectory)
+
+
+def test_a_unet_is_distilled_with_its_convolutions(unet):
+    load, trajectory, statistics, _ = unet
+    recipe = load_recipe(
+        "int8", ["scheme={weights: int4_g32, activations: int8}", "distil={iterations: 12, rate: 0.05}"]
+    )
+    model = load()
+    plan = quantize(model, recipe, statistics, trajectory)
+    convolutions = [layer for layer in plan.quantized if layer.kind == "Conv2d"]
+    assert convolutions and all("distil" in layer.methods for layer in plan.quantized)
+    kinds = {type(model.backbone.get_submodule(layer.name)).__name__ for layer in convolutions}
+    assert kinds == {"QuantConv2d"}
+
+
+def test_the_blocks_of_a_unet_are_listed_in_the_order_of_their_calls(unet):
+    load, trajectory, _, _ = unet
+    model = load()
+    blocks = model.family.blocks(model.backbone)
+    called: list[str] = []
+    for name in blocks:
+        hook = model.backbone.get_submodule(name).register_forward_pre_hook
+        hook(lambda module, args, name=name: called.append(name))
+    with torch.inference_mode():
+        model.family.call(model.backbone, next(iter(trajectory)).inputs)
+    assert called == blocks and not model.family.chain
+    inside = {n for n in quantizable_layers(model.backbone) if any(n.startswith(f"{block}.") for block in blocks)}
+    assert {n.rpartition(".")[2] for n in set(quantizable_layers(model.backbone)) - inside} <= {
+        "conv_in", "conv_out", "linear_1", "linear_2", "proj_in", "proj_out", "conv"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_unet_is_quantized_block_by_block_and_goes_on_after_a_kill(unet, tmp_path, learned):
+    from qdiff.scratch import Scratch
+
+    load, trajectory, statistics, _ = unet
+    changes = ["scheme={weights: int4_g32, activations: int8}", "sequential={tokens: 64}"]
+    if learned:
+        changes += ["methods={}", "sequential.reconstruct={method: adaround, iterations: 12, rate: 0.1}"]
+    else:
+        changes.append("methods={gptq: {damping: 0.1}}")
+    recipe = load_recipe("int8", changes)
+
+    class Killed(Exception):
+        pass
+
+    class Dying(Scratch):
+        kept = 0
+
+        def save(self, name, tensors, facts):
+            super().save(name, tensors, facts)
+            Dying.kept += 1
+            if Dying.kept == 3:
+                raise Killed
+
+    whole = load()
+    plan = quantize(whole, recipe, statistics, trajectory, Scratch(tmp_path / "whole", "x"))
+    with pytest.raises(Killed):
+        quantize(load(), recipe, statistics, trajectory, Dying(tmp_path / "parts", "x"))
+    resumed = load()
+    again = quantize(resumed, recipe, statistics, trajectory, Scratch(tmp_path / "parts", "x"))
+    assert again == plan
+    state, other = whole.backbone.state_dict(), resumed.backbone.state_dict()
+    assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+    roundings = {layer.rounding for layer in plan.quantized if layer.kind == "Conv2d"}
+    assert ("adaround" in roundings) == learned and roundings - {"nearest"}

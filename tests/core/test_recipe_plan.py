@@ -49,7 +49,7 @@ def test_the_int8_recipe_keeps_what_the_field_keeps(tiny):
         ({"scheme": {"weights": "int8"}}, ["scheme.activations"]),
         ({"version": 2}, ["version"]),
         ({"kept": "float64"}, ["kept"]),
-        ({"targets": ["Conv2d"]}, ["targets"]),
+        ({"targets": ["Conv3d"]}, ["targets"]),
         ({"ignore": ["proj_out"]}, ["ignore"]),
         ({"methods": {"smoth": {}}}, ["smoth", "did you mean smooth"]),
         ({"methods": {"smooth": {"strength": [0.5]}}}, ["'strength'", "did you mean strengths"]),

@@ -108,7 +108,7 @@ def test_walking_changes_what_is_decided(tiny, recorded):
     assert not same(walked, direct)
 
 
-def test_a_family_without_a_chain_of_blocks_says_so(tiny, recorded, monkeypatch):
+def test_a_family_without_blocks_says_so(tiny, recorded, monkeypatch):
     model = tiny()
     monkeypatch.setattr(type(model.family), "block_list", None)
     with pytest.raises(InputError, match="no list of blocks"):
