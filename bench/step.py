@@ -27,7 +27,12 @@ from typing import Any
 
 from torch import Tensor
 
-CONFIGURATIONS = ("pixart-67m", "pixart-xl")
+CONFIGURATIONS = {
+    "pixart-67m": "pixart",
+    "pixart-xl": "pixart",
+    "sd-1.5": "stable-diffusion",
+    "sdxl": "stable-diffusion",
+}
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 
@@ -47,7 +52,9 @@ def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
     from qdiff.trajectory import Trajectory
 
     run = Run(work / configuration)
-    options = CalibrateOptions(weights=f"random:{configuration}", samples=2, steps=2, batch=1)
+    options = CalibrateOptions(
+        model=CONFIGURATIONS[configuration], weights=f"random:{configuration}", samples=2, steps=2, batch=1
+    )
     calibrate(run, options)
     quantize(run)
     export(run, "onnxruntime")
@@ -74,8 +81,9 @@ def unseen(call: Mapping[str, Tensor]) -> dict[str, Tensor]:
     import torch
 
     generator = torch.Generator().manual_seed(1234)
-    noise = torch.randn(call["hidden_states"].shape, generator=generator)
-    return {**call, "hidden_states": noise * call["hidden_states"].std()}
+    latent = next(name for name in ("hidden_states", "sample") if name in call)
+    noise = torch.randn(call[latent].shape, generator=generator)
+    return {**call, latent: noise * call[latent].std()}
 
 
 def openvino_model(path: Path, precision: str, shapes: Mapping[str, Tensor]) -> Run:

@@ -147,32 +147,34 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def chosen(only: list[str] | None) -> list[Row]:
-    """The rows that ``--only`` names, in the table's order: a whole name stands for its row, a part for all that hold it.
+def chosen(only: list[str] | None, model: str) -> list[Row]:
+    """The rows for a family of models, of these the ones that ``--only`` names, in the table's order: a whole name stands for its
+    row, a part for all that hold it.
 
     Raises:
         SystemExit: a name that no row has.
     """
+    mine = [row for row in ROWS if row.model == model]
     if not only:
-        return list(ROWS)
-    names = {row.name for row in ROWS}
+        return mine
+    names = {row.name for row in mine}
     wanted: set[str] = set()
     for part in only:
         found = {part} if part in names else {name for name in names if part in name}
         if not found:
             raise SystemExit(f"no row's name holds {part!r}; --list shows all")
         wanted |= found
-    return [row for row in ROWS if row.name in wanted]
+    return [row for row in mine if row.name in wanted]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; see :mod:`bench.ptq`."""
     given = parser().parse_args(arguments)
     if given.list:
-        print("\n".join(row.name for row in ROWS))
+        print("\n".join(row.name for row in chosen(None, given.model)))
         return
     settings = Settings(**{name: getattr(given, name) for name in asdict(Settings())})
-    rows = chosen(given.only)
+    rows = chosen(given.only, given.model)
     torch.set_grad_enabled(False)
     with listening(TerminalListener()), tempfile.TemporaryDirectory() as temporary:
         shared = Shared(given.work or Path(temporary), settings)

@@ -27,6 +27,7 @@ class Storage:
         zero_point: whether every scale has a zero point.
         rank: of the low-rank branch in 16 bit.
         per_tensor: one scale for the whole weight.
+        parts: into how many the columns are split, each with scales of its own.
     """
 
     bits: float
@@ -36,11 +37,12 @@ class Storage:
     zero_point: bool = False
     rank: int = 0
     per_tensor: bool = False
+    parts: int = 1
 
     def total(self, shape: tuple[int, int]) -> float:
         """Bits of the whole weight."""
         rows, columns = shape
-        scales = 1 if self.per_tensor else rows * (math.ceil(columns / self.block) if self.block else 1)
+        scales = 1 if self.per_tensor else rows * (math.ceil(columns / self.block) if self.block else self.parts)
         each = self.scale_bits + (self.bits if self.zero_point else 0)
         total = rows * columns * self.bits + scales * each + (TENSOR_SCALE_BITS if self.tensor_scale else 0)
         return total + (rows * columns * low_rank_bits(rows, columns, self.rank) if self.rank else 0)

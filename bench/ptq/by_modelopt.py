@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fnmatch
 import sys
 import warnings
 from typing import Any
@@ -107,6 +108,9 @@ def configuration(
     else:
         config = copy.deepcopy(getattr(mtq, preset))
     entries: list[dict[str, Any]] = config["quant_cfg"]
+    # A configuration's exceptions (a U-Net's proj_out) do not hold for layers that every row quantizes.
+    mine = [f"{name}.{part}" for name in layers for part in ("weight_quantizer", "input_quantizer")]
+    entries[:] = [entry for entry in entries if not _excepts(entry, mine)]
     for pattern, numerics in (("*weight_quantizer", weights), ("*input_quantizer", activations)):
         if numerics is not None:
             entries.append({"quantizer_name": pattern, "cfg": copy.deepcopy(NUMERICS[numerics])})
@@ -121,6 +125,11 @@ def configuration(
     if algorithm is not None:
         config["algorithm"] = copy.deepcopy(algorithm)
     return config
+
+
+def _excepts(entry: dict[str, Any], quantizers: list[str]) -> bool:
+    pattern = entry["quantizer_name"]
+    return entry.get("enable") is False and pattern != "*" and bool(fnmatch.filter(quantizers, pattern))
 
 
 def _attributes(entry: dict[str, Any]) -> list[dict[str, Any]]:

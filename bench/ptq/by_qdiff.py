@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from bench.ptq.bits import Storage
 from bench.ptq.material import Made, Material
 from qdiff.formats import format_named
-from qdiff.plan import LayerPlan
+from qdiff.plan import LayerPlan, Structure
 from qdiff.quantize import quantize
 from qdiff.recipe import load_recipe
 from qdiff.scratch import Scratch
@@ -22,14 +23,22 @@ def make(material: Material, recipe: str, overrides: Sequence[str] = ()) -> Made
         material.trajectory,
         Scratch(material.scratch, recipe),
     )
-    material.check({layer.name for layer in plan.quantized})
+    originals = {layer.name: original(layer.name, plan.structure) for layer in plan.quantized}
+    material.check(set(originals.values()))
+    parts = Counter(originals.values())
     return Made(
-        {layer.name: storage(layer) for layer in plan.quantized},
+        {originals[layer.name]: storage(layer, parts[originals[layer.name]]) for layer in plan.quantized},
         scaled_inputs=sum(layer.multiplier for layer in plan.quantized),
     )
 
 
-def storage(layer: LayerPlan) -> Storage:
-    """A planned layer in the terms that all libraries are counted in."""
+def original(name: str, structure: Structure) -> str:
+    """Name of a planned layer in the model as it was before it was restructured."""
+    parent = name.rpartition(".")[0]
+    return parent if parent in structure.split or parent in structure.first_token else name
+
+
+def storage(layer: LayerPlan, parts: int) -> Storage:
+    """A planned layer in the terms that all libraries are counted in. Both halves of a split layer have one format."""
     format = format_named(layer.weights)
-    return Storage(format.bits, format.block, format.scale_bits, format.tensor_scale, rank=layer.rank)
+    return Storage(format.bits, format.block, format.scale_bits, format.tensor_scale, rank=layer.rank, parts=parts)

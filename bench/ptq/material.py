@@ -76,7 +76,10 @@ class Made:
 
 
 def shared_layers(model: Model, recipe: str = "int8") -> dict[str, tuple[int, int]]:
-    """The layers that all rows quantize: all linear ones but those that the built-in recipes ignore for the family."""
+    """The layers that all rows quantize, with the rows and columns of their weights as matrices: all but those that the built-in
+    recipes ignore for the family."""
     layers = quantizable_layers(model.backbone)
     ignored = load_recipe(recipe).ignored(model.family.name, list(layers))
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if name not in ignored}
+    return {
+        name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items() if name not in ignored
+    }

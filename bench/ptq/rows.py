@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.ptq.material import Made, Material
@@ -20,6 +20,7 @@ class Row:
         method: what decides scales and codes.
         options: arguments of the maker.
         twin: name of another row that may give the same predictions, because it says the same in another library.
+        model: family that the row is for.
     """
 
     library: str
@@ -27,6 +28,7 @@ class Row:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     twin: str | None = None
+    model: str = "pixart"
 
     @property
     def name(self) -> str:
@@ -220,6 +222,46 @@ ROWS += (
     *_peer("quanto", W4A8, ("static", {"weights": "qint4", "activations": "qint8"})),
     *_peer("quanto", W4A16, ("groups, zero points", {"weights": "qint4"})),
     *_peer("quanto", "INT8 W8A16", ("per channel", {"weights": "qint8"})),
+)
+
+
+# A U-Net has convolutions, which none but ModelOpt of the peers quantizes.
+UNET_INT8, UNET_W4A8, UNET_NVFP4 = "U-Net INT8 W8A8", "U-Net INT4 W4A8", "U-Net NVFP4, convolutions INT8"
+UNSPLIT, TOGETHER = "split_shortcuts=false", "first_token=false"
+BARE = ["methods={}", "outputs={}"]
+BY_TIMESTEP = "methods.timestep_scales.minimum_gain_db=0.0"
+ROWS += tuple(
+    replace(row, model="stable-diffusion")
+    for row in (
+        *_qdiff(
+            UNET_INT8,
+            "int8",
+            ("to nearest", [*BARE, UNSPLIT, TOGETHER]),
+            ("split shortcuts", [*BARE, TOGETHER]),
+            ("first token", [*BARE, UNSPLIT]),
+            ("scales by timestep", [*BARE, UNSPLIT, TOGETHER, BY_TIMESTEP]),
+            ("recipe int8, unsplit", [UNSPLIT]),
+            ("recipe int8, first token quantized", [TOGETHER]),
+            ("recipe int8, q k float", ["outputs={}"]),
+            ("recipe int8", []),
+        ),
+        *_qdiff(UNET_INT8, "int8-gptq", ("recipe int8-gptq", [])),
+        *_modelopt(
+            UNET_INT8,
+            ("max", {"preset": "INT8_DEFAULT_CFG"}),
+            ("smoothquant 0.8 (its SDXL recipe)", {"preset": "INT8_SMOOTHQUANT_CFG", "algorithm": SMOOTH_08}),
+        ),
+        *_qdiff(
+            UNET_W4A8,
+            "w4a8",
+            ("recipe w4a8, unsplit", [UNSPLIT]),
+            ("recipe w4a8, first token quantized", [TOGETHER]),
+            ("recipe w4a8", []),
+            ("recipe w4a8, distilled", ["distil.iterations=300"]),
+            ("adaround", ["methods={}", "sequential.reconstruct={method: adaround}"]),
+        ),
+        *_qdiff(UNET_NVFP4, "nvfp4", ("recipe nvfp4", [])),
+    )
 )
 
 

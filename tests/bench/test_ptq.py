@@ -226,3 +226,15 @@ def test_peers_store_what_their_rows_say(shared, name, expected):
         made = row.make(material)
     assert set(made.storage) == set(material.layers) and set(made.storage.values()) == {expected}
     assert not torch.equal(score.predictions(material.model, shared.held_out), shared.float_answers()[0])
+
+
+def test_a_unets_rows_quantize_the_same_layers_whatever_is_split(tmp_path):
+    settings = Settings(model="stable-diffusion", weights="random:sd-tiny", pictures=1, samples=2, held_out=1, steps=2)
+    shared = Shared(tmp_path, settings)
+    shared.prepare()
+    rows = {row.method: row for row in ptq.chosen(None, settings.model) if row.format == "U-Net INT8 W8A8"}
+    nearest, split = (ptq.run_row(shared, rows[name]) for name in ("to nearest", "split shortcuts"))
+    assert nearest["layers"] == split["layers"] and nearest["bits"] < split["bits"] < nearest["bits"] + 0.1
+    pytest.importorskip("modelopt")
+    peer = ptq.run_row(shared, rows["max"])
+    assert peer["layers"] == nearest["layers"] and peer["bits"] == pytest.approx(nearest["bits"])
