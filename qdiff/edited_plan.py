@@ -18,12 +18,13 @@ from typing import Any
 from torch import nn
 
 from qdiff.differences import shortened
+from qdiff.drafting import groups_of, kind_of
 from qdiff.errors import InputError, IntegrityError, QdiffError, nearest
 from qdiff.events import log
 from qdiff.formats import FORMATS
 from qdiff.models.base import Model, quantizable_layers
 from qdiff.plan import LayerPlan, Plan
-from qdiff.quantize import backbone_config, groups_of, kind_of
+from qdiff.quantize import backbone_config
 from qdiff.statistics import Statistics
 
 BY_HAND = "set by hand: "

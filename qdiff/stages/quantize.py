@@ -21,9 +21,9 @@ from qdiff.stages.calibrate import reload_model
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qdiff.drafting import Draft
     from qdiff.models.base import Model
     from qdiff.plan import Plan
-    from qdiff.quantize import Draft
     from qdiff.recipe import Recipe
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
@@ -49,7 +49,7 @@ class _ByRecipe:
         return {"recipe": self.recipe.model_dump(mode="json")}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.quantize import draft
+        from qdiff.drafting import draft
 
         return draft(model, self.recipe, statistics)
 
@@ -77,8 +77,8 @@ class _ByPlan:
         return {"plan": decisions(self.plan)}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
+        from qdiff.drafting import Draft, change
         from qdiff.edited_plan import settle
-        from qdiff.quantize import Draft, change
 
         statistics = change(model, self.plan.structure, statistics)
         settled = settle(self.plan, model, statistics, self.before, self.source)

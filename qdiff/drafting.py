@@ -1,0 +1,145 @@
+"""Before a method decides: how the model is changed, which layers there are then, and what the recipe alone says about each.
+
+Cheap, so everything that cannot be carried out is refused here, before the float model has run once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from qdiff.errors import InputError
+from qdiff.events import log
+from qdiff.formats import format_named
+from qdiff.models.base import Model, quantizable_layers
+from qdiff.plan import LayerPlan, Structure
+from qdiff.recipe import Recipe, Scheme
+from qdiff.statistics import Statistics
+from qdiff.structure import divide, restructure
+
+
+def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics) -> Structure:
+    """What the recipe changes in this model before anything is decided about its layers."""
+    family, layers = model.family, groups_of(model, statistics)
+    ignored = recipe.ignored(family.name, list(quantizable_layers(model.backbone)))
+    split = family.splits(model.backbone) if recipe.split_shortcuts else {}
+    groups = statistics.inputs.values() if recipe.first_token else []
+    firsts = [name for entry in groups if entry.first is not None for name in entry.layers]
+    return Structure(
+        split={name: at for name, at in split.items() if name not in ignored and name in layers},
+        first_token=[name for name in firsts if name not in ignored],
+    )
+
+
+def change(model: Model, structure: Structure, statistics: Statistics) -> Statistics:
+    """Changes the float model in place and returns the statistics of what it then is."""
+    firsts = {
+        name: entry.first for entry in statistics.inputs.values() if entry.first is not None for name in entry.layers
+    }
+    missing = [name for name in structure.first_token if name not in firsts]
+    if missing:
+        raise InputError(
+            f"layer {missing[0]} has no constant first token in these statistics", "calibrate this model with qdiff"
+        )
+    restructure(model.backbone, structure, {name: firsts[name] for name in structure.first_token})
+    return divide(statistics, structure)
+
+
+def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
+    """The group of every layer of the model that can be quantized; layers that calibration never reached have none.
+
+    Raises:
+        InputError: the statistics are of other layers.
+    """
+    layers = quantizable_layers(model.backbone)
+    groups = {name: group for group, entry in statistics.inputs.items() for name in entry.layers}
+    if statistics.outputs.keys() != layers.keys() or not groups.keys() <= layers.keys():
+        raise InputError(
+            f"the statistics are of another model: {len(statistics.outputs)} layers there, {len(layers)} here",
+            "calibrate this model: qdiff calibrate … --force",
+        )
+    return {name: groups[name] for name in layers if name in groups}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is known before a method has decided anything.
+
+    Args:
+        structure: how the model was changed.
+        statistics: of the changed model.
+        entries: what the recipe alone says about every layer: formats, groups, outputs.
+    """
+
+    structure: Structure
+    statistics: Statistics
+    entries: dict[str, LayerPlan]
+
+
+def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
+    """Changes the model's structure as the recipe wants it, in place, and says what the recipe makes of every layer.
+
+    Raises:
+        InputError: a pattern that matches no layer, statistics of another model, or a layer that a format's blocks do not divide.
+    """
+    structure = wanted_structure(model, recipe, statistics)
+    ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
+    statistics = change(model, structure, statistics)
+    groups, layers = groups_of(model, statistics), quantizable_layers(model.backbone)
+    with_output = recipe.with_output(model.family.name, list(layers))
+    entries = {}
+    for name, linear in layers.items():
+        entry = LayerPlan(
+            name=name,
+            kind=kind_of(linear),
+            shape=tuple(linear.weight.shape),
+            bias=linear.bias is not None,
+            weights=recipe.kept,
+            activations=recipe.kept,
+            why=f"kept: ignore pattern {ignored.get(name)!r} of recipe {recipe.name}",
+        )
+        if name not in ignored and name not in groups:
+            log.warning("quantize: calibration never reached layer %s; it is kept in %s", name, recipe.kept)
+            entry = entry.model_copy(update={"why": "kept: calibration never reached this layer"})
+        elif name not in ignored and entry.kind not in recipe.targets:
+            entry = entry.model_copy(update={"why": f"kept: recipe {recipe.name} does not target {entry.kind}"})
+        elif name not in ignored:
+            scheme = recipe.scheme_of(entry.kind)
+            _check_shape(name, entry, scheme)
+            output = scheme.activations if name in with_output else None
+            entry = entry.model_copy(
+                update={
+                    "weights": scheme.weights,
+                    "activations": scheme.activations,
+                    "by_token": scheme.by_token,
+                    "output": output,
+                    "group": groups[name],
+                    "why": f"output {output} where the target runs it" if output else "",
+                }
+            )
+        entries[name] = entry
+    return Draft(structure, statistics, entries)
+
+
+def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:
+    """What a plan calls a layer."""
+    return "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
+
+
+def _check_shape(name: str, entry: LayerPlan, scheme: Scheme) -> None:
+    """Refuses, by its name, a layer that the scheme's blocks do not divide, or whose input they cannot be laid over."""
+    weights, activations = format_named(scheme.weights), format_named(scheme.activations)
+    try:
+        weights.packed_shape(entry.matrix)
+        weights.check_columns(entry.matrix[1])
+        if entry.kind == "Conv2d" and (activations.block or scheme.by_token):
+            scales = f"{activations.name}'s blocks" if activations.block else "scales by token"
+            raise InputError(
+                f"a convolution's input cannot have {scales}",
+                "give convolutions formats of their own (recipe: convolutions), or keep them (targets: [Linear])",
+            )
+        activations.check_columns(entry.matrix[1])
+    except InputError as error:
+        raise InputError(f"layer {name} of shape {list(entry.shape)}: {error.message}", error.fix) from None
