@@ -139,7 +139,7 @@ def _add_functions(model: Any) -> None:
 class InComputeDtype(nn.Module):
     """A backbone that computes in ``dtype`` between float32 inputs and a float32 output. Scales survive the change: they lie
     on the float16 grid, or are left as they are (:meth:`qdiff.layers.QuantLinear.exact`). Timesteps stay float32, inside (the
-    calibrated values) and outside."""
+    calibrated values) and outside (:attr:`qdiff.models.base.InputSpec.exact`)."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -155,11 +155,12 @@ class InComputeDtype(nn.Module):
                             kept[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
         names: Any = module.names
         self.names: tuple[str, ...] = names
+        self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def forward(self, *values: Tensor) -> Tensor:
         """The backbone's inputs in order."""
         cast = [
-            value.to(self.dtype) if value.is_floating_point() and name != "timestep" else value
+            value.to(self.dtype) if value.is_floating_point() and name not in self.exact else value
             for name, value in zip(self.names, values, strict=True)
         ]
         return self.module(*cast).float()

@@ -33,12 +33,15 @@ class InputSpec:
         axes: sizes, or names of dynamic axes (``"batch"``, ``"height"``, ``"width"`` in latent cells, ``"tokens"``).
         dtype: as the graph takes it.
         varies: whether it changes from step to step (else it depends on the prompt alone).
+        exact: whether it stays float32 where the backbone computes in 16 bit: timesteps and sizes, of which sines are taken, and
+            what is joined with those.
     """
 
     name: str
     axes: tuple[Axis, ...]
     dtype: torch.dtype = torch.float32
     varies: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,9 @@ class NamedInputs(nn.Module):
     def __init__(self, family: Family, backbone: nn.Module) -> None:
         super().__init__()
         self.family, self.backbone = family, backbone
-        self.names = tuple(spec.name for spec in family.inputs(backbone.config))  # type: ignore[arg-type]
+        specs = family.inputs(backbone.config)  # type: ignore[arg-type]
+        self.names = tuple(spec.name for spec in specs)
+        self.exact = frozenset(spec.name for spec in specs if spec.exact)
 
     def forward(self, *values: Tensor, **named: Tensor) -> Tensor:
         """The prediction."""

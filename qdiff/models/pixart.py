@@ -61,7 +61,7 @@ class PixArt(Family):
         specs = [
             InputSpec("hidden_states", ("batch", config["in_channels"], "height", "width"), varies=True),
             InputSpec("encoder_hidden_states", ("batch", "tokens", config["caption_channels"])),
-            InputSpec("timestep", ("batch",), varies=True),
+            InputSpec("timestep", ("batch",), varies=True, exact=True),
             InputSpec("encoder_attention_mask", ("batch", "tokens"), torch.int64),
         ]
         if config.get("use_additional_conditions"):

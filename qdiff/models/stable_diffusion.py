@@ -93,13 +93,16 @@ class StableDiffusion(Family):
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
         specs = [
             InputSpec("sample", ("batch", config["in_channels"], "height", "width"), varies=True),
-            InputSpec("timestep", ("batch",), varies=True),
+            InputSpec("timestep", ("batch",), varies=True, exact=True),
             InputSpec("encoder_hidden_states", ("batch", "tokens", config["cross_attention_dim"])),
         ]
         if config.get("addition_embed_type") == "text_time":
             sizes = 6 * config["addition_time_embed_dim"]
             pooled = config["projection_class_embeddings_input_dim"] - sizes
-            specs += [InputSpec("text_embeds", ("batch", pooled)), InputSpec("time_ids", ("batch", 6))]
+            specs += [
+                InputSpec("text_embeds", ("batch", pooled), exact=True),
+                InputSpec("time_ids", ("batch", 6), exact=True),
+            ]
         return tuple(specs)
 
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
