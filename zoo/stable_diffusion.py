@@ -62,7 +62,7 @@ class StableDiffusion(TextToImage):
     name = "stable_diffusion"
     tokens = text.MAX_LENGTH  # the pipeline masks nothing, so training sees as many pads as sampling
     special = text.CLIP
-    generation: ClassVar[dict[str, Any]] = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
+    generation: ClassVar[dict[str, Any]] = {"num_inference_steps": 20, "guidance_scale": 2.0, "height": 64, "width": 64}
 
     def build_backbone(self) -> nn.Module:
         return build_unet()

@@ -70,12 +70,15 @@ def test_comparison_has_float_first_and_numbers_beside_it(service):
     )  # the packed weights; a graph of this small model is larger than they are
 
 
-def test_a_bundled_model_needs_no_run(make_service):
+def test_bundled_models_need_no_run(make_service):
     service = make_service(runs=[])
-    (source,) = service.sources.all()
-    assert [engine.name for engine in source.engines()] == ["float"]
-    made = service.generate(Settings.make(prompt="a rocket on a blue background", steps=2), "test").wait(60).result
-    assert made.settings.width == made.settings.height == 64 and "comes with qdiff" in made.note
+    sources = service.sources.all()
+    assert {source.family.name for source in sources} == {"pixart", "stable-diffusion"}
+    for source in sources:
+        assert [engine.name for engine in source.engines()] == ["float"]
+        settings = Settings.make(prompt="a rocket on a blue background", model=source.name, steps=2)
+        made = service.generate(settings, "test").wait(60).result
+        assert made.settings.width == made.settings.height == 64 and "comes with qdiff" in made.note
     with pytest.raises(InputError, match="no quantized engine"):
         service.compare(Settings.make(prompt="a"), [], "test")
 
