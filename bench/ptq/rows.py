@@ -229,6 +229,7 @@ ROWS += (
 UNET_INT8, UNET_W4A8, UNET_NVFP4 = "U-Net INT8 W8A8", "U-Net INT4 W4A8", "U-Net NVFP4, convolutions INT8"
 UNSPLIT, TOGETHER = "split_shortcuts=false", "first_token=false"
 BARE = ["methods={}", "outputs={}"]
+G32 = "scheme.weights=int4_g32"  # the bundled model's 160 columns do not divide into groups of 64
 BY_TIMESTEP = "methods.timestep_scales.minimum_gain_db=0.0"
 ROWS += tuple(
     replace(row, model="stable-diffusion")
@@ -254,11 +255,11 @@ ROWS += tuple(
         *_qdiff(
             UNET_W4A8,
             "w4a8",
-            ("recipe w4a8, unsplit", [UNSPLIT]),
-            ("recipe w4a8, first token quantized", [TOGETHER]),
-            ("recipe w4a8", []),
-            ("recipe w4a8, distilled", ["distil.iterations=300"]),
-            ("adaround", ["methods={}", "sequential.reconstruct={method: adaround}"]),
+            ("recipe w4a8, groups of 32, unsplit", [G32, UNSPLIT]),
+            ("recipe w4a8, groups of 32, first token quantized", [G32, TOGETHER]),
+            ("recipe w4a8, groups of 32", [G32]),
+            ("recipe w4a8, groups of 32, distilled", [G32, "distil.iterations=300"]),
+            ("adaround", [G32, "methods={}", "sequential.reconstruct={method: adaround}"]),
         ),
         *_qdiff(UNET_NVFP4, "nvfp4", ("recipe nvfp4", [])),
     )
