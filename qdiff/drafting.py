@@ -5,6 +5,7 @@ Cheap, so everything that cannot be carried out is refused here, before the floa
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,13 +21,11 @@ from qdiff.statistics import Statistics
 from qdiff.structure import divide, restructure
 
 
-def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics) -> Structure:
-    """What the recipe changes in this model before anything is decided about its layers."""
-    family, layers = model.family, groups_of(model, statistics)
-    ignored = recipe.ignored(family.name, list(quantizable_layers(model.backbone)))
-    split = family.splits(model.backbone) if recipe.split_shortcuts else {}
-    groups = statistics.inputs.values() if recipe.first_token else []
-    firsts = [name for entry in groups if entry.first is not None for name in entry.layers]
+def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics, ignored: Collection[str] = ()) -> Structure:
+    """What the recipe changes in this model before anything is decided about its layers, those apart that it ignores."""
+    layers = groups_of(model, statistics)
+    split = model.family.splits(model.backbone) if recipe.split_shortcuts else {}
+    firsts = statistics.first_tokens if recipe.first_token else {}
     return Structure(
         split={name: at for name, at in split.items() if name not in ignored and name in layers},
         first_token=[name for name in firsts if name not in ignored],
@@ -35,9 +34,7 @@ def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics) -> St
 
 def change(model: Model, structure: Structure, statistics: Statistics) -> Statistics:
     """Changes the float model in place and returns the statistics of what it then is."""
-    firsts = {
-        name: entry.first for entry in statistics.inputs.values() if entry.first is not None for name in entry.layers
-    }
+    firsts = statistics.first_tokens
     missing = [name for name in structure.first_token if name not in firsts]
     if missing:
         raise InputError(
@@ -84,8 +81,8 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
     Raises:
         InputError: a pattern that matches no layer, statistics of another model, or a layer that a format's blocks do not divide.
     """
-    structure = wanted_structure(model, recipe, statistics)
     ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
+    structure = wanted_structure(model, recipe, statistics, ignored)
     statistics = change(model, structure, statistics)
     groups, layers = groups_of(model, statistics), quantizable_layers(model.backbone)
     with_output = recipe.with_output(model.family.name, list(layers))

@@ -98,6 +98,11 @@ class Statistics:
     inputs: dict[str, InputStatistics]
     outputs: dict[str, Tensor]
 
+    @property
+    def first_tokens(self) -> dict[str, Tensor]:
+        """The constant first token ``[in]`` that each layer reads, of those that read one."""
+        return {name: entry.first for entry in self.inputs.values() if entry.first is not None for name in entry.layers}
+
     def save(self, path: Path) -> None:
         """Writes one safetensors file; names are ``<group>|<table>``."""
         tensors = {f"{name}|{table}": getattr(entry, table) for name, entry in self.inputs.items() for table in TABLES}

@@ -47,11 +47,6 @@ def is_plain(layer: nn.Module) -> bool:
     return not isinstance(layer.padding, str) and (layer.kernel_size != layer.stride or layer.kernel_size == (1, 1))
 
 
-def taps_of(layer: nn.Module) -> int:
-    """Columns of the weight's matrix for each channel of the input: 1 for a linear layer."""
-    return layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
-
-
 def tokens(layer: nn.Module, x: Tensor) -> Tensor:
     """The input as ``[N, channels]``: of ``[..., in]`` for a linear layer, of ``[B, in, H, W]`` for a convolution."""
     return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).reshape(-1, layer_channels(layer))

@@ -14,6 +14,7 @@ in training and lacks in sampling. Timesteps are uniform, stratified over the ba
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,14 @@ def build_unet() -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+@functools.cache
+def signal_share() -> Tensor:
+    """Share of the signal in a noisy latent's energy at each timestep, float32 [1000]."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**SCHEDULE).alphas_cumprod
+
+
 class StableDiffusion(TextToImage):
     """Stable Diffusion with v-prediction."""
 
@@ -77,10 +86,7 @@ class StableDiffusion(TextToImage):
         return self.encoder(input_ids=ids).last_hidden_state
 
     def loss_of(self, clean: Tensor, states: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        from diffusers import DDIMScheduler
-
-        device = self.settings.device
-        cumulative = DDIMScheduler(**SCHEDULE).alphas_cumprod
+        device, cumulative = self.settings.device, signal_share()
         t = (stratified(len(clean), generator) * len(cumulative)).long()
         noise = torch.randn(clean.shape, generator=generator).to(device)
         clean, signal = clean.to(device), cumulative[t].sqrt().to(device)[:, None, None, None]

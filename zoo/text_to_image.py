@@ -184,7 +184,9 @@ def main(kind: type[TextToImage], description: str, batch: int = 64) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, a fifth faster")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--sheets", type=int, default=400, help="steps between sample sheets and exports")
-    parser.add_argument("--export", type=Path, default=BUNDLED / kind.name, help="pipeline folder to write")
+    parser.add_argument(
+        "--export", type=Path, default=BUNDLED / kind.name.replace("_", "-"), help="pipeline folder to write"
+    )
     parser.add_argument("--export-only", action="store_true", help="no training: write the pipeline again")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

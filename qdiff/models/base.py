@@ -115,6 +115,18 @@ class Model:
             )
         self.pipeline.scheduler = usable[name].from_config(current.config)
 
+    def arguments(self, request: Request) -> dict[str, Any]:
+        """Arguments of a request that every pipeline takes, over these weights' own settings."""
+        given = {
+            "num_inference_steps": self.steps(request.steps),
+            "guidance_scale": self.guidance(request.guidance),
+            "height": request.height,
+            "width": request.width,
+            "prompt": list(request.prompts),
+            "generator": [torch.Generator().manual_seed(seed) for seed in request.seeds],
+        }
+        return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
+
     def generate(self, request: Request, on_step: StepCallback | None = None) -> list[Image]:
         """Makes the pictures of ``request``. ``on_step(step, timestep, latents)`` is called after every step; an exception
         that it raises stops the pipeline."""

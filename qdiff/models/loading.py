@@ -32,6 +32,23 @@ def bundled_folder(family: str) -> Path:
     return Path(str(resources.files("qdiff.models") / "bundled" / family))
 
 
+def bundled_tokenizer(family: str) -> Any:
+    """The tokenizer of the bundled weights, which pipelines with random weights share."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(bundled_folder(family) / "tokenizer"), local_files_only=True)
+
+
+def stand_in_vae() -> Any:
+    """A small random autoencoder with the interface of the published ones: 8 pixels a cell, 4 channels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, latent_channels=4,
+    )  # fmt: skip
+
+
 def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Model:
     """See :meth:`qdiff.models.base.Family.load`."""
     if weights.startswith("random:"):

@@ -101,17 +101,12 @@ class PixArt(Family):
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
         check_pixels(self, request.height, request.width)
-        defaults = dict(model.defaults)
         sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
-        defaults.setdefault("use_resolution_binning", sample_size in (32, 64, 128, 256))
-        defaults.setdefault("max_sequence_length", min(300, model.pipeline.tokenizer.model_max_length))
-        given = {
-            "num_inference_steps": model.steps(request.steps),
-            "guidance_scale": model.guidance(request.guidance),
-            "height": request.height,
-            "width": request.width,
+        arguments = {
+            "use_resolution_binning": sample_size in (32, 64, 128, 256),
+            "max_sequence_length": min(300, model.pipeline.tokenizer.model_max_length),
+            **model.arguments(request),
         }
-        arguments = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         if request.height or request.width:
             arguments["use_resolution_binning"] = False
         if on_step is not None:
@@ -120,9 +115,7 @@ class PixArt(Family):
         model.pipeline.set_progress_bar_config(disable=True)
         with torch.inference_mode():
             return model.pipeline(
-                prompt=list(request.prompts),
                 negative_prompt=[request.negative_prompt] * len(request.prompts),
-                generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
                 clean_caption=False,
                 **arguments,
             ).images
@@ -134,10 +127,10 @@ class PixArt(Family):
         return NamedInputs(self, exported)
 
     def random_pipeline(self, configuration: str, seed: int) -> Any:
-        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+        from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
         from transformers import T5Config, T5EncoderModel
 
-        from qdiff.models.loading import bundled_folder
+        from qdiff.models.loading import bundled_tokenizer, stand_in_vae
 
         config = _CONFIGURATIONS[configuration]
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -147,11 +140,8 @@ class PixArt(Family):
                 cross_attention_dim=width, interpolation_scale=1, use_additional_conditions=False, **config
             )
             # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
-            vae = AutoencoderKL(
-                block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, latent_channels=4,
-            )  # fmt: skip
-            tokenizer = _bundled_tokenizer(bundled_folder("pixart"))
+            vae = stand_in_vae()
+            tokenizer = bundled_tokenizer(self.name)
             encoder = T5EncoderModel(
                 T5Config(
                     vocab_size=len(tokenizer),
@@ -166,12 +156,6 @@ class PixArt(Family):
         for module in modules:
             module.eval().requires_grad_(False)
         return PixArtSigmaPipeline(tokenizer, encoder, vae, transformer, DPMSolverMultistepScheduler())
-
-
-def _bundled_tokenizer(folder: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
 
 
 class _DynamicPatchEmbed(nn.Module):

@@ -175,13 +175,7 @@ class StableDiffusion(Family):
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
         check_pixels(self, request.height, request.width)
-        given = {
-            "num_inference_steps": model.steps(request.steps),
-            "guidance_scale": model.guidance(request.guidance),
-            "height": request.height,
-            "width": request.width,
-        }
-        arguments = {**model.defaults, **{name: value for name, value in given.items() if value is not None}}
+        arguments = model.arguments(request)
         if on_step is not None:
 
             def after(pipeline: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -193,16 +187,16 @@ class StableDiffusion(Family):
         model.pipeline.set_progress_bar_config(disable=True)
         with torch.inference_mode():
             return model.pipeline(
-                prompt=list(request.prompts),
                 negative_prompt=[request.negative_prompt] * len(request.prompts) if request.negative_prompt else None,
-                generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
                 **arguments,
             ).images
 
     def random_pipeline(self, configuration: str, seed: int) -> Any:
         import diffusers
-        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+        from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from qdiff.models.loading import bundled_tokenizer, stand_in_vae
 
         config = _CONFIGURATIONS[configuration]
         defaults = {"attention_head_dim": 8} if "attention_head_dim" not in config else {}
@@ -210,12 +204,9 @@ class StableDiffusion(Family):
             torch.manual_seed(seed)
             unet = UNet2DConditionModel(**defaults, **config)
             # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
-            vae = AutoencoderKL(
-                block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, latent_channels=4,
-            )  # fmt: skip
+            vae = stand_in_vae()
             width = config["cross_attention_dim"]
-            tokenizer = _tokenizer()
+            tokenizer = bundled_tokenizer(self.name)
             if "addition_embed_type" not in config:
                 encoders: dict[str, Any] = {"text_encoder": CLIPTextModel(_clip(width, tokenizer))}
             else:
@@ -224,7 +215,7 @@ class StableDiffusion(Family):
                 encoders = {
                     "text_encoder": CLIPTextModel(_clip(first, tokenizer)),
                     "text_encoder_2": CLIPTextModelWithProjection(_clip(width - first, tokenizer, pooled)),
-                    "tokenizer_2": _tokenizer(),
+                    "tokenizer_2": bundled_tokenizer(self.name),
                 }
         scheduler = DPMSolverMultistepScheduler(
             beta_start=0.00085,
@@ -245,15 +236,6 @@ class StableDiffusion(Family):
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         return dict(_STEPS_AND_GUIDANCE.get(configuration, {}))
-
-
-def _tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    from qdiff.models.loading import bundled_folder
-
-    folder = bundled_folder(StableDiffusion.name) / "tokenizer"
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def _clip(width: int, tokenizer: Any, pooled: int = 0) -> Any:
