@@ -39,6 +39,19 @@ TEMPLATES: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+MOVING = (
+    "{thing}",
+    "{thing}",
+    "{thing}",
+    "{name}",
+    "{thing} emoji",
+    "an emoji of {thing}",
+    "a video of {thing}",
+    "a clip of {thing}",
+)
+"""Subjects of captions that go on with what the subject does."""
+
+
 def article(name: str) -> str:
     """Give "an" before a vowel, else "a"."""
     return "an" if name[0] in "aeiou" else "a"
@@ -58,6 +71,16 @@ def caption(names: Sequence[str], colour: str | None, rng: random.Random) -> str
     text = rng.choice(TEMPLATES["subjects"]).format(name=name, thing=thing)
     if colour is not None:
         text = rng.choice(TEMPLATES["joined"]).format(subject=text, colour=colour)
+    return text + rng.choice(TEMPLATES["endings"])
+
+
+def clip_caption(names: Sequence[str], words: str, colour: str, rng: random.Random) -> str:
+    """A random caption of a clip: who, what it does (``words``, such as "moves up"), on which background."""
+    name = names[0] if len(names) == 1 or rng.random() < 0.8 else rng.choice(names[1:])
+    subject = rng.choice(MOVING).format(
+        name=name, thing=f"the {name}" if rng.random() < 0.2 else f"{article(name)} {name}"
+    )
+    text = rng.choice(TEMPLATES["joined"]).format(subject=f"{subject} {words}", colour=colour)
     return text + rng.choice(TEMPLATES["endings"])
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.autoencoder import encode
-from zoo.captions import caption
+from zoo.captions import all_words, caption
 from zoo.emoji import PALETTE, compose, load_table, sprites
 
 HELD_OUT = 0.1
@@ -81,3 +81,7 @@ class Pairs:
             text = caption(self.names[emoji], self.colours[colour] if stated else None, rng)
             captions.append("" if rng.random() < empty else text)
         return torch.stack(latents), captions
+
+    def words(self) -> list[str]:
+        """Every text that a caption is made of, for the tokenizer."""
+        return all_words(load_table(), self.colours)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import autoencoder, text
-from zoo.text_to_image import TextToImage, main, stratified
+from zoo.text_to_image import TextToImage, flow_levels, main
 
 
 def build_transformer() -> nn.Module:
@@ -46,13 +46,6 @@ def build_transformer() -> nn.Module:
 def hidden_matrix(name: str) -> bool:
     """The matrices that Muon trains: those of the transformer blocks and of the T5 layers."""
     return ("transformer_blocks" in name or "encoder.block" in name) and "relative_attention_bias" not in name
-
-
-def noise_levels(size: int, generator: torch.Generator) -> Tensor:
-    """Stratified s in (0, 1) [size]: 4/5 logit-normal(0.2, 1.1), 1/5 uniform, in random order."""
-    u = stratified(size, generator)
-    normal = torch.sigmoid(0.2 + 1.1 * torch.special.ndtri(u))
-    return torch.where(torch.rand(size, generator=generator) < 0.8, normal, u)
 
 
 class PixArt(TextToImage):
@@ -82,7 +75,7 @@ class PixArt(TextToImage):
     def loss_of(self, clean: Tensor, states: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         device = self.settings.device
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        clean, s = clean.to(device), noise_levels(len(clean), generator).to(device)
+        clean, s = clean.to(device), flow_levels(len(clean), generator).to(device)
         level = s[:, None, None, None]
         velocity = self.run(
             (1 - level) * clean + level * noise,

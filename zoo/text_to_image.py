@@ -16,15 +16,14 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zoo import autoencoder, text
-from zoo.captions import all_words
 from zoo.data import Pairs
-from zoo.emoji import BUNDLED, PALETTE, load_table
+from zoo.emoji import BUNDLED
 from zoo.train import Settings, Trainer, optimizers, parameters
 
 WARM_UP_STEPS = 400
@@ -36,14 +35,24 @@ def stratified(size: int, generator: torch.Generator) -> Tensor:
     return u[torch.randperm(size, generator=generator)].clamp(1e-4, 1 - 1e-4)
 
 
+def flow_levels(size: int, generator: torch.Generator, middle: float = 0.2) -> Tensor:
+    """Flow matching's noise levels, stratified, in (0, 1) [size]: 4/5 logit-normal(middle, 1.1), 1/5 uniform, in random order.
+
+    Esser et al. 2024, eq. 19, with a uniform part. More redundant data (more pixels, frames) wants a higher ``middle``.
+    """
+    u = stratified(size, generator)
+    normal = torch.sigmoid(middle + 1.1 * torch.special.ndtri(u))
+    return torch.where(torch.rand(size, generator=generator) < 0.8, normal, u)
+
+
 def warm_up(
-    encoder: nn.Module, pairs: Pairs, tokenizer: Any, settings: Settings, tokens: int, steps: int = WARM_UP_STEPS
+    encoder: nn.Module, data: Data, tokenizer: Any, settings: Settings, tokens: int, steps: int = WARM_UP_STEPS
 ) -> None:
     """Train the text encoder alone to predict the pictures (see `zoo.text`)."""
-    model = text.WarmUp(encoder, pairs.latents[0, 0, 0].numel()).to(settings.device)
+    model = text.WarmUp(encoder, data.sample(1, random.Random(0))[0].numel()).to(settings.device)
     made = optimizers(model, lambda name: "encoder.block" in name or "encoder.layers" in name, settings)
     for step in range(steps):
-        latents, captions = pairs.sample(128, random.Random(f"warm-up {settings.seed} {step}"), empty=0.02)
+        latents, captions = data.sample(128, random.Random(f"warm-up {settings.seed} {step}"), empty=0.02)
         ids, mask = (t.to(settings.device) for t in text.tokenize(tokenizer, captions, tokens))
         with torch.autocast(settings.device.split(":")[0], torch.bfloat16, enabled=settings.bfloat16):
             loss = model.loss(ids, mask, latents.flatten(1).to(settings.device))
@@ -56,6 +65,18 @@ def warm_up(
             optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == steps - 1:
             print(f"warm-up {step}/{steps} loss {loss.item():.4f}", file=sys.stderr, flush=True)
+
+
+class Data(Protocol):
+    """What a model is trained on."""
+
+    def sample(self, size: int, rng: random.Random, empty: float = 0.1) -> tuple[Tensor, list[str]]:
+        """``size`` latents, first axis, and their captions, of which a share ``empty`` is ""."""
+        ...
+
+    def words(self) -> list[str]:
+        """Every text that a caption is made of."""
+        ...
 
 
 class TextToImage(ABC):
@@ -75,15 +96,19 @@ class TextToImage(ABC):
     def __init__(self, work: Path, settings: Settings, size: int, compiled: bool, training: bool = True) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.size, self.work = settings, size, work
-        self.pairs = Pairs.build(autoencoder.load(work / "vae") if training else None, seed=settings.seed)
+        self.data = self.build_data(training)
         self.tokenizer = self.make_tokenizer()
         self.backbone, self.encoder = self.build_backbone(), self.build_encoder(len(self.tokenizer))
         self.run = torch.compile(self.backbone) if compiled else self.backbone
         models = self.models(self.backbone, self.encoder)
         self.trainer = Trainer(work / self.name, models, settings, self.hidden_matrix)
         if not self.trainer.resume() and training:
-            warm_up(self.encoder, self.pairs, self.tokenizer, settings, self.tokens)
+            warm_up(self.encoder, self.data, self.tokenizer, settings, self.tokens)
             self.trainer.save()
+
+    def build_data(self, training: bool) -> Data:
+        """The pictures as latents with captions; captions alone if no ``training`` follows."""
+        return Pairs.build(autoencoder.load(self.work / "vae") if training else None, seed=self.settings.seed)
 
     @abstractmethod
     def build_backbone(self) -> nn.Module:
@@ -121,17 +146,22 @@ class TextToImage(ABC):
         folder = self.work / f"tokenizer-{self.name}"
         if not folder.is_dir():
             rng = random.Random(self.settings.seed)
-            corpus = [t for _ in range(60) for t in self.pairs.sample(128, rng)[1]]
-            words = corpus + all_words(load_table(), list(PALETTE))
-            text.build_tokenizer(words, self.special).save_pretrained(folder)
+            corpus = [t for _ in range(60) for t in self.data.sample(128, rng)[1]]
+            text.build_tokenizer(corpus + self.data.words(), self.special).save_pretrained(folder)
         return PreTrainedTokenizerFast.from_pretrained(folder)
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
         """The error of the batch of that step."""
         device = self.settings.device
-        clean, captions = self.pairs.sample(self.size, random.Random(f"{self.settings.seed} {step}"))
+        clean, captions = self.data.sample(self.size, random.Random(f"{self.settings.seed} {step}"))
         ids, mask = (t.to(device) for t in text.tokenize(self.tokenizer, captions, self.tokens))
         return self.loss_of(clean, self.encode(ids, mask), mask, generator)
+
+    def judge(self, pipeline: Any, sheet: Path) -> str:
+        """How good it is by now, in a line, with a picture of samples at ``sheet``."""
+        from zoo.evaluate import quick
+
+        return quick(pipeline, sheet)
 
     def pipeline(self) -> Any:
         """diffusers' pipeline around the averaged weights, float32 on the CPU."""
@@ -202,11 +232,9 @@ def main(kind: type[TextToImage], description: str, batch: int = 64) -> None:
     def report(trainer: Trainer) -> None:
         if trainer.step % options.sheets and trainer.step != settings.steps:
             return
-        from zoo.evaluate import quick
-
         started = time.monotonic()
         export(model.pipeline(), options.export, kind.generation)
-        line = quick(model.pipeline(), options.work / f"sheet-{trainer.step:06d}.png")
+        line = model.judge(model.pipeline(), options.work / f"sheet-{trainer.step:06d}.png")
         print(f"step {trainer.step} {line} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
 
     model.trainer.run(model.loss, report)

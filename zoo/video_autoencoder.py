@@ -1,0 +1,164 @@
+"""The video model's autoencoder: 33 frames of 64x64 to 17 latent frames of 16x16 with 8 channels, and back.
+
+diffusers' `AutoencoderKLWan` with two halvings in space and one in time: causal, so a first frame is encoded on its own and
+pictures are clips of one frame. Loss as for the pictures' autoencoder (`zoo.autoencoder`), with the differences between frames
+beside those between pixels. Trained on 32x32 crops of 5 neighbouring frames, on whole ones at the end.
+
+    python -m zoo.video_autoencoder --work DIR --steps 1200
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qdiff.motion import EMOJI, MOTIONS, draw
+from zoo.emoji import IMAGE_SIZE, PALETTE
+from zoo.train import Settings, Trainer
+
+FRAMES = 33
+CHANNELS = 8
+CROP, NEIGHBOURS = 32, 5
+
+
+def build() -> nn.Module:
+    """A fresh autoencoder: 1.8 M parameters."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=16,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+        scale_factor_temporal=2,
+        scale_factor_spatial=4,
+    )
+
+
+def to_tensor(frames: np.ndarray) -> Tensor:
+    """[N, T, H, W, 3] in 0..255 -> [N, 3, T, H, W] in -1..1."""
+    return torch.from_numpy(frames).float().permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
+
+
+def clips(size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """``size`` random clips of neighbouring frames, float32 [NEIGHBOURS, 64, 64, 3] in 0..255."""
+    for _ in range(size):
+        start = int(rng.integers(FRAMES - NEIGHBOURS + 1))
+        chosen = [str(rng.choice(list(names))) for names in (EMOJI, PALETTE, MOTIONS)]
+        yield draw(*chosen, FRAMES, range(start, start + NEIGHBOURS))  # type: ignore[misc]
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 + 0.5 L1 of the differences between neighbours in time, height and width."""
+    loss = functional.l1_loss(output, target)
+    for dim in (2, 3, 4):
+        loss = loss + 0.5 * functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
+    return loss
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, frames: np.ndarray, chunk: int = 8) -> Tensor:
+    """Normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
+    config = vae.config
+    mean, deviation = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
+    )  # type: ignore[union-attr]
+    parts = []
+    for start in range(0, len(frames), chunk):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(to_tensor(frames[start : start + chunk])).latent_dist.mean.float())  # type: ignore[operator]
+    return (torch.cat(parts) - mean) / deviation
+
+
+@torch.no_grad()
+def check(vae: nn.Module) -> tuple[float, Tensor]:
+    """(PSNR in dB over 16 whole clips, their unnormalised latents)."""
+    rng = np.random.default_rng(7)
+    frames = np.stack([draw(EMOJI[int(rng.integers(len(EMOJI)))], colour, motion, FRAMES)
+                       for motion, colour in zip([*MOTIONS, *MOTIONS], [*PALETTE, *PALETTE], strict=False)])  # fmt: skip
+    target, errors, found = to_tensor(frames), [], []
+    for clip in target.split(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(clip).latent_dist.mean  # type: ignore[operator]
+            output = vae.decode(latents).sample.float().clamp(-1, 1)  # type: ignore[operator]
+        errors.append((output - clip).square().flatten(1).mean(1))
+        found.append(latents.float())
+    return float((10 * torch.log10(4 / torch.cat(errors))).mean()), torch.cat(found)
+
+
+def train(work: Path, settings: Settings, size: int = 8) -> nn.Module:
+    """Train (or resume) in ``work``; returns the averaged model with the statistics of its latents in the config."""
+    torch.manual_seed(settings.seed)
+    vae = build()
+    trainer = Trainer(work, vae, settings)
+    trainer.resume()
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rng = np.random.default_rng([settings.seed, step])
+        whole = step > 0.85 * settings.steps
+        frames = to_tensor(np.stack(list(clips(size // 4 if whole else size, rng))))
+        if not whole:
+            corners = rng.integers(0, IMAGE_SIZE - CROP + 1, (size, 2))
+            frames = torch.stack(
+                [x[..., i : i + CROP, j : j + CROP] for x, (i, j) in zip(frames, corners, strict=True)]
+            )
+        posterior = vae.encode(frames.to(settings.device)).latent_dist  # type: ignore[operator]
+        mean, deviation = posterior.mean.float(), posterior.std.float()
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        output = vae.decode(mean + deviation * noise).sample.float()  # type: ignore[operator]
+        divergence = 0.5 * (mean.square() + deviation.square() - 1 - 2 * deviation.log()).mean()
+        return reconstruction_loss(output, frames.to(output.device)) + 1e-4 * divergence
+
+    def report(current: Trainer) -> None:
+        averaged = current.average_into(build()).eval()
+        print(f"step {current.step} PSNR {check(averaged)[0]:.2f} dB", file=sys.stderr, flush=True)
+
+    trainer.run(loss, report)
+    averaged = trainer.average_into(build()).eval()
+    quality, latents = check(averaged)
+    by_channel = latents.transpose(0, 1).flatten(1)
+    averaged.register_to_config(  # type: ignore[operator]
+        latents_mean=[round(float(v), 4) for v in by_channel.mean(1)],
+        latents_std=[round(float(v), 4) for v in by_channel.std(1)],
+    )
+    averaged.save_pretrained(work / "vae")  # type: ignore[operator]
+    print(f"PSNR {quality:.2f} dB", file=sys.stderr)
+    return averaged
+
+
+def load(work: Path) -> nn.Module:
+    """The trained autoencoder of ``work`` in float32."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_pretrained(work / "vae").eval()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m zoo.video_autoencoder", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    settings = Settings(
+        steps=options.steps, rate=options.rate, seed=options.seed, device=options.device, average=0.995, cooldown=0.4
+    )
+    train(options.work, settings)
+
+
+if __name__ == "__main__":
+    main()
