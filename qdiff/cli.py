@@ -53,6 +53,9 @@ KeepOption = Annotated[int, typer.Option(help="how many steps of a trajectory to
 BatchOption = Annotated[int, typer.Option(help="prompts denoised together")]
 SeedOption = Annotated[int, typer.Option(help="picture i starts from the noise of SEED + i")]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or a YAML file")]
+BudgetOption = Annotated[
+    str | None, typer.Option("--budget", help="of recipe mixed: bits=5.5, bytes=4000000 or latency=MILLISECONDS")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry of the recipe")
 ]
@@ -104,6 +107,13 @@ def _open(path: Path) -> Run:
     from qdiff.artifacts import Run
 
     return Run.existing(path)
+
+
+def _overrides(given: list[str] | None, budget: str | None) -> list[str] | None:
+    """``--set`` with ``--budget``, which is a short form of one."""
+    from qdiff.recipe import budget_override
+
+    return given if budget is None else [*(given or []), budget_override(budget)]
 
 
 def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
@@ -161,6 +171,7 @@ def calibrate(
 def quantize(
     run: RunArgument,
     recipe: RecipeOption = "int8",
+    budget: BudgetOption = None,
     set: SetOption = None,
     plan: PlanOption = None,
     force: ForceOption = False,
@@ -173,7 +184,8 @@ def quantize(
     """
     from qdiff.stages import quantize as stage
 
-    result = stage.quantize(_open(run), recipe, set, plan_file=plan, force=force, dry_run=dry_run)
+    overrides = _overrides(set, budget)
+    result = stage.quantize(_open(run), recipe, overrides, plan_file=plan, force=force, dry_run=dry_run)
     _show(result, json, present.quantize)
 
 
@@ -319,6 +331,7 @@ def run_all(
     batch: BatchOption = 4,
     seed: SeedOption = 0,
     recipe: RecipeOption = "int8",
+    budget: BudgetOption = None,
     set: SetOption = None,
     engine: Annotated[
         list[str] | None, typer.Option("--engine", help="engines to build [default: all that can be]")
@@ -346,7 +359,7 @@ def run_all(
         Run(output or Path("runs") / model),
         options,
         recipe,
-        set,
+        _overrides(set, budget),
         engine,
         compute_capability=compute_capability,
         profiles=profile,

@@ -5,8 +5,8 @@ Cheap, so everything that cannot be carried out is refused here, before the floa
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -68,11 +68,13 @@ class Draft:
         structure: how the model was changed.
         statistics: of the changed model.
         entries: what the recipe alone says about every layer: formats, groups, outputs.
+        recipes: of a mixed recipe, by group, the one whose methods decide about it.
     """
 
     structure: Structure
     statistics: Statistics
     entries: dict[str, LayerPlan]
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
 
 
 def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
@@ -81,10 +83,28 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
     Raises:
         InputError: a pattern that matches no layer, statistics of another model, or a layer that a format's blocks do not divide.
     """
+    structure, statistics = prepare(model, recipe, statistics)
+    return Draft(structure, statistics, entries_of(model, recipe, statistics))
+
+
+def prepare(model: Model, recipe: Recipe, statistics: Statistics) -> tuple[Structure, Statistics]:
+    """Changes the model's structure as the recipe wants it, in place; what was changed, and statistics of what it then is."""
     ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
     structure = wanted_structure(model, recipe, statistics, ignored)
-    statistics = change(model, structure, statistics)
+    return structure, change(model, structure, statistics)
+
+
+def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient: bool = False) -> dict[str, LayerPlan]:
+    """What a recipe alone says about every layer of a model that :func:`prepare` has changed.
+
+    Args:
+        lenient: layers that the formats do not fit are kept, instead of an error.
+
+    Raises:
+        InputError: as :func:`draft`.
+    """
     groups, layers = groups_of(model, statistics), quantizable_layers(model.backbone)
+    ignored = recipe.ignored(model.family.name, list(layers))
     with_output = recipe.with_output(model.family.name, list(layers))
     entries = {}
     for name, linear in layers.items():
@@ -104,7 +124,13 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
             entry = entry.model_copy(update={"why": f"kept: recipe {recipe.name} does not target {entry.kind}"})
         elif name not in ignored:
             scheme = recipe.scheme_of(entry.kind)
-            _check_shape(name, entry, scheme)
+            try:
+                _check_shape(name, entry, scheme)
+            except InputError as error:
+                if not lenient:
+                    raise
+                entries[name] = entry.model_copy(update={"why": f"kept: {error.message}"})
+                continue
             output = scheme.activations if name in with_output else None
             entry = entry.model_copy(
                 update={
@@ -117,7 +143,7 @@ def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
                 }
             )
         entries[name] = entry
-    return Draft(structure, statistics, entries)
+    return entries
 
 
 def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:

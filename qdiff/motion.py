@@ -148,9 +148,9 @@ def classify(clips: np.ndarray) -> list[tuple[str, str, str, float]]:
     vocabulary = load_vocabulary()
     side = vocabulary.size
     if clips.ndim != 5 or clips.shape[2:] != (side, side, 3) or clips.dtype != np.uint8 or clips.shape[1] < LOOKED_AT:
-        given = f"{clips.dtype} {list(clips.shape)}"
+        form = f"{clips.dtype} {list(clips.shape)}"
         raise InputError(
-            f"clips must be uint8 [N, T, {side}, {side}, 3] of {LOOKED_AT} frames or more, not {given}", "resize them"
+            f"clips must be uint8 [N, T, {side}, {side}, 3] of {LOOKED_AT} frames or more, not {form}", "resize them"
         )
     which = np.linspace(0, clips.shape[1] - 1, LOOKED_AT).round().astype(int)
     colours = np.array(list(vocabulary.palette.values()), np.float32)

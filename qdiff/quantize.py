@@ -68,10 +68,8 @@ def carry_out(
     """:func:`quantize` from the draft on. Raises as there."""
 
     def solve(problem: Problem, members: list[LayerPlan]) -> Solution:
-        solution = Solution()
-        for method, options in recipe.methods.items():
-            solution = apply_method(method, options or {}, problem, solution)
-        return solution
+        own = drafted.recipes.get(members[0].group or "", recipe)
+        return solve_by(own, problem)
 
     entries, statistics = drafted.entries, drafted.statistics
     if not any(entry.quantized for entry in entries.values()):
@@ -90,6 +88,30 @@ def carry_out(
     if recipe.distil is None or trajectory is None:
         return plan
     return distilled(plan, distil(model, trajectory, targets, recipe.distil, scratch))
+
+
+def solve_by(recipe: Recipe, problem: Problem) -> Solution:
+    """What a recipe's methods decide about a group, one after the other."""
+    solution = Solution()
+    for method, options in recipe.methods.items():
+        solution = apply_method(method, options or {}, problem, solution)
+    return solution
+
+
+def realise_all(
+    model: Model, recipe: Recipe, entries: dict[str, LayerPlan], statistics: Statistics
+) -> dict[str, LayerPlan]:
+    """Quantizes ``model.backbone`` in place by a recipe's methods on the float model's statistics, every group on its own.
+
+    Args:
+        entries: :func:`qdiff.drafting.entries_of` of the recipe.
+
+    Returns:
+        what became of every layer.
+    """
+    work = _Realisation(model, entries, lambda problem, members: solve_by(recipe, problem), statistics, recipe.kept)
+    work.all_groups()
+    return work.planned
 
 
 def distilled(plan: Plan, result: Distilled) -> Plan:
@@ -150,7 +172,7 @@ class _Realisation:
         self.planned = dict(entries)
         self.clock = TimestepClock()
         install_clock(self.backbone, self.clock, torch.tensor(statistics.timesteps))
-        _round_kept(self.backbone, kept)
+        round_kept(self.backbone, kept)
 
     def all_groups(self) -> None:
         """Every group on the statistics of the float model."""
@@ -348,7 +370,7 @@ def _keep(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear | nn.Conv2d) -
     backbone.set_submodule(plan.name, module)
 
 
-def _round_kept(backbone: nn.Module, kept: str) -> None:
+def round_kept(backbone: nn.Module, kept: str) -> None:
     """Rounds the parameters outside linear layers to the storage they get, so that this model equals the loaded one."""
     linear = {id(parameter) for layer in quantizable_layers(backbone).values() for parameter in layer.parameters()}
     for parameter in backbone.parameters():

@@ -83,15 +83,56 @@ class Distillation(BaseModel):
         return self
 
 
+class Mixed(BaseModel):
+    """Formats chosen layer by layer (:mod:`qdiff.sensitivity`, :mod:`qdiff.allocation`).
+
+    ``recipes`` are names or paths of the recipes whose formats and methods a layer may get; ``float16`` (or what ``kept`` is)
+    among them means that a layer may stay. ``budget`` has one entry: ``bits`` (mean over the weights that are chosen for),
+    ``bytes`` (of the whole checkpoint) or ``latency`` (milliseconds of these layers in one step on ``device``).
+    ``minimum`` maps a pattern of layers to a recipe of the list: nothing that is cheaper in bits. ``calls`` of the backbone
+    measure every layer in every format; ``pictures`` decide between the solver's ``best`` solutions.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipes: list[str] = Field(min_length=2)
+    budget: dict[Literal["bits", "bytes", "latency"], float] = Field(min_length=1, max_length=1)
+    device: str | None = None
+    minimum: dict[str, dict[str, str]] = Field(default={}, description="by family: pattern of layers to recipe")
+    calls: int = Field(20, ge=1, le=1000)
+    pictures: int = Field(8, ge=0, le=256)
+    best: int = Field(4, ge=1, le=32)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Mixed:
+        if len(set(self.recipes)) != len(self.recipes):
+            raise ValueError(f"mixed.recipes names one twice: {', '.join(self.recipes)}")
+        (measure, amount), *_ = self.budget.items()
+        if not 0 < amount < float("inf"):
+            raise ValueError(f"mixed.budget: {measure} = {amount} is no positive number")
+        if measure == "latency" and self.device is None:
+            raise ValueError(
+                "mixed.budget: latency needs mixed.device, the GPU whose published rates it is reckoned with"
+            )
+        for pattern, name in (pair for family in self.minimum.values() for pair in family.items()):
+            if name not in self.recipes:
+                raise ValueError(f"mixed.minimum: {pattern!r} wants {name!r}, which is not among mixed.recipes")
+        return self
+
+
 class Recipe(BaseModel):
-    """See the module's docstring. ``methods`` maps a method's name to its options, in the order in which they apply."""
+    """See the module's docstring. ``methods`` maps a method's name to its options, in the order in which they apply.
+
+    A recipe has either a ``scheme`` for all targeted layers, or ``mixed``: recipes of which every layer gets one.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     version: Literal[1]
     name: str
     description: str = ""
-    scheme: Scheme
+    scheme: Scheme | None = None
+    mixed: Mixed | None = None
     convolutions: Scheme | None = Field(
         None, description="formats of convolutions, where they are not those of `scheme`"
     )
@@ -107,9 +148,43 @@ class Recipe(BaseModel):
     methods: dict[str, dict[str, Any]] = {}
     distil: Distillation | None = None
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Recipe:
+        if (self.scheme is None) == (self.mixed is None):
+            raise ValueError("a recipe has either a scheme or mixed")
+        if self.mixed is not None:
+            beside = [name for name in ("convolutions", "methods", "outputs", "distil") if getattr(self, name)]
+            if beside:
+                raise ValueError(f"{beside[0]}: beside mixed, its recipes say that")
+        return self
+
     def scheme_of(self, kind: str) -> Scheme:
-        """Formats of a layer of that kind (``Linear``, ``Conv2d``)."""
-        return self.convolutions if kind == "Conv2d" and self.convolutions is not None else self.scheme
+        """Formats of a layer of that kind (``Linear``, ``Conv2d``).
+
+        Raises:
+            RuntimeError: the recipe is mixed: its members have formats.
+        """
+        scheme = self.convolutions if kind == "Conv2d" and self.convolutions is not None else self.scheme
+        if scheme is None:
+            raise RuntimeError(f"recipe {self.name!r} is mixed and has no formats of its own")
+        return scheme
+
+    def members(self) -> list[Recipe | None]:
+        """The recipes that a mixed one chooses from, each with this one's ``ignore``, ``kept`` and structure; ``None`` where a
+        layer may stay in ``kept``.
+
+        Raises:
+            InputError: one that cannot be read, or is mixed itself.
+        """
+        assert self.mixed is not None
+        shared = {name: getattr(self, name) for name in ("ignore", "kept", "split_shortcuts", "first_token")}
+        found: list[Recipe | None] = []
+        for name in self.mixed.recipes:
+            member = None if name == self.kept else load_recipe(name)
+            if member is not None and member.mixed is not None:
+                raise InputError(f"recipe {self.name!r}: {name!r} is mixed itself", "name recipes that have a scheme")
+            found.append(member and member.model_copy(update={**shared, "sequential": None, "distil": None}))
+        return found
 
     def ignored(self, family: str, names: list[str]) -> dict[str, str]:
         """Which of ``names`` stay unquantized, with the pattern that says so.
@@ -163,6 +238,25 @@ def _override(value: dict[str, Any], assignment: str) -> None:
         raise UsageError(f"--set {assignment!r}: the value is not YAML ({error})") from None
 
 
+def budget_override(text: str) -> str:
+    """``bits=5.5`` of ``--budget`` as an override.
+
+    Raises:
+        UsageError: another form, measure, or no number.
+    """
+    measure, _, amount = text.partition("=")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = -1.0
+    if measure not in ("bits", "bytes", "latency") or not 0 < number < float("inf"):
+        raise UsageError(
+            f"--budget {text!r} is not bits=NUMBER, bytes=NUMBER or latency=MILLISECONDS",
+            "example: --recipe mixed --budget bits=5.5",
+        )
+    return f"mixed.budget={{{measure}: {number!r}}}"
+
+
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe of that name (built in) or at that path, with overrides of the form ``a.b=value``.
 
@@ -188,6 +282,11 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(value, dict):
         raise InputError(f"recipe {name} is not a group of settings", "see qdiff/recipes/int8.yaml for an example")
     for assignment in overrides or []:
+        if assignment.startswith("mixed.") and "mixed" not in value:
+            raise UsageError(
+                f"recipe {name!r} chooses no formats, so it has no budget",
+                "use --recipe mixed, or a recipe with `mixed`",
+            )
         _override(value, assignment)
     try:
         recipe = Recipe.model_validate(value)

@@ -26,9 +26,11 @@ from qdiff.images import difference
 from qdiff.metrics import DB_CAP, decibels
 from qdiff.report_data import (
     NOT_MEASURED,
+    AllocationResult,
     EngineResult,
     LayerResult,
     ModelInfo,
+    PlanResult,
     PromptResult,
     Quality,
     ReportData,
@@ -42,15 +44,17 @@ from qdiff.report_data import (
     seconds,
     times,
 )
-from qdiff.report_plots import engine_plot, format_colours, layer_plot, timestep_plot
+from qdiff.report_plots import allocation_plot, engine_plot, format_colours, layer_plot, timestep_plot
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "AllocationResult",
     "EngineResult",
     "LayerResult",
     "ModelInfo",
+    "PlanResult",
     "PromptResult",
     "Quality",
     "ReportData",
@@ -105,6 +109,7 @@ def write_report(run_path: Path | str, data: ReportData) -> tuple[Path, Path]:
         plots={
             "layers": layer_plot(data.layers, colours),
             "time": timestep_plot(data),
+            "allocation": allocation_plot(data.allocation),
             "engines": engine_plot(data),
         },
         weakest=sorted((one for one in data.layers if one.sqnr_db is not None), key=lambda one: one.sqnr_db or 0.0)[:5],

@@ -102,6 +102,40 @@ class Sizes:
 
 
 @dataclass
+class PlanResult:
+    """One plan that an allocation looked at: its ``cost`` in the budget's unit, and the PSNR of its simulated pictures.
+
+    ``kind`` is ``uniform`` (one recipe for all), ``solver`` (another budget), ``candidate`` or ``chosen``.
+    """
+
+    name: str
+    kind: str
+    cost: float
+    psnr_db: float | None = None
+    layers: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class AllocationResult:
+    """How a mixed recipe's formats were chosen. ``rank_correlations``: Spearman's, of proxies with the measured change."""
+
+    measure: str
+    budget: float
+    device: str | None = None
+    groups: int = 0
+    calls: int = 0
+    plans: list[PlanResult] = field(default_factory=list)
+    rank_correlations: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """The budget's unit, for axes and tables."""
+        if self.measure == "latency":
+            return f"ms a step, reckoned for {self.device}"
+        return {"bits": "bits a weight", "bytes": "bytes"}[self.measure]
+
+
+@dataclass
 class StageResult:
     """One stage as the manifest has it."""
 
@@ -130,6 +164,7 @@ class ReportData:
     prompts: list[PromptResult] = field(default_factory=list)
     layers: list[LayerResult] = field(default_factory=list)
     timesteps: list[TimestepError] = field(default_factory=list)
+    allocation: AllocationResult | None = None
     engines: list[EngineResult] = field(default_factory=list)
     stages: list[StageResult] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import re
 import warnings
 from typing import Any
 
-from qdiff.report_data import LayerResult, ReportData, db, megabytes, seconds, times
+from qdiff.report_data import AllocationResult, LayerResult, ReportData, db, megabytes, seconds, times
 
 UNQUANTIZED = frozenset({"float", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "none"})
 
@@ -89,6 +89,40 @@ def timestep_plot(data: ReportData) -> str | None:
         axes.grid(axis="y", color=_RULE, linewidth=0.7)
 
     return _svg("time", draw, (280, 240), f"SQNR of the model’s output at {len(points)} timesteps")
+
+
+def allocation_plot(allocation: AllocationResult | None) -> str | None:
+    """PSNR of plans over what they cost: the solver's at several budgets, uniform ones, those within the budget."""
+    shown = [(plan, plan.psnr_db) for plan in allocation.plans if plan.psnr_db is not None] if allocation else []
+    if allocation is None or not shown:
+        return None
+
+    def draw(figure: Any, narrow: bool) -> None:
+        axes = figure.subplots()
+        line = sorted((plan.cost, value) for plan, value in shown if plan.kind in ("solver", "chosen"))
+        axes.plot(*zip(*line, strict=True), color=_RULE, linewidth=2, zorder=1)
+        looks = {
+            "solver": ("o", _MUTED, 6, "the solver's"),
+            "candidate": ("o", _SERIES[5], 6, "looked at"),
+            "uniform": ("D", _SERIES[1], 8, "one recipe for all"),
+            "chosen": ("o", _ACCENT, 10, "taken"),
+        }
+        for kind, (marker, colour, size, label) in looks.items():
+            points = [(plan, value) for plan, value in shown if plan.kind == kind]
+            for index, (plan, value) in enumerate(points):
+                (dot,) = axes.plot(plan.cost, value, marker, color=colour, ms=size, label=None if index else label)
+                dot.set(markeredgecolor=_PAPER, markeredgewidth=0.6, linestyle="none")
+                if kind == "uniform":
+                    axes.annotate(f" {plan.name[:16]} ", (plan.cost, value), color=_INK, va="top", ha="center",
+                                  xytext=(0, -8), textcoords="offset points")  # fmt: skip
+        axes.axvline(allocation.budget, color=_MUTED, linestyle=(0, (2, 3)), linewidth=1)
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2 if narrow else 4}
+        axes.legend(**place, frameon=False, labelcolor=_INK, borderpad=0)
+        axes.margins(x=0.08, y=0.18)
+        axes.set(ylabel="PSNR in dB", xlabel=allocation.unit if narrow else f"{allocation.unit} (dashed: the budget)")
+        axes.grid(axis="y", color=_RULE, linewidth=0.7)
+
+    return _svg("allocation", draw, (320, 280), f"PSNR of {len(shown)} plans by cost")
 
 
 def engine_plot(data: ReportData) -> str | None:

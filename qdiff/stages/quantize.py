@@ -1,13 +1,12 @@
 """Stage 2: decide and pack. The float model goes in, the plan and the quantized checkpoint come out.
 
-What is decided comes from one of two sources: a recipe, whose methods look at the statistics, or a plan, in which a hand has
-written it down. Everything else is the same for both.
+What is decided comes from one of three sources (:mod:`qdiff.stages.decisions`): a recipe, whose methods look at the statistics, a
+plan, in which a hand has written it down, or a budget. Everything else is the same for all.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,14 @@ from qdiff.errors import UsageError
 from qdiff.files import save_tensors, sha256_json, write_json
 from qdiff.scratch import Scratch
 from qdiff.stages.calibrate import reload_model
+from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, Decisions
+from qdiff.stages.sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdiff.drafting import Draft
     from qdiff.models.base import Model
     from qdiff.plan import Plan
-    from qdiff.recipe import Recipe
-    from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
 DEFAULT_RECIPE = "int8"
@@ -33,62 +31,6 @@ FLOAT_PREDICTIONS = "quantization/predictions.safetensors"  # of the float model
 SCRATCH = "quantization/blocks"  # finished blocks of a sequential recipe, until the stage is done
 DECIDED = "quantization/plan.json"  # the plan as this stage wrote it: tells what a hand changed in plan.json since
 CHECKED_STEPS = 50  # recorded calls on which the whole backbone is compared with float
-
-
-@dataclass(frozen=True)
-class _ByRecipe:
-    """Decisions of a recipe's methods."""
-
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        return self.recipe.name
-
-    def inputs(self) -> dict[str, Any]:
-        return {"recipe": self.recipe.model_dump(mode="json")}
-
-    def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.drafting import draft
-
-        return draft(model, self.recipe, statistics)
-
-    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch) -> Plan:
-        from qdiff.quantize import carry_out
-
-        return carry_out(model, self.recipe, drafted, trajectory, scratch)
-
-
-@dataclass(frozen=True)
-class _ByPlan:
-    """Decisions that stand in a plan. ``before`` are those that the run had until now."""
-
-    plan: Plan
-    before: Plan | None
-    source: Path
-
-    @property
-    def name(self) -> str:
-        return self.plan.recipe
-
-    def inputs(self) -> dict[str, Any]:
-        from qdiff.edited_plan import decisions
-
-        return {"plan": decisions(self.plan)}
-
-    def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.drafting import Draft, change
-        from qdiff.edited_plan import settle
-
-        statistics = change(model, self.plan.structure, statistics)
-        settled = settle(self.plan, model, statistics, self.before, self.source)
-        return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})
-
-    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch) -> Plan:
-        from qdiff.quantize import quantize_as_planned
-
-        plan = self.plan.model_copy(update={"layers": list(drafted.entries.values())})
-        return quantize_as_planned(model, plan, drafted.statistics)
 
 
 def quantize(
@@ -111,6 +53,8 @@ def quantize(
         IntegrityError: the plan of another model.
     """
     decided = _source(run, recipe_name, overrides, plan_file)
+    if isinstance(decided, ByBudget) and not dry_run:
+        sensitivity(run, decided.recipe, force=force)
     inputs = {"calibrate": run.outputs_hash("calibrate"), **decided.inputs()}
     if dry_run:
         return _dry_run(run, decided)
@@ -121,12 +65,13 @@ def quantize(
     return _summary(run)
 
 
-def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> _ByRecipe | _ByPlan:
+def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> Decisions:
     """Reads the plan now: it may be the file that the work will overwrite."""
     if plan_file is None:
         from qdiff.recipe import load_recipe
 
-        return _ByRecipe(load_recipe(recipe_name, overrides))
+        recipe = load_recipe(recipe_name, overrides)
+        return ByRecipe(recipe) if recipe.mixed is None else ByBudget(recipe, run)
     if overrides or recipe_name != DEFAULT_RECIPE:
         raise UsageError(
             "--plan holds every decision already: --recipe and --set have nothing to decide beside it",
@@ -137,10 +82,10 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
 
     plan = read(plan_file)
     before = Plan.load(run.file(DECIDED)) if run.file(DECIDED).exists() else None
-    return _ByPlan(plan, before, plan_file)
+    return ByPlan(plan, before, plan_file)
 
 
-def _work(run: Run, decided: _ByRecipe | _ByPlan, work: Any, scratch: Scratch) -> None:
+def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     import torch
 
     from qdiff.checkpoint import save_quantized
@@ -154,7 +99,7 @@ def _work(run: Run, decided: _ByRecipe | _ByPlan, work: Any, scratch: Scratch) -
     trajectory = Trajectory(run.file("calibration"))
     expected = _predictions(model, trajectory)
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-    plan = decided.apply(model, drafted, trajectory, scratch)
+    plan = decided.apply(model, drafted, trajectory, scratch, work)
     errors = _errors(expected, _predictions(model, trajectory))
     _refuse_idle(plan, errors)
     plan.save(work.output(run.file("plan.json")))
@@ -224,7 +169,7 @@ def _summary(run: Run) -> dict[str, Any]:
     return {"run": str(run.path), "plan": str(run.file("plan.json")), **{name: entry.get(name) for name in names}}
 
 
-def _dry_run(run: Run, decided: _ByRecipe | _ByPlan) -> dict[str, Any]:
+def _dry_run(run: Run, decided: Decisions) -> dict[str, Any]:
     """Formats and bytes of every layer; nothing that only the work can decide."""
     from qdiff.statistics import Statistics
 

@@ -11,7 +11,7 @@ from qdiff.files import read_json
 
 if TYPE_CHECKING:
     from qdiff.plan import LayerPlan, Plan
-    from qdiff.report import EngineResult, LayerResult, PromptResult
+    from qdiff.report import AllocationResult, EngineResult, LayerResult, PromptResult
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -63,6 +63,7 @@ def gather(run: Run, plan: Plan) -> Any:
         prompts=_prompts(compared, best),
         layers=_layers(run, plan),
         timesteps=[TimestepError(e["timestep"], e["sqnr_db"], e["cosine"]) for e in errors],
+        allocation=_allocation(run),
         engines=engines,
         stages=[
             StageResult(name, entry.get("seconds"), entry.get("peak_memory_bytes"))
@@ -75,6 +76,45 @@ def gather(run: Run, plan: Plan) -> Any:
             dict.fromkeys(entry["command"] for entry in run.manifest["stages"].values() if "command" in entry)
         ),
         warnings=_warnings(run, compared),
+    )
+
+
+def _allocation(run: Run) -> AllocationResult | None:
+    """How formats were chosen, of runs with a mixed recipe."""
+    from qdiff.report import AllocationResult, PlanResult
+    from qdiff.stages.decisions import ALLOCATION
+    from qdiff.stages.sensitivity import TABLE
+
+    if ALLOCATION not in run.entry("quantize")["outputs"]:
+        return None
+    made, measured = read_json(run.file(ALLOCATION), "the allocation"), read_json(run.file(TABLE), "the sensitivities")
+    sizes = [len(layers) for layers in measured["groups"].values()]
+    plans = []
+    for kind in ("solutions", "uniform", "frontier"):
+        for index, solution in enumerate(made[kind]):
+            layers = dict.fromkeys(made["formats"], 0)
+            for format, size in zip(solution["formats"], sizes, strict=True):
+                layers[made["formats"][format]] += size
+            chosen = kind == "solutions" and index == made["chosen"]
+            role = {"solutions": "candidate", "uniform": "uniform", "frontier": "solver"}[kind]
+            name = {"solutions": f"weighed {solution['weighting']}", "uniform": solution["weighting"]}
+            plans.append(
+                PlanResult(
+                    name.get(kind, "another budget"),
+                    "chosen" if chosen else role,
+                    solution["cost"],
+                    solution["psnr_db"],
+                    layers,
+                )
+            )
+    return AllocationResult(
+        made["measure"],
+        made["budget"],
+        made["device"],
+        len(sizes),
+        len(measured["timesteps"]),
+        plans,
+        {name: value for name, value in measured["rank_correlations"].items() if math.isfinite(value)},
     )
 
 

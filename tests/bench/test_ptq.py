@@ -100,9 +100,8 @@ def test_bits_of_a_shorter_last_block_and_of_zero_points():
 def test_every_recipe_has_a_row_and_every_name_is_one_of_a_kind():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
-    assert {row.options["recipe"] for row in ROWS if row.library == "qdiff" and "recipe" in row.method} == set(
-        built_in()
-    )
+    own = {row.options["recipe"] for row in ROWS if row.library == "qdiff" and "recipe" in row.method}
+    assert own == set(built_in()) - {"mixed"}, "bench.mixed is that one's"
     with pytest.raises(KeyError, match="no row"):
         named("nothing")
 

@@ -1,0 +1,167 @@
+"""Every group of layers in every format that it may get, and a backbone in which they can be put one by one.
+
+The float weights are shared with the model, packed ones are small, so all of it together takes little more memory than the float
+model. What is put in is made from the float model's statistics; the model that comes out in the end is made anew, block by block
+where the recipes say so (:func:`qdiff.quantize.carry_out`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.checkpoint import install_clock
+from qdiff.drafting import Draft, entries_of, groups_of, kind_of
+from qdiff.errors import InputError
+from qdiff.events import log
+from qdiff.layers import QuantLinear, TimestepClock
+from qdiff.models.base import Model, quantizable_layers
+from qdiff.plan import LayerPlan
+from qdiff.quantize import realise_all, round_kept
+from qdiff.recipe import Recipe
+from qdiff.statistics import Statistics
+
+FLOAT = -1  # in place of a format: the float layer
+
+
+class Candidates:
+    """See the module's docstring.
+
+    Args:
+        model: its backbone has the structure that the recipe wants and is float; nothing in it is changed.
+        recipe: a mixed one.
+        statistics: of that backbone.
+
+    ``groups`` maps a group to its layers, those alone that can be quantized; ``names`` are the formats' names, ``entries`` what
+    becomes of every layer in each; ``backbone`` is called with layers put in.
+
+    Raises:
+        InputError: a group that can have none of the formats.
+    """
+
+    def __init__(self, model: Model, recipe: Recipe, statistics: Statistics) -> None:
+        assert recipe.mixed is not None
+        self.model, self.recipe = model, recipe
+        self.names = list(recipe.mixed.recipes)
+        self.members = recipe.members()
+        ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
+        self.groups: dict[str, list[str]] = {}
+        for layer, group in groups_of(model, statistics).items():
+            if layer not in ignored:
+                self.groups.setdefault(group, []).append(layer)
+        self.backbone = shared_copy(model.backbone)
+        round_kept(self.backbone, recipe.kept)
+        self.clock = TimestepClock()
+        install_clock(self.backbone, self.clock, torch.tensor(statistics.timesteps))
+        self._float = {name: self.backbone.get_submodule(name) for names in self.groups.values() for name in names}
+        self._modules: list[dict[str, nn.Module]] = []
+        self.entries: list[dict[str, LayerPlan]] = []
+        self._drafts: list[dict[str, LayerPlan]] = []  # before methods decided
+        for name, member in zip(self.names, self.members, strict=True):
+            self._add(name, member, statistics)
+        for group in self.groups:
+            if not any(self.possible(group)):
+                raise InputError(f"the layers of {group} can have none of {', '.join(self.names)}")
+
+    def possible(self, group: str) -> list[bool]:
+        """Which formats a group can have."""
+        return [all(name in modules for name in self.groups[group]) for modules in self._modules]
+
+    def put(self, group: str, format: int) -> None:
+        """Puts a group's layers in, in the format with that index; :data:`FLOAT`: takes them out."""
+        source = self._float if format == FLOAT else self._modules[format]
+        for name in self.groups[group]:
+            self.backbone.set_submodule(name, source[name])
+
+    def entries_of(self, layer: str) -> LayerPlan:
+        """What becomes of a layer in the first format that it can have: for what all of them share."""
+        return next(entries[layer] for entries in self.entries if layer in entries)
+
+    def module(self, layer: str, format: int) -> nn.Module:
+        """A layer in the format with that index."""
+        return self._modules[format][layer]
+
+    def float_layer(self, layer: str) -> nn.Module:
+        """A layer as it was."""
+        return self._float[layer]
+
+    def put_all(self, choice: Sequence[int] | Tensor) -> None:
+        """Puts all groups in, in their order."""
+        for group, format in zip(self.groups, choice, strict=True):
+            self.put(group, int(format))
+
+    def draft(self, drafted: Draft, choice: Mapping[str, int]) -> Draft:
+        """The draft of the plan that gives every group the format with that index; ``drafted`` says what is not chosen for."""
+        entries, recipes = dict(drafted.entries), {}
+        for group, format in choice.items():
+            member = self.members[format]
+            for layer in self.groups[group]:
+                entries[layer] = self._drafts[format][layer]
+            if member is not None:
+                recipes[group] = member
+        return Draft(drafted.structure, drafted.statistics, entries, recipes)
+
+    def _add(self, name: str, member: Recipe | None, statistics: Statistics) -> None:
+        if member is None:
+            kept = getattr(torch, self.recipe.kept)
+            self._modules.append({layer: _rounded(module, kept) for layer, module in self._float.items()})
+            entries = {layer: _kept_entry(layer, module, self.recipe.kept) for layer, module in self._float.items()}
+            self.entries.append(entries)
+            self._drafts.append(entries)
+            return
+        log.info("mixed: every layer by recipe %s", name)
+        copied = copy.copy(self.model)
+        copied.pipeline = _Holder(self.model.family.backbone_attribute, shared_copy(self.model.backbone))
+        wanted = {layer for layers in self.groups.values() for layer in layers}
+        entries = entries_of(copied, member, statistics, lenient=True)
+        planned = realise_all(copied, member, entries, statistics)
+        made = {
+            layer: copied.backbone.get_submodule(layer)
+            for layer, entry in planned.items()
+            if entry.quantized and layer in wanted
+        }
+        for module in made.values():
+            if isinstance(module, QuantLinear):
+                module.clock = self.clock
+        self._modules.append(made)
+        self._drafts.append(entries)
+        self.entries.append({layer: planned[layer] for layer in made})
+
+
+class _Holder:
+    """A pipeline of which only the backbone is there."""
+
+    def __init__(self, attribute: str, backbone: nn.Module) -> None:
+        setattr(self, attribute, backbone)
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A copy whose layers can be replaced and whose parameters can be given other data; the data itself is shared."""
+    shared: dict[int, object] = {
+        id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in module.parameters()
+    }
+    shared |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, shared)
+
+
+def _rounded(layer: nn.Module, kept: torch.dtype) -> nn.Module:
+    """A float layer with the numbers that ``kept`` storage leaves of it."""
+    made = shared_copy(layer)
+    for parameter in made.parameters():
+        parameter.data = parameter.data.to(kept).float()
+    return made
+
+
+def _kept_entry(name: str, layer: nn.Module, kept: str) -> LayerPlan:
+    return LayerPlan(
+        name=name,
+        kind=kind_of(layer),
+        shape=tuple(layer.weight.shape),  # type: ignore[arg-type]
+        bias=layer.bias is not None,
+        weights=kept,
+        activations=kept,
+        why="kept: the budget leaves it",
+    )

@@ -1,0 +1,212 @@
+"""From sensitivities and a budget to a format for every group: costs, the solver's best few, and pictures that decide.
+
+Sums of single layers' errors predict the error of a plan well but not perfectly, and a change of the prediction is not yet a
+worse picture. So the solver is asked several times, with errors weighed evenly over the timesteps and with more weight on either
+end, for its best few each time, and the plan whose pictures come closest to the float model's is taken.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff import allocation
+from qdiff.candidates import Candidates
+from qdiff.costs import device_named, milliseconds
+from qdiff.errors import InputError
+from qdiff.events import Progress
+from qdiff.plan import LayerPlan
+from qdiff.recipe import Mixed
+from qdiff.sensitivity import Sensitivity
+
+HEADER_BYTES = 100  # what safetensors' header spends on one tensor, about
+FRONTIER = 7  # budgets between the cheapest and the dearest plan that are drawn
+
+Judge = Callable[[], float]  # mean PSNR in dB of the pictures that the candidates' backbone makes now
+
+
+@dataclass
+class Solution:
+    """One plan that was looked at.
+
+    Args:
+        weighting: how the timesteps were weighed, or the name of a uniform plan.
+        formats: of every group, as an index.
+        cost: in the budget's unit.
+        error: sum of the groups' errors, all timesteps alike.
+        psnr_db: of its pictures, or ``None`` where none were made.
+    """
+
+    weighting: str
+    formats: list[int]
+    cost: float
+    error: float
+    psnr_db: float | None = None
+
+
+@dataclass
+class Allocation:
+    """What was looked at and what was taken, as JSON values.
+
+    Args:
+        measure, budget: the budget's unit and size; ``device`` where milliseconds are reckoned.
+        solutions: within the budget; ``chosen`` is the index of the one that was taken.
+        uniform: every recipe alone.
+        frontier: the solver's first solution at other budgets.
+    """
+
+    measure: str
+    budget: float
+    device: str | None
+    groups: list[str]
+    formats: list[str]
+    chosen: int = 0
+    solutions: list[Solution] = field(default_factory=list)
+    uniform: list[Solution] = field(default_factory=list)
+    frontier: list[Solution] = field(default_factory=list)
+
+    @property
+    def choice(self) -> dict[str, int]:
+        """The format of every group, as an index."""
+        return dict(zip(self.groups, self.solutions[self.chosen].formats, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def decide(
+    mixed: Mixed, family: str, candidates: Candidates, sensitivity: Sensitivity, judge: Judge | None
+) -> Allocation:
+    """Solves, looks and takes.
+
+    Args:
+        family: whose minimum formats hold.
+        judge: called with a plan put into the candidates' backbone; ``None``: the solver's first solution is taken unseen.
+
+    Raises:
+        InputError: a budget that no plan meets, a pattern of ``minimum`` that matches nothing, an unknown device.
+    """
+    (measure, budget), *_ = mixed.budget.items()
+    costs, fixed = costs_of(measure, candidates, sensitivity, mixed.device)
+    allowed = _allowed(mixed, family, candidates)
+    made = Allocation(measure, budget, mixed.device, list(candidates.groups), candidates.names)
+    errors = sensitivity.table().masked_fill(~allowed, math.inf)
+
+    def look(weighting: str, choice: Tensor) -> Solution:
+        return Solution(
+            weighting,
+            choice.tolist(),
+            fixed + allocation.total(costs, choice),
+            allocation.total(sensitivity.table(), choice),
+        )
+
+    seen: set[tuple[int, ...]] = set()
+    for weighting, weights in weightings(len(sensitivity.timesteps)).items():
+        table = sensitivity.table(weights).masked_fill(~allowed, math.inf)
+        for choice in allocation.best(table, costs, budget - fixed, mixed.best if judge else 1):
+            if tuple(choice.tolist()) not in seen:
+                seen.add(tuple(choice.tolist()))
+                made.solutions.append(look(weighting, choice))
+        if judge is None:
+            break
+    for format, name in enumerate(candidates.names):
+        choice = torch.full((len(costs),), format)
+        if bool(sensitivity.table().gather(1, choice[:, None]).isfinite().all()):
+            made.uniform.append(look(name, choice))
+    if judge is None:
+        return made
+    ends = [total for total in (_cheapest(errors, costs), _dearest(errors, costs))]
+    for share in torch.linspace(0, 1, FRONTIER).tolist():
+        within = ends[0] + share * (ends[1] - ends[0])
+        made.frontier.append(look("even", allocation.allocate(errors, costs, within)))
+    everything = [*made.solutions, *made.uniform, *made.frontier]
+    with Progress("pictures of plans", len(everything)) as progress:
+        known: dict[tuple[int, ...], float] = {}
+        for solution in everything:
+            key = tuple(solution.formats)
+            if key not in known:
+                candidates.put_all(solution.formats)
+                known[key] = judge()
+            solution.psnr_db = known[key]
+            progress.advance()
+    made.chosen = max(range(len(made.solutions)), key=lambda index: made.solutions[index].psnr_db or 0.0)
+    return made
+
+
+def weightings(calls: int) -> dict[str, Tensor]:
+    """Weights of the calls, from noise to picture: all alike, and four times as much at one end as at the other."""
+    rising = torch.linspace(1, 4, calls, dtype=torch.float64)
+    return {"even": torch.ones(calls, dtype=torch.float64), "late": rising, "early": rising.flip(0)}
+
+
+def costs_of(
+    measure: str, candidates: Candidates, sensitivity: Sensitivity, device: str | None
+) -> tuple[Tensor, float]:
+    """Costs ``[group, format]`` in the budget's unit, float64, and what everything else costs besides."""
+    costs = torch.zeros(len(candidates.groups), len(candidates.names), dtype=torch.float64)
+    weights = sum(_elements(candidates.entries_of(layer)) for layers in candidates.groups.values() for layer in layers)
+    for row, layers in enumerate(candidates.groups.values()):
+        for format, possible in enumerate(candidates.possible(list(candidates.groups)[row])):
+            for layer in layers if possible else ():
+                entry = candidates.entries[format][layer]
+                if measure == "bits":
+                    costs[row, format] += entry.weight_bits() * _elements(entry) / weights
+                elif measure == "bytes":
+                    costs[row, format] += _stored(candidates, layer, format)
+                else:
+                    rates = device_named(device or "")
+                    costs[row, format] += milliseconds(entry, sensitivity.tokens[row], rates)
+    return costs, _rest(candidates) if measure == "bytes" else 0.0
+
+
+def _elements(entry: LayerPlan) -> int:
+    return math.prod(entry.shape)
+
+
+def _stored(candidates: Candidates, layer: str, format: int) -> int:
+    """Bytes of a layer in the checkpoint."""
+    module, entry = candidates.module(layer, format), candidates.entries[format][layer]
+    if not entry.quantized:
+        return 2 * _elements(entry) + 4 * entry.shape[0] * entry.bias + 2 * HEADER_BYTES
+    tensors = module.state_dict().values()
+    return sum(tensor.numel() * tensor.element_size() + HEADER_BYTES for tensor in tensors)
+
+
+def _rest(candidates: Candidates) -> float:
+    """Bytes of everything in the checkpoint that no format is chosen for."""
+    chosen = {layer for layers in candidates.groups.values() for layer in layers}
+    rest = 0
+    for name, parameter in candidates.backbone.named_parameters():
+        if name.rpartition(".")[0] not in chosen:
+            rest += 2 * parameter.numel() + HEADER_BYTES
+    return float(rest)
+
+
+def _allowed(mixed: Mixed, family: str, candidates: Candidates) -> Tensor:
+    """Which formats ``minimum`` leaves: bool ``[group, format]``."""
+    allowed = torch.ones(len(candidates.groups), len(candidates.names), dtype=torch.bool)
+    for pattern, name in mixed.minimum.get(family, {}).items():
+        hits = [row for row, layers in enumerate(candidates.groups.values()) if any(fnmatch.filter(layers, pattern))]
+        if not hits:
+            raise InputError(
+                f"mixed.minimum: the pattern {pattern!r} matches no layer of {family} that can be quantized"
+            )
+        for row in hits:
+            allowed[row, : mixed.recipes.index(name)] = False
+    return allowed
+
+
+def _cheapest(errors: Tensor, costs: Tensor) -> float:
+    return float(torch.where(errors.isfinite(), costs, math.inf).amin(dim=1).sum())
+
+
+def _dearest(errors: Tensor, costs: Tensor) -> float:
+    """Cost of the plan with the smallest errors, whatever it costs."""
+    return allocation.total(costs, errors.argmin(dim=1))
