@@ -112,6 +112,19 @@ def record(model: Model, recording: Recording, folder: Path, owner: str = "") ->
     return paths
 
 
+def joined(
+    timesteps: list[float], calls: list[dict[str, torch.Tensor]]
+) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    """Calls that follow each other with one timestep as one call, the last first: the unguided half leads, as elsewhere."""
+    steps: list[tuple[float, list[dict[str, torch.Tensor]]]] = []
+    for timestep, call in zip(timesteps, calls, strict=True):
+        if not steps or steps[-1][0] != timestep:
+            steps.append((timestep, []))
+        steps[-1][1].append(call)
+    joined = [{name: torch.cat([call[name] for call in reversed(group)]) for name in group[0]} for _, group in steps]
+    return [timestep for timestep, _ in steps], joined
+
+
 def _record_shard(model: Model, recording: Recording, index: int, folder: Path, owner: str, progress: Progress) -> None:
     calls: list[dict[str, torch.Tensor]] = []
     timesteps: list[float] = []
@@ -128,6 +141,8 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
     finally:
         hook.remove()
     require_steps(timesteps)
+    if model.family.branches_apart:
+        timesteps, calls = joined(timesteps, calls)
     if len(set(timesteps)) != len(timesteps):
         raise InputError(
             "this scheduler calls the backbone more than once for a timestep",

@@ -70,7 +70,10 @@ def export_onnx(
     bytes_as_codes(module)
     names = [spec.name for spec in specs]
     divisor = family.cells_divisor(backbone.config)  # type: ignore[arg-type]
-    onnx_program = write_graph(module, values, (_dynamic_axes(specs, divisor, family.largest_batch),), target, names)
+    largest = min(LARGEST_CELLS // divisor, family.longest_axis(backbone.config) or LARGEST_CELLS)  # type: ignore[arg-type]
+    onnx_program = write_graph(
+        module, values, (_dynamic_axes(specs, divisor, family.largest_batch, largest),), target, names
+    )
     _name_axes(onnx_program.model, specs, family.output_axes(backbone.config))  # type: ignore[arg-type]
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -170,12 +173,14 @@ def _at_least_two(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[0] > 1 else torch.cat([tensor, tensor])
 
 
-def _dynamic_axes(specs: Any, divisor: int, batch: int) -> tuple[dict[int, Any], ...]:
-    height = torch.export.Dim("height_of_patches", min=2, max=LARGEST_CELLS // divisor)
-    width = torch.export.Dim("width_of_patches", min=2, max=LARGEST_CELLS // divisor)
+def _dynamic_axes(specs: Any, divisor: int, batch: int, largest: int) -> tuple[dict[int, Any], ...]:
+    """Symbols of the named axes; ``largest`` is the greatest number of patches along one."""
+    height = torch.export.Dim("height_of_patches", min=2, max=largest)
+    width = torch.export.Dim("width_of_patches", min=2, max=largest)
     dims = {
         "batch": torch.export.Dim("batch", min=1, max=batch),
         "tokens": torch.export.Dim("tokens", min=SHORTEST_PROMPT, max=LONGEST_PROMPT),
+        "frames": torch.export.Dim("frames", min=2, max=largest),
         "height": divisor * height,
         "width": divisor * width,
     }

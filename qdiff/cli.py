@@ -247,13 +247,16 @@ def build(
 def generate(
     run: RunArgument,
     prompt: Annotated[list[str], typer.Option("--prompt", help="what to show; may be given several times")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write")] = Path("out.png"),
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="PNG or MP4 to write [default: out.png, out.mp4]")
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="what not to show")] = "",
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     seed: SeedOption = 0,
     height: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
+    frames: Annotated[int | None, typer.Option(help="of a clip [default: the model's]")] = None,
     scheduler: SchedulerOption = None,
     batch: BatchOption = 4,
     engine: EngineOption = None,
@@ -276,7 +279,9 @@ def generate(
         height=height,
         width=width,
         scheduler=scheduler,
+        frames=frames,
     )
+    output = output or stage.default_output(folder)
     _show(stage.generate(folder, request, engine, output, batch), json, present.generate)
 
 

@@ -29,6 +29,8 @@ from qdiff.files import write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qdiff.video import Clip
+
 MAX_METADATA_BYTES = 512 * 1024
 """Longest JSON that is written into a PNG; readers refuse inflated text of 1 MiB and more."""
 MAX_SHEET_PIXELS = 100_000_000
@@ -126,8 +128,8 @@ def read_metadata(path: Path) -> PictureInfo | None:
         raise IntegrityError(f"the metadata in {path} is not ours: {place} {first['msg']}", "make it again") from None
 
 
-def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as uint8 ``[N, H, W, 3]``, as :mod:`qdiff.metrics` wants them.
+def to_pixels(images: Sequence[Image.Image | Clip]) -> Tensor:
+    """Pictures of one size as uint8 ``[N, H, W, 3]``, clips as ``[N, T, H, W, 3]``, as :mod:`qdiff.metrics` wants them.
 
     Raises:
         InputError: none, or sizes differ.
@@ -138,7 +140,12 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise InputError(f"pictures must have one size, got {sorted(sizes) or 'no pictures'}")
-    return torch.from_numpy(numpy.stack([numpy.asarray(image.convert("RGB")) for image in images]))
+    arrays = [
+        numpy.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image.frames for image in images
+    ]
+    if len({array.shape for array in arrays}) != 1:
+        raise InputError("clips must have the same number of frames")
+    return torch.from_numpy(numpy.stack(arrays))
 
 
 def difference(image_a: Image.Image, image_b: Image.Image, gain: int = 8) -> Image.Image:

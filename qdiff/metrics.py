@@ -134,6 +134,55 @@ def paired(images_a: Tensor, images_b: Tensor) -> PairedQuality:
     )
 
 
+@dataclass(frozen=True)
+class MotionQuality:
+    """How clips move, beside the reference's.
+
+    Args:
+        magnitude_ratio: mean absolute change from frame to frame, over the reference's: 0 is a frozen video, above 1 flickers.
+        change_psnr_db: PSNR of the changes from frame to frame (peak 2), of all clips together: sees flicker that single
+            frames hide.
+        steadiness: mean change of the change (second difference) over the mean change; ``reference_steadiness`` is the
+            reference's. It grows with jitter and is independent of what moves.
+    """
+
+    magnitude_ratio: float
+    change_psnr_db: float
+    steadiness: float
+    reference_steadiness: float
+
+
+def motion(clips_a: Tensor, clips_b: Tensor) -> MotionQuality:
+    """Motion of ``clips_b`` against the reference ``clips_a``.
+
+    Args:
+        clips_a: ``[N, frames, H, W, C]``, uint8 or floating in [0, 1], at least three frames.
+        clips_b: the same shape.
+
+    Raises:
+        InputError: other shapes, values outside [0, 1], NaN or infinity.
+    """
+    _same_shape(clips_a, clips_b)
+    if clips_a.ndim != 5 or clips_a.shape[1] < 3:
+        raise InputError(f"motion needs clips [N, frames, H, W, C] of three frames or more, got {list(clips_a.shape)}")
+    changes = [0.0, 0.0]
+    jumps = [0.0, 0.0]
+    error = 0.0
+    for a, b in zip(clips_a, clips_b, strict=True):
+        moved = [_unit(a, "a").diff(dim=0), _unit(b, "b").diff(dim=0)]
+        error += float((moved[0] - moved[1]).square().mean()) / len(clips_a)
+        for index, change in enumerate(moved):
+            changes[index] += float(change.abs().mean())
+            jumps[index] += float(change.diff(dim=0).abs().mean())
+    still = [max(change, 1e-12) for change in changes]
+    return MotionQuality(
+        magnitude_ratio=changes[1] / still[0],
+        change_psnr_db=decibels(math.inf if error == 0 else 10.0 * math.log10(4.0 / error)),
+        steadiness=jumps[1] / still[1],
+        reference_steadiness=jumps[0] / still[0],
+    )
+
+
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-quantization-noise ratio ``10 log10(sum r^2 / sum (r - a)^2)`` in dB.
 

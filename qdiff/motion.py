@@ -8,6 +8,7 @@ Sprites and colours: :mod:`qdiff.prompt_accuracy`.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -223,3 +224,26 @@ def motion_accuracy(clips: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]
         "distance": float(np.mean([row["distance"] for row in rows])) if rows else float("nan"),
         "per_prompt": rows,
     }
+
+
+def default_prompts(n: int, seed: int = 0) -> list[str]:
+    """``n`` different prompts of varied form, each with an emoji's name, a motion and a background.
+
+    Emoji and motions come round-robin in shuffled orders. The same (n, seed) gives the same list, and a longer list of one seed
+    starts with the shorter one.
+    """
+    vocabulary, rng = load_vocabulary(), random.Random(seed)
+    prompts: list[str] = []
+    names: list[str] = []
+    motions: list[str] = []
+    while len(prompts) < n:
+        names = names or rng.sample(EMOJI, len(EMOJI))
+        motions = motions or rng.sample(list(MOTIONS), len(MOTIONS))
+        name, words, colour = names[-1], rng.choice(MOTIONS[motions[-1]].words), rng.choice(list(vocabulary.palette))
+        subject = f"{'an' if name[0] in 'aeiou' else 'a'} {name} {words}"
+        prompt = rng.choice(vocabulary.templates["joined"]).format(subject=subject, colour=colour)
+        if prompt not in prompts:
+            prompts.append(prompt)
+            names.pop()
+            motions.pop()
+    return prompts

@@ -95,7 +95,7 @@ class Clips:
 
 
 def encoded(vae: nn.Module, clips: list[Clip], folder: Path, which: range | list[int]) -> Tensor:
-    """Normalised latents of the frames ``which`` of each clip, float16 [len(clips), C, T, h, w]; read where ``folder`` has them."""
+    """Normalised latents of the frames ``which`` of each clip, float16 [N, C, T, h, w]; read where ``folder`` has them."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in range(0, len(clips), PART):

@@ -2,7 +2,8 @@
 
 diffusers' `AutoencoderKLWan` with two halvings in space and one in time: causal, so a first frame is encoded on its own and
 pictures are clips of one frame. Loss as for the pictures' autoencoder (`zoo.autoencoder`), with the differences between frames
-beside those between pixels. Trained on 32x32 crops of 5 neighbouring frames, on whole ones at the end.
+beside those between pixels. It begins as an autoencoder of single frames and is trained as one for most of the steps, on
+crops and then on whole frames; the last steps see clips of 9 frames.
 
     python -m zoo.video_autoencoder --work DIR --steps 1200
 """
@@ -10,8 +11,9 @@ beside those between pixels. Trained on 32x32 crops of 5 neighbouring frames, on
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +27,14 @@ from zoo.train import Settings, Trainer
 
 FRAMES = 33
 CHANNELS = 8
-CROP, NEIGHBOURS = 32, 5
+CROP, NEIGHBOURS = 32, 9
 
 
 def build() -> nn.Module:
     """A fresh autoencoder: 1.8 M parameters."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(
+    model = AutoencoderKLWan(
         base_dim=16,
         z_dim=CHANNELS,
         dim_mult=[1, 2, 4],
@@ -43,6 +45,41 @@ def build() -> nn.Module:
         scale_factor_temporal=2,
         scale_factor_spatial=4,
     )
+    look_at_one_frame(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.forward = functools.partial(_convolve, module, module.forward)  # type: ignore[method-assign]
+    return model
+
+
+@torch.no_grad()
+def look_at_one_frame(model: nn.Module) -> None:
+    """Start as an autoencoder of single frames, inflated: what it learns from pictures then holds for every frame of a clip, and
+    for lengths that training never sees.
+
+    Convolutions see the present frame alone; those that halve the frames take the later of two, those that double them repeat.
+    Latents start with little noise, which would hide them from the decoder.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv3d) or module.kernel_size[0] == 1:
+            continue
+        present = module.weight[:, :, -1] * module.kernel_size[0] ** 0.5
+        if name.endswith("time_conv"):
+            eye = torch.eye(module.in_channels)
+            present = eye.repeat(module.out_channels // module.in_channels, 1)[:, :, None, None]
+            module.bias.zero_()  # type: ignore[union-attr]
+        module.weight.zero_()
+        module.weight[:, :, -1] = present
+    model.quant_conv.bias[CHANNELS:] = -4  # type: ignore[index, operator]
+    model.quant_conv.weight[CHANNELS:] *= 0.1  # type: ignore[index, operator]
+
+
+def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """A causal convolution of a clip's first frame, as the 2-D one that it is: the frames before it are zeros."""
+    if x.shape[2] > 1 or cache_x is not None or module.stride[0] > 1:
+        return original(x, cache_x)
+    x = functional.pad(x[:, :, 0], module._padding[:4])  # type: ignore[operator, index]
+    return functional.conv2d(x, module.weight[:, :, -1], module.bias, module.stride[1:])[:, :, None]
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
@@ -50,18 +87,20 @@ def to_tensor(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).float().permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
 
 
-def clips(size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """``size`` random clips of neighbouring frames, float32 [NEIGHBOURS, 64, 64, 3] in 0..255."""
+def clips(size: int, frames: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """``size`` random clips of neighbouring frames, float32 [frames, 64, 64, 3] in 0..255."""
     for _ in range(size):
-        start = int(rng.integers(FRAMES - NEIGHBOURS + 1))
+        start = int(rng.integers(FRAMES - frames + 1))
         chosen = [str(rng.choice(list(names))) for names in (EMOJI, PALETTE, MOTIONS)]
-        yield draw(*chosen, FRAMES, range(start, start + NEIGHBOURS))  # type: ignore[misc]
+        yield draw(*chosen, FRAMES, range(start, start + frames))  # type: ignore[misc]
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1 + 0.5 L1 of the differences between neighbours in time, height and width."""
     loss = functional.l1_loss(output, target)
     for dim in (2, 3, 4):
+        if target.shape[dim] == 1:
+            continue
         loss = loss + 0.5 * functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
     return loss
 
@@ -96,7 +135,20 @@ def check(vae: nn.Module) -> tuple[float, Tensor]:
     return float((10 * torch.log10(4 / torch.cat(errors))).mean()), torch.cat(found)
 
 
-def train(work: Path, settings: Settings, size: int = 8) -> nn.Module:
+def batch(step: int, settings: Settings) -> Tensor:
+    """What a step sees, ``[N, 3, T, H, W]``: crops of single frames for most of the time, then whole ones, then clips."""
+    rng, done = np.random.default_rng([settings.seed, step]), step / settings.steps
+    count, frames, side = (
+        (64, 1, CROP) if done < 0.6 else (16, 1, IMAGE_SIZE) if done < 0.87 else (2, NEIGHBOURS, IMAGE_SIZE)
+    )
+    found = []
+    for clip in clips(count, frames, rng):
+        i, j = rng.integers(0, IMAGE_SIZE - side + 1, 2)
+        found.append(clip[:, i : i + side, j : j + side])
+    return to_tensor(np.stack(found))
+
+
+def train(work: Path, settings: Settings) -> nn.Module:
     """Train (or resume) in ``work``; returns the averaged model with the statistics of its latents in the config."""
     torch.manual_seed(settings.seed)
     vae = build()
@@ -104,14 +156,7 @@ def train(work: Path, settings: Settings, size: int = 8) -> nn.Module:
     trainer.resume()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rng = np.random.default_rng([settings.seed, step])
-        whole = step > 0.85 * settings.steps
-        frames = to_tensor(np.stack(list(clips(size // 4 if whole else size, rng))))
-        if not whole:
-            corners = rng.integers(0, IMAGE_SIZE - CROP + 1, (size, 2))
-            frames = torch.stack(
-                [x[..., i : i + CROP, j : j + CROP] for x, (i, j) in zip(frames, corners, strict=True)]
-            )
+        frames = batch(step, settings)
         posterior = vae.encode(frames.to(settings.device)).latent_dist  # type: ignore[operator]
         mean, deviation = posterior.mean.float(), posterior.std.float()
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from qdiff.windows import is_plain
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from qdiff.video import Clip
+
 Axis = int | str
 
 
@@ -30,7 +32,8 @@ class InputSpec:
 
     Args:
         name: argument name in the backbone's forward; also the input's name in the ONNX graph.
-        axes: sizes, or names of dynamic axes (``"batch"``, ``"height"``, ``"width"`` in latent cells, ``"tokens"``).
+        axes: sizes, or names of dynamic axes (``"batch"``, ``"height"``, ``"width"`` in latent cells, ``"frames"`` of latents,
+            ``"tokens"``).
         dtype: as the graph takes it.
         varies: whether it changes from step to step (else it depends on the prompt alone).
         exact: whether it stays float32 where the backbone computes in 16 bit: timesteps and sizes, of which sines are taken, and
@@ -59,6 +62,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     scheduler: str | None = None
+    frames: int | None = None
 
 
 StepCallback = Callable[[int, float, Tensor], None]
@@ -127,9 +131,9 @@ class Model:
         }
         return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
 
-    def generate(self, request: Request, on_step: StepCallback | None = None) -> list[Image]:
-        """Makes the pictures of ``request``. ``on_step(step, timestep, latents)`` is called after every step; an exception
-        that it raises stops the pipeline."""
+    def generate(self, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
+        """Makes the pictures or clips of ``request``. ``on_step(step, timestep, latents)`` is called after every step; an
+        exception that it raises stops the pipeline."""
         return self.family.generate(self, request, on_step)
 
 
@@ -174,6 +178,8 @@ class Family(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     backbone_attribute: ClassVar[str] = "transformer"
+    media: ClassVar[Literal["image", "video"]] = "image"  # what its pipeline makes
+    branches_apart: ClassVar[bool] = False  # whether the pipeline calls the backbone once for each branch of guidance
     pipelines: ClassVar[tuple[str, ...]]  # diffusers pipeline classes whose folders it loads
     configurations: ClassVar[tuple[str, ...]] = ()  # names for --weights random:NAME
     block_list: ClassVar[str | None] = None  # attribute of the backbone that lists its blocks, where one feeds the next
@@ -224,6 +230,10 @@ class Family(ABC):
         """What a latent's height and width must divide by: cells of a patch, or the halvings of a U-Net."""
         return 2
 
+    def longest_axis(self, config: Mapping[str, Any]) -> int | None:
+        """How many patches an axis of a latent can have at most, where position tables end; ``None``: as many as one likes."""
+        return None
+
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         """Settings for sampling that belong to a full-size configuration, as ``generation.json`` has them."""
         return {}
@@ -241,7 +251,7 @@ class Family(ABC):
         """Calls a backbone (float or quantized) with named inputs; returns its prediction."""
 
     @abstractmethod
-    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
+    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
         """Calls the pipeline."""
 
     def for_export(self, backbone: nn.Module) -> nn.Module:
@@ -269,15 +279,29 @@ FAMILIES: Registry[Family] = Registry("model")
 
 def quantizable_layers(backbone: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers that can be quantized, by name, in module order: linear layers, and convolutions that are plain
-    (:func:`qdiff.windows.is_plain`). What subclasses ``nn.Linear`` has a forward of its own."""
-    return {name: module for name, module in backbone.named_modules() if type(module) is nn.Linear or is_plain(module)}
+    (:func:`qdiff.windows.is_plain`). What subclasses ``nn.Linear`` has a forward of its own. Left out are those of
+    :data:`ASKED_FOR_DTYPE`."""
+    left_out = tuple(
+        f"{name}.{child}."
+        for name, module in backbone.named_modules()
+        for child in ASKED_FOR_DTYPE.get(type(module).__name__, ())
+    )
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if (type(module) is nn.Linear or is_plain(module)) and not name.startswith(left_out)
+    }
 
 
-def default_prompts(count: int, seed: int) -> list[str]:
+ASKED_FOR_DTYPE = {"WanTimeTextImageEmbedding": ("time_embedder",)}
+"""Modules of which diffusers asks the dtype of their first parameter, by the class around them: they have to keep parameters."""
+
+
+def default_prompts(count: int, seed: int, media: str = "image") -> list[str]:
     """Prompts for calibration and reports when the user gives none: of the kind the bundled models know."""
-    from qdiff import prompt_accuracy
+    from qdiff import motion, prompt_accuracy
 
-    return prompt_accuracy.default_prompts(count, seed)
+    return (motion if media == "video" else prompt_accuracy).default_prompts(count, seed)
 
 
 def check_pixels(family: Family, height: int | None, width: int | None) -> None:

@@ -27,25 +27,30 @@ def make_options(
     from qdiff.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
-    tokens = run.entry("calibrate")["shapes"]["encoder_hidden_states"][1]
-    made = tuple(_profile(plan, text, tokens) for text in (profiles or [""]))
+    made = tuple(_profile(plan, text, run.entry("calibrate")["shapes"]) for text in (profiles or [""]))
     if compute_capability is None and engine.target == "tensorrt" and engine.missing() is not None:
         compute_capability = DEFAULT_COMPUTE_CAPABILITY
     return BuildOptions(profiles=made, compute_capability=compute_capability, flags=dict(flags))
 
 
-def _profile(plan: Any, text: str, tokens: int) -> Profile:
+def _profile(plan: Any, text: str, shapes: dict[str, list[int]]) -> Profile:
+    """A profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors)."""
     from qdiff.engines.profiles import make_profile, parse_profile
     from qdiff.models import FAMILIES
 
     config = plan.config
     axes = {spec.name: spec.axes for spec in FAMILIES[plan.family].inputs(config)}
-    cells = int(config["sample_size"])
     sizes = {
-        "height": (cells, cells, cells),
-        "width": (cells, cells, cells),
-        "tokens": (2, tokens, max(tokens, LONGEST_PROMPT)),
+        axis: (size, size, size)
+        for name, named in axes.items()
+        for axis, size in zip(named, shapes[name], strict=True)
+        if isinstance(axis, str)
     }
+    if "sample_size" in config:
+        cells = int(config["sample_size"])
+        sizes |= {"height": (cells, cells, cells), "width": (cells, cells, cells)}
+    tokens = sizes["tokens"][0]
+    sizes["tokens"] = (2, tokens, max(tokens, LONGEST_PROMPT))
     sizes |= parse_profile(DEFAULT_BATCH)
     if text:
         sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))

@@ -39,12 +39,13 @@ class CalibrateOptions:
 def load_prompts(options: CalibrateOptions) -> list[str]:
     """The prompts of the file, or the default ones, cut to ``samples``."""
     from qdiff.calib.prompts import choose, read_prompts
+    from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
 
     if options.samples is not None and options.samples < 1:
         raise UsageError(f"--samples {options.samples} is not a positive number")
     if options.prompts is None:
-        return default_prompts(options.samples or DEFAULT_SAMPLES, options.seed)
+        return default_prompts(options.samples or DEFAULT_SAMPLES, options.seed, FAMILIES[options.model].media)
     return choose(read_prompts(options.prompts), options.samples)
 
 

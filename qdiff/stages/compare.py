@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
@@ -35,6 +36,7 @@ def compare(
     Raises:
         QualityGateError: the first engine's mean PSNR is below ``minimum_psnr``. The pictures are kept.
     """
+    from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
 
     calibrated = options_of(run)
@@ -42,7 +44,7 @@ def compare(
     for name in chosen:
         require_runner(run, name)
     first_seed = SEED_OFFSET + calibrated.seed if seed is None else seed
-    prompts = prompts or default_prompts(pictures, first_seed)
+    prompts = prompts or default_prompts(pictures, first_seed, FAMILIES[calibrated.model].media)
     request = make_request(run, prompts, seed=first_seed)
     inputs = {
         "quantize": run.outputs_hash("quantize"),
@@ -78,6 +80,8 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
         save_pictures(run, made[name], request, model, paths)
         for path in paths:
             work.output(path)
+            if model.family.media == "video":
+                work.output(path.with_suffix(".mp4"))
     result = {
         "prompts": list(request.prompts),
         "seeds": list(request.seeds),
@@ -88,7 +92,7 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
 
 def _judge(name: str, made: dict[str, Pictures], request: Request, model: Model) -> dict[str, Any]:
     from qdiff.images import to_pixels
-    from qdiff.metrics import paired
+    from qdiff.metrics import motion, paired
 
     pictures = made[name]
     row: dict[str, Any] = {
@@ -100,7 +104,10 @@ def _judge(name: str, made: dict[str, Pictures], request: Request, model: Model)
         "accuracy": accuracy(model, pictures.images, list(request.prompts)),
     }
     if name != "float":
-        quality = paired(to_pixels(made["float"].images), to_pixels(pictures.images))
+        expected, got = to_pixels(made["float"].images), to_pixels(pictures.images)
+        quality = paired(expected, got)
+        if model.family.media == "video":
+            row["motion"] = asdict(motion(expected, got))
         row |= {
             "psnr_db_mean": quality.psnr_db_mean,
             "psnr_db_min": quality.psnr_db_min,
@@ -111,14 +118,15 @@ def _judge(name: str, made: dict[str, Pictures], request: Request, model: Model)
 
 
 def accuracy(model: Model, images: list[Any], prompts: list[str]) -> dict[str, Any] | None:
-    """Share of pictures that show what their prompt names; ``None`` for models that were not trained on the emoji."""
+    """Share of pictures or clips that show what their prompt names; ``None`` for models that were not trained on the emoji."""
     if model.weights != "bundled":
         return None
-    import numpy as np
-
+    from qdiff.images import to_pixels
+    from qdiff.motion import motion_accuracy
     from qdiff.prompt_accuracy import prompt_accuracy
 
-    return prompt_accuracy(np.stack([np.asarray(image.convert("RGB")) for image in images]), prompts)
+    judge = motion_accuracy if model.family.media == "video" else prompt_accuracy
+    return judge(to_pixels(images).numpy(), prompts)
 
 
 def _summary(run: Run) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def judge_of(run: Run, model: Model, candidates: Candidates, prompts: list[str],
     names = [spec.name for spec in model.family.inputs(model.backbone.config)]  # type: ignore[arg-type]
 
     def make(backbone: Any) -> Any:
-        images = []
+        images: list[Any] = []
         with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(backbone), names):
             for start in range(0, len(prompts), 8):
                 part = slice(start, start + 8)

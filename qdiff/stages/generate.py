@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from qdiff.engines import Runner
     from qdiff.models.base import Model, Request, StepCallback
+    from qdiff.video import Clip
 
 LONGEST_PROMPT = 2_000
 MOST_PICTURES = 256
@@ -31,7 +32,7 @@ class Pictures:
     """What one engine made: pictures in the request's order, seconds of every backbone call, memory that it added."""
 
     engine: str
-    images: list[Image]
+    images: list[Image | Clip]
     step_seconds: list[float]
     seconds: float
     load_seconds: float
@@ -85,7 +86,7 @@ class Session:
         steps = self.model.steps(request.steps)
         chunks = range(0, len(request.prompts), batch)
         self._stand_in.seconds.clear()
-        images: list[Image] = []
+        images: list[Image | Clip] = []
         with measure() as usage, Progress(f"generate ({self.engine})", len(chunks) * steps) as progress:
 
             def report(step: int, timestep: float, latents: Tensor) -> None:
@@ -119,6 +120,7 @@ def make_request(
     height: int | None = None,
     width: int | None = None,
     scheduler: str | None = None,
+    frames: int | None = None,
 ) -> Request:
     """A checked request; what is not given is as in the run's calibration.
 
@@ -147,12 +149,18 @@ def make_request(
         height=height,
         width=width,
         scheduler=scheduler or calibrated.scheduler,
+        frames=frames,
     )
 
 
 def save_pictures(run: Run, made: Pictures, request: Request, model: Model, paths: list[Path]) -> None:
-    """Writes PNGs that carry prompt, seed, settings and run id."""
+    """Writes PNGs that carry prompt, seed, settings and run id; of clips an MP4 and beside it a PNG with some frames.
+
+    Args:
+        paths: of the PNGs, or of the MP4s: only the suffix differs.
+    """
     from qdiff.images import PictureInfo, save_png
+    from qdiff.video import Clip, save_mp4
 
     for image, path, prompt, seed in zip(made.images, paths, request.prompts, request.seeds, strict=True):
         info = PictureInfo(
@@ -165,19 +173,37 @@ def save_pictures(run: Run, made: Pictures, request: Request, model: Model, path
             model=f"{model.family.name} ({model.weights})",
             run_id=run.id,
         )
-        save_png(path, image, info)
+        if isinstance(image, Clip):
+            save_mp4(path.with_suffix(".mp4"), image, info)
+            image = image.strip()
+        save_png(path.with_suffix(".png"), image, info)
+
+
+def default_output(run: Run) -> Path:
+    """Where what the run's model makes goes when no path is given."""
+    from qdiff.models import FAMILIES
+
+    return Path("out.mp4" if FAMILIES[options_of(run).model].media == "video" else "out.png")
 
 
 def generate(run: Run, request: Request, engine: str | None, output: Path, batch: int = 4) -> dict[str, Any]:
-    """``qdiff generate``: pictures to ``output`` (several: ``output-0.png`` …).
+    """``qdiff generate``: pictures to ``output`` (several: ``output-0.png`` …), clips to an MP4 with a strip of frames beside it.
 
     Raises:
-        UsageError: ``output`` is not a PNG path.
+        UsageError: ``output`` is no path of what the model makes, or frames are asked of a picture.
     """
+    from qdiff.models import FAMILIES
+
     if not 1 <= batch <= MOST_PICTURES:
         raise UsageError(f"--batch {batch} is not between 1 and {MOST_PICTURES}")
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"{output} does not end in .png", "pictures are written as PNG, with their settings inside")
+    family = FAMILIES[options_of(run).model]
+    suffix, what = (
+        (".mp4", "clips are written as MP4") if family.media == "video" else (".png", "pictures are written as PNG")
+    )
+    if output.suffix.lower() != suffix:
+        raise UsageError(f"{output} does not end in {suffix}", f"{what}, with their settings inside")
+    if request.frames is not None and family.media != "video":
+        raise UsageError(f"--frames {request.frames}: {family.title} makes pictures", "leave --frames out")
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
     session = Session(run, engine)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qdiff.calib.record import joined
 from qdiff.errors import InputError, IntegrityError, UsageError
+from qdiff.images import to_pixels
 from qdiff.models import FAMILIES
 from qdiff.models.base import Model, NamedInputs, Request, schedulers_for
 from qdiff.models.loading import bundled_folder
 
-SMALLEST = {"pixart": "pixart-tiny", "stable-diffusion": "sd-tiny"}  # a new family needs a line here
+SMALLEST = {"pixart": "pixart-tiny", "stable-diffusion": "sd-tiny", "wan": "wan-tiny"}  # a new family needs a line here
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -35,10 +37,16 @@ def watched(model: Model, request: Request) -> tuple[list, list, list]:
         model.backbone.register_forward_hook(lambda m, a, output: outputs.append(output[0].clone())),
     ]
     try:
-        return model.generate(request), calls, outputs
+        made = model.generate(request)
     finally:
         for hook in hooks:
             hook.remove()
+    if model.family.branches_apart and model.guidance(request.guidance) > 1:
+        timesteps = [float(call["timestep"][0]) for call in calls]
+        pairs = [{"output": output} for output in outputs]
+        calls = joined(timesteps, calls)[1]
+        outputs = [pair["output"] for pair in joined(timesteps, pairs)[1]]
+    return made, calls, outputs
 
 
 def test_captures_and_replays_its_backbones_calls_to_equal_numbers(model):
@@ -58,9 +66,11 @@ def test_captures_and_replays_its_backbones_calls_to_equal_numbers(model):
                 assert named.setdefault(axis, size) == size if isinstance(axis, str) else axis == size
         assert named["batch"] == 4, "both branches of guidance"
         with torch.inference_mode():
-            assert torch.equal(family.call(model.backbone, call), output)
-            assert torch.equal(wrapped(*(call[spec.name] for spec in specs)), output)
-            assert torch.equal(wrapped(**call), output)
+            replayed = family.call(model.backbone, call)
+            # calls that were two are one in a recording: a matrix product of more rows may round otherwise
+            assert torch.allclose(replayed, output, atol=1e-5 * family.branches_apart, rtol=0)
+            assert torch.equal(wrapped(*(call[spec.name] for spec in specs)), replayed)
+            assert torch.equal(wrapped(**call), replayed)
             assert torch.allclose(exported(*(call[spec.name] for spec in specs)), output, atol=1e-5)
         assert output.shape == tuple(named[a] if isinstance(a, str) else a for a in family.output_axes(config))
     constant = [spec.name for spec in specs if not spec.varies]
@@ -75,7 +85,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(model):
     both = model.generate(Request(["a red apple", "a rocket"], [3, 4], steps=2))
     alone = model.generate(Request(["a rocket"], [4], steps=2))[0]
     other = model.generate(Request(["a rocket"], [5], steps=2))[0]
-    pixels = [np.asarray(image).astype(int) for image in (both[1], alone, other)]
+    pixels = [to_pixels([image]).numpy().astype(int) for image in (both[1], alone, other)]
     assert np.abs(pixels[0] - pixels[1]).max() <= 1
     assert np.abs(pixels[1] - pixels[2]).max() > 1
 

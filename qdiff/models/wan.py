@@ -1,0 +1,139 @@
+"""Wan 2.1: text to video with a DiT over space and time.
+
+Report: arXiv 2503.20314. Layers: ``patch_embedding`` (a 3-D convolution, never quantized), ``condition_embedder`` (timestep
+and text), ``blocks.*`` with ``attn1`` (self, rotary positions), ``attn2`` (cross, UMT5 states) and ``ffn``, ``proj_out``. The
+pipeline calls the backbone once for the prompt and once for the negative prompt: recordings join both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
+from qdiff.video import Clip
+
+_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    # Wan2.1-T2V-1.3B as published: 30 blocks, 12 heads of 128, UMT5-XXL states of width 4096.
+    "wan2.1-1.3b": {
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 8960,
+        "num_layers": 30,
+    },
+    # Small enough for a unit test.
+    "wan-tiny": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 64,
+        "freq_dim": 32,
+        "ffn_dim": 128,
+        "num_layers": 2,
+        "rope_max_seq_len": 64,
+    },
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "wan2.1-1.3b": {"height": 256, "width": 256, "num_frames": 17},
+    "wan-tiny": {"height": 64, "width": 64, "num_frames": 9},
+}
+
+
+class Wan(Family):
+    """Text to video with a :class:`diffusers.WanTransformer3DModel`."""
+
+    name = "wan"
+    title = "Wan 2.1 (text to video)"
+    media = "video"
+    pipelines = ("WanPipeline",)
+    configurations = tuple(_CONFIGURATIONS)
+    default_guidance = 5.0
+    block_list = "blocks"
+    branches_apart = True
+
+    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+        return (
+            InputSpec("hidden_states", ("batch", config["in_channels"], "frames", "height", "width"), varies=True),
+            InputSpec("encoder_hidden_states", ("batch", "tokens", config["text_dim"])),
+            InputSpec("timestep", ("batch",), varies=True, exact=True),
+        )
+
+    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
+        return ("batch", config["out_channels"], "frames", "height", "width")
+
+    def longest_axis(self, config: Mapping[str, Any]) -> int | None:
+        return int(config["rope_max_seq_len"])
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        return {
+            "hidden_states": hidden_states.float(),
+            "encoder_hidden_states": kwargs["encoder_hidden_states"].float(),
+            "timestep": kwargs["timestep"].float().reshape(-1).expand(hidden_states.shape[0]),
+        }
+
+    def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return backbone(
+            inputs["hidden_states"],
+            timestep=inputs["timestep"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+            return_dict=False,
+        )[0]
+
+    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
+        check_pixels(self, request.height, request.width)
+        arguments = model.arguments(request)
+        if request.frames is not None:
+            arguments["num_frames"] = request.frames
+        if on_step is not None:
+
+            def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                on_step(step, float(timestep), tensors["latents"])
+                return tensors
+
+            arguments["callback_on_step_end"] = after
+        model.use_scheduler(request.scheduler)
+        model.pipeline.set_progress_bar_config(disable=True)
+        with torch.inference_mode():
+            made = model.pipeline(
+                negative_prompt=[request.negative_prompt] * len(request.prompts), output_type="np", **arguments
+            ).frames  # float32 [N, T, H, W, 3] in 0..1
+        return [Clip((frames * 255).round().astype("uint8")) for frames in made]
+
+    def random_defaults(self, configuration: str) -> dict[str, Any]:
+        return {"max_sequence_length": 32, **_SIZES[configuration]}
+
+    def random_pipeline(self, configuration: str, seed: int) -> Any:
+        from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        from qdiff.models.loading import bundled_tokenizer
+
+        config = _CONFIGURATIONS[configuration]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            transformer = WanTransformer3DModel(**config)
+            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
+            vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+            tokenizer = bundled_tokenizer("pixart")
+            encoder = UMT5EncoderModel(
+                UMT5Config(
+                    vocab_size=len(tokenizer), d_model=config["text_dim"], d_kv=32, d_ff=256, num_layers=1, num_heads=2
+                )
+            )
+        modules: tuple[Any, ...] = (transformer, vae, encoder)
+        for module in modules:
+            module.eval().requires_grad_(False)
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        return WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
+
+
+FAMILIES.register("wan")(Wan())
