@@ -31,7 +31,7 @@ def add(service: Service) -> None:
         return {"path": cached, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
 
     def told(made: Made) -> dict[str, Any]:
-        return {**made.facts(), "pictures": [file(path) for path in made.paths]}
+        return {**made.facts(), "pictures": [file(path) for path in made.files]}
 
     async def run(job: Any) -> Any:
         update = job.update
@@ -45,13 +45,14 @@ def add(service: Service) -> None:
     async def generate(
         prompt: str, negative_prompt: str = "", model: str = "", engine: str = "", steps: int | None = None,
         guidance: float | None = None, seed: int | None = None, width: int | None = None, height: int | None = None,
-        pictures: int = 1, request: gr.Request | None = None,
+        pictures: int = 1, frames: int | None = None, request: gr.Request | None = None,
     ) -> dict:  # fmt: skip
-        """Draws pictures. Empty and null mean the model's own; the answer has the settings that were used and the files."""
+        """Draws pictures or clips. Empty and null mean the model's own; the answer has the settings used and the files."""
         try:
             settings = Settings.make(
                 prompt=prompt, negative_prompt=negative_prompt, model=model, engine=engine, steps=steps,
                 guidance=None if guidance is None else float(guidance), seed=seed, width=width, height=height, pictures=pictures,
+                frames=frames,
             )  # fmt: skip
             made = await run(service.generate(settings, client_of(request)))
             return {"cancelled": True} if made is None else told(made)

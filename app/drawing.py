@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qdiff.app")
 _PREVIEW_SECONDS = 0.12  # between two previews
+_USUAL_SIDE, _USUAL_FRAMES = 480, 33  # of models that do not say
 _MEMORY_WORDS = (
     "out of memory",
     "not enough memory",
@@ -45,7 +46,7 @@ class Made:
     """Pictures of one engine. ``settings`` are complete: given back, they make the same pictures."""
 
     settings: Settings
-    paths: tuple[Path, ...]  # PNG with metadata, one for each picture
+    paths: tuple[Path, ...]  # PNG with metadata, one for each picture; of clips a strip of frames beside the MP4
     engine: str
     note: str
     seconds: float
@@ -56,6 +57,13 @@ class Made:
     psnr_db: float | None = None  # against float, of the first picture
     ssim: float | None = None
     disturbed: bool = False  # a build ran beside it: times are not the engine's own
+    images: tuple[Any, ...] = ()  # of a comparison, until it is judged
+    beside: Path | None = None  # MP4 with float's clip on the left: in one file, so that both stay in step
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is downloaded: the PNGs or the MP4s."""
+        return tuple(file_of(path) for path in self.paths)
 
     def each(self) -> list[Made]:
         """One for each picture, with its own seed: pictures do not depend on those that were made beside them."""
@@ -80,6 +88,13 @@ class Defaults:
     guidance: float
     width: int
     height: int
+    frames: int | None = None
+
+
+def file_of(path: Path) -> Path:
+    """The clip that a strip of frames was saved beside, or the picture itself."""
+    clip = path.with_suffix(".mp4")
+    return clip if clip.exists() else path
 
 
 class Artist:
@@ -100,11 +115,14 @@ class Artist:
         """The source's own settings; loads its model the first time."""
         if source.name not in self.known:
             model = self._pool.model(source)
-            size = int(model.backbone.config.sample_size) * source.family.pixels_per_cell(model.backbone.config)  # type: ignore
+            config: Any = model.backbone.config
+            cells = getattr(config, "sample_size", None) or _USUAL_SIDE // source.family.pixels_per_cell(config)
+            size = int(cells) * source.family.pixels_per_cell(config)
             width, height = (int(model.defaults.get(name, size)) for name in ("width", "height"))
+            frames = int(model.defaults.get("num_frames", _USUAL_FRAMES)) if source.family.media == "video" else None
             inputs = source.run.entry("calibrate")["inputs"] if source.run else {}
             self.known[source.name] = Defaults(
-                model.steps(inputs.get("steps")), model.guidance(inputs.get("guidance")), width, height
+                model.steps(inputs.get("steps")), model.guidance(inputs.get("guidance")), width, height, frames
             )
         return self.known[source.name]
 
@@ -146,9 +164,12 @@ class Artist:
                 "guidance": defaults.guidance if settings.guidance is None else settings.guidance,
                 "width": settings.width or defaults.width,
                 "height": settings.height or defaults.height,
+                "frames": settings.frames or defaults.frames,
             }
         )
-        self._limits.check(settings, source.family.size_divisor)  # the model's own values may be beyond them too
+        self._limits.check(
+            settings, source.family.size_divisor, source.family.media
+        )  # the model's own values may be beyond them too
         assert settings.seed is not None
         request = Request(
             prompts=[settings.prompt] * settings.pictures,
@@ -159,6 +180,7 @@ class Artist:
             # A size that is the model's own is left to its pipeline, as the command line does.
             height=None if settings.height == defaults.height and settings.width == defaults.width else settings.height,
             width=None if settings.height == defaults.height and settings.width == defaults.width else settings.width,
+            frames=settings.frames,
         )
         job.publish(task=f"drawing with {engine}", step=0, steps=settings.steps)
         watch = _Watch(job, self._pool.previewer(source), settings.steps or 1, share)
@@ -172,7 +194,8 @@ class Artist:
         memory = max(self._pool.engine_bytes(source, engine), size or 0)
         if engine == "float":  # its weights came with the pipeline, before the engine was "loaded"
             memory = max(memory, self._pool.backbone_bytes(source))
-        return _made(settings, paths, pictures, session, memory, size, disturbed=self._disturbed())
+        made = _made(settings, paths, pictures, session, memory, size, disturbed=self._disturbed())
+        return made if share is None else replace(made, images=tuple(pictures.images))
 
     def _save(self, job: Job, source: Source, pictures: Pictures, request: Any, model: Model) -> tuple[Path, ...]:
         from qdiff.stages.generate import save_pictures
@@ -186,26 +209,42 @@ class Artist:
     def _sweep(self) -> None:
         """Removes pictures that are too old or too many."""
         ages = sorted((path.stat().st_mtime, path) for path in self._folder.glob("*.png"))
+        beside = {path.stem.removesuffix("-beside-float"): path for path in self._folder.glob("*-beside-float.mp4")}
         oldest = time.time() - self._limits.kept_seconds
         surplus = len(ages) - self._limits.kept_pictures
         for index, (age, path) in enumerate(ages):
             if age < oldest or index < surplus:
-                path.unlink(missing_ok=True)
-                path.with_suffix(".json").unlink(missing_ok=True)
+                for suffix in (".png", ".json", ".mp4"):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+                if path.stem in beside:
+                    beside[path.stem].unlink(missing_ok=True)
 
     def compare(self, job: Job, source: Source, engines: list[str], settings: Settings) -> list[Made]:
-        from PIL import Image
-
         from qdiff.images import to_pixels
         from qdiff.metrics import paired
 
         names = ["float", *engines]
         rows = [self.draw(job, source, name, settings, share=(index, len(names))) for index, name in enumerate(names)]
-        images = [Image.open(row.paths[0]).convert("RGB") for row in rows]
-        for index in range(1, len(rows)):
-            quality = paired(to_pixels(images[:1]), to_pixels(images[index : index + 1]))
-            rows[index] = replace(rows[index], psnr_db=quality.psnr_db_mean, ssim=quality.ssim_mean)
-        return rows
+        first, expected = rows[0], to_pixels(rows[0].images[:1])
+        judged = [replace(first, images=())]
+        for row in rows[1:]:
+            quality = paired(expected, to_pixels(row.images[:1]))
+            beside = self._beside(first, row) if source.family.media == "video" else None
+            judged.append(replace(row, images=(), psnr_db=quality.psnr_db_mean, ssim=quality.ssim_mean, beside=beside))
+        return judged
+
+    def _beside(self, reference: Made, other: Made) -> Path:
+        """Two clips as one."""
+        import numpy as np
+
+        from qdiff.images import PictureInfo
+        from qdiff.video import Clip, save_mp4
+
+        left, right = reference.images[0], other.images[0]
+        path = other.paths[0].with_name(f"{other.paths[0].stem}-beside-float.mp4")
+        both = Clip(np.concatenate([left.frames, right.frames], axis=2), left.fps)
+        save_mp4(path, both, PictureInfo(prompt=other.settings.prompt, engine=f"float (left), {other.engine} (right)"))
+        return path
 
 
 class _Watch:

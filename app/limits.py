@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers. ``area`` is in pixels of one picture, ``seconds`` of wall clock for one job once it runs.
+    """The numbers. ``area`` is in pixels of one picture, ``volume`` in pixels of all frames of one clip, ``seconds`` of wall
+    clock for one job once it runs.
 
     Args:
         pictures: in one request (the batch).
@@ -34,6 +35,8 @@ class Limits:
     largest_side: int = 1024
     area: int = 1024 * 1024
     pictures: int = 4
+    frames: int = 81
+    volume: int = 81 * 512 * 512
     engines: int = 3
     waiting: int = 16
     seconds: float = 180.0
@@ -41,8 +44,8 @@ class Limits:
     kept_seconds: float = 3600.0
     kept_pictures: int = 400
 
-    def check(self, settings: Settings, divisor: int) -> None:
-        """Refuses settings beyond the limits. ``divisor``: sides must be multiples of it.
+    def check(self, settings: Settings, divisor: int, media: str = "image") -> None:
+        """Refuses settings beyond the limits. ``divisor``: sides must be multiples of it; ``media``: what the model makes.
 
         Raises:
             InputError: with the value and the limit.
@@ -55,6 +58,9 @@ class Limits:
         self._check_number("guidance", settings.guidance, 0, self.guidance)
         self._check_number("pictures", settings.pictures, 1, self.pictures)
         self._check_number("seed", settings.seed, 0, 2**32 - 1)
+        if settings.frames is not None and media != "video":
+            raise InputError("This model makes pictures, not clips.", "Leave the frames out.")
+        self._check_number("frames", settings.frames, 2, self.frames)
         for what, side in (("width", settings.width), ("height", settings.height)):
             self._check_number(what, side, self.smallest_side, self.largest_side)
             if side is not None and side % divisor:
@@ -67,6 +73,14 @@ class Limits:
                 f"{settings.width} × {settings.height} is {settings.width * settings.height:,} pixels.",
                 f"At most {self.area:,} are drawn: make one side smaller.",
             )
+
+        if settings.width and settings.height and settings.frames:
+            volume = settings.width * settings.height * settings.frames
+            if volume > self.volume:
+                raise InputError(
+                    f"{settings.frames} frames of {settings.width} × {settings.height} are {volume:,} pixels.",
+                    f"At most {self.volume:,} are drawn: take fewer frames or a smaller size.",
+                )
 
     def _check_text(self, what: str, text: str) -> None:
         if len(text) > self.prompt_characters:

@@ -32,11 +32,13 @@ class Previewer:
         self._kernel = _fit(model.pipeline.vae)  # [9 C + 1, 3]
 
     def __call__(self, latents: Tensor) -> Image:
-        """The first picture of ``latents [B, C, h, w]``, ``h × w`` pixels large."""
+        """The first picture of ``latents [B, C, h, w]``, or the middle frame of a clip's ``[B, C, T, h, w]``, ``h × w`` large."""
         import torch
         from PIL import Image
 
         latent = self._clean_estimate(latents)[:1].float().cpu()
+        if latent.ndim == 5:
+            latent = latent[:, :, latent.shape[2] // 2]
         colours = (_neighbours(latent) @ self._kernel).clamp(0, 1).mul(255).round().to(torch.uint8)  # [h * w, 3]
         return Image.fromarray(colours.reshape(*latent.shape[-2:], 3).numpy(), "RGB")
 
@@ -59,6 +61,20 @@ def _neighbours(latents: Tensor) -> Tensor:
     return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
 
 
+def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """What a diffusion model sees of pictures ``[N, 3, H, W]``; a video's autoencoder gets clips of one frame."""
+    import torch
+
+    if getattr(vae.config, "latents_mean", None) is None:
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (vae.encode(pixels).latent_dist.mode().float().cpu() - shift) * vae.config.scaling_factor
+    latents = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0].float().cpu()
+    mean, deviation = (
+        torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) / deviation
+
+
 def _fit(vae: Any) -> Tensor:
     """Least squares from latents to RGB in [0, 1]. The generator is our own: no caller's seed is touched."""
     import torch
@@ -73,9 +89,8 @@ def _fit(vae: Any) -> Tensor:
             ]
         )
         pixels = (2 * fields - 1).to(next(vae.parameters()))
-        latents = vae.encode(pixels).latent_dist.mode().float().cpu()  # [N, C, h, w]
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        rows = _neighbours((latents - shift) * vae.config.scaling_factor)
+        latents = _scaled_latents(vae, pixels)  # [N, C, h, w]
+        rows = _neighbours(latents)
         colours = (
             functional.interpolate(fields, size=latents.shape[-2:], mode="area").permute(0, 2, 3, 1).reshape(-1, 3)
         )

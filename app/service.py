@@ -195,6 +195,6 @@ class Service:
         return self._slot.submit(Job(client, kind, work, self.limits.seconds))
 
     def _checked(self, settings: Settings, source: Source) -> Settings:
-        self.limits.check(settings, source.family.size_divisor)
+        self.limits.check(settings, source.family.size_divisor, source.family.media)
         seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
         return settings.model_copy(update={"seed": seed, "model": source.name})

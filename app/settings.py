@@ -29,11 +29,13 @@ class Settings(BaseModel):
     seed: int | None = Field(None, description="of the first picture; null: a new one")
     width: int | None = None
     height: int | None = None
+    frames: int | None = Field(None, description="of a clip, for models that make videos")
     pictures: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, in the order of the fields."""
-        return self.model_dump(mode="json")
+        """Plain JSON, in the order of the fields; pictures have no frames."""
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items() if name != "frames" or value is not None}
 
     @classmethod
     def make(cls, **values: Any) -> Settings:

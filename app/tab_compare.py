@@ -95,7 +95,7 @@ def add(service: Service) -> Any:
 
     def _result(rows: list[Made], hide: bool) -> dict[Any, Any]:
         names = [row.engine for row in rows[1:]]
-        state = [{"engine": row.engine, "path": str(row.paths[0])} for row in rows]
+        state = [{"engine": row.engine, "path": str(row.paths[0]), "beside": str(row.beside or "")} for row in rows]
         titles = {choice.name: choice.title for choice in service.sources[rows[0].settings.model].engines()}
         told = views.comparison(rows, titles)
         if hide:
@@ -105,24 +105,28 @@ def add(service: Service) -> Any:
                 canvas: gr.HTML(question, visible=True), guesses: gr.Row(visible=True), made_state: state,
                 round_: {"order": order, "cards": told, "names": names},
             }  # fmt: skip
-        return {canvas: gr.HTML(visible=False), made_state: state, cards: told, **_reveal(state, names[0], names)}
+        return {made_state: state, cards: told, **_reveal(state, names[0]), shown: _names_of(names)}
 
-    def _reveal(state: list[dict[str, str]], engine: str, names: list[str]) -> dict[Any, Any]:
+    def _names_of(names: list[str]) -> Any:
+        return gr.Radio(names, value=names[0], visible=len(names) > 1)
+
+    def _reveal(state: list[dict[str, str]], engine: str) -> dict[Any, Any]:
+        """Float's picture and an engine's under a slider, or their clips in step."""
         other = next(row for row in state if row["engine"] == engine)
+        if other["beside"]:
+            return {
+                slider: gr.ImageSlider(visible=False),
+                canvas: gr.HTML(views.in_step(Path(other["beside"]), engine), visible=True),
+            }
         pair = (enlarged(Path(state[0]["path"])), enlarged(Path(other["path"])))
-        return {
-            slider: gr.ImageSlider(pair, visible=True, label=f"float (left) and {engine} (right)"),
-            shown: gr.Radio(names, value=engine, visible=len(names) > 1),
-        }
+        label = f"float (left) and {engine} (right)"
+        return {slider: gr.ImageSlider(pair, visible=True, label=label), canvas: gr.HTML(visible=False)}
 
     def choose(engine: str, state: list[dict[str, str]]) -> Any:
         pair = [row for row in state if row["engine"] in ("float", engine)]
         if len(pair) != 2 or not all(Path(row["path"]).exists() for row in pair):
-            return gr.skip()
-        return gr.ImageSlider(
-            (enlarged(Path(pair[0]["path"])), enlarged(Path(pair[1]["path"]))),
-            label=f"float (left) and {engine} (right)",
-        )
+            return {slider: gr.skip()}
+        return _reveal(state, engine)
 
     def answer(guess: str, asked: Any, state: list[dict[str, str]], tally: tuple[int, int]) -> dict[Any, Any]:
         if not asked:
@@ -133,16 +137,17 @@ def add(service: Service) -> Any:
         verdict = {quantized: "Right.", "": "Fair enough."}.get(guess, "No.")
         words = f"{verdict} {quantized} is quantized ({views.text(state[1]['engine'])})."
         words += f" {right} of {total} right so far." if total else ""
+        seen = views.blind(Path(order[0]["path"]), Path(order[1]["path"]), words)
         return {
-            canvas: views.blind(Path(order[0]["path"]), Path(order[1]["path"]), words), guesses: gr.Row(visible=False),
+            **_reveal(state, asked["names"][0]), shown: _names_of(asked["names"]),
+            canvas: gr.HTML(seen, visible=True), guesses: gr.Row(visible=False),
             cards: asked["cards"], round_: None, score: (right, total),
-            **_reveal(state, asked["names"][0], asked["names"]),
         }  # fmt: skip
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     inputs = [prompt, model, engines, seed, steps, hide]
     gr.on([go.click, prompt.submit], compare, inputs, working, **quiet)
-    shown.input(choose, [shown, made_state], slider, **quiet)
+    shown.input(choose, [shown, made_state], [slider, canvas], **quiet)
     told = [canvas, guesses, cards, round_, score, slider, shown]
     for button, guess in ((guess_a, "A"), (guess_b, "B"), (skip, "")):
         button.click(functools.partial(answer, guess), [round_, made_state, score], told, **quiet)

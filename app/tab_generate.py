@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.app import views
-from qdiff.app.drawing import Made
+from qdiff.app.drawing import Made, file_of
 from qdiff.app.follow import alert, client_of, drawn
 from qdiff.app.service import Service
 from qdiff.app.settings import Settings
@@ -67,7 +67,12 @@ def add(service: Service) -> Any:
                         label="Height",
                         min_width=120,
                     )
-                pictures = gr.Slider(1, limits.pictures, 1, step=1, label="Pictures")
+                with gr.Row():
+                    pictures = gr.Slider(1, limits.pictures, 1, step=1, label="Pictures", min_width=120)
+                    frames = gr.Slider(
+                        2, limits.frames, own.frames or 2, step=1, label="Frames", visible=own.frames is not None,
+                        min_width=120, elem_id="frames",
+                    )  # fmt: skip
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120)
                     fresh = gr.Checkbox(True, label="A new seed each time", min_width=160)
@@ -91,12 +96,12 @@ def add(service: Service) -> Any:
         visible=False, elem_id="history", buttons=[], format="png",
     )  # fmt: skip
 
-    inputs = [prompt, negative, model, engine, steps, guidance, seed, fresh, width, height, pictures]
+    inputs = [prompt, negative, model, engine, steps, guidance, seed, fresh, width, height, pictures, frames]
     working = [canvas, facts, go, stop, png, settings_file, pasted, seed, history, gallery, visit]
 
     async def generate(
         prompt: str, negative: str, model: str, engine: str, steps: float, guidance: float, seed: float | None, fresh: bool,
-        width: float, height: float, pictures: float, past: list[dict[str, Any]], request: gr.Request,
+        width: float, height: float, pictures: float, frames: float, past: list[dict[str, Any]], request: gr.Request,
     ) -> AsyncIterator[dict[Any, Any]]:  # fmt: skip
         idle = {go: gr.Button(interactive=True), stop: gr.Button(interactive=False)}
         try:
@@ -104,6 +109,7 @@ def add(service: Service) -> Any:
                 prompt=prompt or "", negative_prompt=negative or "", model=model, engine=engine, steps=_whole(steps),
                 guidance=None if guidance is None else float(guidance), seed=None if fresh or seed is None else _whole(seed),
                 width=_whole(width), height=_whole(height), pictures=_whole(pictures) or 1,
+                frames=_whole(frames) if service.sources[model].family.media == "video" else None,
             )  # fmt: skip
             job = service.generate(settings, client_of(request))
         except QdiffError as error:
@@ -141,7 +147,9 @@ def add(service: Service) -> Any:
 
     def _downloads(path: Path) -> dict[Any, Any]:
         return {
-            png: gr.DownloadButton(value=str(path), interactive=True),
+            png: gr.DownloadButton(
+                "Clip (MP4)" if file_of(path) != path else "Picture (PNG)", value=str(file_of(path)), interactive=True
+            ),
             settings_file: gr.DownloadButton(value=str(path.with_suffix(".json")), interactive=True),
         }
 
@@ -158,7 +166,7 @@ def add(service: Service) -> Any:
 
     stop.click(cancel, None, None, queue=False, api_visibility="private")
 
-    def changed(name: str, engine_now: str) -> tuple[Any, Any, Any, Any, Any]:
+    def changed(name: str, engine_now: str) -> tuple[Any, Any, Any, Any, Any, Any]:
         try:
             source = service.sources[name]
             own = service.defaults(source)
@@ -166,21 +174,23 @@ def add(service: Service) -> Any:
             raise alert(service, error) from None
         choices = _engines(source)
         value = engine_now if engine_now in [value for _, value in choices] else source.engine("")
-        return gr.Dropdown(choices, value=value), own.steps, own.guidance, own.width, own.height
+        length = gr.Slider(value=own.frames or 2, visible=own.frames is not None)
+        return gr.Dropdown(choices, value=value), own.steps, own.guidance, own.width, own.height, length
 
     hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    model.input(changed, [model, engine], [engine, steps, guidance, width, height], **hidden)
+    model.input(changed, [model, engine], [engine, steps, guidance, width, height, frames], **hidden)
 
     def fill(settings: Settings) -> dict[Any, Any]:
         source = service.sources[settings.model]
         own, name = service.defaults(source), source.engine(settings.engine)
-        service.limits.check(settings, source.family.size_divisor)
+        service.limits.check(settings, source.family.size_divisor, source.family.media)
         return {
             prompt: settings.prompt, negative: settings.negative_prompt, model: gr.Dropdown(_names(service), value=source.name),
             engine: gr.Dropdown(_engines(source), value=name), steps: settings.steps or own.steps,
             guidance: own.guidance if settings.guidance is None else settings.guidance,
             seed: settings.seed, fresh: settings.seed is None,
             width: settings.width or own.width, height: settings.height or own.height, pictures: settings.pictures,
+            frames: gr.Slider(value=settings.frames or own.frames or 2, visible=own.frames is not None),
         }  # fmt: skip
 
     def paste(words: str) -> dict[Any, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdiff.app.drawing import file_of
 from qdiff.events import duration
 from qdiff.report_data import db, megabytes, seconds, times
 
@@ -31,8 +32,15 @@ def text(value: object) -> str:
 
 
 def picture(path: Path, alt: str, kind: str = "") -> str:
-    """A finished picture. Small ones are enlarged without smoothing: what is judged are the pixels."""
-    data = base64.b64encode(path.read_bytes()).decode()
+    """A finished picture, or the clip that it is a strip of. Small ones are enlarged without smoothing: what is judged are the
+    pixels."""
+    file = file_of(path)
+    data = base64.b64encode(file.read_bytes()).decode()
+    if file.suffix == ".mp4":
+        return (
+            f'<video class="qd-picture {kind}" src="data:video/mp4;base64,{data}" aria-label="{text(alt)}" '
+            "autoplay loop muted playsinline controls></video>"
+        )
     return f'<img class="qd-picture {kind}" src="data:image/png;base64,{data}" alt="{text(alt)}">'
 
 
@@ -113,6 +121,7 @@ def facts(result: Made) -> str:
         f"guidance {settings.guidance:g}",
         f"seed {settings.seed}",
         f"{settings.width} × {settings.height}",
+        *([f"{settings.frames} frames"] if settings.frames else []),
         result.engine,
         result.note,
     ]
@@ -155,6 +164,17 @@ def comparison(rows: Sequence[Made], titles: dict[str, str]) -> str:
     if any(row.disturbed for row in rows):
         note = '<p class="qd-note">A build was running beside this: the times are longer than the engines are.</p>'
     return f'<div class="qd-cards">{"".join(cards)}</div>{note}'
+
+
+def in_step(path: Path, engine: str) -> str:
+    """Two clips in one file, float's on the left."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    label = text(f"float (left) and {engine} (right)")
+    return _canvas(
+        "done pair",
+        f'<figure><video class="qd-pair" src="data:video/mp4;base64,{data}" aria-label="{label}" autoplay loop muted playsinline '
+        f"controls></video><figcaption><span>float</span><span>{text(engine)}</span></figcaption></figure>",
+    )
 
 
 def blind(left: Path, right: Path, answer: str = "") -> str:

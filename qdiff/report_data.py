@@ -38,13 +38,21 @@ class PromptResult:
 
 @dataclass
 class Quality:
-    """Over all pairs. The accuracies are fractions of the pictures that show what the prompt asked for, in [0, 1]."""
+    """Over all pairs. The accuracies are fractions of the pictures that show what the prompt asked for, in [0, 1].
+
+    Of clips alone: accuracies of the motion, mean change from frame to frame over float's (0: frozen), and the PSNR of those
+    changes.
+    """
 
     psnr_db_mean: float | None = None
     psnr_db_min: float | None = None
     ssim_mean: float | None = None
     accuracy_float: float | None = None
     accuracy_quantized: float | None = None
+    motion_accuracy_float: float | None = None
+    motion_accuracy_quantized: float | None = None
+    motion_ratio: float | None = None
+    change_psnr_db: float | None = None
 
 
 @dataclass

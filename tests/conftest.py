@@ -136,6 +136,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(path, result, prompts)
 
 
+@pytest.fixture(scope="session")
+def filmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the smallest video model, quantized and compared in torch. Read it, do not write it."""
+    path = tmp_path_factory.mktemp("filmed") / "run"
+    settings = ("--model", "wan", "--weights", "random:wan-tiny", "--samples", 2, "--steps", 2, "--batch", 1)
+    for command in (
+        ("calibrate", *settings, "-o", path),
+        ("quantize", path, "--recipe", "nvfp4", "--set", "sequential.tokens=64"),
+        ("compare", path, "--engine", "eager", "--pictures", 2),
+        ("report", path),
+    ):
+        result = run_cli(*command)
+        assert result.code == 0, result.err
+    return path
+
+
 @pytest.fixture
 def spoilt(finished: Finished, tmp_path: Path) -> Path:
     """A copy of the finished run that the test may spoil."""

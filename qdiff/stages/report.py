@@ -51,6 +51,10 @@ def gather(run: Run, plan: Plan) -> Any:
             best["ssim_mean"],
             (float_row["accuracy"] or {}).get("emoji"),
             (best["accuracy"] or {}).get("emoji"),
+            (float_row["accuracy"] or {}).get("motion"),
+            (best["accuracy"] or {}).get("motion"),
+            best.get("motion", {}).get("magnitude_ratio"),
+            best.get("motion", {}).get("change_psnr_db"),
         )
     return ReportData(
         model=ModelInfo(plan.family, plan.weights, quantized["parameters"], calibrated["inputs"]["note"]),

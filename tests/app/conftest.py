@@ -74,26 +74,39 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def site(service) -> Iterator[Site]:
-    """The page on a real server in a thread."""
+def serve() -> Iterator[Callable[[Service], Site]]:
+    """The page of a service on a real server in a thread."""
     import uvicorn
 
     from qdiff.app.server import build_app, make_server
 
-    port = _port()
-    config = uvicorn.Config(
-        build_app(service, "127.0.0.1"), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1
-    )
-    server = make_server(config, service)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    end = time.monotonic() + 60
-    while not server.started:
-        assert thread.is_alive() and time.monotonic() < end, "the server did not start"
-        time.sleep(0.05)
-    yield Site(f"http://127.0.0.1:{port}/", service)
-    server.should_exit = True
-    thread.join(10)
+    running = []
+
+    def start(service: Service) -> Site:
+        port = _port()
+        config = uvicorn.Config(
+            build_app(service, "127.0.0.1"), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1
+        )
+        server = make_server(config, service)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        end = time.monotonic() + 60
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < end, "the server did not start"
+            time.sleep(0.05)
+        return Site(f"http://127.0.0.1:{port}/", service)
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def site(service, serve) -> Site:
+    """The page on the service that all tests share."""
+    return serve(service)
 
 
 @pytest.fixture(scope="session")

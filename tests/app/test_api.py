@@ -27,7 +27,7 @@ def test_the_endpoints_are_the_documented_ones(client):
     }  # fmt: skip
     parameters = [parameter["parameter_name"] for parameter in named["/generate"]["parameters"]]
     assert parameters == [
-        "prompt", "negative_prompt", "model", "engine", "steps", "guidance", "seed", "width", "height", "pictures",
+        "prompt", "negative_prompt", "model", "engine", "steps", "guidance", "seed", "width", "height", "pictures", "frames",
     ]  # fmt: skip
 
 

@@ -1,0 +1,60 @@
+"""A video model through the stages: clips as MP4, motion measured, and a graph that computes the same."""
+
+from __future__ import annotations
+
+import shutil
+
+from qdiff.files import read_json
+from qdiff.trajectory import Trajectory
+from qdiff.video import read_metadata
+
+
+def test_a_run_has_clips_and_says_how_they_move(filmed):
+    for engine in ("float", "eager"):
+        for index in range(2):
+            path = filmed / "images" / engine / f"{index:03d}.mp4"
+            assert path.with_suffix(".png").is_file()
+            info = read_metadata(path)
+            assert info is not None and info.engine == engine and "wan (random:wan-tiny)" in info.model
+    row = read_json(filmed / "compare.json", "the comparison")["engines"][1]
+    assert set(row["motion"]) == {"magnitude_ratio", "change_psnr_db", "steadiness", "reference_steadiness"}
+    assert 0.5 < row["motion"]["magnitude_ratio"] < 2 and 10 < row["psnr_db_mean"] < 100
+    page = (filmed / "report.html").read_text()
+    assert "Motion" in page and "changes from frame to frame" in page and "data:image/webp" in page
+    assert (
+        read_json(filmed / "report.json", "the report")["quality"]["motion_ratio"] == row["motion"]["magnitude_ratio"]
+    )
+
+
+def test_a_recording_joins_the_two_branches_of_guidance(filmed):
+    step = next(iter(Trajectory(filmed / "calibration")))
+    assert len(step.inputs["timestep"]) == 2, "one prompt, guided and unguided"
+    unguided, guided = step.inputs["encoder_hidden_states"]
+    assert not unguided.equal(guided)
+    assert unguided.abs().sum(dim=1).gt(0).sum() < guided.abs().sum(dim=1).gt(0).sum(), "an empty prompt has one token"
+
+
+def test_a_clip_is_made_and_a_picture_is_refused(filmed, cli, fails, finished, tmp_path):
+    clip = tmp_path / "out.mp4"
+    request = ("generate", filmed, "--prompt", "a rocket moves up", "--engine", "float", "--seed", 3)
+    result = cli(*request, "--frames", 5, "-o", clip, "--json").json
+    assert result["images"] == [str(clip)] and clip.with_suffix(".png").is_file()
+    fails(2, ["does not end in .mp4", "clips are written as MP4"], *request, "-o", tmp_path / "out.png")
+    fails(
+        2, ["--frames 5", "makes pictures"],
+        "generate", finished.path, "--prompt", "a", "--frames", 5, "-o", tmp_path / "out.png",
+    )  # fmt: skip
+
+
+def test_the_graph_computes_what_torch_computes(filmed, cli, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(filmed, run)
+    result = cli("quantize", run, "--recipe", "int8", "--force", "--json")
+    assert result.code == 0, result.err
+    exported = cli("export", run, "--target", "onnxruntime", "--json").json
+    parity = (exported[0] if isinstance(exported, list) else exported)["parity"]
+    assert parity["worst_cosine"] > 0.9999
+    built = cli("build", run, "--engine", "onnxruntime", "--json")
+    assert built.code == 0, built.err
+    compared = cli("compare", run, "--engine", "onnxruntime", "--pictures", 1, "--json").json
+    assert compared["engines"][0]["psnr_db_mean"] > 20
