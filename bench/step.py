@@ -2,9 +2,11 @@
 
     python -m bench.step --config pixart-67m [--json] [--rounds 10] [--work DIR]
 
-All contenders run the same recorded call (batch 1, random weights of the published size), interleaved round by round, so
-that whatever else the machine does hits all of them alike. ``ratio`` is FP32 in ONNX Runtime over INT8 in OpenVINO. SQNR is
-of the step's output against FP32 in ONNX Runtime, on a call that no contender was calibrated on.
+All contenders run the same recorded call (batch 1, random weights of the published size), interleaved round by round, so that
+whatever else the machine does hits all of them alike. Of large models not all fit into memory at once (``--together``): then
+they run in groups, each with the reference in it, and a speed is over the reference of its own group. ``ratio`` is FP32 in
+ONNX Runtime over INT8 in OpenVINO. SQNR is of the step's output against FP32 in ONNX Runtime, on a call that no contender was
+calibrated on.
 
 ``qdiff int8 openvino`` is the engine as ``qdiff build`` makes it: what is not INT8 runs in BF16 where the CPU has it. The rows
 that say so compare like with like. The peer is NNCF's post-training INT8 of the same OpenVINO model with its settings for
@@ -142,25 +144,31 @@ def onnxruntime_model(path: Path) -> Run:
     return call
 
 
-def contenders(run: Any, float_graph: Path, peers: bool) -> dict[str, Run]:
-    """All rows by name; the first is the reference."""
+def contenders(run: Any, float_graph: Path, peers: bool) -> dict[str, Callable[[], Run]]:
+    """All rows by name, each to be loaded when it is needed; the first is the reference."""
     from qdiff.stages.build import load_runner
 
     samples = list(calls(run))
-    rows: dict[str, Run] = {
-        "onnxruntime fp32": onnxruntime_model(float_graph),
-        "openvino fp32": openvino_model(float_graph, "f32", samples[0]),
-        "openvino fp32 in bf16": openvino_model(float_graph, "bf16", samples[0]),
-        "qdiff int8 onnxruntime": load_runner(run, "onnxruntime", None),
-        "qdiff int8 openvino": load_runner(run, "openvino", None),
-        "qdiff int8 openvino, rest f32": openvino_model(
-            run.file("onnx", "onnxruntime", "model.onnx"), "f32", samples[0]
-        ),
+    int8_graph = run.file("onnx", "onnxruntime", "model.onnx")
+    rows: dict[str, Callable[[], Run]] = {
+        "onnxruntime fp32": lambda: onnxruntime_model(float_graph),
+        "openvino fp32": lambda: openvino_model(float_graph, "f32", samples[0]),
+        "openvino fp32 in bf16": lambda: openvino_model(float_graph, "bf16", samples[0]),
+        "qdiff int8 onnxruntime": lambda: load_runner(run, "onnxruntime", None),
+        "qdiff int8 openvino": lambda: load_runner(run, "openvino", None),
+        "qdiff int8 openvino, rest f32": lambda: openvino_model(int8_graph, "f32", samples[0]),
     }
     if peers:
-        for precision in ("bf16", "f32"):
-            rows[f"nncf int8 openvino, rest {precision}"] = nncf_model(float_graph, samples, precision)
+        rows["nncf int8 openvino, rest bf16"] = lambda: nncf_model(float_graph, samples, "bf16")
+        rows["nncf int8 openvino, rest f32"] = lambda: nncf_model(float_graph, samples, "f32")
     return rows
+
+
+def groups_of(names: list[str], together: int) -> list[list[str]]:
+    """The names in groups of at most ``together``, the first name leading every one."""
+    reference, rest = names[0], names[1:]
+    size = max(1, together - 1)
+    return [[reference, *rest[start : start + size]] for start in range(0, len(rest), size)]
 
 
 def measure(rows: dict[str, Run], call: dict[str, Tensor], rounds: int) -> dict[str, list[float]]:
@@ -183,34 +191,46 @@ def measure(rows: dict[str, Run], call: dict[str, Tensor], rounds: int) -> dict[
     return seconds
 
 
-def benchmark(configuration: str, work: Path, rounds: int, peers: bool) -> dict[str, Any]:
-    """The whole benchmark as a JSON value."""
-    from qdiff.artifacts import versions
+def table_of(
+    group: list[str], made: dict[str, Callable[[], Run]], call: dict[str, Tensor], rounds: int
+) -> list[dict[str, Any]]:
+    """The rows of one group, its reference first; what it loads is let go at the end."""
     from qdiff.metrics import decibels, sqnr_db
 
-    run, float_graph = prepare(configuration, work)
-    rows = contenders(run, float_graph, peers)
-    call = next(calls(run))
-    other = unseen(call)
+    rows, other = {name: made[name]() for name in group}, unseen(call)
     seconds = measure(rows, call, rounds)
-    reference_name = next(iter(rows))
-    expected = rows[reference_name](other)
-    base = statistics.median(seconds[reference_name])
-    table = [
+    expected, base = rows[group[0]](other), statistics.median(seconds[group[0]])
+    return [
         {
             "name": name,
             "median_seconds": statistics.median(values),
             "min_seconds": min(values),
             "speedup": base / statistics.median(values),
-            "sqnr_db": None if name == reference_name else decibels(sqnr_db(expected, rows[name](other))),
+            "sqnr_db": None if name == group[0] else decibels(sqnr_db(expected, rows[name](other))),
         }
         for name, values in seconds.items()
     ]
+
+
+def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together: int = 8) -> dict[str, Any]:
+    """The whole benchmark as a JSON value."""
+    from qdiff.artifacts import versions
+    from qdiff.resources import release_memory
+
+    run, float_graph = prepare(configuration, work)
+    made = contenders(run, float_graph, peers)
+    call = next(calls(run))
+    table: list[dict[str, Any]] = []
+    for group in groups_of(list(made), together):
+        found = table_of(group, made, call, rounds)
+        table += found[1:] if table else found
+        release_memory()
     by_name = {row["name"]: row for row in table}
     return {
         "config": configuration,
         "ratio": by_name["qdiff int8 openvino"]["speedup"],
         "rounds": rounds,
+        "together": together,
         "rows": table,
         "stages": {
             name: {"seconds": entry["seconds"], "peak_memory_bytes": entry["peak_memory_bytes"]}
@@ -252,6 +272,9 @@ def main() -> None:
     parser.add_argument("--config", choices=CONFIGURATIONS, default="pixart-67m")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--work", type=Path, help="folder for the run, kept and reused [default: a temporary one]")
+    parser.add_argument(
+        "--together", type=int, default=8, help="contenders in memory at once, the reference among them"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave NNCF out")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -264,7 +287,9 @@ def main() -> None:
     from qdiff.events import TerminalListener, listening
 
     with listening(TerminalListener()), tempfile.TemporaryDirectory() as temporary:
-        result = benchmark(arguments.config, arguments.work or Path(temporary), arguments.rounds, peers)
+        result = benchmark(
+            arguments.config, arguments.work or Path(temporary), arguments.rounds, peers, arguments.together
+        )
     print(json.dumps(result, indent=2) if arguments.json else show(result))
 
 

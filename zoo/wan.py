@@ -23,8 +23,8 @@ from zoo import text, video_autoencoder
 from zoo.clips import Clips
 from zoo.text_to_image import TextToImage, flow_levels, main
 
-MOVING_CLIPS = 1024
-STILLS = 1200
+MOVING_CLIPS = 768
+STILLS = 900
 STILL_BATCH = 96
 FLOW_SHIFT = 3.0
 
