@@ -57,8 +57,8 @@ def look_at_one_frame(model: nn.Module) -> None:
     """Start as an autoencoder of single frames, inflated: what it learns from pictures then holds for every frame of a clip, and
     for lengths that training never sees.
 
-    Convolutions see the present frame alone; those that halve the frames take the later of two, those that double them repeat.
-    Latents start with little noise, which would hide them from the decoder.
+    Convolutions see the present frame alone, for good; those that halve the frames take the later of two at first, those that
+    double them repeat. Latents start with little noise, which would hide them from the decoder.
     """
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv3d) or module.kernel_size[0] == 1:
@@ -70,8 +70,21 @@ def look_at_one_frame(model: nn.Module) -> None:
             module.bias.zero_()  # type: ignore[union-attr]
         module.weight.zero_()
         module.weight[:, :, -1] = present
+        if not name.endswith("time_conv"):
+            module.weight.requires_grad_(True).register_hook(_present_alone)
     model.quant_conv.bias[CHANNELS:] = -4  # type: ignore[index, operator]
     model.quant_conv.weight[CHANNELS:] *= 0.1  # type: ignore[index, operator]
+
+
+def _present_alone(gradient: Tensor) -> Tensor:
+    """Keeps the past taps of a convolution at zero.
+
+    Only the layers that halve and double the frames look back, over three latent frames. With all of them a late frame would see
+    more frames than a training clip has, and be decoded from features that training never saw.
+    """
+    kept = torch.zeros_like(gradient)
+    kept[:, :, -1] = gradient[:, :, -1]
+    return kept
 
 
 def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None) -> Tensor:
