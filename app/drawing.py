@@ -6,6 +6,7 @@ if that fails too, the request fails, all engines are let go, and the next reque
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qdiff.app")
 _PREVIEW_SECONDS = 0.12  # between two previews
-_USUAL_SIDE, _USUAL_FRAMES = 480, 33  # of models that do not say
 _MEMORY_WORDS = (
     "out of memory",
     "not enough memory",
@@ -89,6 +89,17 @@ class Defaults:
     width: int
     height: int
     frames: int | None = None
+    frames_step: int = 1  # clips have 1 and a multiple of it
+
+
+def _usual(model: Model, source: Source) -> dict[str, Any]:
+    """Sizes that the pipeline takes when it is given none."""
+    config: Any = model.backbone.config
+    if getattr(config, "sample_size", None):
+        side = int(config.sample_size) * source.family.pixels_per_cell(config)
+        return {"width": side, "height": side}
+    known = inspect.signature(model.pipeline.__call__).parameters
+    return {name: known[name].default for name in ("width", "height", "num_frames")}
 
 
 def file_of(path: Path) -> Path:
@@ -115,15 +126,14 @@ class Artist:
         """The source's own settings; loads its model the first time."""
         if source.name not in self.known:
             model = self._pool.model(source)
-            config: Any = model.backbone.config
-            cells = getattr(config, "sample_size", None) or _USUAL_SIDE // source.family.pixels_per_cell(config)
-            size = int(cells) * source.family.pixels_per_cell(config)
-            width, height = (int(model.defaults.get(name, size)) for name in ("width", "height"))
-            frames = int(model.defaults.get("num_frames", _USUAL_FRAMES)) if source.family.media == "video" else None
+            usual = {**_usual(model, source), **model.defaults}
+            width, height, video = int(usual["width"]), int(usual["height"]), source.family.media == "video"
+            factor = int(model.pipeline.vae_scale_factor_temporal) if video else 1
             inputs = source.run.entry("calibrate")["inputs"] if source.run else {}
             self.known[source.name] = Defaults(
-                model.steps(inputs.get("steps")), model.guidance(inputs.get("guidance")), width, height, frames
-            )
+                model.steps(inputs.get("steps")), model.guidance(inputs.get("guidance")), width, height,
+                int(usual["num_frames"]) if video else None, factor,
+            )  # fmt: skip
         return self.known[source.name]
 
     def draw(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.app import views
-from qdiff.app.drawing import Made, file_of
+from qdiff.app.drawing import Defaults, Made, file_of
 from qdiff.app.follow import alert, client_of, drawn
 from qdiff.app.service import Service
 from qdiff.app.settings import Settings
@@ -70,7 +70,8 @@ def add(service: Service) -> Any:
                 with gr.Row():
                     pictures = gr.Slider(1, limits.pictures, 1, step=1, label="Pictures", min_width=120)
                     frames = gr.Slider(
-                        2, limits.frames, own.frames or 2, step=1, label="Frames", visible=own.frames is not None,
+                        1 + own.frames_step, limits.frames, own.frames or 2, step=own.frames_step, label="Frames",
+                        visible=own.frames is not None,
                         min_width=120, elem_id="frames",
                     )  # fmt: skip
                 with gr.Row():
@@ -174,11 +175,15 @@ def add(service: Service) -> Any:
             raise alert(service, error) from None
         choices = _engines(source)
         value = engine_now if engine_now in [value for _, value in choices] else source.engine("")
-        length = gr.Slider(value=own.frames or 2, visible=own.frames is not None)
+        length = _length(own, own.frames)
         return gr.Dropdown(choices, value=value), own.steps, own.guidance, own.width, own.height, length
 
     hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     model.input(changed, [model, engine], [engine, steps, guidance, width, height, frames], **hidden)
+
+    def _length(own: Defaults, value: int | None) -> Any:
+        step = own.frames_step
+        return gr.Slider(1 + step, value=value or 1 + step, step=step, visible=own.frames is not None)
 
     def fill(settings: Settings) -> dict[Any, Any]:
         source = service.sources[settings.model]
@@ -190,7 +195,7 @@ def add(service: Service) -> Any:
             guidance: own.guidance if settings.guidance is None else settings.guidance,
             seed: settings.seed, fresh: settings.seed is None,
             width: settings.width or own.width, height: settings.height or own.height, pictures: settings.pictures,
-            frames: gr.Slider(value=settings.frames or own.frames or 2, visible=own.frames is not None),
+            frames: _length(own, settings.frames or own.frames),
         }  # fmt: skip
 
     def paste(words: str) -> dict[Any, Any]:

@@ -76,20 +76,19 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from qdiff.mixing import costs_of
     from qdiff.models.base import default_prompts
     from qdiff.recipe import load_recipe
-    from qdiff.sensitivity import Sensitivity
     from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
-    from qdiff.stages.decisions import judge_of
-    from qdiff.stages.sensitivity import TABLE, sensitivity
+    from qdiff.stages.decisions import ByBudget, judge_of, measured
     from qdiff.statistics import Statistics
+    from qdiff.trajectory import Trajectory
 
     run = Run(work / "run")
     calibrate(run, CalibrateOptions(model=options.model))
     recipe = load_recipe("mixed", [f"mixed.recipes=[{', '.join(options.recipes)}]"])
-    sensitivity(run, recipe)
-    found = Sensitivity.load(run.file(TABLE))
     model = reload_model(run)
     _, statistics = prepare(model, recipe, Statistics.load(run.file("calibration", "statistics.safetensors")))
     candidates = Candidates(model, recipe, statistics)
+    trajectory = Trajectory(run.file("calibration"))
+    found = measured(run, model, candidates, trajectory, ByBudget(recipe, run).measured_inputs())
     judge = judge_of(run, model, candidates, default_prompts(options.pictures, SEED), SEED)
     costs, _ = costs_of("bits", candidates, found, None)
 

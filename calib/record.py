@@ -106,7 +106,9 @@ def record(model: Model, recording: Recording, folder: Path, owner: str = "") ->
     for index, path in enumerate(paths):
         if index not in missing:
             require_shard(path, owner)
-    with Progress("record", len(missing) * model.steps(recording.steps)) as progress:
+    with Progress(
+        "record", len(missing) * model.steps(recording.steps) * model.calls_per_step(recording.guidance)
+    ) as progress:
         for index in missing:
             _record_shard(model, recording, index, folder, owner, progress)
     return paths
@@ -143,10 +145,10 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
     require_steps(timesteps)
     if model.family.branches_apart:
         timesteps, calls = joined(timesteps, calls)
-    if len(set(timesteps)) != len(timesteps):
+    if len(set(timesteps)) != len(timesteps) or len({len(call["timestep"]) for call in calls}) != 1:
         raise InputError(
             "this scheduler calls the backbone more than once for a timestep",
-            "choose a first-order or multistep scheduler with --scheduler",
+            "choose a first-order or multistep scheduler with --scheduler, or fewer steps",
         )
     generator = torch.Generator().manual_seed(recording.seed * 1_000_003 + index)
     kept = STRATEGIES[recording.strategy](timesteps, recording.keep, generator)

@@ -19,7 +19,9 @@ GAP = 1e-5  # relative distance to the bound at which HiGHS may stop, where tree
 SECONDS = 60.0  # for one solution
 
 
-def allocate(errors: Tensor, costs: Tensor, budget: float, forbidden: list[Tensor] | None = None) -> Tensor:
+def allocate(
+    errors: Tensor, costs: Tensor, budget: float, forbidden: list[Tensor] | None = None, fixed: float = 0.0
+) -> Tensor:
     """The cheapest errors within a budget.
 
     Args:
@@ -27,6 +29,7 @@ def allocate(errors: Tensor, costs: Tensor, budget: float, forbidden: list[Tenso
         costs: ``[N, M]``, finite, at least 0.
         budget: what the costs may add up to.
         forbidden: earlier solutions ``[N]`` that are not wanted again.
+        fixed: what was taken off the budget before, for messages.
 
     Returns:
         the format of every item, int64 ``[N]``.
@@ -45,7 +48,7 @@ def allocate(errors: Tensor, costs: Tensor, budget: float, forbidden: list[Tenso
     cheapest = float(torch.where(possible, costs, torch.inf).amin(dim=1).double().sum())
     if cheapest > budget * (1 + 1e-9):
         raise InputError(
-            f"the budget {budget:.6g} is below {cheapest:.6g}, what the cheapest formats come to",
+            f"the budget {budget + fixed:.6g} is below {cheapest + fixed:.6g}, what the cheapest formats come to",
             "raise the budget, allow cheaper formats, or lower mixed.minimum",
         )
     objective = torch.where(possible, errors, 0.0).double().flatten().numpy()
@@ -70,16 +73,16 @@ def allocate(errors: Tensor, costs: Tensor, budget: float, forbidden: list[Tenso
         options={"mip_rel_gap": GAP if count * formats > 1000 else 0.0, "time_limit": SECONDS},
     )
     if result.x is None:
-        raise InputError(f"no allocation fits the budget {budget:.6g} ({result.message})", "raise the budget")
+        raise InputError(f"no allocation fits the budget {budget + fixed:.6g} ({result.message})", "raise the budget")
     return torch.from_numpy(result.x.reshape(count, formats).argmax(1))
 
 
-def best(errors: Tensor, costs: Tensor, budget: float, count: int) -> list[Tensor]:
+def best(errors: Tensor, costs: Tensor, budget: float, count: int, fixed: float = 0.0) -> list[Tensor]:
     """Up to ``count`` different solutions of :func:`allocate`, the best first. Arguments and errors as there."""
     found: list[Tensor] = []
     for _ in range(count):
         try:
-            found.append(allocate(errors, costs, budget, found))
+            found.append(allocate(errors, costs, budget, found, fixed))
         except InputError:
             if not found:
                 raise

@@ -38,8 +38,7 @@ MANIFEST_VERSION = 1
 # once for each target and build once for each engine: their entries are ``export:tensorrt``, ``build:openvino`` and so on.
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "calibrate": (),
-    "sensitivity": ("calibrate",),
-    "quantize": ("calibrate", "sensitivity"),
+    "quantize": ("calibrate",),
     "export": ("quantize",),
     "build": ("export",),
     "compare": ("quantize", "build"),

@@ -20,7 +20,7 @@ from qdiff.events import log
 from qdiff.layers import QuantLinear, TimestepClock
 from qdiff.models.base import Model, quantizable_layers
 from qdiff.plan import LayerPlan
-from qdiff.quantize import realise_all, round_kept
+from qdiff.quantize import half_layer, realise_all, round_kept
 from qdiff.recipe import Recipe
 from qdiff.statistics import Statistics
 
@@ -56,7 +56,8 @@ class Candidates:
         round_kept(self.backbone, recipe.kept)
         self.clock = TimestepClock()
         install_clock(self.backbone, self.clock, torch.tensor(statistics.timesteps))
-        self._float = {name: self.backbone.get_submodule(name) for names in self.groups.values() for name in names}
+        layers = quantizable_layers(self.backbone)
+        self._float = {name: layers[name] for names in self.groups.values() for name in names}
         self._modules: list[dict[str, nn.Module]] = []
         self.entries: list[dict[str, LayerPlan]] = []
         self._drafts: list[dict[str, LayerPlan]] = []  # before methods decided
@@ -96,6 +97,8 @@ class Candidates:
     def draft(self, drafted: Draft, choice: Mapping[str, int]) -> Draft:
         """The draft of the plan that gives every group the format with that index; ``drafted`` says what is not chosen for."""
         entries, recipes = dict(drafted.entries), {}
+        if all(self.members[format] is None for format in choice.values()):
+            raise InputError(f"the budget leaves every layer in {self.recipe.kept}", "lower it, or quantize nothing")
         for group, format in choice.items():
             member = self.members[format]
             for layer in self.groups[group]:
@@ -106,9 +109,8 @@ class Candidates:
 
     def _add(self, name: str, member: Recipe | None, statistics: Statistics) -> None:
         if member is None:
-            kept = getattr(torch, self.recipe.kept)
-            self._modules.append({layer: _rounded(module, kept) for layer, module in self._float.items()})
             entries = {layer: _kept_entry(layer, module, self.recipe.kept) for layer, module in self._float.items()}
+            self._modules.append({layer: half_layer(entries[layer], module) for layer, module in self._float.items()})
             self.entries.append(entries)
             self._drafts.append(entries)
             return
@@ -145,14 +147,6 @@ def shared_copy(module: nn.Module) -> nn.Module:
     }
     shared |= {id(buffer): buffer for buffer in module.buffers()}
     return copy.deepcopy(module, shared)
-
-
-def _rounded(layer: nn.Module, kept: torch.dtype) -> nn.Module:
-    """A float layer with the numbers that ``kept`` storage leaves of it."""
-    made = shared_copy(layer)
-    for parameter in made.parameters():
-        parameter.data = parameter.data.to(kept).float()
-    return made
 
 
 def _kept_entry(name: str, layer: nn.Module, kept: str) -> LayerPlan:

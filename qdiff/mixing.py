@@ -76,25 +76,37 @@ class Allocation:
         """The format of every group, as an index."""
         return dict(zip(self.groups, self.solutions[self.chosen].formats, strict=True))
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Allocation:
+        """What :meth:`to_json` gave."""
+        lists = {name: [Solution(**one) for one in value[name]] for name in ("solutions", "uniform", "frontier")}
+        return cls(**{**value, **lists})
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
 
 
 def decide(
-    mixed: Mixed, family: str, candidates: Candidates, sensitivity: Sensitivity, judge: Judge | None
+    mixed: Mixed,
+    family: str,
+    candidates: Candidates,
+    sensitivity: Sensitivity,
+    judge: Judge | None,
+    branches: int = 1,
 ) -> Allocation:
     """Solves, looks and takes.
 
     Args:
         family: whose minimum formats hold.
+        branches: samples that one picture puts into a call: 2 with guidance.
         judge: called with a plan put into the candidates' backbone; ``None``: the solver's first solution is taken unseen.
 
     Raises:
         InputError: a budget that no plan meets, a pattern of ``minimum`` that matches nothing, an unknown device.
     """
     (measure, budget), *_ = mixed.budget.items()
-    costs, fixed = costs_of(measure, candidates, sensitivity, mixed.device)
+    costs, fixed = costs_of(measure, candidates, sensitivity, mixed.device, branches)
     allowed = _allowed(mixed, family, candidates)
     made = Allocation(measure, budget, mixed.device, list(candidates.groups), candidates.names)
     errors = sensitivity.table().masked_fill(~allowed, math.inf)
@@ -110,7 +122,7 @@ def decide(
     seen: set[tuple[int, ...]] = set()
     for weighting, weights in weightings(len(sensitivity.timesteps)).items():
         table = sensitivity.table(weights).masked_fill(~allowed, math.inf)
-        for choice in allocation.best(table, costs, budget - fixed, mixed.best if judge else 1):
+        for choice in allocation.best(table, costs, budget - fixed, mixed.best if judge else 1, fixed):
             if tuple(choice.tolist()) not in seen:
                 seen.add(tuple(choice.tolist()))
                 made.solutions.append(look(weighting, choice))
@@ -147,7 +159,7 @@ def weightings(calls: int) -> dict[str, Tensor]:
 
 
 def costs_of(
-    measure: str, candidates: Candidates, sensitivity: Sensitivity, device: str | None
+    measure: str, candidates: Candidates, sensitivity: Sensitivity, device: str | None, branches: int = 1
 ) -> tuple[Tensor, float]:
     """Costs ``[group, format]`` in the budget's unit, float64, and what everything else costs besides."""
     costs = torch.zeros(len(candidates.groups), len(candidates.names), dtype=torch.float64)
@@ -162,7 +174,7 @@ def costs_of(
                     costs[row, format] += _stored(candidates, layer, format)
                 else:
                     rates = device_named(device or "")
-                    costs[row, format] += milliseconds(entry, sensitivity.tokens[row], rates)
+                    costs[row, format] += milliseconds(entry, branches * sensitivity.tokens[row], rates)
     return costs, _rest(candidates) if measure == "bytes" else 0.0
 
 
@@ -193,14 +205,51 @@ def _allowed(mixed: Mixed, family: str, candidates: Candidates) -> Tensor:
     """Which formats ``minimum`` leaves: bool ``[group, format]``."""
     allowed = torch.ones(len(candidates.groups), len(candidates.names), dtype=torch.bool)
     for pattern, name in mixed.minimum.get(family, {}).items():
-        hits = [row for row, layers in enumerate(candidates.groups.values()) if any(fnmatch.filter(layers, pattern))]
+        hits = [row for row, layers in enumerate(candidates.groups.values()) if fnmatch.filter(layers, pattern)]
         if not hits:
             raise InputError(
                 f"mixed.minimum: the pattern {pattern!r} matches no layer of {family} that can be quantized"
             )
+        least = mixed.recipes.index(name)
         for row in hits:
-            allowed[row, : mixed.recipes.index(name)] = False
+            layers = list(candidates.groups.values())[row]
+            bits = [_bits(candidates, layers, format) for format in range(len(candidates.names))]
+            allowed[row] &= torch.tensor([each >= bits[least] for each in bits])
     return allowed
+
+
+def _bits(candidates: Candidates, layers: list[str], format: int) -> float:
+    """Bits of a group's weights in a format; 0 where it cannot have it."""
+    entries = candidates.entries[format]
+    return sum(entries[layer].weight_bits() * _elements(entries[layer]) for layer in layers if layer in entries)
+
+
+def check_wishes(mixed: Mixed, family: str, drafts: list[dict[str, LayerPlan]]) -> None:
+    """Refuses what no measurement can make possible, before one is begun.
+
+    Args:
+        drafts: what each recipe of the list alone says about every layer.
+
+    Raises:
+        InputError: a pattern of ``minimum`` that matches no layer that can be quantized, or a budget of fewer bits than the
+            cheapest formats have.
+    """
+    chosen_for = [name for name in drafts[0] if any(draft[name].quantized for draft in drafts)]
+    for pattern in mixed.minimum.get(family, {}):
+        if not fnmatch.filter(chosen_for, pattern):
+            raise InputError(
+                f"mixed.minimum: the pattern {pattern!r} matches no layer of {family} that can be quantized"
+            )
+    least = weights = 0.0
+    for name in chosen_for:
+        entries = [draft[name] for draft in drafts if draft[name].quantized]
+        least += min(entry.weight_bits() for entry in entries) * _elements(entries[0])
+        weights += _elements(entries[0])
+    if weights and mixed.budget.get("bits", math.inf) < least / weights * (1 - 1e-9):
+        raise InputError(
+            f"the budget of {mixed.budget['bits']:g} bits is below {least / weights:.4g}, what the cheapest formats come to",
+            "raise the budget, or allow cheaper formats",
+        )
 
 
 def _cheapest(errors: Tensor, costs: Tensor) -> float:

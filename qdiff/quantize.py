@@ -362,12 +362,17 @@ def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
 
 
 def _keep(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear | nn.Conv2d) -> None:
-    module = empty_layer(plan, 0, None, "float16", linear)
-    state = {"weight": linear.weight.detach().to(getattr(torch, plan.weights))}
-    if linear.bias is not None:
-        state["bias"] = linear.bias.detach().to(state["weight"].dtype).float()
+    backbone.set_submodule(plan.name, half_layer(plan, linear))
+
+
+def half_layer(plan: LayerPlan, layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    """A float layer as one that is kept, in the storage that its plan says."""
+    module = empty_layer(plan, 0, None, "float16", layer)
+    state = {"weight": layer.weight.detach().to(getattr(torch, plan.weights))}
+    if layer.bias is not None:
+        state["bias"] = layer.bias.detach().to(state["weight"].dtype).float()
     module.load_state_dict(state, assign=True)
-    backbone.set_submodule(plan.name, module)
+    return module
 
 
 def round_kept(backbone: nn.Module, kept: str) -> None:

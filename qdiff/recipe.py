@@ -88,8 +88,8 @@ class Mixed(BaseModel):
 
     ``recipes`` are names or paths of the recipes whose formats and methods a layer may get; ``float16`` (or what ``kept`` is)
     among them means that a layer may stay. ``budget`` has one entry: ``bits`` (mean over the weights that are chosen for),
-    ``bytes`` (of the whole checkpoint) or ``latency`` (milliseconds of these layers in one step on ``device``).
-    ``minimum`` maps a pattern of layers to a recipe of the list: nothing that is cheaper in bits. ``calls`` of the backbone
+    ``bytes`` (of the whole checkpoint) or ``latency`` (milliseconds of these layers in one step on ``device``). ``minimum``
+    maps a pattern of layers to a recipe of the list: no format of fewer bits than that one's. ``calls`` of the backbone
     measure every layer in every format; ``pictures`` decide between the solver's ``best`` solutions.
     """
 
@@ -114,6 +114,11 @@ class Mixed(BaseModel):
             raise ValueError(
                 "mixed.budget: latency needs mixed.device, the GPU whose published rates it is reckoned with"
             )
+        if self.device is not None:
+            from qdiff.costs import DEVICES
+
+            if self.device not in DEVICES:
+                raise ValueError(f"mixed.device: unknown device {self.device!r}, known: {', '.join(DEVICES)}")
         for pattern, name in (pair for family in self.minimum.values() for pair in family.items()):
             if name not in self.recipes:
                 raise ValueError(f"mixed.minimum: {pattern!r} wants {name!r}, which is not among mixed.recipes")
@@ -153,7 +158,8 @@ class Recipe(BaseModel):
         if (self.scheme is None) == (self.mixed is None):
             raise ValueError("a recipe has either a scheme or mixed")
         if self.mixed is not None:
-            beside = [name for name in ("convolutions", "methods", "outputs", "distil") if getattr(self, name)]
+            own = ("convolutions", "methods", "outputs", "distil", "targets")
+            beside = [name for name in own if name in self.model_fields_set and getattr(self, name)]
             if beside:
                 raise ValueError(f"{beside[0]}: beside mixed, its recipes say that")
         return self
@@ -183,6 +189,11 @@ class Recipe(BaseModel):
             member = None if name == self.kept else load_recipe(name)
             if member is not None and member.mixed is not None:
                 raise InputError(f"recipe {self.name!r}: {name!r} is mixed itself", "name recipes that have a scheme")
+            if member is not None and (member.distil or (member.sequential and member.sequential.reconstruct)):
+                raise InputError(
+                    f"recipe {self.name!r}: {name!r} trains what is chosen from",
+                    "name recipes without distil and reconstruct",
+                )
             found.append(member and member.model_copy(update={**shared, "sequential": None, "distil": None}))
         return found
 

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from qdiff import ops
 from qdiff.candidates import FLOAT, Candidates
-from qdiff.errors import IntegrityError
 from qdiff.events import Progress
-from qdiff.files import read_json, write_json
+from qdiff.files import write_json
 from qdiff.formats import FORMATS
 from qdiff.layers import QuantLinear
 from qdiff.models.base import Model
@@ -76,36 +75,24 @@ class Sensitivity:
             return by_call.mean(dim=2)
         return (by_call * (weights.double() / weights.double().sum())).sum(dim=2)
 
-    def rank_correlations(self) -> dict[str, float]:
-        """Spearman's correlation of each proxy with the truth, over all groups and formats that have an error."""
+    def rank_correlations(self) -> dict[str, float | None]:
+        """Spearman's correlation of each proxy with the truth, over all groups and formats that have an error; ``None`` where
+        there is none (too few values, or all alike)."""
         from scipy.stats import spearmanr
 
         truth = self.table().flatten()
-        found = {}
+        found: dict[str, float | None] = {}
         for name, rows in self.proxies.items():
             values = torch.tensor([math.nan if v is None else v for row in rows for v in row], dtype=torch.float64)
             both = truth.isfinite() & values.isfinite() & (truth > 0)
-            found[name] = float(spearmanr(truth[both].numpy(), values[both].numpy()).statistic)
+            ranked = int(both.sum()) > 2 and len(values[both].unique()) > 1
+            value = float(spearmanr(truth[both].numpy(), values[both].numpy()).statistic) if ranked else math.nan
+            found[name] = value if math.isfinite(value) else None
         return found
 
     def save(self, path: Path) -> None:
         """Writes ``sensitivity.json``."""
         write_json(path, {**asdict(self), "rank_correlations": self.rank_correlations()})
-
-    @classmethod
-    def load(cls, path: Path) -> Sensitivity:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            InputError: missing.
-            IntegrityError: not a table of ours.
-        """
-        value = read_json(path, "the sensitivities")
-        try:
-            value.pop("rank_correlations")
-            return cls(**value)
-        except (AttributeError, KeyError, TypeError):
-            raise IntegrityError(f"{path} is not a table of sensitivities", "quantize again with --force") from None
 
 
 def measure(
@@ -155,14 +142,12 @@ def measure(
 def spread(trajectory: Trajectory, calls: int) -> list[Step]:
     """``calls`` recorded calls, evenly over the timesteps and over the shards; all of them when there are no more."""
     shards = len(trajectory.paths)
-    timesteps = [step.timestep for step in trajectory.steps(0)]
-    calls = min(calls, shards * len(timesteps))
-    # positions run through the timesteps first, then through the shards
+    count = sum(1 for _ in trajectory.steps(0))
     wanted: dict[int, set[int]] = {}
-    for index in range(calls):
-        position = index * len(timesteps) / calls if calls < len(timesteps) else float(index % len(timesteps))
-        shard = index % shards if calls <= len(timesteps) else (index // len(timesteps) + index) % shards
-        wanted.setdefault(shard, set()).add(int(position))
+    for index in range(min(calls, shards * count)):
+        place = index * count // calls if calls < count else index % count
+        shard = (index // count + index % count) % shards  # a round through the timesteps, then the next shard for each
+        wanted.setdefault(shard, set()).add(place)
     found = [
         step for shard in sorted(wanted) for place, step in enumerate(trajectory.steps(shard)) if place in wanted[shard]
     ]
@@ -208,14 +193,14 @@ def proxies_of(model: Model, candidates: Candidates, steps: list[Step]) -> dict[
     chosen = [steps[round(i * (len(steps) - 1) / max(1, PROBES - 1))] for i in range(min(PROBES, len(steps)))]
     try:
         model.backbone.requires_grad_(False)
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
+        for name, layer in layers.items():
+            weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(found[name].take))
         with Progress("proxies", len(chosen)) as progress:
             for step in chosen:
                 prediction = model.family.call(model.backbone, step.inputs)
                 prediction.backward(torch.randn(prediction.shape, generator=generator) / prediction.norm())
-                for name, layer in layers.items():
-                    found[name].take(layer)
                 progress.advance()
     finally:
         for handle in handles:
@@ -250,10 +235,9 @@ class _Gradients:
     def _output(self, gradient: Tensor) -> None:
         self.output += float(gradient.double().square().sum())
 
-    def take(self, layer: nn.Module) -> None:
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        if weight.grad is None:  # not reached by this call
-            return
+    def take(self, weight: Tensor) -> None:
+        """Called as soon as the gradient is there, which then goes: those of all layers would be a second model."""
+        assert weight.grad is not None
         self.weight += float(weight.grad.double().square().sum())
         self.relevance += float((weight.grad * weight.detach()).double().abs().sum())
         weight.grad = None

@@ -101,6 +101,10 @@ class Model:
         """Guidance scale, chosen as :meth:`steps` is."""
         return float(self.defaults.get("guidance_scale", self.family.default_guidance)) if asked is None else asked
 
+    def calls_per_step(self, guidance: float | None = None) -> int:
+        """How often the pipeline calls the backbone in one step: twice where branches of guidance are apart."""
+        return 2 if self.family.branches_apart and self.guidance(guidance) > 1 else 1
+
     def use_scheduler(self, name: str | None) -> None:
         """Replaces the pipeline's scheduler by a compatible one (``dpmsolver++`` … or a diffusers class name).
 

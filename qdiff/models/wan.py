@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.errors import InputError, UsageError
 from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
 from qdiff.video import Clip
 
@@ -59,6 +60,15 @@ class Wan(Family):
     block_list = "blocks"
     branches_apart = True
 
+    def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
+        model = super().load(weights, revision=revision, seed=seed)
+        if getattr(model.pipeline, "transformer_2", None) is not None or model.pipeline.config.expand_timesteps:
+            raise InputError(
+                f"{weights} is a Wan 2.2 with two backbones or a timestep for every token, which qdiff does not know",
+                "use a Wan 2.1 text-to-video model",
+            )
+        return model
+
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
         return (
             InputSpec("hidden_states", ("batch", config["in_channels"], "frames", "height", "width"), varies=True),
@@ -92,6 +102,10 @@ class Wan(Family):
         check_pixels(self, request.height, request.width)
         arguments = model.arguments(request)
         if request.frames is not None:
+            factor = model.pipeline.vae_scale_factor_temporal
+            if request.frames < 1 + factor or (request.frames - 1) % factor:
+                usable = max(1, round((request.frames - 1) / factor)) * factor + 1
+                raise UsageError(f"{request.frames} frames are not 1 and a multiple of {factor}", f"use {usable}")
             arguments["num_frames"] = request.frames
         if on_step is not None:
 

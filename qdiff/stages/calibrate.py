@@ -176,12 +176,13 @@ def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
 
     seconds, latent_bytes = seconds_per_call(model, recording)
     steps = model.steps(recording.steps)
-    calls = recording.shards * (steps + min(steps, recording.keep if recording.strategy != "all" else steps))
+    apart = model.calls_per_step(recording.guidance)
+    calls = apart * recording.shards * (steps + min(steps, recording.keep if recording.strategy != "all" else steps))
     return {
         "steps": steps,
         "seconds_per_call": round(seconds, 4),
         "seconds": round(seconds * calls, 1),
-        "bytes": latent_bytes * recording.shards * steps,
+        "bytes": apart * latent_bytes * recording.shards * steps,
     }
 
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qdiff.files import write_json
+from qdiff.events import log
+from qdiff.files import sha256_json, write_json
+from qdiff.scratch import Scratch
 from qdiff.stages.calibrate import options_of
 
 if TYPE_CHECKING:
     from qdiff.artifacts import Run
     from qdiff.candidates import Candidates
     from qdiff.drafting import Draft
-    from qdiff.mixing import Judge
+    from qdiff.mixing import Allocation, Judge
     from qdiff.models.base import Model
     from qdiff.plan import Plan
     from qdiff.recipe import Recipe
-    from qdiff.scratch import Scratch
+    from qdiff.sensitivity import Sensitivity
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
-ALLOCATION = "allocation.json"
+ALLOCATION, TABLE = "allocation.json", "sensitivity.json"
+MEASURED = "calibration/sensitivity"  # what was measured for mixed recipes, by fingerprint
 PLAN_SEED = 20_000  # of the pictures that decide between plans: neither calibration's nor comparison's
 
 
@@ -114,20 +117,24 @@ class ByBudget:
         return self.recipe.name
 
     def inputs(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "sensitivity": self.run.outputs_hash("sensitivity") if self.run.done("sensitivity") else None,
-            "members": [member and member.model_dump(mode="json") for member in self.recipe.members()],
-        }
+        return {"recipe": self.recipe.model_dump(mode="json"), **self.measured_inputs()}
+
+    def measured_inputs(self) -> dict[str, Any]:
+        """What sensitivities depend on besides the calibration: not the budget."""
+        assert self.recipe.mixed is not None
+        members = [member and member.model_dump(mode="json") for member in self.recipe.members()]
+        shared = {name: getattr(self.recipe, name) for name in ("ignore", "kept", "split_shortcuts", "first_token")}
+        return {"members": members, "shared": shared, "calls": self.recipe.mixed.calls}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
         from qdiff.drafting import Draft, entries_of, prepare
+        from qdiff.mixing import check_wishes
 
         structure, statistics = prepare(model, self.recipe, statistics)
-        members = self.recipe.members()
-        first = next(member for member in members if member is not None)
-        entries = entries_of(model, first, statistics, lenient=True)
         assert self.recipe.mixed is not None
+        drafts = [entries_of(model, m, statistics, lenient=True) for m in self.recipe.members() if m is not None]
+        check_wishes(self.recipe.mixed, model.family.name, drafts)
+        entries = drafts[0]
         why = f"{' or '.join(self.recipe.mixed.recipes)}, as the budget allows"
         open_entries = {
             name: entry.model_copy(update={"why": why}) if entry.quantized else entry for name, entry in entries.items()
@@ -135,25 +142,64 @@ class ByBudget:
         return Draft(structure, statistics, open_entries)
 
     def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
-        from qdiff.candidates import Candidates
-        from qdiff.mixing import decide
         from qdiff.quantize import carry_out
-        from qdiff.sensitivity import Sensitivity
-        from qdiff.stages.sensitivity import TABLE
+
+        # what was chosen from is let go before the model is made: it holds every layer in every format
+        drafted = self._chosen(model, drafted, trajectory, scratch, work)
+        return carry_out(model, self.recipe, drafted, trajectory, scratch)
+
+    def _chosen(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Draft:
+        from qdiff.candidates import Candidates
+        from qdiff.mixing import Allocation
+
+        candidates = Candidates(model, self.recipe, drafted.statistics)
+        table = measured(self.run, model, candidates, trajectory, self.measured_inputs())
+        table.save(work.output(self.run.file(TABLE)))
+        kept = scratch.load("allocation")  # a run that was killed goes on with the plan that it had chosen
+        made = self._decided(model, candidates, table) if kept is None else Allocation.from_json(kept[1])
+        scratch.save("allocation", {}, made.to_json())
+        write_json(work.output(self.run.file(ALLOCATION)), made.to_json())
+        work.fact(budget={made.measure: made.budget}, cost=made.solutions[made.chosen].cost)
+        return candidates.draft(drafted, made.choice)
+
+    def _decided(self, model: Model, candidates: Candidates, table: Sensitivity) -> Allocation:
+        from qdiff.mixing import decide
 
         assert self.recipe.mixed is not None
-        table = Sensitivity.load(self.run.file(TABLE))
-        candidates = Candidates(model, self.recipe, drafted.statistics)
-        judge = None
+        calibrated, judge = options_of(self.run), None
         if count := self.recipe.mixed.pictures:
             lines = self.run.file("calibration", "prompts.txt").read_text(encoding="utf-8").splitlines()
             prompts = [lines[index % len(lines)] for index in range(count)]
-            judge = judge_of(self.run, model, candidates, prompts, PLAN_SEED + options_of(self.run).seed)
-        made = decide(self.recipe.mixed, model.family.name, candidates, table, judge)
-        write_json(work.output(self.run.file(ALLOCATION)), made.to_json())
-        taken = made.solutions[made.chosen]
-        work.fact(budget={made.measure: made.budget}, cost=taken.cost)
-        return carry_out(model, self.recipe, candidates.draft(drafted, made.choice), trajectory, scratch)
+            judge = judge_of(self.run, model, candidates, prompts, PLAN_SEED + calibrated.seed)
+        branches = 2 if model.guidance(calibrated.guidance) > 1 else 1
+        return decide(self.recipe.mixed, model.family.name, candidates, table, judge, branches)
+
+    def check_size(self, packed: int) -> None:
+        """Says when a checkpoint came out larger than a budget in bytes: the budget is kept by an estimate."""
+        assert self.recipe.mixed is not None
+        budget = self.recipe.mixed.budget.get("bytes")
+        if budget is not None and packed > budget:
+            log.warning("quantize: the checkpoint has %d bytes, the budget was %.0f: lower it a little", packed, budget)
+
+
+def measured(
+    run: Run, model: Model, candidates: Candidates, trajectory: Trajectory, depends_on: dict[str, Any]
+) -> Sensitivity:
+    """Sensitivities, measured once for a calibration and the recipes that are chosen from; the budget does not matter.
+
+    Finished groups and the whole table are kept beside the calibration, under the fingerprint of what they depend on.
+    """
+    from qdiff.sensitivity import Sensitivity, measure
+
+    owner = sha256_json({"calibrate": run.outputs_hash("calibrate"), **depends_on})
+    scratch = Scratch(run.file(MEASURED, owner[:12]), owner)
+    found = scratch.load("table")
+    if found is not None:
+        return Sensitivity(**found[1])
+    table = measure(model, candidates, trajectory, depends_on["calls"], scratch)
+    scratch.clear()
+    scratch.save("table", {}, asdict(table))
+    return table
 
 
 def judge_of(run: Run, model: Model, candidates: Candidates, prompts: list[str], seed: int) -> Judge:
@@ -168,7 +214,7 @@ def judge_of(run: Run, model: Model, candidates: Candidates, prompts: list[str],
     from qdiff.engines.pipeline import insert
     from qdiff.images import to_pixels
     from qdiff.metrics import paired
-    from qdiff.models.base import Request
+    from qdiff.models.base import NamedInputs, Request
 
     calibrated = options_of(run)
     seeds = [seed + index for index in range(len(prompts))]
@@ -176,12 +222,16 @@ def judge_of(run: Run, model: Model, candidates: Candidates, prompts: list[str],
         prompts, seeds, steps=calibrated.steps, guidance=calibrated.guidance, scheduler=calibrated.scheduler
     )
     names = [spec.name for spec in model.family.inputs(model.backbone.config)]  # type: ignore[arg-type]
+    batch = int(run.entry("calibrate")["inputs"]["batch"])
+
+    def runner(backbone: Any) -> ModuleRunner:
+        return ModuleRunner(NamedInputs(model.family, backbone))
 
     def make(backbone: Any) -> Any:
         images: list[Any] = []
-        with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(backbone), names):
-            for start in range(0, len(prompts), 8):
-                part = slice(start, start + 8)
+        with insert(model.pipeline, model.family.backbone_attribute, runner(backbone), names):
+            for start in range(0, len(prompts), batch):
+                part = slice(start, start + batch)
                 images += model.generate(replace(request, prompts=prompts[part], seeds=seeds[part]))
         return to_pixels(images)
 

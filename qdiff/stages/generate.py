@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from qdiff.video import Clip
 
 LONGEST_PROMPT = 2_000
-MOST_PICTURES = 256
+MOST_PICTURES, MOST_FRAMES = 256, 1_000
 
 
 @dataclass
 class Pictures:
-    """What one engine made: pictures in the request's order, seconds of every backbone call, memory that it added."""
+    """What one engine made: pictures in the request's order, seconds of the backbone in every step, memory that it added."""
 
     engine: str
     images: list[Image | Clip]
@@ -40,9 +40,9 @@ class Pictures:
 
     @property
     def seconds_per_step(self) -> float:
-        """Median over the calls, the first left out: it compiles and warms caches."""
-        calls = self.step_seconds[1:] or self.step_seconds
-        return statistics.median(calls)
+        """Median over the steps, the first left out: it compiles and warms caches."""
+        steps = self.step_seconds[1:] or self.step_seconds
+        return statistics.median(steps)
 
 
 class Session:
@@ -102,11 +102,16 @@ class Session:
         return Pictures(
             self.engine,
             images,
-            list(self._stand_in.seconds),
+            _by_step(self._stand_in.seconds, self.model.calls_per_step(request.guidance)),
             usage.seconds,
             self.load_seconds,
             max(0, usage.peak_bytes - usage.start_bytes),
         )
+
+
+def _by_step(calls: list[float], together: int) -> list[float]:
+    """Seconds of the calls of each step, added up."""
+    return [sum(calls[start : start + together]) for start in range(0, len(calls), together)]
 
 
 def make_request(
@@ -138,6 +143,8 @@ def make_request(
     if len(prompts) > MOST_PICTURES:
         raise UsageError(f"{len(prompts)} pictures were asked for", f"at most {MOST_PICTURES} in one call")
     check_sampling(steps, guidance)
+    if frames is not None and not 2 <= frames <= MOST_FRAMES:
+        raise UsageError(f"--frames {frames} is not between 2 and {MOST_FRAMES}")
     if not 0 <= seed < 2**63 - MOST_PICTURES:
         raise UsageError(f"--seed {seed} is not between 0 and 2^63")
     return Request(
@@ -154,10 +161,10 @@ def make_request(
 
 
 def save_pictures(run: Run, made: Pictures, request: Request, model: Model, paths: list[Path]) -> None:
-    """Writes PNGs that carry prompt, seed, settings and run id; of clips an MP4 and beside it a PNG with some frames.
+    """Writes PNGs that carry prompt, seed, settings and run id; of clips an MP4, and a PNG with some frames beside it.
 
     Args:
-        paths: of the PNGs, or of the MP4s: only the suffix differs.
+        paths: of the PNGs; a clip whose path is that of an MP4 gets no strip of frames beside it.
     """
     from qdiff.images import PictureInfo, save_png
     from qdiff.video import Clip, save_mp4
@@ -174,9 +181,12 @@ def save_pictures(run: Run, made: Pictures, request: Request, model: Model, path
             run_id=run.id,
         )
         if isinstance(image, Clip):
-            save_mp4(path.with_suffix(".mp4"), image, info)
+            alone = path.suffix.lower() == ".mp4"
+            save_mp4(path if alone else path.with_suffix(".mp4"), image, info)
+            if alone:
+                continue
             image = image.strip()
-        save_png(path.with_suffix(".png"), image, info)
+        save_png(path, image, info)
 
 
 def default_output(run: Run) -> Path:
@@ -187,7 +197,7 @@ def default_output(run: Run) -> Path:
 
 
 def generate(run: Run, request: Request, engine: str | None, output: Path, batch: int = 4) -> dict[str, Any]:
-    """``qdiff generate``: pictures to ``output`` (several: ``output-0.png`` …), clips to an MP4 with a strip of frames beside it.
+    """``qdiff generate``: pictures to ``output`` (several: ``output-0.png`` …), clips to MP4s.
 
     Raises:
         UsageError: ``output`` is no path of what the model makes, or frames are asked of a picture.

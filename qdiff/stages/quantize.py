@@ -17,7 +17,6 @@ from qdiff.files import save_tensors, sha256_json, write_json
 from qdiff.scratch import Scratch
 from qdiff.stages.calibrate import reload_model
 from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, Decisions
-from qdiff.stages.sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +52,6 @@ def quantize(
         IntegrityError: the plan of another model.
     """
     decided = _source(run, recipe_name, overrides, plan_file)
-    if isinstance(decided, ByBudget) and not dry_run:
-        sensitivity(run, decided.recipe, force=force)
     inputs = {"calibrate": run.outputs_hash("calibrate"), **decided.inputs()}
     if dry_run:
         return _dry_run(run, decided)
@@ -109,6 +106,8 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     save_tensors(work.output(run.file(FLOAT_PREDICTIONS)), {"predictions": predictions})
     write_json(work.output(run.file("quantization.json")), {"timesteps": errors})
     packed = run.file("model.safetensors").stat().st_size
+    if isinstance(decided, ByBudget):
+        decided.check_size(packed)
     work.fact(
         recipe=plan.recipe,
         parameters=parameters,

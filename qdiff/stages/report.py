@@ -86,8 +86,7 @@ def gather(run: Run, plan: Plan) -> Any:
 def _allocation(run: Run) -> AllocationResult | None:
     """How formats were chosen, of runs with a mixed recipe."""
     from qdiff.report import AllocationResult, PlanResult
-    from qdiff.stages.decisions import ALLOCATION
-    from qdiff.stages.sensitivity import TABLE
+    from qdiff.stages.decisions import ALLOCATION, TABLE
 
     if ALLOCATION not in run.entry("quantize")["outputs"]:
         return None
@@ -118,7 +117,7 @@ def _allocation(run: Run) -> AllocationResult | None:
         len(sizes),
         len(measured["timesteps"]),
         plans,
-        {name: value for name, value in measured["rank_correlations"].items() if math.isfinite(value)},
+        {name: value for name, value in measured["rank_correlations"].items() if value is not None},
     )
 
 

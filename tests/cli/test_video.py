@@ -38,7 +38,11 @@ def test_a_clip_is_made_and_a_picture_is_refused(filmed, cli, fails, finished, t
     clip = tmp_path / "out.mp4"
     request = ("generate", filmed, "--prompt", "a rocket moves up", "--engine", "float", "--seed", 3)
     result = cli(*request, "--frames", 5, "-o", clip, "--json").json
-    assert result["images"] == [str(clip)] and clip.with_suffix(".png").is_file()
+    assert result["images"] == [str(clip)] and clip.is_file() and not clip.with_suffix(".png").exists()
+    loud = tmp_path / "LOUD.MP4"
+    assert cli(*request, "-o", loud, "--json").json["images"] == [str(loud)] and loud.is_file()
+    fails(2, ["6 frames", "use 5"], *request, "--frames", 6, "-o", clip)
+    fails(2, "--frames 0", *request, "--frames", 0, "-o", clip)
     fails(2, ["does not end in .mp4", "clips are written as MP4"], *request, "-o", tmp_path / "out.png")
     fails(
         2, ["--frames 5", "makes pictures"],

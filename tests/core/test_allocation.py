@@ -225,3 +225,9 @@ def test_a_shared_copy_shares_numbers_and_nothing_else(tiny):
     copied = shared_copy(backbone)
     first, second = next(backbone.parameters()), next(copied.parameters())
     assert first is not second and first.data_ptr() == second.data_ptr()
+
+
+@pytest.mark.parametrize(("calls", "expected"), [(3, 3), (8, 8), (20, 8), (5, 5)])
+def test_as_many_calls_as_are_asked_for(finished, calls, expected):
+    steps = spread(Trajectory(finished.path / "calibration"), calls)
+    assert len({(step.shard, step.timestep) for step in steps}) == len(steps) == expected

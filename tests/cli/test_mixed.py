@@ -1,0 +1,87 @@
+"""Recipe mixed on the command line: what it writes, what it refuses and when, and that a budget is not measured for twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from qdiff.files import read_json
+from qdiff.plan import Plan
+
+FOUR = (
+    "{version: 1, name: four, scheme: {weights: int4_g32, activations: int8}, methods: {}, "
+    "ignore: {pixart: [proj_out]}, sequential: {tokens: 64}}"
+)
+
+
+@pytest.fixture
+def wish(tmp_path):
+    """Quick formats for recipe mixed, as arguments."""
+    path = tmp_path / "four.yaml"
+    path.write_text(FOUR)
+    settings = (f"mixed.recipes=[{path}, int8]", "mixed.calls=3", "mixed.pictures=1", "mixed.best=2")
+    return ("--recipe", "mixed", *(part for setting in settings for part in ("--set", setting)))
+
+
+def test_a_finished_quantization_is_not_touched_without_force(spoilt, fails, wish):
+    before = (spoilt / "run.json").read_bytes()
+    fails(3, ["holds another 'quantize'", "--force"], "quantize", spoilt, *wish)
+    assert (spoilt / "run.json").read_bytes() == before
+
+
+def test_what_cannot_be_had_is_refused_before_anything_is_measured(spoilt, fails, wish, monkeypatch):
+    import qdiff.sensitivity
+
+    monkeypatch.setattr(qdiff.sensitivity, "measure", None)
+    fails(3, "below", "quantize", spoilt, *wish, "--budget", "bits=3", "--force")
+    fails(3, "unknown device 'rtx-9090'", "quantize", spoilt, *wish, "--set", "mixed.device=rtx-9090", "--force")
+    pattern = "mixed.minimum={pixart: {'blocks.*': int8}}"
+    fails(3, "matches no layer", "quantize", spoilt, *wish, "--set", pattern, "--force")
+    fails(2, "--budget", "quantize", spoilt, *wish, "--budget", "bits", "--force")
+    fails(2, "has no budget", "quantize", spoilt, "--recipe", "int8", "--budget", "bits=5", "--force")
+
+
+def test_formats_by_budget_and_another_budget_without_measuring_again(spoilt, cli, wish, monkeypatch):
+    assert cli("quantize", spoilt, *wish, "--budget", "bits=7", "--force").code == 0
+    plan = Plan.load(spoilt / "plan.json")
+    formats = {layer.weights for layer in plan.quantized}
+    assert formats == {"int4_g32", "int8"} and plan.recipe == "mixed"
+    groups = {}
+    for layer in plan.quantized:
+        assert groups.setdefault(layer.group, layer.weights) == layer.weights, "layers of a group agree"
+    made = read_json(spoilt / "allocation.json", "the allocation")
+    taken = made["solutions"][made["chosen"]]
+    assert taken["cost"] <= 7 and taken["psnr_db"] == max(solution["psnr_db"] for solution in made["solutions"])
+    assert [row["weighting"] for row in made["uniform"]][1] == "int8" and len(made["frontier"]) == 7
+    table = read_json(spoilt / "sensitivity.json", "the sensitivities")
+    assert len(table["errors"]) == len(made["groups"]) and len(table["timesteps"]) == 3
+
+    import qdiff.sensitivity
+
+    monkeypatch.setattr(qdiff.sensitivity, "measure", None)
+    assert cli("quantize", spoilt, *wish, "--budget", "bits=6.6", "--force").code == 0
+    assert read_json(spoilt / "sensitivity.json", "the sensitivities") == table
+    fewer = read_json(spoilt / "allocation.json", "the allocation")
+    assert fewer["solutions"][fewer["chosen"]]["cost"] <= 6.6
+    assert cli("report", spoilt).code == 0
+    page = (spoilt / "report.html").read_text()
+    assert "Formats by budget" in page and "Cheap proxies" in page
+    report = read_json(spoilt / "report.json", "the report")["allocation"]
+    assert report["budget"] == 6.6 and {plan["kind"] for plan in report["plans"]} >= {"chosen", "uniform", "solver"}
+
+
+def test_a_killed_run_goes_on_with_the_plan_that_it_had_chosen(spoilt, cli, wish, monkeypatch):
+    import qdiff.mixing
+    import qdiff.quantize
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ("quantize", spoilt, *wish, "--budget", "bits=7")
+    with monkeypatch.context() as patch:
+        patch.setattr(qdiff.quantize, "carry_out", killed)
+        assert cli(*arguments, "--force").code != 0
+    chosen = read_json(spoilt / "allocation.json", "the allocation")
+    with monkeypatch.context() as patch:
+        patch.setattr(qdiff.mixing, "decide", None)
+        assert cli(*arguments).code == 0, "without force: it goes on"
+    assert read_json(spoilt / "allocation.json", "the allocation") == chosen
