@@ -224,6 +224,8 @@ def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together
     for group in groups_of(list(made), together):
         found = table_of(group, made, call, rounds)
         table += found[1:] if table else found
+        for row in found:
+            print(f"{row['name']}: {row['median_seconds']:.3f} s, {row['speedup']:.2f}x", file=sys.stderr, flush=True)
         release_memory()
     by_name = {row["name"]: row for row in table}
     return {
@@ -235,6 +237,7 @@ def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together
         "stages": {
             name: {"seconds": entry["seconds"], "peak_memory_bytes": entry["peak_memory_bytes"]}
             for name, entry in run.manifest["stages"].items()
+            if entry["status"] == "done"
         },
         "float32_bytes": run.entry("quantize")["float32_bytes"],
         "onnx_ratio": run.entry("export:onnxruntime")["ratio"],
