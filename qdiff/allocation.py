@@ -45,10 +45,10 @@ def allocate(
     possible = errors.isfinite()
     if not bool(possible.any(dim=1).all()):
         raise InputError(f"item {int((~possible.any(dim=1)).nonzero()[0])} can have none of the formats")
-    cheapest = float(torch.where(possible, costs, torch.inf).amin(dim=1).double().sum())
-    if cheapest > budget * (1 + 1e-9):
+    least = cheapest(errors, costs)
+    if least > budget * (1 + 1e-9):
         raise InputError(
-            f"the budget {budget + fixed:.6g} is below {cheapest + fixed:.6g}, what the cheapest formats come to",
+            f"the budget {budget + fixed:.6g} is below {least + fixed:.6g}, what the cheapest formats come to",
             "raise the budget, allow cheaper formats, or lower mixed.minimum",
         )
     objective = torch.where(possible, errors, 0.0).double().flatten().numpy()
@@ -88,6 +88,11 @@ def best(errors: Tensor, costs: Tensor, budget: float, count: int, fixed: float 
                 raise
             break
     return found
+
+
+def cheapest(errors: Tensor, costs: Tensor) -> float:
+    """What the cheapest formats that can be had add up to."""
+    return float(torch.where(errors.isfinite(), costs, torch.inf).amin(dim=1).double().sum())
 
 
 def total(table: Tensor, choice: Tensor) -> float:

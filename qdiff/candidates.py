@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoint import install_clock
-from qdiff.drafting import Draft, entries_of, groups_of, kind_of
+from qdiff.drafting import Draft, entries_of, groups_of, kept_entry
 from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.layers import QuantLinear, TimestepClock
@@ -109,7 +109,8 @@ class Candidates:
 
     def _add(self, name: str, member: Recipe | None, statistics: Statistics) -> None:
         if member is None:
-            entries = {layer: _kept_entry(layer, module, self.recipe.kept) for layer, module in self._float.items()}
+            kept, reason = self.recipe.kept, "the budget leaves it"
+            entries = {layer: kept_entry(layer, module, kept, reason) for layer, module in self._float.items()}
             self._modules.append({layer: half_layer(entries[layer], module) for layer, module in self._float.items()})
             self.entries.append(entries)
             self._drafts.append(entries)
@@ -147,15 +148,3 @@ def shared_copy(module: nn.Module) -> nn.Module:
     }
     shared |= {id(buffer): buffer for buffer in module.buffers()}
     return copy.deepcopy(module, shared)
-
-
-def _kept_entry(name: str, layer: nn.Module, kept: str) -> LayerPlan:
-    return LayerPlan(
-        name=name,
-        kind=kind_of(layer),
-        shape=tuple(layer.weight.shape),  # type: ignore[arg-type]
-        bias=layer.bias is not None,
-        weights=kept,
-        activations=kept,
-        why="kept: the budget leaves it",
-    )

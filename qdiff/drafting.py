@@ -15,7 +15,7 @@ from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.formats import format_named
 from qdiff.models.base import Model, quantizable_layers
-from qdiff.plan import LayerPlan, Structure
+from qdiff.plan import Kept, LayerPlan, Structure
 from qdiff.recipe import Recipe, Scheme
 from qdiff.statistics import Statistics
 from qdiff.structure import divide, restructure
@@ -108,15 +108,7 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
     with_output = recipe.with_output(model.family.name, list(layers))
     entries = {}
     for name, linear in layers.items():
-        entry = LayerPlan(
-            name=name,
-            kind=kind_of(linear),
-            shape=tuple(linear.weight.shape),
-            bias=linear.bias is not None,
-            weights=recipe.kept,
-            activations=recipe.kept,
-            why=f"kept: ignore pattern {ignored.get(name)!r} of recipe {recipe.name}",
-        )
+        entry = kept_entry(name, linear, recipe.kept, f"ignore pattern {ignored.get(name)!r} of recipe {recipe.name}")
         if name not in ignored and name not in groups:
             log.warning("quantize: calibration never reached layer %s; it is kept in %s", name, recipe.kept)
             entry = entry.model_copy(update={"why": "kept: calibration never reached this layer"})
@@ -144,6 +136,19 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
             )
         entries[name] = entry
     return entries
+
+
+def kept_entry(name: str, layer: nn.Linear | nn.Conv2d, kept: Kept, reason: str) -> LayerPlan:
+    """The entry of a layer that stays unquantized."""
+    return LayerPlan(
+        name=name,
+        kind=kind_of(layer),
+        shape=tuple(layer.weight.shape),
+        bias=layer.bias is not None,
+        weights=kept,
+        activations=kept,
+        why=f"kept: {reason}",
+    )
 
 
 def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:

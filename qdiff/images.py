@@ -106,8 +106,6 @@ def read_metadata(path: Path) -> PictureInfo | None:
         InputError: there is no such file, or it is not a PNG.
         IntegrityError: the PNG or its metadata is damaged or hostile (cut off, text bomb, wrong types).
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if not path.is_file():
         raise InputError(f"there is no picture at {path}")
     with open(path, "rb") as file:
@@ -118,10 +116,19 @@ def read_metadata(path: Path) -> PictureInfo | None:
             text = image.info.get("qdiff")
     except (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise IntegrityError(f"{path} is a damaged PNG: {error}", "make the picture again") from None
-    if text is None:
-        return None
+    return None if text is None else parse_info(str(text), path)
+
+
+def parse_info(text: str, path: Path) -> PictureInfo:
+    """The metadata that a file of ours carries as JSON.
+
+    Raises:
+        IntegrityError: it is not what we write; names the file at ``path``.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return TypeAdapter(PictureInfo).validate_json(str(text), strict=True)
+        return TypeAdapter(PictureInfo).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

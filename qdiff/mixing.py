@@ -7,7 +7,6 @@ end, for its best few each time, and the plan whose pictures come closest to the
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ from qdiff.costs import device_named, milliseconds
 from qdiff.errors import InputError
 from qdiff.events import Progress
 from qdiff.plan import LayerPlan
-from qdiff.recipe import Mixed
+from qdiff.recipe import Mixed, match
 from qdiff.sensitivity import Sensitivity
 
 HEADER_BYTES = 100  # what safetensors' header spends on one tensor, about
@@ -109,14 +108,15 @@ def decide(
     costs, fixed = costs_of(measure, candidates, sensitivity, mixed.device, branches)
     allowed = _allowed(mixed, family, candidates)
     made = Allocation(measure, budget, mixed.device, list(candidates.groups), candidates.names)
-    errors = sensitivity.table().masked_fill(~allowed, math.inf)
+    measured = sensitivity.table()
+    errors = measured.masked_fill(~allowed, math.inf)
 
     def look(weighting: str, choice: Tensor) -> Solution:
         return Solution(
             weighting,
             choice.tolist(),
             fixed + allocation.total(costs, choice),
-            allocation.total(sensitivity.table(), choice),
+            allocation.total(measured, choice),
         )
 
     seen: set[tuple[int, ...]] = set()
@@ -130,13 +130,13 @@ def decide(
             break
     for format, name in enumerate(candidates.names):
         choice = torch.full((len(costs),), format)
-        if bool(sensitivity.table().gather(1, choice[:, None]).isfinite().all()):
+        if bool(measured.gather(1, choice[:, None]).isfinite().all()):
             made.uniform.append(look(name, choice))
     if judge is None:
         return made
-    ends = [total for total in (_cheapest(errors, costs), _dearest(errors, costs))]
+    least, most = allocation.cheapest(errors, costs), allocation.total(costs, errors.argmin(dim=1))
     for share in torch.linspace(0, 1, FRONTIER).tolist():
-        within = ends[0] + share * (ends[1] - ends[0])
+        within = least + share * (most - least)
         made.frontier.append(look("even", allocation.allocate(errors, costs, within)))
     everything = [*made.solutions, *made.uniform, *made.frontier]
     with Progress("pictures of plans", len(everything)) as progress:
@@ -164,8 +164,9 @@ def costs_of(
     """Costs ``[group, format]`` in the budget's unit, float64, and what everything else costs besides."""
     costs = torch.zeros(len(candidates.groups), len(candidates.names), dtype=torch.float64)
     weights = sum(_elements(candidates.entries_of(layer)) for layers in candidates.groups.values() for layer in layers)
-    for row, layers in enumerate(candidates.groups.values()):
-        for format, possible in enumerate(candidates.possible(list(candidates.groups)[row])):
+    rates = None if device is None else device_named(device)
+    for row, (group, layers) in enumerate(candidates.groups.items()):
+        for format, possible in enumerate(candidates.possible(group)):
             for layer in layers if possible else ():
                 entry = candidates.entries[format][layer]
                 if measure == "bits":
@@ -173,7 +174,7 @@ def costs_of(
                 elif measure == "bytes":
                     costs[row, format] += _stored(candidates, layer, format)
                 else:
-                    rates = device_named(device or "")
+                    assert rates is not None  # a budget of milliseconds names its device
                     costs[row, format] += milliseconds(entry, branches * sensitivity.tokens[row], rates)
     return costs, _rest(candidates) if measure == "bytes" else 0.0
 
@@ -205,14 +206,12 @@ def _allowed(mixed: Mixed, family: str, candidates: Candidates) -> Tensor:
     """Which formats ``minimum`` leaves: bool ``[group, format]``."""
     allowed = torch.ones(len(candidates.groups), len(candidates.names), dtype=torch.bool)
     for pattern, name in mixed.minimum.get(family, {}).items():
-        hits = [row for row, layers in enumerate(candidates.groups.values()) if fnmatch.filter(layers, pattern)]
-        if not hits:
-            raise InputError(
-                f"mixed.minimum: the pattern {pattern!r} matches no layer of {family} that can be quantized"
-            )
+        names = [layer for layers in candidates.groups.values() for layer in layers]
+        hits = match("the mixed.minimum", [pattern], family, names)
         least = mixed.recipes.index(name)
-        for row in hits:
-            layers = list(candidates.groups.values())[row]
+        for row, layers in enumerate(candidates.groups.values()):
+            if hits.keys().isdisjoint(layers):
+                continue
             bits = [_bits(candidates, layers, format) for format in range(len(candidates.names))]
             allowed[row] &= torch.tensor([each >= bits[least] for each in bits])
     return allowed
@@ -235,11 +234,7 @@ def check_wishes(mixed: Mixed, family: str, drafts: list[dict[str, LayerPlan]]) 
             cheapest formats have.
     """
     chosen_for = [name for name in drafts[0] if any(draft[name].quantized for draft in drafts)]
-    for pattern in mixed.minimum.get(family, {}):
-        if not fnmatch.filter(chosen_for, pattern):
-            raise InputError(
-                f"mixed.minimum: the pattern {pattern!r} matches no layer of {family} that can be quantized"
-            )
+    match("the mixed.minimum", list(mixed.minimum.get(family, {})), family, chosen_for)
     least = weights = 0.0
     for name in chosen_for:
         entries = [draft[name] for draft in drafts if draft[name].quantized]
@@ -250,12 +245,3 @@ def check_wishes(mixed: Mixed, family: str, drafts: list[dict[str, LayerPlan]]) 
             f"the budget of {mixed.budget['bits']:g} bits is below {least / weights:.4g}, what the cheapest formats come to",
             "raise the budget, or allow cheaper formats",
         )
-
-
-def _cheapest(errors: Tensor, costs: Tensor) -> float:
-    return float(torch.where(errors.isfinite(), costs, math.inf).amin(dim=1).sum())
-
-
-def _dearest(errors: Tensor, costs: Tensor) -> float:
-    """Cost of the plan with the smallest errors, whatever it costs."""
-    return allocation.total(costs, errors.argmin(dim=1))

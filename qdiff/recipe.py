@@ -203,27 +203,34 @@ class Recipe(BaseModel):
         Raises:
             InputError: a pattern that matches no layer, with the nearest names.
         """
-        return self._matches("ignore", self.ignore.get(family, []), family, names)
+        return match(f"recipe {self.name!r}: the ignore", self.ignore.get(family, []), family, names)
 
     def with_output(self, family: str, names: list[str]) -> dict[str, str]:
         """Which of ``names`` have their output quantized too, with the pattern that says so. Raises as :meth:`ignored`."""
-        return self._matches("outputs", self.outputs.get(family, []), family, names)
+        return match(f"recipe {self.name!r}: the outputs", self.outputs.get(family, []), family, names)
 
-    def _matches(self, entry: str, patterns: list[str], family: str, names: list[str]) -> dict[str, str]:
-        matched: dict[str, str] = {}
-        for pattern in patterns:
-            hits = fnmatch.filter(names, pattern)
-            if not hits:
-                close = nearest(pattern, names)
-                raise InputError(
-                    f"recipe {self.name!r}: the {entry} pattern {pattern!r} matches no layer of {family}",
-                    f"nearest layers: {', '.join(close)}"
-                    if close
-                    else "see the layers with: qdiff quantize RUN --dry-run",
-                )
-            for name in hits:
-                matched.setdefault(name, pattern)
-        return matched
+
+def match(what: str, patterns: list[str], family: str, names: list[str]) -> dict[str, str]:
+    """Which of ``names`` the patterns mean, with the first pattern that does.
+
+    Args:
+        what: begins the message, before "pattern".
+
+    Raises:
+        InputError: a pattern that matches no layer, with the nearest names.
+    """
+    matched: dict[str, str] = {}
+    for pattern in patterns:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            close = nearest(pattern, names)
+            raise InputError(
+                f"{what} pattern {pattern!r} matches no layer of {family}",
+                f"nearest layers: {', '.join(close)}" if close else "see the layers with: qdiff quantize RUN --dry-run",
+            )
+        for name in hits:
+            matched.setdefault(name, pattern)
+    return matched
 
 
 def built_in() -> list[str]:

@@ -60,11 +60,23 @@ def batch(all_sprites: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 + 0.5 L1 of neighbour differences."""
+    """L1 + 0.5 L1 of neighbour differences, along every axis after the channels that has neighbours."""
     loss = functional.l1_loss(output, target)
-    for dim in (2, 3):
+    for dim in range(2, target.ndim):
+        if target.shape[dim] == 1:
+            continue
         loss = loss + 0.5 * functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
     return loss
+
+
+def variational_loss(vae: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Reconstruction from a sampled latent, and a little KL. ``images`` [N, 3, (T,) H, W] in -1..1, on the model's device."""
+    posterior = vae.encode(images).latent_dist  # type: ignore[operator]
+    mean, deviation = posterior.mean.float(), posterior.std.float()
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    output = vae.decode(mean + deviation * noise).sample.float()  # type: ignore[operator]
+    divergence = 0.5 * (mean.square() + deviation.square() - 1 - 2 * deviation.log()).mean()
+    return reconstruction_loss(output, images) + 1e-4 * divergence
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -110,12 +122,7 @@ def train(work: Path, settings: Settings, size: int = 32) -> nn.Module:
             corners = rng.integers(0, IMAGE_SIZE - CROP + 1, (size, 2))
             images = torch.stack([x[:, i : i + CROP, j : j + CROP] for x, (i, j) in zip(images, corners, strict=True)])
         images = images.to(settings.device, memory_format=torch.channels_last)
-        posterior = vae.encode(images).latent_dist
-        mean, deviation = posterior.mean.float(), posterior.std.float()
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        output = vae.decode(mean + deviation * noise).sample.float()
-        divergence = 0.5 * (mean.square() + deviation.square() - 1 - 2 * deviation.log()).mean()
-        return reconstruction_loss(output, images) + 1e-4 * divergence
+        return variational_loss(vae, images, generator)
 
     def report(current: Trainer) -> None:
         averaged = current.average_into(build()).eval()

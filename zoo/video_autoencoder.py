@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdiff.motion import EMOJI, MOTIONS, draw
+from zoo.autoencoder import variational_loss
 from zoo.emoji import IMAGE_SIZE, PALETTE
 from zoo.train import Settings, Trainer
 
@@ -108,16 +109,6 @@ def clips(size: int, frames: int, rng: np.random.Generator) -> Iterator[np.ndarr
         yield draw(*chosen, FRAMES, range(start, start + frames))  # type: ignore[misc]
 
 
-def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 + 0.5 L1 of the differences between neighbours in time, height and width."""
-    loss = functional.l1_loss(output, target)
-    for dim in (2, 3, 4):
-        if target.shape[dim] == 1:
-            continue
-        loss = loss + 0.5 * functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
-    return loss
-
-
 @torch.no_grad()
 def encode(vae: nn.Module, frames: np.ndarray, chunk: int = 8) -> Tensor:
     """Normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
@@ -169,13 +160,7 @@ def train(work: Path, settings: Settings) -> nn.Module:
     trainer.resume()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        frames = batch(step, settings)
-        posterior = vae.encode(frames.to(settings.device)).latent_dist  # type: ignore[operator]
-        mean, deviation = posterior.mean.float(), posterior.std.float()
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        output = vae.decode(mean + deviation * noise).sample.float()  # type: ignore[operator]
-        divergence = 0.5 * (mean.square() + deviation.square() - 1 - 2 * deviation.log()).mean()
-        return reconstruction_loss(output, frames.to(output.device)) + 1e-4 * divergence
+        return variational_loss(vae, batch(step, settings).to(settings.device), generator)
 
     def report(current: Trainer) -> None:
         averaged = current.average_into(build()).eval()
