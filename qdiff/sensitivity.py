@@ -208,16 +208,14 @@ def proxies_of(model: Model, candidates: Candidates, steps: list[Step]) -> dict[
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
-    result: dict[str, list[list[float | None]]] = {name: [] for name in PROXIES}
-    for group, names in candidates.groups.items():
-        rows: dict[str, list[float | None]] = {name: [] for name in PROXIES}
-        for format, possible in enumerate(candidates.possible(group)):
-            values = _proxies(candidates, format, names, found) if possible else dict.fromkeys(PROXIES)
-            for name in PROXIES:
-                rows[name].append(values[name])
-        for name in PROXIES:
-            result[name].append(rows[name])
-    return result
+    values = [
+        [
+            _proxies(candidates, format, names, found) if possible else dict.fromkeys(PROXIES)
+            for format, possible in enumerate(candidates.possible(group))
+        ]
+        for group, names in candidates.groups.items()
+    ]
+    return {proxy: [[each[proxy] for each in formats] for formats in values] for proxy in PROXIES}
 
 
 class _Gradients:

@@ -6,18 +6,16 @@ to."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qdiff.engines.eager import ModuleRunner
-from qdiff.engines.pipeline import insert
 from qdiff.images import to_pixels
 from qdiff.metrics import decibels, paired, sqnr_db
 from qdiff.models.base import Model, Request
 from qdiff.stages.compare import accuracy as prompt_accuracy
+from qdiff.stages.generate import simulate
 from qdiff.trajectory import Trajectory
 
 BUCKETS = 3
@@ -35,12 +33,7 @@ def predictions(model: Model, calls: Trajectory) -> Tensor:
 def answers(model: Model, calls: Trajectory, request: Request) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
     """Predictions ``[calls, batch, ...]``, pictures ``[N, H, W, C]`` uint8, and prompt accuracy where the model has one."""
     predicted = predictions(model, calls)
-    names = [spec.name for spec in model.family.inputs(model.backbone.config)]  # type: ignore[arg-type]
-    images = []
-    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(model.backbone), names):
-        for start in range(0, len(request.prompts), BATCH):
-            part = slice(start, start + BATCH)
-            images += model.generate(replace(request, prompts=request.prompts[part], seeds=request.seeds[part]))
+    images = simulate(model, model.backbone, request, BATCH)
     right = prompt_accuracy(model, images, list(request.prompts))
     if right is not None:
         right.pop("per_prompt", None)

@@ -12,6 +12,8 @@ from qdiff.scratch import Scratch
 from qdiff.stages.calibrate import options_of
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from qdiff.artifacts import Run
     from qdiff.candidates import Candidates
     from qdiff.drafting import Draft
@@ -208,32 +210,20 @@ def judge_of(run: Run, model: Model, candidates: Candidates, prompts: list[str],
     Args:
         seed: of the first picture.
     """
-    from dataclasses import replace
-
-    from qdiff.engines.eager import ModuleRunner
-    from qdiff.engines.pipeline import insert
     from qdiff.images import to_pixels
     from qdiff.metrics import paired
-    from qdiff.models.base import NamedInputs, Request
+    from qdiff.models.base import Request
+    from qdiff.stages.generate import simulate
 
     calibrated = options_of(run)
     seeds = [seed + index for index in range(len(prompts))]
     request = Request(
         prompts, seeds, steps=calibrated.steps, guidance=calibrated.guidance, scheduler=calibrated.scheduler
     )
-    names = [spec.name for spec in model.family.inputs(model.backbone.config)]  # type: ignore[arg-type]
     batch = int(run.entry("calibrate")["inputs"]["batch"])
 
-    def runner(backbone: Any) -> ModuleRunner:
-        return ModuleRunner(NamedInputs(model.family, backbone))
-
-    def make(backbone: Any) -> Any:
-        images: list[Any] = []
-        with insert(model.pipeline, model.family.backbone_attribute, runner(backbone), names):
-            for start in range(0, len(prompts), batch):
-                part = slice(start, start + batch)
-                images += model.generate(replace(request, prompts=prompts[part], seeds=seeds[part]))
-        return to_pixels(images)
+    def make(backbone: nn.Module) -> Tensor:
+        return to_pixels(simulate(model, backbone, request, batch))
 
     expected = make(model.backbone)
     return lambda: paired(expected, make(candidates.backbone)).psnr_db_mean

@@ -17,7 +17,7 @@ from qdiff.stages.calibrate import check_sampling, options_of, reload_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from qdiff.engines import Runner
     from qdiff.models.base import Model, Request, StepCallback
@@ -107,6 +107,25 @@ class Session:
             self.load_seconds,
             max(0, usage.peak_bytes - usage.start_bytes),
         )
+
+
+def simulate(model: Model, backbone: nn.Module, request: Request, batch: int) -> list[Image | Clip]:
+    """Pictures of the model's pipeline with a torch module as its backbone, ``batch`` at a time; no run is asked for.
+
+    Args:
+        backbone: of the model's class, float or quantized.
+    """
+    from qdiff.engines.eager import ModuleRunner
+    from qdiff.engines.pipeline import insert
+    from qdiff.models.base import NamedInputs
+
+    named = NamedInputs(model.family, backbone)
+    images: list[Image | Clip] = []
+    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(named), named.names):
+        for start in range(0, len(request.prompts), batch):
+            part = slice(start, start + batch)
+            images += model.generate(replace(request, prompts=request.prompts[part], seeds=request.seeds[part]))
+    return images
 
 
 def _by_step(calls: list[float], together: int) -> list[float]:
