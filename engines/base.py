@@ -33,26 +33,30 @@ Shape = tuple[int, ...]
 class Profile:
     """An optimisation profile: for every input the smallest, the usual and the largest shape.
 
-    ``ranges`` maps an input's name to ``(min, opt, max)``. A static profile has three equal shapes.
+    ``ranges`` maps an input's name to ``(min, opt, max)``. A static profile has three equal shapes. ``values`` does the same for
+    the numbers in inputs that decide the shapes of other tensors.
     """
 
     name: str
     ranges: Mapping[str, tuple[Shape, Shape, Shape]]
+    values: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; part of the engine cache's key."""
         return {
             "name": self.name,
             "ranges": {key: [list(shape) for shape in value] for key, value in self.ranges.items()},
+            "values": {key: [list(numbers) for numbers in value] for key, value in self.values.items()},
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Profile:
         """The profile that :meth:`to_json` wrote."""
-        ranges = {}
-        for name, (low, usual, high) in value["ranges"].items():
-            ranges[name] = (tuple(low), tuple(usual), tuple(high))
-        return cls(value["name"], ranges)
+
+        def triples(of: Mapping[str, Any]) -> dict[str, tuple[Shape, Shape, Shape]]:
+            return {name: (tuple(low), tuple(usual), tuple(high)) for name, (low, usual, high) in of.items()}
+
+        return cls(value["name"], triples(value["ranges"]), triples(value["values"]))
 
 
 @dataclass(frozen=True)

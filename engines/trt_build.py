@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.engines.base import Profile
+from qdiff.engines.graph import inlined
 from qdiff.errors import InputError, QdiffError, UsageError
 from qdiff.events import Progress, log
 
@@ -96,7 +97,10 @@ def _parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
-    if parser.parse_from_file(str(onnx.resolve())):
+    # Functions are written out: their nodes have no names, and the parser's own are equal in every call of one.
+    with inlined(onnx) as graph:
+        parsed = parser.parse_from_file(str(graph.resolve()))
+    if parsed:
         return network
     lines = []
     for index in range(parser.num_errors):
@@ -119,7 +123,9 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             )
         made = builder.create_optimization_profile()
         for tensor in inputs:
-            if tensor.name in profile.ranges:
+            if tensor.is_shape_tensor and tensor.name in profile.values:
+                made.set_shape_input(tensor.name, *(list(numbers) for numbers in profile.values[tensor.name]))
+            elif tensor.name in profile.ranges:
                 shapes = profile.ranges[tensor.name]
                 try:
                     made.set_shape(tensor.name, *shapes)

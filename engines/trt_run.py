@@ -90,6 +90,8 @@ class TensorRTRunner(Runner):
         self.inputs = tuple(self._spec(name) for name in names if modes[name] == trt.TensorIOMode.INPUT)
         self._output = self._spec(next(name for name in names if modes[name] == trt.TensorIOMode.OUTPUT))
         self._active = 0  # the context begins with the first profile
+        # Numbers that shapes of other tensors follow from are read by the host.
+        self._on_host = {spec.name for spec in self.inputs if self._engine.is_shape_inference_io(spec.name)}
 
     def _make_context(self, graphs: bool) -> Any:
         self._cache = None
@@ -123,7 +125,10 @@ class TensorRTRunner(Runner):
         import torch
 
         home = next(iter(inputs.values())).device
-        tensors = {name: tensor.cuda() for name, tensor in conform(inputs, self.inputs).items()}
+        tensors = {
+            name: tensor.cpu() if name in self._on_host else tensor.cuda()
+            for name, tensor in conform(inputs, self.inputs).items()
+        }
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         index = choose_profile(self._profiles, shapes)
         caller = torch.cuda.current_stream()
@@ -135,7 +140,8 @@ class TensorRTRunner(Runner):
             for name, tensor in tensors.items():
                 self._context.set_input_shape(name, tensor.shape)
                 self._context.set_tensor_address(name, tensor.data_ptr())
-                tensor.record_stream(self._stream)  # its memory is not given away while the engine reads it
+                if tensor.is_cuda:
+                    tensor.record_stream(self._stream)  # its memory is not given away while the engine reads it
             unknown = self._context.infer_shapes()
             if unknown:
                 raise InputError(f"TensorRT lacks the values or shapes of {', '.join(unknown)}", "give all inputs")

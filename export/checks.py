@@ -73,8 +73,10 @@ def downgraded(plan: Plan, realised: dict[str, Realised], outputs: frozenset[str
 
 def _parameter_outside(name: str, plan: Plan) -> bool:
     """Whether an initializer is called like a parameter of a layer that no plan is for (Wan's timestep embedding)."""
-    layer = name.removeprefix("module.backbone.").removesuffix(".weight")
-    return name == f"module.backbone.{layer}.weight" and all(layer != planned.name for planned in plan.layers)
+    wrapped, _, own = name.partition("backbone.")
+    layer = own.removesuffix(".weight")
+    parameter = bool(wrapped) and own == f"{layer}.weight"
+    return parameter and all(layer != planned.name for planned in plan.layers)
 
 
 def _no_float_copies(graph: Graph, plan: Plan) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qdiff.export.functions import DOMAIN, function
+from qdiff.export.function_text import DOMAIN
+from qdiff.export.functions import function
 from qdiff.files import temporary_beside
 
 

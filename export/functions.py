@@ -30,10 +30,11 @@ bit for bit (the tests compare them). Two things differ from how torch gets ther
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from qdiff.errors import InputError
+from qdiff.export.function_text import DOMAIN, Body, Function
+from qdiff.export.sparse_attention import SparseAttention
 from qdiff.formats import Element, Format, format_named
 from qdiff.numerics import (
     LARGEST_E4M3,
@@ -44,56 +45,8 @@ from qdiff.numerics import (
     SMALLEST_SCALE,
 )
 
-DOMAIN = "qdiff"
-OPSET = 23
 _FLOAT, _INT32, _INT64, _FLOAT16, _E4M3, _E5M2 = 1, 6, 7, 10, 17, 19  # onnx.TensorProto's numbers
 _CASTS = {"e4m3": _E4M3, "e5m2": _E5M2}
-
-
-class _Body:
-    """Lines of a function in ONNX's textual syntax; every call gives the name of a new value."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self._constants: dict[str, str] = {}
-
-    def do(self, call: str) -> str:
-        """``do("Mul(a, b)")`` -> the name of the product."""
-        name = f"v{len(self.lines)}"
-        self.lines.append(f"{name} = {call}")
-        return name
-
-    def number(self, value: float) -> str:
-        """A float32 constant."""
-        return self._constant(f"Constant<value = float {{{value!r}}}>()")
-
-    def integers(self, *values: int) -> str:
-        """A 1-D int64 constant."""
-        return self._constant(f"Constant<value_ints = [{', '.join(map(str, values))}]>()")
-
-    def table(self, values: tuple[float, ...]) -> str:
-        """A 1-D float32 constant."""
-        return self._constant(f"Constant<value = float[{len(values)}] {{{', '.join(map(repr, values))}}}>()")
-
-    def _constant(self, call: str) -> str:
-        if call not in self._constants:
-            self._constants[call] = self.do(call)
-        return self._constants[call]
-
-    def clip(self, value: str, low: float, high: float) -> str:
-        return self.do(f"Clip({value}, {self.number(low)}, {self.number(high)})")
-
-    def cast(self, value: str, dtype: int) -> str:
-        return self.do(f"Cast<to = {dtype}>({value})")
-
-
-@dataclass(frozen=True)
-class _Function:
-    """Names of inputs and outputs, and the lines between."""
-
-    inputs: str
-    outputs: str
-    body: _Body
 
 
 def text_of(name: str) -> str:
@@ -102,12 +55,16 @@ def text_of(name: str) -> str:
     Raises:
         InputError: no such function, or a format that it does not exist for.
     """
-    kind, _, format_name = name.partition("_")
-    if kind != "PowerOfTwo" and kind not in _KINDS:
+    kind, _, rest = name.partition("_")
+    if kind == "PowerOfTwo":
+        made = _power_of_two()
+    elif kind == SparseAttention.KIND:
+        made = SparseAttention.named(name).function()
+    elif kind in _KINDS:
+        made = _KINDS[kind](format_named(rest))
+    else:
         raise InputError(f"there is no ONNX function {DOMAIN}.{name}")
-    made = _power_of_two() if kind == "PowerOfTwo" else _KINDS[kind](format_named(format_name))
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n{name} ({made.inputs}) => ({made.outputs})'
-    return "\n  ".join([head + "\n{", *made.body.lines]) + "\n}"
+    return made.text(name)
 
 
 def function(name: str) -> Any:
@@ -117,38 +74,38 @@ def function(name: str) -> Any:
     return onnx.parser.parse_function(text_of(name))
 
 
-def _static(format: Format) -> _Function:
-    body = _Body()
+def _static(format: Format) -> Function:
+    body = Body()
     values = _on_grid(body, body.do("Div(x, scale)"), format.element)
-    return _Function("x, scale", body.do(f"Mul({values}, scale)"), body)
+    return Function("x, scale", body.do(f"Mul({values}, scale)"), body)
 
 
-def _by_token(format: Format) -> _Function:
-    body = _Body()
+def _by_token(format: Format) -> Function:
+    body = Body()
     rows = body.cast("x", _FLOAT)
     _, scale = _own_scales(body, rows, format)
     values = body.do(f"Mul({_on_grid(body, body.do(f'Div({rows}, {scale})'), format.element)}, {scale})")
-    return _Function("x", body.do(f"CastLike({values}, x)"), body)
+    return Function("x", body.do(f"CastLike({values}, x)"), body)
 
 
-def _by_block(format: Format) -> _Function:
-    body = _Body()
+def _by_block(format: Format) -> Function:
+    body = Body()
     codes, _, scale = _blocks_on_grid(body, format)
     values = body.do(f"Reshape({body.do(f'Mul({codes}, {scale})')}, {body.do('Shape(x)')})")
-    return _Function(_dynamic_inputs(format), body.do(f"CastLike({values}, x)"), body)
+    return Function(_dynamic_inputs(format), body.do(f"CastLike({values}, x)"), body)
 
 
-def _codes_and_scales(format: Format) -> _Function:
-    body = _Body()
+def _codes_and_scales(format: Format) -> Function:
+    body = Body()
     codes, stored, _ = _blocks_on_grid(body, format)
     shape = body.do("Shape(x)")
     shorter = body.do(f"Concat<axis = 0>({body.do('Shape<end = -1>(x)')}, {body.integers(-1)})")
     codes = body.do(f"Reshape({codes}, {shape})")
     scales = body.cast(body.do(f"Reshape({stored}, {shorter})"), _E4M3)
-    return _Function(_dynamic_inputs(format), f"{codes}, {scales}", body)
+    return Function(_dynamic_inputs(format), f"{codes}, {scales}", body)
 
 
-def _blocks_on_grid(body: _Body, format: Format) -> tuple[str, str, str]:
+def _blocks_on_grid(body: Body, format: Format) -> tuple[str, str, str]:
     rows = body.do(f"Reshape({body.cast('x', _FLOAT)}, {body.integers(-1, format.block)})")
     stored, scale = _own_scales(body, rows, format)
     return _on_grid(body, body.do(f"Div({rows}, {scale})"), format.element), stored, scale
@@ -158,32 +115,32 @@ def _dynamic_inputs(format: Format) -> str:
     return "x, tensor_scale" if format.tensor_scale else "x"
 
 
-def _weight(format: Format) -> _Function:
-    body = _Body()
+def _weight(format: Format) -> Function:
+    body = Body()
     index = body.cast("codes", _INT32)
     values = body.do(f"Gather<axis = 0>({body.table(format.element.values())}, {index})")
-    return _Function("codes, scale", _times_blocks(body, values, format.block), body)
+    return Function("codes, scale", _times_blocks(body, values, format.block), body)
 
 
-def _scale_blocks(format: Format) -> _Function:
-    body = _Body()
-    return _Function("values, scale", _times_blocks(body, "values", format.block), body)
+def _scale_blocks(format: Format) -> Function:
+    body = Body()
+    return Function("values, scale", _times_blocks(body, "values", format.block), body)
 
 
-def _times_blocks(body: _Body, values: str, block: int) -> str:
+def _times_blocks(body: Body, values: str, block: int) -> str:
     blocks = body.do(f"Reshape({body.do(f'CastLike({values}, scale)')}, {body.integers(-1, block)})")
     product = body.do(f"Mul({blocks}, {body.do(f'Reshape(scale, {body.integers(-1, 1)})')})")
     return body.do(f"Reshape({product}, {body.do(f'Shape({values})')})")
 
 
-def _power_of_two() -> _Function:
-    body = _Body()
+def _power_of_two() -> Function:
+    body = Body()
     powers = tuple(2.0 ** (code - 127) for code in range(1, 255))
     index = body.do(f"Sub({body.cast('codes', _INT64)}, {body.integers(1)})")
-    return _Function("codes", body.do(f"Gather<axis = 0>({body.table(powers)}, {index})"), body)
+    return Function("codes", body.do(f"Gather<axis = 0>({body.table(powers)}, {index})"), body)
 
 
-_KINDS: dict[str, Callable[[Format], _Function]] = {
+_KINDS: dict[str, Callable[[Format], Function]] = {
     "QuantizeDequantize": _static,
     "TokenQuantizeDequantize": _by_token,
     "BlockQuantizeDequantize": _by_block,
@@ -193,7 +150,7 @@ _KINDS: dict[str, Callable[[Format], _Function]] = {
 }
 
 
-def _own_scales(body: _Body, rows: str, format: Format) -> tuple[str, str]:
+def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
     """A scale for each row of ``rows [..., n]`` from its own amax: as it is stored, and what codes are multiplied with."""
     amax = body.do(f"ReduceMax<keepdims = 1>({body.do(f'Abs({rows})')}, {body.integers(-1)})")
     if format.scale == "float16":
@@ -212,7 +169,7 @@ def _own_scales(body: _Body, rows: str, format: Format) -> tuple[str, str]:
     return stored, body.do(f"Mul({stored}, tensor_scale)") if format.tensor_scale else stored
 
 
-def _power_below(body: _Body, x: str) -> str:
+def _power_below(body: Body, x: str) -> str:
     """2^floor(log2 x) for x >= 0 (2^-127 and less for what is smaller than 2^-126)."""
     logarithm = body.do(f"Mul({body.do(f'Log({x})')}, {body.number(1.4426950408889634)})")
     exponent = body.clip(body.do(f"Floor({logarithm})"), -126.0, 127.0)
@@ -225,7 +182,7 @@ def _power_below(body: _Body, x: str) -> str:
     return body.do(f"Where({body.do(f'LessOrEqual({twice}, {x})')}, {twice}, {guess})")
 
 
-def _on_grid(body: _Body, ratio: str, element: Element) -> str:
+def _on_grid(body: Body, ratio: str, element: Element) -> str:
     """:func:`qdiff.grids.round_to_grid`."""
     if element.kind == "integer":
         return body.clip(body.do(f"Round({ratio})"), element.lowest, element.highest)

@@ -21,10 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.attention.schedule import BLOCKS, BOUNDS, Board
+from qdiff.attention.sparse import board_of
 from qdiff.checkpoint import TIMESTEPS
 from qdiff.errors import InputError
 from qdiff.export.codes import bytes_as_codes, store_codes
-from qdiff.export.functions import DOMAIN, OPSET, function
+from qdiff.export.function_text import DOMAIN, OPSET
+from qdiff.export.functions import function
+from qdiff.export.list_inputs import LISTED, fixed_sizes, list_inputs
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
 from qdiff.layers import QuantLinear
@@ -33,6 +37,7 @@ from qdiff.plan import Plan
 
 # A first token that is computed apart leaves at least two others: with one the tracer would take the axis for a constant.
 SHORTEST_PROMPT, LONGEST_PROMPT, LARGEST_CELLS = 3, 4096, 1024
+LONGEST_LISTS = 2**28  # entries in a row of all lists
 
 
 def check_target(plan: Plan, target: Target) -> None:
@@ -64,9 +69,15 @@ def export_onnx(
         InputError: an op of the module has no translation for this target.
     """
     specs = family.inputs(backbone.config)  # type: ignore[arg-type]
-    module = InComputeDtype(family.for_export(backbone), getattr(torch, target.compute)).eval()
+    named = family.for_export(backbone)
     # A batch of one would be taken for a constant; two of everything keeps the axis dynamic.
     values = tuple(_at_least_two(example[spec.name]) for spec in specs)
+    board = board_of(backbone)
+    if board is not None:
+        lists = board.schedule.widest()
+        specs = (*fixed_sizes(specs, example), *list_inputs(lists))
+        named, values = ListsAsInputs(named, board), (*values, lists.blocks, lists.bounds)
+    module = InComputeDtype(named, getattr(torch, target.compute)).eval()
     bytes_as_codes(module)
     names = [spec.name for spec in specs]
     divisor = family.cells_divisor(backbone.config)  # type: ignore[arg-type]
@@ -139,6 +150,25 @@ def _add_functions(model: Any) -> None:
     assert model.opset_imports[""] == OPSET
 
 
+class ListsAsInputs(nn.Module):
+    """A backbone with sparse attention that is given its lists, after its own inputs, instead of looking them up."""
+
+    def __init__(self, module: nn.Module, board: Board) -> None:
+        super().__init__()
+        self.module, self.board = module, board
+        names: Any = module.names
+        self.names = (*names, BLOCKS, BOUNDS)
+        self.exact: frozenset[str] = getattr(module, "exact", frozenset())
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """The backbone's inputs in order, ``blocks`` and ``bounds``."""
+        self.board.pinned = values[-2], values[-1]
+        try:
+            return self.module(*values[:-2])
+        finally:
+            self.board.pinned = None
+
+
 class InComputeDtype(nn.Module):
     """A backbone that computes in ``dtype`` between float32 inputs and a float32 output. Scales survive the change: they lie
     on the float16 grid, or are left as they are (:meth:`qdiff.layers.QuantLinear.exact`). Timesteps stay float32, inside (the
@@ -181,6 +211,7 @@ def _dynamic_axes(specs: Any, divisor: int, batch: int, largest: int) -> tuple[d
         "batch": torch.export.Dim("batch", min=1, max=batch),
         "tokens": torch.export.Dim("tokens", min=SHORTEST_PROMPT, max=LONGEST_PROMPT),
         "frames": torch.export.Dim("frames", min=2, max=largest),
+        LISTED: torch.export.Dim(LISTED, min=2, max=LONGEST_LISTS),
         "height": divisor * height,
         "width": divisor * width,
     }
@@ -225,12 +256,14 @@ def _name_axes(model: Any, specs: Any, output_axes: tuple[int | str, ...]) -> No
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints to stdout, which belongs to results, and warns about packages that are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.errors import IntegrityError
-from qdiff.export.functions import DOMAIN
+from qdiff.export.function_text import DOMAIN
 from qdiff.formats import FORMATS, format_named
 
 _THROUGH = {"Transpose", "Reshape", "Cast", "CastLike", "Identity"}

@@ -38,7 +38,8 @@ MANIFEST_VERSION = 1
 # once for each target and build once for each engine: their entries are ``export:tensorrt``, ``build:openvino`` and so on.
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "calibrate": (),
-    "quantize": ("calibrate",),
+    "attention": ("calibrate",),
+    "quantize": ("calibrate", "attention"),
     "export": ("quantize",),
     "build": ("export",),
     "compare": ("quantize", "build"),

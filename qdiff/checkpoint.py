@@ -108,7 +108,8 @@ def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
 
 
 def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module:
-    """Builds the quantized backbone from the plan and the packed tensors; the float weights are not needed.
+    """Builds the quantized backbone from the plan and the packed tensors; the float weights are not needed. The masks of
+    sparse attention are read from beside ``path``.
 
     Args:
         outputs: ``False`` leaves the quantizers of layers' outputs away, for targets that run what follows in 16 bit.
@@ -164,4 +165,10 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise IntegrityError(f"{path} does not fit the plan: {reason[:200]}", "quantize again with --force") from None
+    if plan.attention is not None:
+        from qdiff.attention.sparse import SIDECAR, install, load_masks, schedule_of
+        from qdiff.models import FAMILIES
+
+        schedule = schedule_of(plan.attention, load_masks(plan.attention, path.parent / SIDECAR))
+        install(FAMILIES[plan.family], backbone, plan.attention, schedule)
     return backbone.eval().requires_grad_(False)

@@ -56,6 +56,9 @@ RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or 
 BudgetOption = Annotated[
     str | None, typer.Option("--budget", help="of recipe mixed: bits=5.5, bytes=4000000 or latency=MILLISECONDS")
 ]
+DensityOption = Annotated[
+    float | None, typer.Option("--density", help="share of attention's blocks to read, e.g. 0.3 [default: all]")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry of the recipe")
 ]
@@ -109,11 +112,13 @@ def _open(path: Path) -> Run:
     return Run.existing(path)
 
 
-def _overrides(given: list[str] | None, budget: str | None) -> list[str] | None:
-    """``--set`` with ``--budget``, which is a short form of one."""
-    from qdiff.recipe import budget_override
+def _overrides(given: list[str] | None, budget: str | None, density: float | None) -> list[str] | None:
+    """``--set`` with ``--budget`` and ``--density``, which are short forms of one."""
+    from qdiff.recipe import budget_override, density_override
 
-    return given if budget is None else [*(given or []), budget_override(budget)]
+    short = [] if budget is None else [budget_override(budget)]
+    short += [] if density is None else [density_override(density)]
+    return [*(given or []), *short] if short else given
 
 
 def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
@@ -148,6 +153,9 @@ def calibrate(
     keep: KeepOption = 25,
     batch: BatchOption = 4,
     seed: SeedOption = 0,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="also look at self-attentions, for quantize --density")
+    ] = False,
     output: RunOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -164,7 +172,12 @@ def calibrate(
         model, weights, revision, prompts, samples, steps, guidance, scheduler, timesteps, keep, batch, seed
     )
     run = Run(output or Path("runs") / model)
-    _show(stage.calibrate(run, options, force=force, dry_run=dry_run), json, present.calibrate)
+    result = stage.calibrate(run, options, force=force, dry_run=dry_run)
+    if attention and not dry_run:
+        from qdiff.stages.attention import calibrate_attention
+
+        result["attention"] = calibrate_attention(run, force=force)
+    _show(result, json, present.calibrate)
 
 
 @app.command()
@@ -172,6 +185,7 @@ def quantize(
     run: RunArgument,
     recipe: RecipeOption = "int8",
     budget: BudgetOption = None,
+    density: DensityOption = None,
     set: SetOption = None,
     plan: PlanOption = None,
     force: ForceOption = False,
@@ -184,7 +198,7 @@ def quantize(
     """
     from qdiff.stages import quantize as stage
 
-    overrides = _overrides(set, budget)
+    overrides = _overrides(set, budget, density)
     result = stage.quantize(_open(run), recipe, overrides, plan_file=plan, force=force, dry_run=dry_run)
     _show(result, json, present.quantize)
 
@@ -337,6 +351,7 @@ def run_all(
     seed: SeedOption = 0,
     recipe: RecipeOption = "int8",
     budget: BudgetOption = None,
+    density: DensityOption = None,
     set: SetOption = None,
     engine: Annotated[
         list[str] | None, typer.Option("--engine", help="engines to build [default: all that can be]")
@@ -364,7 +379,7 @@ def run_all(
         Run(output or Path("runs") / model),
         options,
         recipe,
-        _overrides(set, budget),
+        _overrides(set, budget, density),
         engine,
         compute_capability=compute_capability,
         profiles=profile,

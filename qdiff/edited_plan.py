@@ -59,6 +59,7 @@ def decisions(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe,
         "kept": plan.kept,
+        "attention": plan.attention and plan.attention.model_dump(mode="json"),
         "layers": {layer.name: {name: getattr(layer, name) for name in _decided(layer)} for layer in plan.layers},
     }
 

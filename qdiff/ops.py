@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qdiff import blocks, numerics
+from qdiff.attention.operator import sparse_attention
 from qdiff.formats import format_named
 from qdiff.weights import QuantizedWeight
 
@@ -96,4 +97,5 @@ OPS = {
     "token_quantize_dequantize": token_quantize_dequantize,
     "block_quantize_dequantize": block_quantize_dequantize,
     "dequantize_weight": dequantize_weight,
+    "sparse_attention": sparse_attention,
 }

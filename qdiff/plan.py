@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qdiff.attention.plan import AttentionPlan
 from qdiff.errors import IntegrityError
 from qdiff.files import read_json, write_json
 from qdiff.formats import FORMATS, low_rank_bits
@@ -114,6 +115,7 @@ class Plan(BaseModel):
     timesteps: list[float] = Field(description="calibrated timestep values, in sampling order")
     kept: Kept = Field("float16", description="storage of every tensor that is not quantized")
     structure: Structure = Field(Structure(), description="what was changed in the model before it was quantized")
+    attention: AttentionPlan | None = Field(None, description="self-attentions that follow block lists")
     layers: list[LayerPlan]
 
     def save(self, path: Path) -> None:

@@ -125,6 +125,18 @@ class Mixed(BaseModel):
         return self
 
 
+class Attention(BaseModel):
+    """Self-attentions follow block lists (:mod:`qdiff.attention`), which ``qdiff calibrate --attention`` has prepared.
+
+    ``density`` is the share of the blocks that is read, on average over the sparse layers and timesteps.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    density: float = Field(gt=0, le=1)
+    numerics: Literal["float", "bf16", "int8_fp8", "fp8"] = "float"
+
+
 class Recipe(BaseModel):
     """See the module's docstring. ``methods`` maps a method's name to its options, in the order in which they apply.
 
@@ -152,6 +164,7 @@ class Recipe(BaseModel):
     sequential: Sequential | None = None
     methods: dict[str, dict[str, Any]] = {}
     distil: Distillation | None = None
+    attention: Attention | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Recipe:
@@ -247,7 +260,9 @@ def _override(value: dict[str, Any], assignment: str) -> None:
         )
     *parents, last = path.split(".")
     for parent in parents:
-        value = value.setdefault(parent, {})
+        if value.get(parent) is None:
+            value[parent] = {}
+        value = value[parent]
         if not isinstance(value, dict):
             raise UsageError(f"--set {assignment!r}: {parent!r} is not a group of settings")
     try:
@@ -273,6 +288,19 @@ def budget_override(text: str) -> str:
             "example: --recipe mixed --budget bits=5.5",
         )
     return f"mixed.budget={{{measure}: {number!r}}}"
+
+
+def density_override(density: float) -> str:
+    """``--density`` as an override.
+
+    Raises:
+        UsageError: not above 0 and at most 1.
+    """
+    if not 0 < density <= 1:
+        raise UsageError(
+            f"--density {density:g} is not above 0 and at most 1", "1 reads everything, 0.3 three blocks of ten"
+        )
+    return f"attention.density={density!r}"
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:

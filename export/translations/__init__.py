@@ -118,6 +118,7 @@ def table_for(target: Target) -> dict[Any, Translation]:
 
     import qdiff.export.translations.attention as _attention  # noqa: F401
     import qdiff.export.translations.quantizers as _quantizers  # noqa: F401
+    import qdiff.export.translations.sparse_attention as _sparse_attention  # noqa: F401
     import qdiff.ops as _ops  # noqa: F401
 
     found = {}

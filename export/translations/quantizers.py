@@ -24,13 +24,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qdiff.export.functions import DOMAIN
+from qdiff.export.function_text import DOMAIN
 from qdiff.export.translations import translates
 from qdiff.formats import Format, format_named
 
 TRT = "trt"
 _FLOAT, _INT8, _FLOAT8E4M3FN = 1, 3, 17  # onnx.TensorProto's numbers
-_TENSORS = [f"tensor({name})" for name in ("float", "float16", "uint8", "float8e4m3fn")]
+_TENSORS = [f"tensor({name})" for name in ("float", "float16", "uint8", "float8e4m3fn", "int32", "int64")]
 _PAIRS = {"int8": _INT8, "fp8": _FLOAT8E4M3FN}  # formats with a QuantizeLinear / DequantizeLinear pair
 
 

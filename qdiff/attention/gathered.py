@@ -11,13 +11,15 @@ result is what the codes give.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from qdiff import numerics as formats
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.numerics import PROBABILITY_SCALE, Numerics
-from qdiff.attention.packing import Packed, from_places, pack
+from qdiff.attention.packing import from_places, pack
 from qdiff.formats import format_named
 
 TOGETHER = 8
@@ -48,6 +50,19 @@ def attend(
         if NOTHING in lists.blocks or bool((lists.bounds.diff() == 0).any()):
             _blank_rows(result, lists, tiling)
     return from_places(result, tiling.places(order, tiling.block_q), tiling.tokens).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class Follow:
+    """:func:`attend` with its lists, as a function of queries, keys and values."""
+
+    order: Tensor
+    lists: BlockLists
+    tiling: Tiling
+    numerics: Numerics
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, self.order, self.lists, self.tiling, self.numerics)
 
 
 class _Workspace:
@@ -88,22 +103,25 @@ def _head(
     for start in range(0, len(lists), TOGETHER):
         these = lists[start : start + TOGETHER]
         chosen = these.clamp_min(0).flatten()
-        gathered = []
-        for cells, memory in ((cells_k, space.keys), (cells_v, space.values)):
-            room = memory[: chosen.numel() * tiling.block_k * size].view(-1, tiling.block_k, size)
-            gathered.append(torch.index_select(cells, 0, chosen, out=room).view(len(these), -1, size))
+        read_k, read_v = (
+            torch.index_select(
+                cells, 0, chosen, out=memory[: chosen.numel() * cells[0].numel()].view(-1, *cells.shape[1:])
+            )
+            for cells, memory in ((cells_k, space.keys), (cells_v, space.values))
+        )
+        shape = (len(these), -1, size)
         hidden = None
         if partial:
             hidden = (empty[chosen].view(*these.shape, -1) | (these == NOTHING)[..., None]).flatten(1)[:, None]
         rows = slice(start, start + TOGETHER)
-        _products(rows_q[rows], *gathered, numerics, hidden, space.scores, rows_out[rows])
+        _products(rows_q[rows], read_k.view(shape), read_v.view(shape), numerics, hidden, space.scores, rows_out[rows])
 
 
 def _products(
     q: Tensor, k: Tensor, v: Tensor, numerics: Numerics, hidden: Tensor | None, memory: Tensor | None, result: Tensor
 ) -> None:
-    """``softmax(q kᵀ) v`` into ``result`` for ``[rows, queries, size]`` and ``[rows, keys, size]``; ``hidden [rows, 1, keys]`` is left
-    out. ``memory``: room for the scores."""
+    """``softmax(q kᵀ) v`` into ``result`` for ``[rows, queries, size]`` and ``[rows, keys, size]``; ``hidden [rows, 1, keys]`` is
+    left out. ``memory``: room for the scores."""
     shape = (len(q), q.shape[1], k.shape[1])
     scores = torch.empty(shape) if memory is None else memory[: shape[0] * shape[1] * shape[2]].view(shape)
     torch.bmm(q, k.mT, out=scores)

@@ -2,8 +2,8 @@
 
 - ``float``: the dtype of the inputs, everywhere.
 - ``bf16``: queries, keys, values and probabilities in bfloat16.
-- ``int8_fp8``: the scores from INT8 codes, the output from FP8 (E4M3) codes. More accurate than ``fp8`` at the same rate: INT8 has
-  more mantissa, and sums exactly.
+- ``int8_fp8``: the scores from INT8 codes, the output from FP8 (E4M3) codes. More accurate than ``fp8`` at the same rate: INT8
+  has more mantissa, and sums exactly.
 - ``fp8``: both from FP8 codes.
 
 Scales are chosen at run time: of queries and keys one for each block, of values one for each channel (SageAttention2,

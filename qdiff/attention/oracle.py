@@ -24,8 +24,8 @@ def token_mask(order: Tensor, lists: BlockLists, tiling: Tiling) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor, lists: BlockLists, tiling: Tiling, scale: float | None = None
 ) -> Tensor:
-    """``softmax(q kᵀ scale) v`` over the tokens that each one may read, float64 ``[batch, heads, tokens, size]``. A token that reads
-    none gets zeros.
+    """``softmax(q kᵀ scale) v`` over the tokens that each one may read, float64 ``[batch, heads, tokens, size]``. A token that
+    reads none gets zeros.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``.

@@ -41,7 +41,7 @@ class Packed:
     def values(self, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as float32, scales multiplied in."""
         q, k, v = self.q.float(), self.k.float(), self.v.float()
-        if self.q_scale is None or self.k_scale is None:
+        if self.q_scale is None or self.k_scale is None or self.v_scale is None:
             return q, k, v
         q = q * self.q_scale.repeat_interleave(tiling.block_q, dim=2)[..., None]
         k = k * self.k_scale.repeat_interleave(tiling.block_k, dim=2)[..., None]
@@ -59,8 +59,8 @@ def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numeric
     filled = keys[0] >= 0
     if not numerics.coded:
         dtype = q.dtype if numerics.scores is None else getattr(torch, numerics.scores)
-        placed = [at_places(x, places).to(dtype) for x, places in ((q, queries), (k, keys), (v, keys))]
-        return Packed(*placed, None, None, None, None, filled)
+        q, k, v = (at_places(x, places).to(dtype) for x, places in ((q, queries), (k, keys), (v, keys)))
+        return Packed(q, k, v, None, None, None, None, filled)
     q, k, v = q.float(), k.float(), v.float()
     v_mean = v.mean(dim=2, keepdim=True)
     q_codes, q_scale = _by_block(at_places(q, queries), tiling.block_q, numerics.scores or "")

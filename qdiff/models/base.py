@@ -66,6 +66,8 @@ class Request:
 
 
 StepCallback = Callable[[int, float, Tensor], None]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values ``[batch, heads, tokens, size]`` to what attention makes of them."""
 
 
 @dataclass
@@ -217,6 +219,18 @@ class Family(ABC):
         if self.block_list is None:
             return []
         return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]
+
+    def self_attentions(self, backbone: nn.Module) -> list[str]:
+        """Attention modules in which the tokens of the picture read each other, in order; empty where the family knows none."""
+        return []
+
+    def attention_processor(self, attend: Attend) -> Any:
+        """A diffusers attention processor for those modules that leaves to ``attend`` what happens between the projections."""
+        raise NotImplementedError(self.name)
+
+    def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens that the backbone makes of a latent of that shape."""
+        raise NotImplementedError(self.name)
 
     @abstractmethod
     def random_pipeline(self, configuration: str, seed: int) -> Any:

@@ -8,13 +8,24 @@ Papers: PixArt-α arXiv 2310.00426, PixArt-Σ arXiv 2403.04692. Layers: ``pos_em
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, NamedInputs, Request, StepCallback, check_pixels
+from qdiff.models.base import (
+    FAMILIES,
+    Attend,
+    Axis,
+    Family,
+    InputSpec,
+    Model,
+    NamedInputs,
+    Request,
+    StepCallback,
+    check_pixels,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,6 +81,15 @@ class PixArt(Family):
 
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
         return ("batch", config["out_channels"], "height", "width")
+
+    def self_attentions(self, backbone: nn.Module) -> list[str]:
+        return [f"{block}.attn1" for block in self.blocks(backbone)]
+
+    def attention_processor(self, attend: Attend) -> Any:
+        return _SelfAttention(attend)
+
+    def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
+        return 1, latent[-2] // config["patch_size"], latent[-1] // config["patch_size"]
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -156,6 +176,28 @@ class PixArt(Family):
         for module in modules:
             module.eval().requires_grad_(False)
         return PixArtSigmaPipeline(tokenizer, encoder, vae, transformer, DPMSolverMultistepScheduler())
+
+
+class _SelfAttention:
+    """diffusers' ``AttnProcessor2_0`` for ``attn1``, with the attention itself left to ``attend``."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """``[batch, tokens, width]`` to the same."""
+        assert encoder_hidden_states is None and attention_mask is None
+        projected = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        found = self.attend(q, k, v).transpose(1, 2).flatten(2, 3).to(q.dtype)
+        return attn.to_out[0](found)
 
 
 class _DynamicPatchEmbed(nn.Module):

@@ -7,14 +7,14 @@ pipeline calls the backbone once for the prompt and once for the negative prompt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError, UsageError
-from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
+from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
 from qdiff.video import Clip
 
 _CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -82,6 +82,16 @@ class Wan(Family):
     def longest_axis(self, config: Mapping[str, Any]) -> int | None:
         return int(config["rope_max_seq_len"])
 
+    def self_attentions(self, backbone: nn.Module) -> list[str]:
+        return [f"{block}.attn1" for block in self.blocks(backbone)]
+
+    def attention_processor(self, attend: Attend) -> Any:
+        return _SelfAttention(attend)
+
+    def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
+        frames, rows, columns = (size // patch for size, patch in zip(latent[-3:], config["patch_size"], strict=True))
+        return frames, rows, columns
+
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         return {
@@ -148,6 +158,37 @@ class Wan(Family):
             module.eval().requires_grad_(False)
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
         return WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
+
+
+class _SelfAttention:
+    """diffusers' ``WanAttnProcessor`` for ``attn1``, with the attention itself left to ``attend``."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """``[batch, tokens, width]`` to the same."""
+        assert encoder_hidden_states is None and attention_mask is None and rotary_emb is not None
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        q, k = (_rotate(x, *rotary_emb) for x in (q, k))
+        found = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return attn.to_out[0](found.transpose(1, 2).flatten(2, 3).type_as(hidden_states))
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions on pairs of neighbours (arXiv 2104.09864): ``x [batch, tokens, heads, size]``."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = cosines[..., 0::2], sines[..., 1::2]
+    turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    return turned.flatten(-2).type_as(x)
 
 
 FAMILIES.register("wan")(Wan())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
-from qdiff.errors import InputError, MissingDependencyError
+from qdiff.errors import InputError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
+    from qdiff.attention.plan import AttentionPlan
     from qdiff.engines import BuildOptions, Engine, Profile, Runner
+    from qdiff.engines.base import Shape
     from qdiff.models.base import Model
 
 DEFAULT_BATCH = "batch=1-2-8"
@@ -39,7 +41,8 @@ def _profile(plan: Any, text: str, shapes: dict[str, list[int]]) -> Profile:
     from qdiff.models import FAMILIES
 
     config = plan.config
-    axes = {spec.name: spec.axes for spec in FAMILIES[plan.family].inputs(config)}
+    specs = FAMILIES[plan.family].inputs(config)
+    axes = {spec.name: spec.axes for spec in specs}
     sizes = {
         axis: (size, size, size)
         for name, named in axes.items()
@@ -54,7 +57,39 @@ def _profile(plan: Any, text: str, shapes: dict[str, list[int]]) -> Profile:
     sizes |= parse_profile(DEFAULT_BATCH)
     if text:
         sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))
-    return make_profile(text or "default", axes, sizes)
+    if plan.attention is None:
+        return make_profile(text or "default", axes, sizes)
+    return _with_lists(plan.attention, text, axes, sizes)
+
+
+def _with_lists(attention: AttentionPlan, text: str, axes: dict[str, Any], sizes: dict[str, Any]) -> Profile:
+    """A profile of a graph that takes lists (:mod:`qdiff.export.list_inputs`): for one size of pictures, and any lists."""
+    import dataclasses
+    import math
+
+    from qdiff.attention.schedule import BLOCKS, BOUNDS
+    from qdiff.engines.profiles import make_profile
+
+    for axis in ("frames", "height", "width"):
+        if len(set(sizes.get(axis, (0,)))) > 1:
+            raise UsageError(
+                f"profile {text!r}: the lists of sparse attention are for one size, {axis} is a range",
+                "give one size, or quantize without --density",
+            )
+    heads, columns = attention.heads, -(-math.prod(attention.grid) // attention.block_k)
+    rows = -(-math.prod(attention.grid) // attention.block_q)
+    usual = max(heads, round(heads * columns * attention.density))
+    every = (heads, usual, heads * columns)
+    profile = make_profile(text or "default", axes, sizes)
+    listed, bounds = _triple((rows, total) for total in every), (heads + 1,)
+    ends = _triple(tuple(round(total * head / heads) for head in range(heads + 1)) for total in every)
+    ranges = {**profile.ranges, BLOCKS: listed, BOUNDS: (bounds, bounds, bounds)}
+    return dataclasses.replace(profile, ranges=ranges, values={BOUNDS: ends})
+
+
+def _triple(shapes: Iterable[Shape]) -> tuple[Shape, Shape, Shape]:
+    low, usual, high = shapes
+    return low, usual, high
 
 
 def build(
@@ -194,4 +229,18 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
         )
     stage = f"build:{engine.name}"
     require_runner(run, engine_name)
-    return load_trusted(engine, run.file(run.entry(stage)["folder"]), threads)
+    return scheduled(run, load_trusted(engine, run.file(run.entry(stage)["folder"]), threads))
+
+
+def scheduled(run: Run, runner: Runner) -> Runner:
+    """The runner of an exported graph; one that gives it its lists where the plan's attention is sparse."""
+    from qdiff.plan import Plan
+
+    plan = Plan.load(run.file("plan.json"))
+    if plan.attention is None:
+        return runner
+    from qdiff.attention.sparse import SIDECAR, load_masks, schedule_of
+    from qdiff.engines.scheduled import ScheduledRunner
+
+    masks = load_masks(plan.attention, run.file(SIDECAR))
+    return ScheduledRunner(runner, schedule_of(plan.attention, masks))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qdiff.mixing import Allocation, Judge
     from qdiff.models.base import Model
     from qdiff.plan import Plan
-    from qdiff.recipe import Recipe
+    from qdiff.recipe import Attention, Recipe
     from qdiff.sensitivity import Sensitivity
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
@@ -36,6 +36,11 @@ class Decisions(Protocol):
     @property
     def name(self) -> str:
         """Of the recipe."""
+        ...
+
+    @property
+    def attention(self) -> Attention | None:
+        """How self-attentions are to be sparse, where a recipe says so."""
         ...
 
     def inputs(self) -> dict[str, Any]:
@@ -61,6 +66,10 @@ class ByRecipe:
     def name(self) -> str:
         return self.recipe.name
 
+    @property
+    def attention(self) -> Attention | None:
+        return self.recipe.attention
+
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}
 
@@ -77,15 +86,20 @@ class ByRecipe:
 
 @dataclass(frozen=True)
 class ByPlan:
-    """Decisions that stand in a plan. ``before`` are those that the run had until now."""
+    """Decisions that stand in a plan. ``before`` are those that the run had until now, ``masks`` what its attention reads."""
 
     plan: Plan
     before: Plan | None
     source: Path
+    masks: Tensor | None = None
 
     @property
     def name(self) -> str:
         return self.plan.recipe
+
+    @property
+    def attention(self) -> None:
+        return None  # it stays as the plan has it
 
     def inputs(self) -> dict[str, Any]:
         from qdiff.edited_plan import decisions
@@ -117,6 +131,10 @@ class ByBudget:
     @property
     def name(self) -> str:
         return self.recipe.name
+
+    @property
+    def attention(self) -> Attention | None:
+        return self.recipe.attention
 
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), **self.measured_inputs()}

@@ -11,6 +11,7 @@ from qdiff.artifacts import Run
 from qdiff.errors import IntegrityError, MissingDependencyError
 from qdiff.events import log
 from qdiff.files import open_tensors
+from qdiff.stages.build import scheduled
 from qdiff.stages.quantize import FLOAT_PREDICTIONS
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     options = BuildOptions(flags={"memory": "low"})
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder, emulated(path) as graph:
         engine.build(graph, Path(folder), options)
-        runner = engine.load(Path(folder), options)
+        runner = scheduled(run, engine.load(Path(folder), options))
         try:
             return compare(expected, runner, steps, references)
         finally:

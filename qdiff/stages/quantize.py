@@ -15,12 +15,15 @@ from qdiff.artifacts import Run
 from qdiff.errors import UsageError
 from qdiff.files import save_tensors, sha256_json, write_json
 from qdiff.scratch import Scratch
+from qdiff.stages.attention import STAGE as ATTENTION
+from qdiff.stages.attention import decide_attention, require_statistics
 from qdiff.stages.calibrate import reload_model
 from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, Decisions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qdiff.attention.plan import AttentionPlan
     from qdiff.models.base import Model
     from qdiff.plan import Plan
     from qdiff.trajectory import Trajectory
@@ -53,6 +56,9 @@ def quantize(
     """
     decided = _source(run, recipe_name, overrides, plan_file)
     inputs = {"calibrate": run.outputs_hash("calibrate"), **decided.inputs()}
+    if decided.attention is not None:
+        require_statistics(run)
+        inputs["attention"] = run.outputs_hash(ATTENTION)
     if dry_run:
         return _dry_run(run, decided)
     with run.stage("quantize", inputs, force=force, leftovers=[SCRATCH]) as work:
@@ -79,7 +85,12 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
 
     plan = read(plan_file)
     before = Plan.load(run.file(DECIDED)) if run.file(DECIDED).exists() else None
-    return ByPlan(plan, before, plan_file)
+    masks = None
+    if plan.attention is not None:
+        from qdiff.attention.sparse import SIDECAR, load_masks
+
+        masks = load_masks(plan.attention, plan_file.parent / SIDECAR)
+    return ByPlan(plan, before, plan_file, masks)
 
 
 def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
@@ -93,10 +104,17 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     model = reload_model(run)
     statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
     drafted = decided.draft(model, statistics)  # what cannot be carried out is refused before the float model has run
+    sparse = _attention(run, decided, model)
     trajectory = Trajectory(run.file("calibration"))
     expected = _predictions(model, trajectory)
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
     plan = decided.apply(model, drafted, trajectory, scratch, work)
+    if sparse is not None:
+        from qdiff.attention.sparse import SIDECAR, install, save_masks, schedule_of
+
+        plan = plan.model_copy(update={"attention": sparse[0]})
+        install(model.family, model.backbone, sparse[0], schedule_of(*sparse))
+        save_masks(sparse[1], work.output(run.file(SIDECAR)))
     errors = _errors(expected, _predictions(model, trajectory))
     _refuse_idle(plan, errors)
     plan.save(work.output(run.file("plan.json")))
@@ -117,8 +135,18 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
         float32_bytes=4 * parameters,
         packed_bytes=packed,
         worst_sqnr_db=min(error["sqnr_db"] for error in errors),
+        density=plan.attention and plan.attention.density,
     )
     scratch.clear()
+
+
+def _attention(run: Run, decided: Decisions, model: Model) -> tuple[AttentionPlan, Tensor] | None:
+    """Plan and masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
+    if decided.attention is not None:
+        return decide_attention(run, decided.attention, model)
+    if isinstance(decided, ByPlan) and decided.plan.attention is not None and decided.masks is not None:
+        return decided.plan.attention, decided.masks
+    return None
 
 
 def _predictions(model: Model, trajectory: Trajectory) -> list[tuple[float, Tensor]]:
@@ -162,6 +190,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "float32_bytes",
         "packed_bytes",
         "worst_sqnr_db",
+        "density",
         "seconds",
         "peak_memory_bytes",
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from qdiff.artifacts import Run
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import duration, log
+from qdiff.recipe import load_recipe
+from qdiff.stages.attention import calibrate_attention
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
 from qdiff.stages.compare import DEFAULT_PICTURES, compare
@@ -65,6 +67,8 @@ def run_all(
             log.info("build:%s: left out, %s", engine.name, missing)
 
     stage("calibrate", lambda: calibrate(run, options, force=force))
+    if load_recipe(recipe, overrides).attention is not None:
+        stage("attention", lambda: calibrate_attention(run, force=force))
     stage("quantize", lambda: quantize(run, recipe, overrides, force=force))
     for engine in list(buildable):
         reason = _cannot_take(run, engine)

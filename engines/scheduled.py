@@ -1,0 +1,35 @@
+"""An engine whose attention follows block lists: at every step it is given those of the timestep.
+
+The lists are inputs of the graph (:mod:`qdiff.attention.schedule`). Nobody outside has to know: whoever calls the runner names
+the backbone's own inputs, and the lists follow from the value of ``timestep``. No engine is built or loaded to change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qdiff.attention.schedule import BLOCKS, BOUNDS, Schedule, one_timestep
+from qdiff.engines.base import Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ScheduledRunner(Runner):
+    """A runner with the lists added.
+
+    Args:
+        runner: of a graph that takes lists.
+        schedule: of the plan that the graph was made from.
+    """
+
+    def __init__(self, runner: Runner, schedule: Schedule) -> None:
+        self.runner, self.schedule = runner, schedule
+        self.inputs = tuple(spec for spec in runner.inputs if spec.name not in (BLOCKS, BOUNDS))
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.runner({**inputs, **self.schedule.inputs(one_timestep(inputs["timestep"]))})
+
+    def close(self) -> None:
+        self.runner.close()

@@ -1,0 +1,80 @@
+"""``qdiff::sparse_attention`` in ONNX: a call of one of the functions of :mod:`qdiff.export.sparse_attention`.
+
+The scale of the scores goes into the queries; in 16 bit its root into queries and keys, so that no product overflows, as in
+:mod:`.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qdiff.attention.lists import Tiling
+from qdiff.errors import InputError
+from qdiff.export.function_text import DOMAIN
+from qdiff.export.sparse_attention import SparseAttention
+from qdiff.export.translations import translates
+from qdiff.export.translations.quantizers import call
+
+WRITTEN = ("float", "int8_fp8", "fp8")
+
+
+def _call(
+    q: Any, k: Any, v: Any, order: Any, blocks: Any, bounds: Any, first: int, tiling: Tiling, numerics: str, pairs: bool
+) -> Any:
+    from onnxscript import opset23 as op
+
+    if numerics not in WRITTEN:
+        raise InputError(
+            f"attention in {numerics} has no ONNX form", f"export it as one of {', '.join(WRITTEN)}, or run it in torch"
+        )
+    heads, size = int(order.shape[0]), int(v.shape[3])
+    made = SparseAttention(numerics, pairs, heads, size, tiling)
+    start, end, axis = (op.Constant(value_ints=[value]) for value in (first, first + heads + 1, 0))
+    return call(DOMAIN, made.name, [q, k, v, order, blocks, op.Slice(bounds, start, end, axis)], ["same"])
+
+
+@translates("qdiff::sparse_attention", "onnxruntime")
+def sparse_attention_on_cpu(
+    q: Any,
+    k: Any,
+    v: Any,
+    order: Any,
+    blocks: Any,
+    bounds: Any,
+    first: int,
+    text: int,
+    block_q: int,
+    block_k: int,
+    numerics: str,
+    scale: float,
+) -> Any:
+    """Arguments of :func:`qdiff.attention.operator.sparse_attention`."""
+    from onnxscript import opset23 as op
+
+    tiling = Tiling(text + int(order.shape[1]), text, block_q, block_k)
+    scaled = op.Mul(q, op.CastLike(op.Constant(value_float=scale), q))
+    return _call(scaled, k, v, order, blocks, bounds, first, tiling, numerics, pairs=False)
+
+
+@translates("qdiff::sparse_attention", "tensorrt")
+def sparse_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    order: Any,
+    blocks: Any,
+    bounds: Any,
+    first: int,
+    text: int,
+    block_q: int,
+    block_k: int,
+    numerics: str,
+    scale: float,
+) -> Any:
+    """Arguments of :func:`qdiff.attention.operator.sparse_attention`."""
+    from onnxscript import opset23 as op
+
+    tiling = Tiling(text + int(order.shape[1]), text, block_q, block_k)
+    root = op.CastLike(op.Constant(value_float=math.sqrt(scale)), q)
+    return _call(op.Mul(q, root), op.Mul(k, root), v, order, blocks, bounds, first, tiling, numerics, pairs=True)

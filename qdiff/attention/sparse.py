@@ -1,0 +1,189 @@
+"""A backbone whose self-attentions follow block lists: decided from statistics, kept as a sidecar of the plan, put into a model.
+
+The plan (:class:`qdiff.attention.plan.AttentionPlan`) says what was decided and how good it is, for people. The masks themselves
+are bits in ``attention.safetensors`` beside it; lists are made from them when a model is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.attention import masks
+from qdiff.attention.lists import BlockLists, Tiling
+from qdiff.attention.operator import sparse_attention
+from qdiff.attention.orders import order_named
+from qdiff.attention.plan import AttentionPlan, HeadPlan, SparseLayer
+from qdiff.attention.schedule import Board, Schedule, full_lists, one_timestep
+from qdiff.attention.statistics import AttentionStatistics
+from qdiff.errors import IntegrityError
+from qdiff.files import open_tensors, save_tensors
+
+SIDECAR = "attention.safetensors"
+
+
+def tiling_of(plan: AttentionPlan) -> Tiling:
+    """How the tokens of a plan are cut."""
+    return Tiling(plan.tokens, plan.text, plan.block_q, plan.block_k)
+
+
+def decide(
+    statistics: AttentionStatistics, density: float, numerics: str, timesteps: list[float], dense_layers: int
+) -> tuple[AttentionPlan, Tensor]:
+    """Which blocks every head reads.
+
+    Args:
+        density: mean share of the blocks, over layers and groups that are sparse.
+        numerics: a name of :data:`qdiff.attention.numerics.NUMERICS`.
+        timesteps: recorded ones, for the overall density.
+        dense_layers: self-attentions that are not in ``statistics`` and stay dense.
+
+    Returns:
+        the plan, and bool masks ``[groups, heads of all layers, rows, columns]``.
+
+    Raises:
+        InputError: a density that cannot be had.
+    """
+    tiling, columns = statistics.tiling, statistics.tiling.columns
+    wanted = masks.allot(statistics.errors, statistics.options, columns, density)
+    chosen = torch.zeros(statistics.mass.shape, dtype=torch.bool)
+    layers = []
+    for layer, name in enumerate(statistics.layers):
+        heads = []
+        for head, order in enumerate(statistics.orders[layer]):
+            kept = masks.always(order_named(order, statistics.grid), statistics.grid, tiling)
+            entry = HeadPlan(order=order, density=[], recall=[], error=[])
+            for group in range(len(chosen)):
+                mass, width = statistics.mass[group, layer, head].float(), int(wanted[group, layer, head])
+                chosen[group, layer, head] = masks.choose(mass, kept, width)
+                entry.density.append(width / columns)
+                entry.recall.append(masks.recall(mass, chosen[group, layer, head]))
+                option = statistics.options.index(width)
+                entry.error.append(float(statistics.errors[group, layer, head, option]))
+            heads.append(entry)
+        layers.append(SparseLayer(name=name, heads=heads))
+    by_group = wanted.double().mean(dim=(1, 2)) / columns
+    plan = AttentionPlan(
+        numerics=numerics,
+        asked=density,
+        density=float(by_group.mean()),
+        overall=_overall(by_group, statistics.edges, timesteps, len(statistics.layers), dense_layers),
+        tokens=tiling.tokens,
+        text=tiling.text,
+        block_q=tiling.block_q,
+        block_k=tiling.block_k,
+        grid=statistics.grid,
+        edges=statistics.edges,
+        layers=layers,
+    )
+    return plan, chosen.flatten(1, 2)
+
+
+def _overall(by_group: Tensor, edges: list[float], timesteps: list[float], sparse: int, dense: int) -> float:
+    schedule = Schedule(edges, [])
+    densities = [1.0, *by_group.tolist()]
+    steps = [densities[schedule.group(timestep)] for timestep in timesteps]
+    mean = sum(steps) / len(steps)
+    return (mean * sparse + dense) / (sparse + dense)
+
+
+def save_masks(chosen: Tensor, path: Path) -> None:
+    """Writes bool masks ``[groups, heads, rows, columns]`` as bits."""
+    padded = torch.nn.functional.pad(chosen.to(torch.uint8), (0, -chosen.shape[-1] % 8))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    bits = (padded.unflatten(-1, (-1, 8)) * weights).sum(dim=-1, dtype=torch.uint8)
+    save_tensors(path, {"masks": bits}, {"qdiff": "attention"})
+
+
+def load_masks(plan: AttentionPlan, path: Path) -> Tensor:
+    """What :func:`save_masks` wrote beside a plan.
+
+    Raises:
+        InputError: missing.
+        IntegrityError: damaged, or masks of another plan.
+    """
+    tiling = tiling_of(plan)
+    with open_tensors(path, "the masks of attention") as file:
+        bits = file.get_tensor("masks")
+    wanted = [len(plan.edges), plan.heads, tiling.rows, -(-tiling.columns // 8)]
+    if list(bits.shape) != wanted or bits.dtype != torch.uint8:
+        raise IntegrityError(
+            f"{path} holds masks of the shape {list(bits.shape)}, the plan wants {wanted}",
+            "quantize again with --force",
+        )
+    shifts = torch.arange(8, dtype=torch.uint8)
+    chosen = (bits[..., None] >> shifts & 1).flatten(-2)[..., : tiling.columns].bool()
+    if not bool(chosen.any(dim=-1).all()):
+        raise IntegrityError(f"{path} holds rows that read nothing", "quantize again with --force")
+    return chosen
+
+
+def schedule_of(plan: AttentionPlan, chosen: Tensor) -> Schedule:
+    """The lists of a plan from bool masks ``[groups, heads, rows, columns]``."""
+    everything = full_lists(plan.heads, *chosen.shape[2:])
+    return Schedule(plan.edges, [everything, *(BlockLists.of_masks(group) for group in chosen)])
+
+
+def board_of(backbone: nn.Module) -> Board | None:
+    """Where the lists of a backbone hang, or ``None`` where its attentions are dense."""
+    return next((module.board for module in backbone.modules() if isinstance(module, SparseSelfAttention)), None)
+
+
+class SparseSelfAttention(nn.Module):
+    """What takes the place of the two products of one self-attention.
+
+    Args:
+        orders: ``[heads, ordered]``.
+        first: number of its first head among those of all sparse attentions.
+    """
+
+    def __init__(self, orders: Tensor, first: int, tiling: Tiling, numerics: str, board: Board) -> None:
+        super().__init__()
+        self.register_buffer("orders", orders.to(torch.int32), persistent=False)
+        self.first, self.tiling, self.numerics, self.board = first, tiling, numerics, board
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``[batch, heads, tokens, size]`` to the same."""
+        blocks, bounds = self.board.read()
+        tiling = self.tiling
+        cut = (tiling.text, tiling.block_q, tiling.block_k)
+        return sparse_attention(
+            q, k, v, self.orders, blocks, bounds, self.first, *cut, self.numerics, q.shape[-1] ** -0.5
+        )
+
+
+def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Schedule) -> Board:
+    """Puts the lists into ``backbone``: its attentions of the plan follow them, by the value of its ``timestep`` argument.
+
+    Args:
+        family: :class:`qdiff.models.base.Family` of the backbone.
+
+    Raises:
+        IntegrityError: an attention that the model does not have.
+    """
+    board, first = Board(schedule), 0
+    known = family.self_attentions(backbone)
+    for layer in plan.layers:
+        if layer.name not in known:
+            raise IntegrityError(
+                f"the plan names the attention {layer.name!r}, which the model does not have",
+                "quantize again with --force",
+            )
+        module: Any = backbone.get_submodule(layer.name)
+        orders = torch.stack([order_named(head.order, plan.grid) for head in layer.heads])
+        module.sparse = SparseSelfAttention(orders, first, tiling_of(plan), plan.numerics, board)
+        module.set_processor(family.attention_processor(module.sparse))
+        first += len(layer.heads)
+    names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if board.pinned is None:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            board.set(one_timestep(given["timestep"]))
+
+    backbone.register_forward_pre_hook(follow, with_kwargs=True)
+    return board

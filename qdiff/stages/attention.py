@@ -1,0 +1,76 @@
+"""Stage 1b: what self-attentions look at. Only where attention is to be sparse."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from qdiff.artifacts import Run
+from qdiff.errors import InputError
+from qdiff.files import sha256_json
+from qdiff.scratch import Scratch
+from qdiff.stages.calibrate import reload_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdiff.attention.plan import AttentionPlan
+    from qdiff.models.base import Model
+    from qdiff.recipe import Attention
+
+STAGE = "attention"
+STATISTICS = "attention/statistics.safetensors"
+SCRATCH = "attention/passes"  # finished passes, until the stage is done
+
+
+def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
+    """Writes ``attention/statistics.safetensors``: orders of tokens, masses of blocks, errors.
+
+    Raises:
+        InputError: a family whose self-attentions are not known, or a trajectory that is too short.
+    """
+    from qdiff.calib.attention import AttentionCalibration, AttentionOptions
+    from qdiff.trajectory import Trajectory
+
+    options = AttentionOptions()
+    inputs = {"calibrate": run.outputs_hash("calibrate"), **asdict(options)}
+    with run.stage(STAGE, inputs, force=force, leftovers=["attention"]) as work:
+        if work is not None:
+            run.verify("calibrate")
+            scratch = Scratch(run.file(SCRATCH), sha256_json(inputs))
+            model = reload_model(run)
+            statistics = AttentionCalibration(model, Trajectory(run.file("calibration")), options, scratch).run()
+            statistics.save(work.output(run.file(STATISTICS)))
+            work.fact(
+                layers=len(statistics.layers),
+                heads=sum(len(heads) for heads in statistics.orders),
+                tokens=statistics.tiling.tokens,
+                edges=statistics.edges,
+            )
+            scratch.clear()
+    return {"run": str(run.path), **{name: run.entry(STAGE)[name] for name in ("layers", "heads", "tokens", "seconds")}}
+
+
+def require_statistics(run: Run) -> None:
+    """Refuses to go on without them.
+
+    Raises:
+        InputError: with the command that makes them.
+    """
+    if not run.done(STAGE):
+        raise InputError(
+            f"sparse attention needs to know what {run.path} looks at, which was not calibrated",
+            f"run the same calibration with --attention: qdiff calibrate … --attention -o {run.path}",
+        )
+
+
+def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[AttentionPlan, Tensor]:
+    """Which blocks every head reads, for a recipe's wish: :func:`qdiff.attention.sparse.decide`."""
+    from qdiff.attention.sparse import decide
+    from qdiff.attention.statistics import AttentionStatistics
+
+    run.verify(STAGE)
+    statistics = AttentionStatistics.load(run.file(STATISTICS))
+    dense = len(model.family.self_attentions(model.backbone)) - len(statistics.layers)
+    timesteps = run.entry("calibrate")["timesteps"]
+    return decide(statistics, wish.density, wish.numerics, timesteps, dense)
