@@ -2,16 +2,25 @@
 
 The lists of all attentions of a model are one matrix (:mod:`qdiff.attention.lists`), so that a graph takes them as two inputs.
 ``first`` says where this attention's heads begin in it.
+
+In host memory :mod:`qdiff.attention.gathered` computes it, on a GPU the Triton kernel, which has no numerics ``float``: those go
+through torch there too. The kernel's own form of the lists is made at the first call and kept as long as the lists are the
+same tensors with the same content.
 """
 
 from __future__ import annotations
 
+import weakref
+from types import ModuleType
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qdiff.attention import gathered
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import numerics_named
+from qdiff.errors import MissingDependencyError
 
 
 @torch.library.custom_op("qdiff::sparse_attention", mutates_args=())
@@ -48,9 +57,75 @@ def sparse_attention(
         UsageError: unknown numerics.
     """
     tiling = Tiling(q.shape[2], text, block_q, block_k)
-    own = bounds[first : first + q.shape[1] + 1]
-    lists = BlockLists(blocks[:, int(own[0]) : int(own[-1])], own - own[0])
+    lists = _lists(blocks, bounds, first, q.shape[1])
     return gathered.attend(q, k, v, order, lists, tiling, numerics_named(numerics), scale)
+
+
+@sparse_attention.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    blocks: Tensor,
+    bounds: Tensor,
+    first: int,
+    text: int,
+    block_q: int,
+    block_k: int,
+    numerics: str,
+    scale: float,
+) -> Tensor:
+    tiling, row = Tiling(q.shape[2], text, block_q, block_k), numerics_named(numerics)
+    if row.output is None:
+        with q.device:  # where the executor makes its workspace
+            return gathered.attend(q, k, v, order, _lists(blocks, bounds, first, q.shape[1]), tiling, row, scale)
+    rows = _rows(blocks, bounds, first, q.shape[1], tiling, q.device)
+    return _kernel().attend_rows(q, k, v, order, rows, tiling, row, scale)
+
+
+def _lists(blocks: Tensor, bounds: Tensor, first: int, heads: int) -> BlockLists:
+    own = bounds[first : first + heads + 1]
+    return BlockLists(blocks[:, int(own[0]) : int(own[-1])], own - own[0])
+
+
+def _kernel() -> ModuleType:
+    """:mod:`qdiff.attention.kernel`, imported where a GPU asks for it.
+
+    Raises:
+        MissingDependencyError: there is no triton.
+    """
+    try:
+        from qdiff.attention import kernel
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "triton":
+            raise
+        message = "block-sparse attention on a GPU needs triton"
+        raise MissingDependencyError(message, "pip install 'qdiff-deploy[kernel]'") from None
+    return kernel
+
+
+# By the tensor of the blocks, as long as it lives: its version, and what was made of that version.
+_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _rows(
+    blocks: Tensor, bounds: Tensor, first: int, heads: int, tiling: Tiling, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The lists as the kernel reads them, kept from call to call. What was made in inference mode cannot be told from its own
+    later content, and is not kept."""
+    if blocks.is_inference() or bounds.is_inference():
+        return _kernel().on_device(_lists(blocks, bounds, first, heads), tiling, device)
+    version, kept = _KEPT.get(blocks, (None, {}))
+    if version != blocks._version:
+        kept = {}
+        _KEPT[blocks] = blocks._version, kept
+    key = id(bounds), bounds._version, first, heads, tiling, device
+    known, rows = kept.get(key, (None, None))
+    if known is None or known() is not bounds:
+        rows = _kernel().on_device(_lists(blocks, bounds, first, heads), tiling, device)
+        kept[key] = weakref.ref(bounds), rows
+    return rows
 
 
 @sparse_attention.register_fake

@@ -1,0 +1,349 @@
+"""Block-sparse attention beside torch's dense attention, FlexAttention with the same blocks, and FlashAttention-3.
+
+    python -m bench.attention [--json] [--rounds 20] [--shape HEADS TOKENS SIZE]
+
+All contenders of a shape take turns, round by round; times are medians, speeds are over cuDNN's dense attention in BF16 of the
+same rounds. On a GPU the L2 cache is overwritten before every call, and events measure the GPU's time. ``ATTENTION`` leaves out
+what qdiff spends on ordering and quantizing, ``ALL`` does not. TFLOP/s count the block pairs that are read.
+
+Data are white noise, which no format likes: there is nothing in it that a mean or a neighbourhood would take out. An error is
+the relative one against float64 over the same blocks, on :data:`SAMPLED` query rows of two heads. Block lists are random, every
+row as long as the others; the order of the tokens is a transposed grid.
+
+Without a GPU there is no kernel to measure: a smaller shape is run on the CPU, torch's dense attention beside the executor that
+gathers blocks, all in float32, and FlexAttention where it compiles. Speeds are then over torch's dense attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qdiff.attention import gathered
+from qdiff.attention.lists import BlockLists, Tiling
+from qdiff.attention.numerics import NUMERICS
+
+SHAPES = ((12, 75_600, 128), (12, 32_760, 128), (48, 17_776, 64), (16, 4_096, 72))
+CPU_SHAPE = (8, 4_096, 64)
+DENSITIES = (1.0, 0.5, 0.3, 0.2)
+SAMPLED = 64
+L2_BYTES = 256 * 2**20
+REFERENCE_GPU, REFERENCE_CPU = "cuDNN SDPA BF16", "torch SDPA float32"
+
+
+@dataclass
+class Contender:
+    """One row: what is timed, and what it was seen to do."""
+
+    name: str
+    density: float
+    run: Callable[[], Tensor]
+    bare: Callable[[], Tensor] | None = None  # the attention alone, of operands that are packed already
+    seconds: list[float] = field(default_factory=list)
+    bare_seconds: list[float] = field(default_factory=list)
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape's operands ``[1, heads, tokens, size]``, order, and lists by density."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tiling: Tiling
+    order: Tensor
+    lists: dict[float, BlockLists]
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block, of queries and of keys."""
+        return self.tiling.block_q
+
+    def ordered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The operands in the heads' order, for those who do not reorder."""
+        places = self.order.to(self.q.device)[None, :, :, None].expand_as(self.q)
+        return self.q.gather(2, places), self.k.gather(2, places), self.v.gather(2, places)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The way back of :meth:`ordered`."""
+        places = self.order.to(x.device)[None, :, :, None].expand_as(x)
+        return torch.empty_like(x).scatter_(2, places, x)
+
+
+def case_of(heads: int, tokens: int, size: int, block: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Random operands and lists; the same for the same arguments."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, tokens, size, generator=generator).to(device, dtype) for _ in range(3))
+    tiling = Tiling(tokens, 0, block, block)
+    rows = max(width for width in range(1, int(tokens**0.5) + 1) if tokens % width == 0)
+    order = torch.arange(tokens).view(rows, -1).T.flatten().expand(heads, -1)
+    lists = {}
+    for density in DENSITIES:
+        kept = max(1, round(density * tiling.columns))
+        ranks = torch.rand(heads, tiling.rows, tiling.columns, generator=generator).argsort(dim=2).argsort(dim=2)
+        lists[density] = BlockLists.of_masks(ranks < kept)
+    return Case(q, k, v, tiling, order, lists)
+
+
+def sampled_error(case: Case, density: float, output: Tensor) -> float:
+    """Relative error of some rows against float64 over the same blocks."""
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randperm(case.tiling.tokens, generator=generator)[:SAMPLED]
+    difference = total = 0.0
+    masks = case.lists[density].masks(case.tiling.columns)
+    for head in range(min(2, case.q.shape[1])):
+        position = torch.argsort(case.order[head])
+        read = masks[head][position[queries] // case.block][:, position // case.block].to(case.q.device)
+        q, k, v = (x[0, head].double() for x in (case.q, case.k, case.v))
+        scores = q[queries.to(q.device)] @ k.mT * case.q.shape[-1] ** -0.5
+        exact = scores.masked_fill(~read, -torch.inf).softmax(dim=-1) @ v
+        found = output[0, head, queries.to(q.device)].double()
+        difference += float((found - exact).square().sum())
+        total += float(exact.square().sum())
+    return (difference / total) ** 0.5
+
+
+def flex(case: Case, density: float) -> Callable[[], Tensor]:
+    """FlexAttention, compiled, over the same blocks of tokens that lie in order already."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    masks = case.lists[density].masks(case.tiling.columns).to(case.q.device)
+    counts = masks.sum(dim=2, dtype=torch.int32)[None]
+    indices = masks.int().argsort(dim=2, descending=True, stable=True).int()[None].contiguous()
+    mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        torch.zeros_like(indices),
+        counts,
+        indices,
+        BLOCK_SIZE=case.block,
+        seq_lengths=(case.tiling.tokens, case.tiling.tokens),
+    )
+    q, k, v = case.ordered()
+    call = torch.compile(flex_attention)
+    return lambda: call(q, k, v, block_mask=mask)
+
+
+def dense(case: Case, backend: Any) -> Callable[[], Tensor]:
+    """torch's dense attention by one of its backends; ``None``: as torch chooses."""
+    from torch.nn.attention import sdpa_kernel
+
+    def run() -> Tensor:
+        if backend is None:
+            return functional.scaled_dot_product_attention(case.q, case.k, case.v)
+        with sdpa_kernel(backend):
+            return functional.scaled_dot_product_attention(case.q, case.k, case.v)
+
+    return run
+
+
+def flash3(case: Case) -> Callable[[], Tensor]:
+    """FlashAttention-3, which wants heads behind tokens."""
+    from flash_attn_interface import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (case.q, case.k, case.v))
+
+    def run() -> Tensor:
+        out = flash_attn_func(q, k, v)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return run
+
+
+def by_kernel(case: Case, density: float, numerics: str) -> Contender:
+    """qdiff's Triton kernel."""
+    from qdiff.attention import kernel, pack_kernel
+
+    row, device = NUMERICS[numerics], case.q.device
+    rows = kernel.on_device(case.lists[density], case.tiling, device)
+    order = case.order.to(device, torch.int32).contiguous()
+    launch = kernel.Launch(case.q.shape[-1], row, case.block, case.block, kernel.is_partial(case.tiling))
+    packed = pack_kernel.pack(case.q, case.k, case.v, order, case.tiling, row)
+    out = torch.empty_like(case.q)
+    return Contender(
+        f"qdiff {numerics}",
+        density,
+        lambda: kernel.attend_rows(case.q, case.k, case.v, order, rows, case.tiling, row),
+        lambda: kernel.attend_packed(packed, order, rows, case.tiling, launch, out),
+    )
+
+
+def by_gathering(case: Case, density: float) -> Contender:
+    """qdiff's executor for CPUs."""
+    lists, row = case.lists[density], NUMERICS["float"]
+    return Contender(
+        "qdiff gathered float32",
+        density,
+        lambda: gathered.attend(case.q, case.k, case.v, case.order, lists, case.tiling, row),
+    )
+
+
+def contenders(case: Case, on_gpu: bool) -> tuple[list[Contender], list[str]]:
+    """All rows that run here, each run once and its error taken, and why others are left out. The reference is the first row."""
+    from torch.nn.attention import SDPBackend
+
+    makers: list[tuple[str, float, Callable[[], Contender]]] = []
+
+    def add(name: str, density: float, make: Callable[[], Callable[[], Tensor]]) -> None:
+        makers.append((name, density, lambda: Contender(name, density, make())))
+
+    if on_gpu:
+        add(REFERENCE_GPU, 1.0, lambda: dense(case, SDPBackend.CUDNN_ATTENTION))
+        add("flash SDPA BF16", 1.0, lambda: dense(case, SDPBackend.FLASH_ATTENTION))
+        add("FlashAttention-3 BF16", 1.0, lambda: flash3(case))
+    else:
+        add(REFERENCE_CPU, 1.0, lambda: dense(case, None))
+    for density in DENSITIES:
+        add("FlexAttention", density, lambda density=density: flex(case, density))
+        if not on_gpu:
+            makers.append(("qdiff gathered float32", density, lambda density=density: by_gathering(case, density)))
+        for numerics in ("int8_fp8", "fp8", "bf16") if on_gpu else ():
+            make = lambda density=density, numerics=numerics: by_kernel(case, density, numerics)  # noqa: E731
+            makers.append((f"qdiff {numerics}", density, make))
+    found, absent = [], []
+    for name, density, make_row in makers:
+        try:
+            row = make_row()
+            output = row.run()
+            row.error = sampled_error(case, density, case.restored(output) if name == "FlexAttention" else output)
+            if row.bare is not None:
+                row.bare()
+        except Exception as error:  # a peer that is not there or refuses the shape costs its own row only
+            said = (str(error).strip().splitlines() or [""])[0]
+            absent.append(f"{name} at density {density:g}: {type(error).__name__}: {said}")
+            continue
+        found.append(row)
+    return found, absent
+
+
+def timed_on_cpu(run: Callable[[], Tensor]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def timed_on_gpu(run: Callable[[], Tensor], flush: Tensor) -> float:
+    """Seconds that the GPU spends on one call, its cache overwritten."""
+    flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def measure(rows: list[Contender], rounds: int, on_gpu: bool) -> None:
+    """Times all rows in turn, ``rounds`` times after one that does not count."""
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else torch.empty(0)
+    for turn in range(rounds + 1):
+        for row in rows:
+            seconds = timed_on_gpu(row.run, flush) if on_gpu else timed_on_cpu(row.run)
+            bare = timed_on_gpu(row.bare, flush) if row.bare is not None else None
+            if turn > 0:
+                row.seconds.append(seconds)
+                row.bare_seconds += [bare] if bare is not None else []
+
+
+def result_of(rows: list[Contender], case: Case) -> list[dict[str, Any]]:
+    """What was measured, as data. A speed is given only beside a reference that ran."""
+    heads, tokens, size = case.q.shape[1:]
+    reference = next((r for r in rows if r.name in (REFERENCE_GPU, REFERENCE_CPU)), None)
+    made = []
+    for row in rows:
+        median = statistics.median(row.seconds)
+        work = 4 * heads * tokens**2 * size * float(case.lists[row.density].density(case.tiling.columns).mean())
+        made.append(
+            {
+                "name": row.name,
+                "density": row.density,
+                "median_seconds": median,
+                "attention_seconds": statistics.median(row.bare_seconds) if row.bare_seconds else None,
+                "tflops": work / median / 1e12,
+                "speedup": statistics.median(reference.seconds) / median if reference else None,
+                "error": row.error,
+            }
+        )
+    return made
+
+
+def benchmark(shapes: list[tuple[int, int, int]], rounds: int, on_gpu: bool) -> dict[str, Any]:
+    """All shapes."""
+    torch.manual_seed(0)
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
+    tables = []
+    for heads, tokens, size in shapes:
+        block = 64 if on_gpu and tokens < 16_000 else 128
+        case = case_of(heads, tokens, size, block, device, dtype)
+        with torch.no_grad():
+            rows, absent = contenders(case, on_gpu)
+            measure(rows, rounds, on_gpu)
+        tables.append(
+            {
+                "heads": heads,
+                "tokens": tokens,
+                "size": size,
+                "block": block,
+                "absent": absent,
+                "rows": result_of(rows, case),
+            }
+        )
+        print(f"{heads} x {tokens} x {size}: done", file=sys.stderr, flush=True)
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "gpu": on_gpu, "rounds": rounds, "torch": torch.__version__, "shapes": tables}
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as tables."""
+    from qdiff.present import table
+
+    parts = [f"{result['device']}, torch {result['torch']}, medians of {result['rounds']} interleaved rounds"]
+    if not result["gpu"]:
+        parts.append("This ran on a CPU: it says nothing about the kernel, which needs an NVIDIA GPU.")
+    for shape in result["shapes"]:
+        lines = []
+        for row in shape["rows"]:
+            alone, speed = row["attention_seconds"], row["speedup"]
+            lines.append(
+                (
+                    row["name"],
+                    f"{row['density']:g}",
+                    f"{1000 * row['median_seconds']:.2f}",
+                    f"{1000 * alone:.2f}" if alone is not None else "",
+                    f"{row['tflops']:.1f}" if result["gpu"] else f"{row['tflops']:.3f}",
+                    f"{speed:.2f}x" if speed is not None else "",
+                    f"{row['error']:.1e}",
+                )
+            )
+        title = f"{shape['heads']} heads, {shape['tokens']} tokens, size {shape['size']}, blocks of {shape['block']}"
+        head = ("CONTENDER", "DENSITY", "ALL ms", "ATTENTION ms", "TFLOP/s", "SPEED", "ERROR")
+        parts.append("\n".join([title, table(lines, head), *(f"left out: {line}" for line in shape["absent"])]))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("HEADS", "TOKENS", "SIZE"))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    shapes = [tuple(shape) for shape in arguments.shape] if arguments.shape else list(SHAPES if on_gpu else [CPU_SHAPE])
+    result = benchmark(shapes, arguments.rounds, on_gpu)
+    print(json.dumps(result, indent=2) if arguments.json else show(result))
+
+
+if __name__ == "__main__":
+    main()

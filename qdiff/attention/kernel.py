@@ -1,0 +1,327 @@
+"""Block-sparse attention as a Triton kernel, for GPUs of compute capability 8.9 and above; written for Hopper.
+
+One program computes one block of queries of one head: it walks the list of key blocks and keeps a running maximum and sum, as
+:mod:`qdiff.attention.emulator` does. Nothing that is off the list is loaded. What decides its speed on tensor cores:
+
+- **Both products are asynchronous** (wgmma). FP8 takes its second operand only with the summed axis contiguous, so the values lie
+  transposed, ``[size, places]`` (:mod:`qdiff.attention.pack_kernel`); otherwise they would pass through registers.
+- **Every tile has an accumulator of its own**, ``acc * fade + dot(p, v)``, never ``dot(p, v, acc)``: Hopper sums FP8 products in
+  about 22 bits (:mod:`qdiff.attention.emulator`). BF16 sums in full precision, there the compiler fuses the two.
+- **Addresses are multiples of a constant**: strides are whole blocks, so that they are known to be aligned at compile time, and
+  loads become asynchronous copies whatever the number of tokens is.
+- **Exponentials are of base 2**, the scales and log2 e are one factor, and the step of the probabilities, 2^-8, is part of
+  the exponent.
+- **Numbers of blocks are read one step ahead**, so that the addresses of what is to be copied wait for nothing.
+- **Keys are masked in two blocks at most**, the last one of the text and the last one of all; a sequence that fills its blocks
+  has no such code.
+
+A head size that is no power of two is computed as two parts, 72 as 64 + 8: the scores over 96 channels, the output over 80.
+Padded to 128 that were 1.45 times as many products.
+
+Pointers come first, then integers, then the output, and the scale of the scores is a constant of the compiled kernel: the order
+and the kinds of parameters that a TensorRT plugin made of PTX can pass (:mod:`qdiff.attention.aot`).
+
+``TRITON_INTERPRET=1``, set before triton is imported, runs everything here on tensors in host memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qdiff.attention.lists import BlockLists, Tiling
+from qdiff.attention.numerics import PROBABILITY_SCALE, Numerics
+from qdiff.attention.pack_kernel import Operands, Widths, cast, pack, product, token_at
+from qdiff.errors import InputError, MissingDependencyError
+
+OFFSET = tl.constexpr(math.log2(PROBABILITY_SCALE))
+TILE = 64
+STAGES = 3
+
+
+@triton.jit(do_not_specialize=["tokens", "text"])
+def sparse_attention_kernel(
+    q,
+    k,
+    v,
+    q_scale,
+    k_scale,
+    v_scale,
+    v_mean,
+    order,
+    offsets,
+    entries,
+    tokens,
+    text,
+    out,
+    SCALE: tl.constexpr,
+    SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST_QK: tl.constexpr,
+    REST_PV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+    CODED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """One block of queries. The grid is ``(blocks of queries, heads, batch)``.
+
+    Pointers are those of :class:`qdiff.attention.pack_kernel.Operands`, of the order ``[heads, ordered]`` and of
+    :meth:`qdiff.attention.lists.BlockLists.by_row`, all int32 where integers; ``out [batch, heads, tokens, SIZE]``. ``SCALE``
+    contains log2 e. ``MAIN`` and the rests are :class:`qdiff.attention.pack_kernel.Widths`. Of key blocks ``TILE`` keys are taken
+    at a time. ``PARTIAL``: there are places of keys without a token.
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(0)
+    plane = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head
+    text_columns = tl.cdiv(text, BLOCK_K)
+    columns = text_columns + tl.cdiv(tokens - text, BLOCK_K)
+    stride = tl.cdiv(columns * BLOCK_K, 128) * 128
+    WIDTH: tl.constexpr = MAIN + REST_QK
+    channel, key = tl.arange(0, MAIN), tl.arange(0, TILE)
+    query = tl.arange(0, BLOCK_Q)
+
+    q += (plane * rows + row) * (BLOCK_Q * WIDTH)
+    k += plane * columns * (BLOCK_K * WIDTH)
+    v += plane * stride * (MAIN + REST_PV)
+    queries = tl.load(q + query[:, None] * WIDTH + channel[None, :])
+    if REST_QK:
+        rest_qk = MAIN + tl.arange(0, REST_QK)
+        queries_rest = tl.load(q + query[:, None] * WIDTH + rest_qk[None, :])
+    if CODED:
+        factor_q = tl.load(q_scale + plane * rows + row) * SCALE
+        k_scale += plane * columns
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, MAIN], tl.float32)
+    if REST_PV:
+        rest_pv = MAIN + tl.arange(0, REST_PV)
+        acc_rest = tl.zeros([BLOCK_Q, REST_PV], tl.float32)
+
+    PARTS: tl.constexpr = BLOCK_K // TILE
+    first = tl.load(offsets + head * (rows + 1) + row)
+    last = tl.load(offsets + head * (rows + 1) + row + 1)
+    block = tl.load(entries + first, mask=first < last, other=0)
+    for step in tl.range(first * PARTS, last * PARTS):
+        following = (step + 1) // PARTS
+        upcoming = tl.load(entries + following, mask=following < last, other=0)
+        place = block * BLOCK_K + (step % PARTS) * TILE + key
+        scores = product(queries, tl.load(k + place[None, :] * WIDTH + channel[:, None]))
+        if REST_QK:
+            scores = product(queries_rest, tl.load(k + place[None, :] * WIDTH + rest_qk[:, None]), scores)
+        scores = scores.to(tl.float32)
+        if PARTIAL:
+            if (block == text_columns - 1) | (block == columns - 1):
+                end = tl.where(block < text_columns, text, text_columns * BLOCK_K + tokens - text)
+                scores = tl.where((place < end)[None, :], scores, float("-inf"))
+        if CODED:
+            factor = factor_q * tl.load(k_scale + block)
+        else:
+            factor = SCALE
+        grown = tl.maximum(largest, tl.max(scores, 1) * factor)
+        probabilities = tl.exp2(scores * factor - (grown - OFFSET)[:, None])
+        fade = tl.exp2(largest - grown)
+        total = total * fade + tl.sum(probabilities, 1)
+        codes = cast(probabilities, v.dtype.element_ty)
+        acc = acc * fade[:, None] + product(codes, tl.load(v + channel[None, :] * stride + place[:, None]))
+        if REST_PV:
+            values = tl.load(v + rest_pv[None, :] * stride + place[:, None])
+            acc_rest = acc_rest * fade[:, None] + product(codes, values)
+        largest = grown
+        block = upcoming
+
+    listed = first < last
+    share = 1.0 / tl.where(listed, total, 1.0)
+    place = row * BLOCK_Q + query
+    token = token_at(order, head, place, tokens, text, BLOCK_Q)
+    to = out + (plane * tokens + token)[:, None] * SIZE
+    _finish(acc * share[:, None], to, token, channel, plane, v_scale, v_mean, listed, SIZE, CODED)
+    if REST_PV:
+        _finish(acc_rest * share[:, None], to, token, rest_pv, plane, v_scale, v_mean, listed, SIZE, CODED)
+
+
+@triton.jit
+def _finish(result, to, token, channel, plane, v_scale, v_mean, listed, SIZE: tl.constexpr, CODED: tl.constexpr):
+    """Scales ``result [queries, channels]``, adds the mean of the values, and writes it where the tokens are."""
+    there = channel < SIZE
+    if CODED:
+        scale = tl.load(v_scale + plane * SIZE + channel, mask=there, other=0.0)
+        mean = tl.load(v_mean + plane * SIZE + channel, mask=there, other=0.0)
+        result = result * scale[None, :] + tl.where(listed, mean, 0.0)[None, :]
+    tl.store(to + channel[None, :], result.to(to.dtype.element_ty), mask=(token >= 0)[:, None] & there[None, :])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Constants of one compiled kernel.
+
+    Args:
+        size: of a head.
+        numerics: what is computed with.
+        block_q, block_k: of the tiling.
+        partial: whether there are places of keys without a token.
+        scale: of the scores; ``None``: ``size ** -0.5``.
+        tile: keys taken at a time, a divisor of ``block_k``; ``None``: 64, or the block if that is smaller.
+        warps: of a program; ``None``: one for each 16 queries.
+        stages: of the pipeline of loads.
+
+    Raises:
+        InputError: what the kernel does not compute.
+    """
+
+    size: int
+    numerics: Numerics
+    block_q: int
+    block_k: int
+    partial: bool = True
+    scale: float | None = None
+    tile: int | None = None
+    warps: int | None = None
+    stages: int = STAGES
+
+    def __post_init__(self) -> None:
+        if self.numerics.output is None:
+            raise InputError(
+                f"the attention kernel does not compute {self.numerics.name!r}", "bf16, int8_fp8 and fp8 it does"
+            )
+        if not 32 <= self.size <= 128:
+            raise InputError(f"the attention kernel takes heads of 32 to 128 channels, not {self.size}")
+        if self.block_q not in (64, 128) or self.block_k not in (32, 64, 128):
+            raise InputError(
+                f"the attention kernel has no blocks of {self.block_q} x {self.block_k}",
+                "it takes 64 or 128 queries and 32, 64 or 128 keys",
+            )
+        if self.keys not in (32, 64, 128) or self.block_k % self.keys:
+            raise InputError(
+                f"a block of {self.block_k} keys has no tiles of {self.keys}", "take 32, 64 or 128, a divisor"
+            )
+        if self.scale is not None and not self.scale > 0:
+            raise InputError(f"the attention kernel needs a scale of the scores above 0, not {self.scale}")
+
+    @property
+    def keys(self) -> int:
+        """Keys taken at a time."""
+        return min(TILE, self.block_k) if self.tile is None else self.tile
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The kernel's compile-time arguments."""
+        widths = Widths.of(self.size, self.numerics)
+        scale = self.size**-0.5 if self.scale is None else self.scale
+        return {
+            "SCALE": scale * math.log2(math.e),
+            "SIZE": self.size,
+            "MAIN": widths.main,
+            "REST_QK": widths.rest_qk,
+            "REST_PV": widths.rest_pv,
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "TILE": self.keys,
+            "CODED": self.numerics.coded,
+            "PARTIAL": self.partial,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        warps = self.warps or self.block_q // 16
+        return {"num_warps": warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+def is_partial(tiling: Tiling) -> bool:
+    """Whether blocks of keys have places without a token."""
+    return bool(tiling.text % tiling.block_k or tiling.ordered % tiling.block_k)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    lists: BlockLists,
+    tiling: Tiling,
+    numerics: Numerics,
+    scale: float | None = None,
+    *,
+    tile: int | None = None,
+) -> Tensor:
+    """Shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype.
+
+    Args:
+        q, k, v: on a GPU, or in host memory in the interpreter.
+        tile: keys that are taken at a time, a divisor of the block; ``None``: at most 64.
+
+    Raises:
+        InputError: numerics ``float``, or sizes that the kernel does not have.
+        MissingDependencyError: a GPU without the number formats.
+    """
+    return attend_rows(q, k, v, order, on_device(lists, tiling, q.device), tiling, numerics, scale, tile=tile)
+
+
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    rows: tuple[Tensor, Tensor],
+    tiling: Tiling,
+    numerics: Numerics,
+    scale: float | None = None,
+    *,
+    tile: int | None = None,
+) -> Tensor:
+    """:func:`attend` with the lists as :func:`on_device` gives them, which callers keep from call to call."""
+    launch = Launch(q.shape[-1], numerics, tiling.block_q, tiling.block_k, is_partial(tiling), scale, tile)
+    order = order.to(q.device, torch.int32).contiguous()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not q.is_cuda:
+        return attend_packed(pack(q, k, v, order, tiling, numerics), order, rows, tiling, launch, out)
+    needed = (8, 9) if numerics.coded else (8, 0)
+    if torch.cuda.get_device_capability(q.device) < needed:
+        name = torch.cuda.get_device_name(q.device)
+        raise MissingDependencyError(f"{name} does not compute {numerics.name!r}", "take bf16, or another GPU")
+    with torch.cuda.device(q.device):
+        return attend_packed(pack(q, k, v, order, tiling, numerics), order, rows, tiling, launch, out)
+
+
+def on_device(lists: BlockLists, tiling: Tiling, device: torch.device) -> tuple[Tensor, Tensor]:
+    """:meth:`qdiff.attention.lists.BlockLists.by_row`, computed in host memory."""
+    host = BlockLists(lists.blocks.cpu(), lists.bounds.cpu())
+    offsets, entries = host.by_row(tiling)
+    return offsets.to(device), entries.to(device)
+
+
+def attend_packed(
+    operands: Operands, order: Tensor, rows: tuple[Tensor, Tensor], tiling: Tiling, launch: Launch, out: Tensor
+) -> Tensor:
+    """The attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, which is returned.
+
+    Args:
+        order: int32 ``[heads, ordered]``.
+        rows: :meth:`qdiff.attention.lists.BlockLists.by_row`.
+    """
+    batch, heads = out.shape[:2]
+    offsets, entries = rows
+    nothing = operands.q  # a pointer that a kernel without scales does not read
+    scales = operands.q_scale, operands.k_scale, operands.v_scale, operands.v_mean
+    sparse_attention_kernel[(tiling.text_rows + tiling.rows, heads, batch)](
+        operands.q,
+        operands.k,
+        operands.v,
+        *(nothing if scale is None else scale for scale in scales),
+        order,
+        offsets,
+        entries,
+        tiling.tokens,
+        tiling.text,
+        out,
+        **launch.constants,
+        **launch.options,
+    )
+    return out

@@ -1,0 +1,256 @@
+"""What the Triton kernel computes, against the emulator and the oracle: run by test_kernel.py in a process of its own, in
+triton's interpreter on any machine and compiled where there is a GPU. By its name it is not collected.
+
+The interpreter has to be chosen before triton is imported, and would take it from the tests that compile.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from qdiff.attention import emulator, kernel, oracle, pack_kernel, packing
+from qdiff.attention.lists import NOTHING, BlockLists, Tiling
+from qdiff.attention.numerics import NUMERICS
+from qdiff.errors import InputError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+HEADS = 2
+CODED = ("int8_fp8", "fp8")
+KERNEL = (*CODED, "bf16")
+TILINGS = {
+    "no text": Tiling(290, 0, 128, 128),
+    "text": Tiling(170, 17, 64, 64),
+    "short text": Tiling(190, 3, 128, 64),
+    "whole blocks": Tiling(256, 64, 64, 64),
+}
+
+
+def heads_of(tiling, size, batch=1, dtype=torch.float32):
+    """Queries, keys and values of heads that look at the neighbourhood: positions as waves, a few strong channels, some noise."""
+    generator = torch.Generator().manual_seed(size + tiling.tokens)
+    waves = torch.arange(1, 9)[:, None] * torch.linspace(0, 6.28, tiling.tokens)
+    positions = torch.cat([waves.cos(), waves.sin()]).T
+
+    def features(strength, noise):
+        mixed = positions @ torch.randn(batch, HEADS, 16, size, generator=generator) * strength
+        return mixed + noise * torch.randn(batch, HEADS, tiling.tokens, size, generator=generator)
+
+    mix = torch.randn(batch, HEADS, 16, size, generator=generator) * 0.7
+    q, k = (
+        positions @ mix + 0.3 * torch.randn(batch, HEADS, tiling.tokens, size, generator=generator) for _ in range(2)
+    )
+    k[..., :3] += 4.0
+    return tuple(x.to(dtype) for x in (q, k, features(0.5, 0.2) + 0.5))
+
+
+def lists_of(tiling, density=0.5):
+    generator = torch.Generator().manual_seed(tiling.tokens)
+    masks = torch.rand(HEADS, tiling.rows, tiling.columns, generator=generator) < density
+    masks[:, :, -1] = True  # the block with the empty places
+    order = torch.stack([torch.randperm(tiling.ordered, generator=generator) for _ in range(HEADS)])
+    return order, masks
+
+
+def attend(q, k, v, order, lists, tiling, numerics, scale=None, **options):
+    on_device = (x.to(DEVICE) for x in (q, k, v))
+    return kernel.attend(*on_device, order, lists, tiling, NUMERICS[numerics], scale, **options).cpu()
+
+
+def error(ours, reference):
+    assert ours.shape == reference.shape and bool(torch.isfinite(ours).all())
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("numerics", KERNEL)
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        (64, "no text"),
+        (64, "short text"),
+        (72, "text"),
+        (72, "whole blocks"),
+        (128, "no text"),
+        (128, "text"),
+    ],
+)
+def test_agrees_with_the_emulator_and_the_oracle(numerics, size, name):
+    """The emulator has the same operands and rounds the same probabilities: what is left is float32's order of sums, and codes
+    that fall the other way because of it. The oracle bound is that of the formats: 3 bits of mantissa in probabilities and
+    values, 7 in BF16."""
+    tiling = TILINGS[name]
+    q, k, v = heads_of(tiling, size)
+    order, masks = lists_of(tiling)
+    lists = BlockLists.of_masks(masks)
+    ours = attend(q, k, v, order, lists, tiling, numerics)
+    packed = packing.pack(q, k, v, order, tiling, NUMERICS[numerics])
+    same = emulator.attend(packed, order, lists, tiling, NUMERICS[numerics], tile=64)
+    assert error(ours, same) < 2e-3
+    assert error(ours, oracle.attend(q, k, v, order, lists, tiling)) < (0.01 if numerics == "bf16" else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("size", "numerics"), [(32, "int8_fp8"), (40, "fp8"), (80, "bf16"), (96, "int8_fp8"), (112, "fp8"), (40, "bf16")]
+)
+def test_other_head_sizes(size, numerics):
+    tiling = Tiling(150, 5, 64, 32)
+    q, k, v = heads_of(tiling, size)
+    order, masks = lists_of(tiling)
+    lists = BlockLists.of_masks(masks)
+    ours = attend(q, k, v, order, lists, tiling, numerics)
+    packed = packing.pack(q, k, v, order, tiling, NUMERICS[numerics])
+    assert error(ours, emulator.attend(packed, order, lists, tiling, NUMERICS[numerics])) < 2e-3
+
+
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_tiles_of_a_block(tile):
+    """Two tiles of the last block may be empty."""
+    tiling = Tiling(270, 0, 64, 128)
+    q, k, v = heads_of(tiling, 64)
+    order, masks = lists_of(tiling)
+    lists = BlockLists.of_masks(masks)
+    packed = packing.pack(q, k, v, order, tiling, NUMERICS["int8_fp8"])
+    same = emulator.attend(packed, order, lists, tiling, NUMERICS["int8_fp8"], tile=tile)
+    assert error(attend(q, k, v, order, lists, tiling, "int8_fp8", tile=tile), same) < 2e-3
+
+
+@pytest.mark.parametrize("numerics", KERNEL)
+def test_full_lists_are_dense_attention(numerics):
+    tiling = Tiling(110, 5)
+    q, k, v = heads_of(tiling, 64, batch=2)
+    order, _ = lists_of(tiling)
+    dense = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.1)
+    ours = attend(q, k, v, order, BlockLists.full(HEADS, tiling), tiling, numerics, scale=0.1)
+    assert error(ours, dense) < (0.01 if numerics == "bf16" else 0.03)
+
+
+def test_order_repetitions_and_nothing_do_not_matter():
+    tiling = TILINGS["no text"]
+    q, k, v = heads_of(tiling, 64)
+    order, masks = lists_of(tiling)
+    rising = BlockLists.of_masks(masks)
+    first = attend(q, k, v, order, rising, tiling, "int8_fp8")
+    wider = torch.cat([rising.of(0).flip(1), rising.of(0), torch.full_like(rising.of(0), NOTHING), rising.of(1)], dim=1)
+    bounds = torch.tensor([0, wider.shape[1] - rising.of(1).shape[1], wider.shape[1]])
+    assert torch.equal(attend(q, k, v, order, BlockLists(wider, bounds), tiling, "int8_fp8"), first)
+
+
+def test_the_kernel_takes_entries_in_any_order():
+    """:meth:`BlockLists.by_row` sorts; another order meets another maximum first, which moves the rounding of probabilities."""
+    tiling = Tiling(150, 5)
+    q, k, v = (x.to(DEVICE) for x in heads_of(tiling, 72))
+    order, masks = lists_of(tiling)
+    offsets, entries = BlockLists.of_masks(masks).by_row(tiling)
+    first = kernel.attend_rows(q, k, v, order, (offsets.to(DEVICE), entries.to(DEVICE)), tiling, NUMERICS["bf16"])
+    for start, end in offsets.unfold(1, 2, 1).flatten(0, 1).tolist():
+        entries[start:end] = entries[start:end].flip(0)
+    second = kernel.attend_rows(q, k, v, order, (offsets.to(DEVICE), entries.to(DEVICE)), tiling, NUMERICS["bf16"])
+    assert 0 < error(second, first) < 2e-3
+
+
+@pytest.mark.parametrize("numerics", KERNEL)
+def test_rows_that_read_nothing_are_zero(numerics):
+    tiling = TILINGS["no text"]
+    q, k, v = heads_of(tiling, 64)
+    order, masks = lists_of(tiling)
+    masks[1, 1] = False
+    lists = BlockLists.of_masks(masks)
+    ours = attend(q, k, v, order, lists, tiling, numerics)
+    blank = order[1, tiling.block_q : 2 * tiling.block_q]
+    assert torch.equal(ours[0, 1, blank], torch.zeros(len(blank), 64))
+    assert error(ours, oracle.attend(q, k, v, order, lists, tiling)) < 0.03
+    nobody = BlockLists.of_masks(torch.zeros_like(masks))
+    assert torch.equal(attend(q, k, v, order, nobody, tiling, numerics), torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("numerics", KERNEL)
+@pytest.mark.parametrize("size", [72, 128])
+def test_what_is_skipped_is_not_read(numerics, size):
+    """NaN in a block of keys and values that no row lists, and in the memory that the output is written to."""
+    tiling = TILINGS["no text"]
+    q, k, v = heads_of(tiling, size)
+    order, masks = lists_of(tiling)
+    masks[:, :, 1] = False
+    launch = kernel.Launch(size, NUMERICS[numerics], tiling.block_q, tiling.block_k)
+
+    def run(packed, masks):
+        operands = vars(pack_kernel.Operands.of(packed, NUMERICS[numerics])).values()
+        moved = pack_kernel.Operands(*(None if x is None else x.to(DEVICE) for x in operands))
+        rows = tuple(x.to(DEVICE) for x in BlockLists.of_masks(masks).by_row(tiling))
+        out = torch.full_like(q, torch.nan, device=DEVICE)
+        return kernel.attend_packed(moved, order.int().to(DEVICE), rows, tiling, launch, out).cpu()
+
+    packed = packing.pack(q, k, v, order, tiling, NUMERICS[numerics])
+    clean = run(packed, masks)
+    for codes in (packed.k, packed.v):
+        bits = codes.view(torch.int8 if codes.itemsize == 1 else torch.int16)
+        bits[:, :, tiling.block_k : 2 * tiling.block_k] = torch.iinfo(bits.dtype).max  # NaN but of INT8
+    if packed.k_scale is not None:
+        packed.k_scale[:, :, 1] = torch.nan
+    poisoned = run(packed, masks)
+    assert bool(torch.isfinite(clean).all()) and torch.equal(poisoned, clean)
+    assert bool(run(packed, torch.ones_like(masks)).isnan().any()), "the poison is none"
+
+
+@pytest.mark.parametrize("numerics", KERNEL)
+@pytest.mark.parametrize(
+    ("size", "dtype", "name"),
+    [(64, torch.float32, "text"), (72, torch.float32, "short text"), (72, torch.bfloat16, "no text")],
+)
+def test_packs_as_packing_does(numerics, size, dtype, name):
+    """Bit for bit where torch's means are the same; on a GPU they sum in another order, and a code in a thousand may move."""
+    tiling = TILINGS[name]
+    q, k, v = heads_of(tiling, size, batch=2, dtype=dtype)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))  # as projections leave them
+    v[..., 5] = 0.75  # a channel without deviation
+    q[0, 0, : tiling.text] = 0
+    order, _ = lists_of(tiling)
+    moved = (x.to(DEVICE) for x in (q, k, v))
+    ours = pack_kernel.pack(*moved, order.int().to(DEVICE), tiling, NUMERICS[numerics])
+    theirs = pack_kernel.Operands.of(packing.pack(q, k, v, order, tiling, NUMERICS[numerics]), NUMERICS[numerics])
+    for part, reference in vars(theirs).items():
+        found = getattr(ours, part)
+        if reference is None:
+            assert found is None
+            continue
+        found = found.cpu()
+        assert found.shape == reference.shape and found.dtype == reference.dtype, part
+        if INTERPRETED and reference.itemsize == 1:
+            assert torch.equal(found.view(torch.uint8), reference.view(torch.uint8)), part
+        elif reference.itemsize == 1:
+            assert float((found.float() != reference.float()).float().mean()) < 1e-3, part
+        else:
+            close = {"rtol": 0.0, "atol": 0.0} if INTERPRETED else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(found, reference, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_writes_what_it_was_given(dtype):
+    tiling = TILINGS["whole blocks"]
+    q, k, v = heads_of(tiling, 64, dtype=dtype)
+    order, masks = lists_of(tiling)
+    lists = BlockLists.of_masks(masks)
+    ours = attend(q, k, v, order, lists, tiling, "bf16")
+    assert ours.dtype == dtype
+    assert error(ours, oracle.attend(q, k, v, order, lists, tiling)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("size", "numerics", "tiling", "options", "part"),
+    [
+        (64, "float", Tiling(256), {}, "does not compute 'float'"),
+        (16, "bf16", Tiling(256), {}, "32 to 128 channels, not 16"),
+        (160, "bf16", Tiling(256), {}, "not 160"),
+        (64, "fp8", Tiling(256, 0, 32, 64), {}, "32 x 64"),
+        (64, "fp8", Tiling(256, 0, 64, 96), {}, "64 x 96"),
+        (64, "fp8", Tiling(256, 0, 64, 64), {"tile": 128}, "no tiles of 128"),
+        (64, "fp8", Tiling(256), {"scale": 0.0}, "not 0.0"),
+    ],
+)
+def test_refuses_what_it_does_not_compute(size, numerics, tiling, options, part):
+    x = torch.zeros(1, 1, tiling.tokens, size)
+    with pytest.raises(InputError, match=part):
+        attend(x, x, x, torch.arange(tiling.ordered)[None], BlockLists.full(1, tiling), tiling, numerics, **options)
