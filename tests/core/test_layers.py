@@ -19,10 +19,16 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 def example(name: str) -> tuple:
     """Arguments for an op of the vocabulary; a new op needs a line here."""
     codes = torch.randint(-128, 128, (6, 4), generator=G().manual_seed(0)).to(torch.int8)
+    order, blocks, bounds = (
+        torch.arange(64).expand(2, -1),
+        torch.zeros(4, 3, dtype=torch.int32),
+        torch.tensor([0, 1, 3]),
+    )
     return {
         "quantize_dequantize": (randn(2, 3, 8), torch.tensor(0.02), "int8"),
         "token_quantize_dequantize": (randn(2, 3, 8), "int8"),
         "block_quantize_dequantize": (randn(2, 3, 32), torch.tensor(0.001), "nvfp4"),
+        "sparse_attention": (*[randn(1, 2, 64, 8)] * 3, order, blocks, bounds, 0, 0, 16, 16, "float", 0.35),
         "dequantize_weight": (codes, randn(6).abs() + 0.1, None, "int8", torch.float32),
     }[name]
 
