@@ -71,6 +71,26 @@ def downgraded(plan: Plan, realised: dict[str, Realised], outputs: frozenset[str
     return lost
 
 
+def require_sparse(path: Path, plan: Plan) -> None:
+    """Refuses a graph in which another number of attentions follows lists than the plan says.
+
+    Raises:
+        IntegrityError: attention that was to be sparse is dense, or the other way round.
+    """
+    import onnx
+
+    from qdiff.export.function_text import DOMAIN
+    from qdiff.export.sparse_attention import SparseAttention
+
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    found = sum(node.domain == DOMAIN and node.op_type.startswith(SparseAttention.KIND) for node in nodes)
+    wanted = 0 if plan.attention is None else len(plan.attention.layers)
+    if found != wanted:
+        raise IntegrityError(
+            f"{wanted} attentions of the plan follow block lists, {found} of the graph do", "please report this"
+        )
+
+
 def _parameter_outside(name: str, plan: Plan) -> bool:
     """Whether an initializer is called like a parameter of a layer that no plan is for (Wan's timestep embedding)."""
     wrapped, _, own = name.partition("backbone.")

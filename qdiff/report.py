@@ -27,7 +27,9 @@ from qdiff.metrics import DB_CAP, decibels
 from qdiff.report_data import (
     NOT_MEASURED,
     AllocationResult,
+    AttentionResult,
     EngineResult,
+    HeadResult,
     LayerResult,
     ModelInfo,
     PlanResult,
@@ -51,7 +53,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllocationResult",
+    "AttentionResult",
     "EngineResult",
+    "HeadResult",
     "LayerResult",
     "ModelInfo",
     "PlanResult",
@@ -106,6 +110,7 @@ def write_report(run_path: Path | str, data: ReportData) -> tuple[Path, Path]:
         pictures=pictures,
         pictures_left_out=len(data.prompts) - len(pictures),
         colours=colours,
+        masks=_masks(run, data),
         plots={
             "layers": layer_plot(data.layers, colours),
             "time": timestep_plot(data),
@@ -244,6 +249,17 @@ def _pictures(run: Path, data: ReportData) -> list[_Picture]:
         first, second, third = (_data_uri(image) for image in pair)
         pictures.append(_Picture(result, (first, second, third), pair[0].size, measured))
     return pictures
+
+
+def _masks(run: Path, data: ReportData) -> str | None:
+    """The picture of attention's masks as a data URI."""
+    if data.attention is None or data.attention.picture is None:
+        return None
+    try:
+        return _data_uri(_open(safe_child(run, data.attention.picture)))
+    except (OSError, ValueError, SyntaxError, InputError) as error:
+        data.warnings.append(f"the picture of attention's masks is not shown: {' '.join(str(error).split())}")
+        return None
 
 
 def _open(path: Path) -> Image.Image:

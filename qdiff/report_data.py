@@ -110,6 +110,43 @@ class Sizes:
 
 
 @dataclass
+class HeadResult:
+    """One head of sparse attention; lists have an entry for each group of timesteps.
+
+    ``recall`` is the share of its attention that the blocks it reads hold, ``error`` what leaving the others out changes in the
+    prediction, in dB of signal over change, when this head alone is sparse.
+    """
+
+    layer: str
+    head: int
+    order: str
+    density: list[float]
+    recall: list[float]
+    error_db: list[float]
+
+
+@dataclass
+class AttentionResult:
+    """Self-attentions that follow block lists. ``density`` is the mean over sparse layers and
+    timesteps, ``overall`` that over all.
+
+    Args:
+        blocks: of queries and of keys; ``block`` is how many tokens one of keys has.
+        groups: of timesteps, in words, the noisiest first; everything is read above the first.
+        picture: of the masks, relative to the run folder.
+    """
+
+    numerics: str
+    density: float
+    overall: float
+    blocks: tuple[int, int]
+    block: int
+    groups: list[str]
+    heads: list[HeadResult]
+    picture: str | None = None
+
+
+@dataclass
 class PlanResult:
     """One plan that an allocation looked at: its ``cost`` in the budget's unit, and the PSNR of its simulated pictures.
 
@@ -173,6 +210,7 @@ class ReportData:
     layers: list[LayerResult] = field(default_factory=list)
     timesteps: list[TimestepError] = field(default_factory=list)
     allocation: AllocationResult | None = None
+    attention: AttentionResult | None = None
     engines: list[EngineResult] = field(default_factory=list)
     stages: list[StageResult] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)

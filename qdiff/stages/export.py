@@ -96,6 +96,7 @@ def _work(run: Run, target: Any, work: Any) -> None:
     log.info("export: tracing and writing the graph for %s", target.title)
     path = export_onnx(family, backbone, next(iter(trajectory)).inputs, target, run.file("onnx", target.name))
     checks.check_file(path)
+    checks.require_sparse(path, plan)
     realised = checks.realised_precision(path, plan)
     lost = checks.downgraded(plan, realised, target.outputs)
     if lost:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run, versions
 from qdiff.files import read_json
+from qdiff.stages.report_attention import attention_result, draw
 
 if TYPE_CHECKING:
     from qdiff.plan import LayerPlan, Plan
@@ -27,6 +28,8 @@ def report(run: Run) -> dict[str, Any]:
     inputs = {stage: entry.get("inputs") for stage, entry in run.manifest["stages"].items() if stage != "report"}
     with run.stage("report", {"stages": inputs}, force=True) as work:
         assert work is not None
+        if plan.attention is not None:
+            work.output(draw(run, plan.attention))
         html, json_path = write_report(run.path, data)
         work.output(html)
         work.output(json_path)
@@ -68,6 +71,7 @@ def gather(run: Run, plan: Plan) -> Any:
         layers=_layers(run, plan),
         timesteps=[TimestepError(e["timestep"], e["sqnr_db"], e["cosine"]) for e in errors],
         allocation=_allocation(run),
+        attention=None if plan.attention is None else attention_result(plan.attention),
         engines=engines,
         stages=[
             StageResult(name, entry.get("seconds"), entry.get("peak_memory_bytes"))
