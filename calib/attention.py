@@ -59,6 +59,7 @@ class AttentionOptions:
         groups: of timesteps below that.
         steps: recorded calls of each group and shard whose masses are added up.
         shards: of the trajectory, at most.
+        orders: names of those that a head may get (:mod:`qdiff.attention.orders`); empty: all candidates.
     """
 
     block: int | None = None
@@ -66,6 +67,7 @@ class AttentionOptions:
     groups: int = 3
     steps: int = 2
     shards: int = 2
+    orders: tuple[str, ...] = ()
 
 
 def block_for(tokens: int) -> int:
@@ -112,7 +114,7 @@ class AttentionCalibration:
                 f"no recorded timestep lies below {options.dense:g} of the noise schedule in one of {options.groups} groups",
                 "calibrate with more steps",
             )
-        self.orders = candidates(self.grid, block)
+        self.orders = {name: order_named(name, self.grid) for name in options.orders} or candidates(self.grid, block)
 
     def run(self) -> AttentionStatistics:
         """All passes."""

@@ -52,7 +52,19 @@ def calibrate(result: dict[str, Any]) -> str:
         f"calibrated {result['layers']} layers in {result['groups']} groups "
         f"on {result['prompts']} prompts at {result['timesteps']} timesteps\n"
         f"weights: {result['note']}\n{result['run']}  ({_used(result)})"
+        + (f"\n{_looked(result['attention'])}" if "attention" in result else "")
     )
+
+
+def _looked(result: dict[str, Any]) -> str:
+    return (
+        f"looked at {result['heads']} heads of {result['layers']} self-attentions over {result['tokens']:,} tokens "
+        f"({duration(result['seconds'])}): quantize with --density"
+    )
+
+
+def _reads(result: dict[str, Any]) -> str:
+    return "" if result["density"] is None else f", attention reads {100 * result['density']:.0f} % of its blocks"
 
 
 def quantize(result: dict[str, Any]) -> str:
@@ -65,13 +77,13 @@ def quantize(result: dict[str, Any]) -> str:
         ]
         before, after = (sum(row[key] for row in layers) for key in ("bytes_float", "bytes"))
         head = ("LAYER", "WEIGHTS", "ACTIVATIONS", "FLOAT", "PACKED", "WHY")
-        return f"{table(rows, head)}\n{len(layers)} layers, {size(before)} -> {size(after)}"
+        return f"{table(rows, head)}\n{len(layers)} layers, {size(before)} -> {size(after)}{_reads(result)}"
     by_hand = f", {result['layers_by_hand']} set by hand" if result["layers_by_hand"] else ""
     return (
         f"recipe {result['recipe']}: {result['quantized_layers']} layers quantized, {result['kept_layers']} kept{by_hand}\n"
         f"{size(result['float32_bytes'])} -> {size(result['packed_bytes'])} "
         f"({result['float32_bytes'] / result['packed_bytes']:.2f}x smaller), "
-        f"worst step {result['worst_sqnr_db']:.1f} dB\n{result['plan']}  ({_used(result)})"
+        f"worst step {result['worst_sqnr_db']:.1f} dB{_reads(result)}\n{result['plan']}  ({_used(result)})"
     )
 
 

@@ -203,6 +203,7 @@ def _dry_run(run: Run, decided: Decisions) -> dict[str, Any]:
 
     model = reload_model(run)
     statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
+    sparse = _attention(run, decided, model)
     rows = [
         {
             "name": entry.name,
@@ -214,4 +215,5 @@ def _dry_run(run: Run, decided: Decisions) -> dict[str, Any]:
         }
         for entry in decided.draft(model, statistics).entries.values()
     ]
-    return {"dry_run": True, "run": str(run.path), "recipe": decided.name, "layers": rows}
+    density = sparse and sparse[0].density
+    return {"dry_run": True, "run": str(run.path), "recipe": decided.name, "density": density, "layers": rows}

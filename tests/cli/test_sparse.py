@@ -1,0 +1,129 @@
+"""Sparse attention on the command line: from --attention to an engine that is given other lists at other timesteps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qdiff.artifacts import Run
+from qdiff.attention.sparse import SIDECAR, board_of, load_masks, schedule_of
+from qdiff.checkpoint import load_quantized
+from qdiff.files import read_json
+from qdiff.models import FAMILIES
+from qdiff.plan import Plan
+from qdiff.trajectory import Trajectory
+
+SETTINGS = ("--model", "wan", "--weights", "random:wan-tiny", "--samples", 2, "--steps", 8, "--batch", 2)
+
+
+@pytest.fixture(scope="module")
+def sparse(cli, tmp_path_factory):
+    """A run of the smallest video model at half density, with an ONNX Runtime engine."""
+    path = tmp_path_factory.mktemp("sparse") / "run"
+    for command in (
+        ("calibrate", *SETTINGS, "--attention", "-o", path),
+        ("quantize", path, "--recipe", "int8", "--density", 0.5),
+        ("export", path, "--target", "onnxruntime"),
+        ("build", path, "--engine", "onnxruntime"),
+        ("compare", path, "--engine", "onnxruntime", "--pictures", 1),
+        ("report", path),
+    ):
+        result = cli(*command)
+        assert result.code == 0, result.err
+    return path
+
+
+def test_the_plan_and_the_report_say_what_every_head_reads(sparse):
+    plan = Plan.load(sparse / "plan.json").attention
+    assert plan is not None and [layer.name for layer in plan.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert plan.density <= 0.5 + 1e-9 and plan.overall > plan.density, "the noisiest steps are dense"
+    heads = [head for layer in plan.layers for head in layer.heads]
+    assert len(heads) == 4 and all(len(head.density) == len(plan.edges) == 3 for head in heads)
+    assert all(0 < share <= 1 for head in heads for share in [*head.density, *head.recall])
+    report = read_json(sparse / "report.json", "the report")["attention"]
+    assert [head["recall"] for head in report["heads"]] == [head.recall for head in heads]
+    page = (sparse / "report.html").read_text()
+    assert 'id="attention"' in page and "blocks.1.attn1" in page and (sparse / "attention.png").exists()
+
+
+def test_an_engine_gets_the_lists_of_its_timestep(sparse):
+    from qdiff.stages.build import load_runner
+
+    run, plan = Run.existing(sparse), Plan.load(sparse / "plan.json")
+    runner = load_runner(run, "onnxruntime", None)
+    assert {spec.name for spec in runner.inputs} == {"hidden_states", "encoder_hidden_states", "timestep"}
+    steps = {runner.schedule.group(step.timestep): step for step in Trajectory(sparse / "calibration").steps(0)}
+    assert set(steps) == {0, 1, 2, 3}
+    module = load_quantized(plan, sparse / "model.safetensors")
+    for group, step in steps.items():
+        wanted = FAMILIES["wan"].call(module, step.inputs)
+        assert torch.allclose(runner(step.inputs), wanted, atol=2e-3), group
+        assert board_of(module).now[0] is board_of(module).schedule.lists[group].blocks
+    # The same engine with everything to read: another answer, so the lists are not idle.
+    dense = runner.schedule.lists[0]
+    step = steps[2]
+    everything = {"attention_blocks": dense.blocks, "attention_bounds": dense.bounds}
+    assert not torch.allclose(runner.runner({**step.inputs, **everything}), runner(step.inputs), atol=1e-4)
+    runner.close()
+
+
+def test_what_is_left_out_is_what_masks_say(sparse):
+    plan = Plan.load(sparse / "plan.json").attention
+    masks = load_masks(plan, sparse / SIDECAR)
+    densities = torch.tensor([[head.density for layer in plan.layers for head in layer.heads]])[0].T
+    assert torch.allclose(masks.double().mean(dim=(2, 3)), densities.double())
+    assert schedule_of(plan, masks).lists[1].density(masks.shape[-1]).tolist() == pytest.approx(densities[0].tolist())
+
+
+def test_an_edited_plan_keeps_its_attention(sparse, cli, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(sparse, copy)
+    result = cli("quantize", copy, "--plan", copy / "plan.json", "--force")
+    assert result.code == 0, result.err
+    assert Plan.load(copy / "plan.json").attention == Plan.load(sparse / "plan.json").attention
+    assert (copy / SIDECAR).read_bytes() == (sparse / SIDECAR).read_bytes()
+    assert (copy / "model.safetensors").read_bytes() == (sparse / "model.safetensors").read_bytes()
+
+
+def test_calibration_of_attention_resumes(sparse, monkeypatch):
+    """A killed calibration goes on with the next pass, to the same numbers."""
+    from qdiff.attention.statistics import AttentionStatistics
+    from qdiff.calib.attention import AttentionCalibration, AttentionOptions
+    from qdiff.scratch import Scratch
+    from qdiff.stages.calibrate import reload_model
+
+    run = Run.existing(sparse)
+    model, trajectory = reload_model(run), Trajectory(sparse / "calibration")
+    scratch = Scratch(sparse.parent / "passes", "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(AttentionCalibration, "_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            AttentionCalibration(model, trajectory, AttentionOptions(), scratch).run()
+        assert all(type(module.processor).__module__.startswith("diffusers") for module in
+                   (model.backbone.blocks[0].attn1, model.backbone.blocks[1].attn1)), "put back"  # fmt: skip
+        patch.setattr(AttentionCalibration, "_choose_orders", None)
+        patch.setattr(AttentionCalibration, "_add_up", None)
+        patch.undo()
+    again = AttentionCalibration(model, trajectory, AttentionOptions(), scratch).run()
+    first = AttentionStatistics.load(sparse / "attention" / "statistics.safetensors")
+    assert again.orders == first.orders
+    assert torch.equal(again.errors, first.errors) and torch.equal(again.mass, first.mass)
+
+
+def test_what_cannot_be_is_refused(sparse, fails, filmed, tmp_path):
+    fails(3, ["--attention", "not calibrated"], "quantize", filmed, "--density", 0.5, "--force")
+    for wrong in (0, -1, 1.5, "nan"):
+        fails(2, "--density", "quantize", sparse, f"--density={wrong}", "--force")
+    fails(3, "one block", "quantize", sparse, "--density", 0.01, "--force", "--dry-run")
+    fails(3, "numerics", "quantize", sparse, "--density", 0.5, "--set", "attention.numerics=fp9", "--force")
+
+
+def test_masks_of_another_plan_are_refused(sparse, cli, fails, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(sparse, copy)
+    (copy / SIDECAR).write_bytes((copy / SIDECAR).read_bytes()[:-1])
+    fails(5, "sha256 differs", "generate", copy, "--prompt", "x", "-o", tmp_path / "x.mp4", "--engine", "eager")
