@@ -10,8 +10,9 @@ Data are white noise, which no format likes: there is nothing in it that a mean 
 the relative one against float64 over the same blocks, on :data:`SAMPLED` query rows of two heads. Block lists are random, every
 row as long as the others; the order of the tokens is a transposed grid.
 
-Without a GPU there is no kernel to measure: a smaller shape is run on the CPU, torch's dense attention beside the executor that
-gathers blocks, all in float32, and FlexAttention where it compiles. Speeds are then over torch's dense attention.
+Without a GPU there is no kernel to measure: a smaller shape is run on the CPU, all in float32. Torch's dense attention, and that
+of CPU engines, stand beside the blocks gathered in torch and in plain ONNX, and FlexAttention where it compiles. Speeds are then
+over torch's dense attention.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +35,14 @@ from torch.nn import functional
 from qdiff.attention import gathered
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import NUMERICS
+from qdiff.attention.schedule import BLOCKS, BOUNDS
 
 SHAPES = ((12, 75_600, 128), (12, 32_760, 128), (48, 17_776, 64), (16, 4_096, 72))
 CPU_SHAPE = (8, 4_096, 64)
 DENSITIES = (1.0, 0.5, 0.3, 0.2)
 SAMPLED = 64
 L2_BYTES = 256 * 2**20
+FLAGS = {"openvino": {"precision": "f32"}}  # all on the CPU compute in float32
 REFERENCE_GPU, REFERENCE_CPU = "cuDNN SDPA BF16", "torch SDPA float32"
 
 
@@ -188,7 +193,78 @@ def by_gathering(case: Case, density: float) -> Contender:
     )
 
 
-def contenders(case: Case, on_gpu: bool) -> tuple[list[Contender], list[str]]:
+class _Sparse(torch.nn.Module):
+    """The operator alone, for export."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.tiling = case.tiling
+        self.register_buffer("order", case.order.int())
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bounds: Tensor) -> Tensor:
+        cut, scale = (0, self.tiling.text, self.tiling.block_q, self.tiling.block_k), q.shape[-1] ** -0.5
+        return torch.ops.qdiff.sparse_attention(q, k, v, self.order, blocks, bounds, *cut, "float", scale)
+
+
+class _Dense(torch.nn.Module):
+    """The attention that every target writes, for export."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v)
+
+
+class Graphs:
+    """The operator and dense attention as plain ONNX in CPU engines."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        from qdiff.engines import BuildOptions, choose
+        from qdiff.export.onnx_graph import write_graph
+        from qdiff.export.translations import TARGETS
+
+        self.case = case
+        batch, listed = torch.export.Dim("batch", min=1, max=8), torch.export.Dim("listed", min=2, max=2**20)
+        two = [torch.cat([x, x]) for x in (case.q, case.k, case.v)]  # a batch of one would be taken for a constant
+        lists = case.lists[1.0]
+        axes: tuple[Any, ...] = ({0: batch}, {0: batch}, {0: batch})
+        written = {
+            "dense": (_Dense(), tuple(two), axes, ["q", "k", "v"]),
+            "sparse": (
+                _Sparse(case),
+                (*two, lists.blocks, lists.bounds),
+                (*axes, {1: listed}, None),
+                ["q", "k", "v", BLOCKS, BOUNDS],
+            ),
+        }
+        self.runners: dict[tuple[str, str], Any] = {}
+        for kind, (module, values, shapes, names) in written.items():
+            path = folder / f"{kind}.onnx"
+            write_graph(module.eval(), values, shapes, TARGETS["onnxruntime"], names).save(str(path))
+            for engine in ("onnxruntime", "openvino"):
+                built = folder / f"{kind}-{engine}"
+                built.mkdir()
+                options = BuildOptions(threads=torch.get_num_threads(), flags=FLAGS.get(engine, {}))
+                choose(engine).build(path, built, options)
+                self.runners[kind, engine] = choose(engine).load(built, options)
+
+    def dense(self, engine: str) -> Callable[[], Tensor]:
+        """Reads everything."""
+        operands = {"q": self.case.q, "k": self.case.k, "v": self.case.v}
+        return lambda: self.runners["dense", engine](operands)
+
+    def sparse(self, engine: str, density: float) -> Callable[[], Tensor]:
+        """Follows the lists of that density."""
+        lists = self.case.lists[density]
+        operands = {
+            "q": self.case.q,
+            "k": self.case.k,
+            "v": self.case.v,
+            BLOCKS: lists.blocks,
+            BOUNDS: lists.bounds,
+        }
+        return lambda: self.runners["sparse", engine](operands)
+
+
+def contenders(case: Case, on_gpu: bool, folder: Path) -> tuple[list[Contender], list[str]]:
     """All rows that run here, each run once and its error taken, and why others are left out. The reference is the first row."""
     from torch.nn.attention import SDPBackend
 
@@ -203,9 +279,18 @@ def contenders(case: Case, on_gpu: bool) -> tuple[list[Contender], list[str]]:
         add("FlashAttention-3 BF16", 1.0, lambda: flash3(case))
     else:
         add(REFERENCE_CPU, 1.0, lambda: dense(case, None))
+        graphs = Graphs(case, folder)
+        for engine in ("onnxruntime", "openvino"):
+            add(f"dense in {engine}", 1.0, lambda engine=engine: graphs.dense(engine))
     for density in DENSITIES:
         add("FlexAttention", density, lambda density=density: flex(case, density))
         if not on_gpu:
+            for engine in ("onnxruntime", "openvino"):
+                add(
+                    f"qdiff in {engine}",
+                    density,
+                    lambda density=density, engine=engine: graphs.sparse(engine, density),
+                )
             makers.append(("qdiff gathered float32", density, lambda density=density: by_gathering(case, density)))
         for numerics in ("int8_fp8", "fp8", "bf16") if on_gpu else ():
             make = lambda density=density, numerics=numerics: by_kernel(case, density, numerics)  # noqa: E731
@@ -286,8 +371,8 @@ def benchmark(shapes: list[tuple[int, int, int]], rounds: int, on_gpu: bool) -> 
     for heads, tokens, size in shapes:
         block = 64 if on_gpu and tokens < 16_000 else 128
         case = case_of(heads, tokens, size, block, device, dtype)
-        with torch.no_grad():
-            rows, absent = contenders(case, on_gpu)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            rows, absent = contenders(case, on_gpu, Path(folder))
             measure(rows, rounds, on_gpu)
         tables.append(
             {

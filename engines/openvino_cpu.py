@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdiff.attention.schedule import BLOCKS, BOUNDS
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, inlined, simulates
 from qdiff.engines.inputs import TensorSpec, conform
@@ -67,24 +68,26 @@ class OpenVinoRunner(Runner):
     Args:
         read: gives a fresh, uncompiled model at every call (reshaping changes the model itself).
         compile_model: compiles one.
-        static: one variant per shape; else one dynamic variant for all.
+        static: one variant per shape; else one dynamic variant for all. Lists of sparse attention stay dynamic either way: they
+            change from step to step.
     """
 
     def __init__(self, read: Any, compile_model: Any, static: bool) -> None:
         self._read, self._compile = read, compile_model
         self.inputs = _specs(read())
+        self._fixed = [spec.name for spec in self.inputs if spec.name not in (BLOCKS, BOUNDS)]
         self._static = static and any(None in spec.shape for spec in self.inputs)
         self._variants: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
 
     def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         """Compiles the variant for these input shapes unless it is there; returns its inference request."""
-        key = tuple(tuple(shapes[spec.name]) for spec in self.inputs) if self._static else ()
+        key = tuple(tuple(shapes[name]) for name in self._fixed) if self._static else ()
         if key not in self._variants:
             while len(self._variants) >= VARIANTS:
                 self._variants.popitem(last=False)
             model = self._read()
             if self._static:
-                model.reshape({name: list(shape) for name, shape in shapes.items()})
+                model.reshape({name: list(shapes[name]) for name in self._fixed})
             self._variants[key] = self._compile(model).create_infer_request()
         self._variants.move_to_end(key)
         return self._variants[key]

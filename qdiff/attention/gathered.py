@@ -2,8 +2,8 @@
 
 A CPU gains from skipping only if what is left stays one large product. Gathering for a whole head at once writes more memory
 than the caches hold, and fresh memory costs more than the products; one workspace for :data:`TOGETHER` rows, used again and
-again, does neither. (Four thousand tokens, 8 heads of 64, density 0.3 in blocks of 128: 2.4 times as fast as torch's own
-dense attention, where gathering heads at once was 1.7 times; see docs/log.md.)
+again, does neither. Putting tokens in order and back costs as much as a third of that again; the same in ONNX Runtime is faster
+(docs/log.md, ``python -m bench.attention``).
 
 The same function computes all numerics: codes are multiplied back to numbers first, so a CPU gains nothing from them, but the
 result is what the codes give.
@@ -38,13 +38,13 @@ def attend(
     """Shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype; computed in float32."""
     packed = pack(q, k, v, order, tiling, numerics)
     queries, keys, values = packed.values(tiling)
-    queries = queries * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     result = torch.empty_like(queries)
     space = _Workspace(lists, tiling, q.shape[-1])
     for sample in range(len(q)):
         for head in range(lists.heads):
             operands = queries[sample, head], keys[sample, head], values[sample, head]
-            _head(*operands, lists.of(head), tiling, numerics, packed.filled, space, result[sample, head])
+            _head(*operands, scale, lists.of(head), tiling, numerics, packed.filled, space, result[sample, head])
     if packed.v_mean is not None:
         result += packed.v_mean
         if NOTHING in lists.blocks or bool((lists.bounds.diff() == 0).any()):
@@ -79,6 +79,7 @@ def _head(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float,
     blocks: Tensor,
     tiling: Tiling,
     numerics: Numerics,
@@ -90,7 +91,7 @@ def _head(
     size, text = q.shape[1], tiling.text_columns
     first = tiling.text_rows * tiling.block_q
     if first:
-        _products(q[None, :first], k[None], v[None], numerics, ~filled[None, None], None, result[None, :first])
+        _products(q[None, :first], k[None], v[None], scale, numerics, ~filled[None, None], None, result[None, :first])
     prefix = torch.arange(text).expand(len(blocks), -1)
     lists = torch.cat([prefix, blocks.long().add(text).masked_fill(blocks == NOTHING, NOTHING)], dim=1)
     if lists.shape[1] == 0:
@@ -114,17 +115,30 @@ def _head(
         if partial:
             hidden = (empty[chosen].view(*these.shape, -1) | (these == NOTHING)[..., None]).flatten(1)[:, None]
         rows = slice(start, start + TOGETHER)
-        _products(rows_q[rows], read_k.view(shape), read_v.view(shape), numerics, hidden, space.scores, rows_out[rows])
+        _products(
+            rows_q[rows], read_k.view(shape), read_v.view(shape), scale, numerics, hidden, space.scores, rows_out[rows]
+        )
 
 
 def _products(
-    q: Tensor, k: Tensor, v: Tensor, numerics: Numerics, hidden: Tensor | None, memory: Tensor | None, result: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    numerics: Numerics,
+    hidden: Tensor | None,
+    memory: Tensor | None,
+    result: Tensor,
 ) -> None:
-    """``softmax(q kᵀ) v`` into ``result`` for ``[rows, queries, size]`` and ``[rows, keys, size]``; ``hidden [rows, 1, keys]`` is
-    left out. ``memory``: room for the scores."""
+    """``softmax(q kᵀ scale) v`` into ``result`` for ``[rows, queries, size]`` and ``[rows, keys, size]``.
+
+    Args:
+        hidden: bool ``[rows, 1, keys]``: keys that are left out.
+        memory: room for the scores.
+    """
     shape = (len(q), q.shape[1], k.shape[1])
     scores = torch.empty(shape) if memory is None else memory[: shape[0] * shape[1] * shape[2]].view(shape)
-    torch.bmm(q, k.mT, out=scores)
+    torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
     if hidden is not None:
         scores.masked_fill_(hidden, -torch.inf)
     if numerics.output is None and hidden is None:
