@@ -35,7 +35,7 @@ from torch.nn import functional
 from qdiff.attention import gathered
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import NUMERICS
-from qdiff.attention.schedule import BLOCKS, BOUNDS
+from qdiff.attention.plan import BLOCKS, BOUNDS
 
 SHAPES = ((12, 75_600, 128), (12, 32_760, 128), (48, 17_776, 64), (16, 4_096, 72))
 CPU_SHAPE = (8, 4_096, 64)

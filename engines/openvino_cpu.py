@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.attention.schedule import BLOCKS, BOUNDS
+from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, inlined, simulates
 from qdiff.engines.inputs import TensorSpec, conform

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qdiff.attention.schedule import BLOCKS, BOUNDS, Schedule, one_timestep
+from qdiff.attention.plan import BLOCKS, BOUNDS
+from qdiff.attention.schedule import Schedule, one_timestep
 from qdiff.engines.base import Runner
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qdiff.attention.lists import BlockLists
-from qdiff.attention.schedule import BLOCKS, BOUNDS
+from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.models.base import InputSpec
 
 LISTED = "listed"  # the axis along which all lists lie

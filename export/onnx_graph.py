@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.attention.schedule import BLOCKS, BOUNDS, Board
+from qdiff.attention.plan import BLOCKS, BOUNDS
+from qdiff.attention.schedule import Board
 from qdiff.attention.sparse import board_of
 from qdiff.checkpoint import TIMESTEPS
 from qdiff.errors import InputError

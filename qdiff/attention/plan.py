@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+BLOCKS, BOUNDS = "attention_blocks", "attention_bounds"  # the lists as inputs of a graph
+
 
 class HeadPlan(BaseModel):
     """One head: its order of tokens, and for each sparse group of timesteps how much it reads and keeps.

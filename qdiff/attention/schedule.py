@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qdiff.attention.lists import BlockLists
+from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.errors import InputError
 
-BLOCKS, BOUNDS = "attention_blocks", "attention_bounds"  # names of the two inputs of a graph
 TIMESTEPS = 1000.0  # of the noise schedule: what timesteps of all families are counted in
 
 

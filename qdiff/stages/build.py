@@ -67,7 +67,7 @@ def _with_lists(attention: AttentionPlan, text: str, axes: dict[str, Any], sizes
     import dataclasses
     import math
 
-    from qdiff.attention.schedule import BLOCKS, BOUNDS
+    from qdiff.attention.plan import BLOCKS, BOUNDS
     from qdiff.engines.profiles import make_profile
 
     for axis in ("frames", "height", "width"):
