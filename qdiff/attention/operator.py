@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from qdiff.attention import gathered
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import numerics_named
-from qdiff.errors import MissingDependencyError
+from qdiff.errors import InputError, MissingDependencyError
 
 
 @torch.library.custom_op("qdiff::sparse_attention", mutates_args=())
@@ -53,10 +53,10 @@ def sparse_attention(
         ``[batch, heads, tokens, size]`` in ``q``'s dtype; a query that reads nothing gets zeros.
 
     Raises:
-        InputError: lists that do not cut as said.
+        InputError: lists that do not cut as said, or another number of tokens than the order has.
         UsageError: unknown numerics.
     """
-    tiling = Tiling(q.shape[2], text, block_q, block_k)
+    tiling = _tiling(q, order, text, block_q, block_k)
     lists = _lists(blocks, bounds, first, q.shape[1])
     return gathered.attend(q, k, v, order, lists, tiling, numerics_named(numerics), scale)
 
@@ -76,12 +76,21 @@ def _(
     numerics: str,
     scale: float,
 ) -> Tensor:
-    tiling, row = Tiling(q.shape[2], text, block_q, block_k), numerics_named(numerics)
+    tiling, row = _tiling(q, order, text, block_q, block_k), numerics_named(numerics)
     if row.output is None:
         with q.device:  # where the executor makes its workspace
             return gathered.attend(q, k, v, order, _lists(blocks, bounds, first, q.shape[1]), tiling, row, scale)
     rows = _rows(blocks, bounds, first, q.shape[1], tiling, q.device)
     return _kernel().attend_rows(q, k, v, order, rows, tiling, row, scale)
+
+
+def _tiling(q: Tensor, order: Tensor, text: int, block_q: int, block_k: int) -> Tiling:
+    if q.shape[2] != text + order.shape[1]:
+        raise InputError(
+            f"sparse attention was calibrated for {text + order.shape[1]:,} tokens and is given {q.shape[2]:,}",
+            "make pictures of the calibrated size and number of frames, or calibrate again for this one",
+        )
+    return Tiling(q.shape[2], text, block_q, block_k)
 
 
 def _lists(blocks: Tensor, bounds: Tensor, first: int, heads: int) -> BlockLists:

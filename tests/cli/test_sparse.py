@@ -120,6 +120,12 @@ def test_what_cannot_be_is_refused(sparse, fails, filmed, tmp_path):
     fails(3, "numerics", "quantize", sparse, "--density", 0.5, "--set", "attention.numerics=fp9", "--force")
 
 
+def test_another_size_is_refused_and_never_a_wrong_clip(sparse, fails, tmp_path):
+    for engine, message in (("eager", "calibrated for 48 tokens"), ("onnxruntime", "hidden_states")):
+        given = ("--engine", engine, "--frames", 5, "-o", tmp_path / "x.mp4")
+        fails(3, message, "generate", sparse, "--prompt", "x", *given)
+
+
 def test_masks_of_another_plan_are_refused(sparse, cli, fails, tmp_path):
     import shutil
 
