@@ -240,6 +240,14 @@ def test_weights_that_are_not_there(weights, message):
     assert any(part in str(caught.value) for part in message.split("|"))
 
 
+def test_the_bundled_wan_makes_a_clip_that_moves():
+    model = FAMILIES["wan"].load()
+    clip = model.generate(Request(["a rocket moves up on a black background"], [0], steps=4))[0]
+    assert clip.frames.shape == (33, 64, 64, 3)
+    assert clip.frames[0].std() > 5 and abs(clip.frames[0].astype(float) - clip.frames[-1]).mean() > 1
+    assert sum(file.stat().st_size for file in bundled_folder("wan").rglob("*") if file.is_file()) < 20e6
+
+
 @pytest.mark.skipif(
     not (bundled_folder("pixart") / "model_index.json").is_file(), reason="the bundled PixArt is not trained yet"
 )
