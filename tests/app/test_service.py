@@ -73,7 +73,7 @@ def test_comparison_has_float_first_and_numbers_beside_it(service):
 def test_bundled_models_need_no_run(make_service):
     service = make_service(runs=[])
     sources = service.sources.all()
-    assert {source.family.name for source in sources} == {"pixart", "stable-diffusion"}
+    assert {source.family.name for source in sources} == {"pixart", "stable-diffusion", "wan"}
     for source in sources:
         assert [engine.name for engine in source.engines()] == ["float"]
         settings = Settings.make(prompt="a rocket on a blue background", model=source.name, steps=2)
