@@ -45,6 +45,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "compare": ("quantize", "build"),
     "report": ("quantize", "export", "build", "compare"),
 }
+OPTIONAL = ("attention",)  # done only where it is asked for
 EDITABLE = "plan.json"  # the one output that people edit; --plan applies what they wrote
 _SEAL = "sha256"  # of the rest of the manifest: it decides which files are trusted, so it has to be whole and ours
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt")

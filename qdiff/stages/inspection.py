@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qdiff.artifacts import UPSTREAM, Run, versions
+from qdiff.artifacts import OPTIONAL, UPSTREAM, Run, versions
 from qdiff.errors import QdiffError
 
 
@@ -58,7 +58,7 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
 
 def _missing(run: Run) -> list[str]:
     begun = {name.partition(":")[0] for name, entry in run.manifest["stages"].items() if entry.get("status") == "done"}
-    return [stage for stage in UPSTREAM if stage not in begun]
+    return [stage for stage in UPSTREAM if stage not in begun and stage not in OPTIONAL]
 
 
 def doctor() -> dict[str, Any]:
