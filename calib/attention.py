@@ -115,6 +115,7 @@ class AttentionCalibration:
                 "calibrate with more steps",
             )
         self.orders = {name: order_named(name, self.grid) for name in options.orders} or candidates(self.grid, block)
+        self.positions = [torch.argsort(order) for order in self.orders.values()]
 
     def run(self) -> AttentionStatistics:
         """All passes."""
@@ -201,8 +202,8 @@ class AttentionCalibration:
         ends = torch.nn.functional.pad
         for tile in queries.split(max(1, TILE_NUMBERS // len(k))):
             shares = torch.softmax(q[tile] @ k.T * q.shape[1] ** -0.5, dim=1)
-            for mass, order in zip(found, self.orders.values(), strict=True):
-                row = torch.argsort(order)[tile] // tiling.block_q
+            for mass, order, position in zip(found, self.orders.values(), self.positions, strict=True):
+                row = position[tile] // tiling.block_q
                 bins = ends(shares[:, order], (0, -len(order) % tiling.block_k))
                 mass.index_add_(0, row, bins.unflatten(1, (-1, tiling.block_k)).sum(dim=2))
         needs = []

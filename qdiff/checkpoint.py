@@ -166,9 +166,8 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise IntegrityError(f"{path} does not fit the plan: {reason[:200]}", "quantize again with --force") from None
     if plan.attention is not None:
-        from qdiff.attention.sparse import SIDECAR, install, load_masks, schedule_of
+        from qdiff.attention.sparse import install, load_schedule
         from qdiff.models import FAMILIES
 
-        schedule = schedule_of(plan.attention, load_masks(plan.attention, path.parent / SIDECAR))
-        install(FAMILIES[plan.family], backbone, plan.attention, schedule)
+        install(FAMILIES[plan.family], backbone, plan.attention, load_schedule(plan.attention, path.parent))
     return backbone.eval().requires_grad_(False)

@@ -178,7 +178,8 @@ class BlockLists:
     @classmethod
     def full(cls, heads: int, tiling: Tiling) -> BlockLists:
         """Every block of keys for every block of queries."""
-        return cls.of_masks(torch.ones(heads, tiling.rows, tiling.columns, dtype=torch.bool))
+        row = torch.arange(tiling.columns, dtype=torch.int32).repeat(heads)
+        return cls(row.expand(tiling.rows, -1).contiguous(), torch.arange(heads + 1) * tiling.columns)
 
     @classmethod
     def joined(cls, parts: list[BlockLists]) -> BlockLists:

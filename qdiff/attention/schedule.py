@@ -104,9 +104,3 @@ def one_timestep(timestep: Tensor | float) -> float:
             "sparse attention has one set of lists for a call; call the backbone once for each timestep",
         )
     return float(values[0])
-
-
-def full_lists(heads: int, rows: int, columns: int) -> BlockLists:
-    """Every block for every row of ``heads`` heads."""
-    row = torch.arange(columns, dtype=torch.int32).repeat(heads)
-    return BlockLists(row.expand(rows, -1).contiguous(), torch.arange(heads + 1) * columns)

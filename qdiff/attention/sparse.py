@@ -18,7 +18,7 @@ from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.operator import sparse_attention
 from qdiff.attention.orders import order_named
 from qdiff.attention.plan import AttentionPlan, HeadPlan, SparseLayer
-from qdiff.attention.schedule import Board, Schedule, full_lists, one_timestep
+from qdiff.attention.schedule import Board, Schedule, one_timestep
 from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import IntegrityError
 from qdiff.files import open_tensors, save_tensors
@@ -124,8 +124,13 @@ def load_masks(plan: AttentionPlan, path: Path) -> Tensor:
 
 def schedule_of(plan: AttentionPlan, chosen: Tensor) -> Schedule:
     """The lists of a plan from bool masks ``[groups, heads, rows, columns]``."""
-    everything = full_lists(plan.heads, *chosen.shape[2:])
+    everything = BlockLists.full(plan.heads, tiling_of(plan))
     return Schedule(plan.edges, [everything, *(BlockLists.of_masks(group) for group in chosen)])
+
+
+def load_schedule(plan: AttentionPlan, folder: Path) -> Schedule:
+    """The lists of a plan from the masks beside it. Raises as :func:`load_masks`."""
+    return schedule_of(plan, load_masks(plan, folder / SIDECAR))
 
 
 def board_of(backbone: nn.Module) -> Board | None:

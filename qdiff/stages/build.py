@@ -239,8 +239,7 @@ def scheduled(run: Run, runner: Runner) -> Runner:
     plan = Plan.load(run.file("plan.json"))
     if plan.attention is None:
         return runner
-    from qdiff.attention.sparse import SIDECAR, load_masks, schedule_of
+    from qdiff.attention.sparse import load_schedule
     from qdiff.engines.scheduled import ScheduledRunner
 
-    masks = load_masks(plan.attention, run.file(SIDECAR))
-    return ScheduledRunner(runner, schedule_of(plan.attention, masks))
+    return ScheduledRunner(runner, load_schedule(plan.attention, run.path))

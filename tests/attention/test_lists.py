@@ -10,7 +10,7 @@ from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.orders import candidates, order_named
 from qdiff.attention.packing import at_places, from_places
 from qdiff.attention.plan import AttentionPlan
-from qdiff.attention.schedule import Schedule, edges_of, full_lists, one_timestep
+from qdiff.attention.schedule import Schedule, edges_of, one_timestep
 from qdiff.attention.sparse import load_masks, save_masks
 from qdiff.errors import InputError, IntegrityError
 
@@ -61,7 +61,7 @@ def test_lists_are_masks_and_masks_are_lists():
     assert lists.density(7).tolist() == pytest.approx(given.double().mean(dim=(1, 2)).tolist())
     both = BlockLists.joined([lists, lists])
     assert both.heads == 6 and torch.equal(both.masks(7)[3:], given)
-    assert full_lists(3, 5, 7).masks(7).all()
+    assert BlockLists.full(3, Tiling(7 * 16, 0, 24, 16)).masks(7).all()
 
 
 def test_rows_for_a_kernel_count_text_in():
