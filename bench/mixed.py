@@ -89,7 +89,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     candidates = Candidates(model, recipe, statistics)
     trajectory = Trajectory(run.file("calibration"))
     found = measured(run, model, candidates, trajectory, ByBudget(recipe, run).measured_inputs())
-    judge = judge_of(run, model, candidates, default_prompts(options.pictures, SEED), SEED)
+    judge = judge_of(run, model, candidates.backbone, default_prompts(options.pictures, SEED), SEED)
     costs, _ = costs_of("bits", candidates, found, None)
 
     def row(name: str, choice: Tensor) -> dict[str, Any]:

@@ -96,6 +96,10 @@ class Runner(ABC):
 
     inputs: tuple[TensorSpec, ...] = ()  # what the graph declares; empty for torch modules, which check for themselves
 
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Everything that the graph returns, the prediction first; raises as :meth:`__call__`."""
+        return [self(inputs)]
+
     @abstractmethod
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One denoising step of the backbone.

@@ -14,25 +14,10 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from qdiff.errors import InputError, IntegrityError
 from qdiff.files import safe_child, sha256_file, temporary_beside
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Every TensorProto of a graph or function: initializers and attributes, through all nested graphs."""
-    yield from getattr(graph, "initializer", ())
-    for sparse in getattr(graph, "sparse_initializer", ()):
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            nested = [attribute.g] if attribute.HasField("g") else []
-            for inner in [*nested, *attribute.graphs]:
-                yield from _tensors(inner)
+from qdiff.protobuf import tensors
 
 
 def external_files(onnx: Path) -> list[Path]:
@@ -53,7 +38,7 @@ def external_files(onnx: Path) -> list[Path]:
         raise IntegrityError(f"{onnx} is not an ONNX file: {error}", "run: qdiff export RUN --force") from error
     names = set()
     for part in [model.graph, *model.functions]:
-        for tensor in _tensors(part):
+        for tensor in tensors(part):
             if tensor.data_location == library.TensorProto.EXTERNAL:
                 names |= {entry.value for entry in tensor.external_data if entry.key == "location"} or {""}
     return [_external(onnx, name) for name in sorted(names)]

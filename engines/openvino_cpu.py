@@ -75,8 +75,9 @@ class OpenVinoRunner(Runner):
     def __init__(self, read: Any, compile_model: Any, static: bool) -> None:
         self._read, self._compile = read, compile_model
         self.inputs = _specs(read())
-        self._fixed = [spec.name for spec in self.inputs if spec.name not in (BLOCKS, BOUNDS)]
-        self._static = static and any(None in spec.shape for spec in self.inputs)
+        dynamic = [spec.name for spec in self.inputs if None in spec.shape]
+        self._fixed = [name for name in dynamic if name not in (BLOCKS, BOUNDS)]
+        self._static = static and bool(dynamic)
         self._variants: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
 
     def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -93,6 +94,9 @@ class OpenVinoRunner(Runner):
         return self._variants[key]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         import torch
 
         tensors = conform(inputs, self.inputs)
@@ -106,7 +110,7 @@ class OpenVinoRunner(Runner):
             ) from error
         feed = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
         results = request.infer(feed, share_inputs=True)  # outputs are copied: the request's own buffer is used again
-        return torch.from_numpy(results[0]).to(home, torch.float32)
+        return [torch.from_numpy(results[index]).to(home, torch.float32) for index in range(len(results))]
 
     def close(self) -> None:
         self._variants.clear()

@@ -25,6 +25,7 @@ from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.errors import InputError, IntegrityError, MissingDependencyError
 from qdiff.files import read_json, write_json
+from qdiff.protobuf import graphs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,15 +57,18 @@ class OrtRunner(Runner):
         self.inputs = tuple(
             TensorSpec(node.name, _DTYPES[node.type], tuple(node.shape)) for node in session.get_inputs()
         )
-        self._output = session.get_outputs()[0].name
+        self._outputs = [node.name for node in session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         import torch
 
         tensors = conform(inputs, self.inputs)
         home = next(iter(tensors.values())).device
         feed = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-        return torch.from_numpy(self._session.run([self._output], feed)[0]).to(home, torch.float32)
+        return [torch.from_numpy(each).to(home, torch.float32) for each in self._session.run(self._outputs, feed)]
 
     def close(self) -> None:
         self._session = None
@@ -159,18 +163,19 @@ def _with_zero_points(path: Path) -> bytes:
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    zero = "qdiff_zero_point"
-    quantized = set()
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and len(node.input) == 2:
-            dtype = next((a for a in node.attribute if a.name == "output_dtype"), None)
-            if dtype is not None and dtype.i == onnx.TensorProto.INT8:
-                node.attribute.remove(dtype)
+    for number, graph in enumerate(graphs(model.graph)):
+        zero = f"qdiff_zero_point_{number}"
+        quantized = set()
+        for node in graph.node:
+            if node.op_type == "QuantizeLinear" and len(node.input) == 2:
+                dtype = next((a for a in node.attribute if a.name == "output_dtype"), None)
+                if dtype is not None and dtype.i == onnx.TensorProto.INT8:
+                    node.attribute.remove(dtype)
+                    node.input.append(zero)
+                    quantized.add(node.output[0])
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear" and node.input[0] in quantized:
                 node.input.append(zero)
-                quantized.add(node.output[0])
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in quantized:
-            node.input.append(zero)
-    if quantized:
-        model.graph.initializer.append(onnx.numpy_helper.from_array(numpy.zeros((), numpy.int8), zero))
+        if quantized:
+            graph.initializer.append(onnx.numpy_helper.from_array(numpy.zeros((), numpy.int8), zero))
     return bytes(model.SerializeToString())

@@ -88,7 +88,7 @@ class TensorRTRunner(Runner):
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self.inputs = tuple(self._spec(name) for name in names if modes[name] == trt.TensorIOMode.INPUT)
-        self._output = self._spec(next(name for name in names if modes[name] == trt.TensorIOMode.OUTPUT))
+        self._outputs = [self._spec(name) for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
         self._active = 0  # the context begins with the first profile
         # Numbers that shapes of other tensors follow from are read by the host.
         self._on_host = {spec.name for spec in self.inputs if self._engine.is_shape_inference_io(spec.name)}
@@ -122,6 +122,9 @@ class TensorRTRunner(Runner):
         return TensorSpec(name, _DTYPES[kind], shape)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         import torch
 
         home = next(iter(inputs.values())).device
@@ -145,14 +148,17 @@ class TensorRTRunner(Runner):
             unknown = self._context.infer_shapes()
             if unknown:
                 raise InputError(f"TensorRT lacks the values or shapes of {', '.join(unknown)}", "give all inputs")
-            shape = tuple(self._context.get_tensor_shape(self._output.name))
-            result = torch.empty(shape, dtype=getattr(torch, self._output.dtype), device="cuda")
-            self._context.set_tensor_address(self._output.name, result.data_ptr())
+            results = []
+            for output in self._outputs:
+                shape = tuple(self._context.get_tensor_shape(output.name))
+                results.append(torch.empty(shape, dtype=getattr(torch, output.dtype), device="cuda"))
+                self._context.set_tensor_address(output.name, results[-1].data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise InputError(f"TensorRT did not run the engine for {shapes}:\n  {self._logger.cause()}")
-            result.record_stream(caller)
+            for result in results:
+                result.record_stream(caller)
         caller.wait_stream(self._stream)
-        return result.to(home, torch.float32)
+        return [result.to(home, torch.float32) for result in results]
 
     def close(self) -> None:
         if self._engine is None:

@@ -14,6 +14,7 @@ from qdiff.errors import IntegrityError
 from qdiff.export.reading import Graph, Realised
 from qdiff.formats import format_named
 from qdiff.plan import Plan
+from qdiff.protobuf import nodes
 
 
 def check_file(path: Path) -> None:
@@ -82,8 +83,8 @@ def require_sparse(path: Path, plan: Plan) -> None:
     from qdiff.export.function_text import DOMAIN
     from qdiff.export.sparse_attention import SparseAttention
 
-    nodes = onnx.load(str(path), load_external_data=False).graph.node
-    found = sum(node.domain == DOMAIN and node.op_type.startswith(SparseAttention.KIND) for node in nodes)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    found = sum(node.domain == DOMAIN and node.op_type.startswith(SparseAttention.KIND) for node in nodes(graph))
     wanted = 0 if plan.attention is None else len(plan.attention.layers)
     if found != wanted:
         raise IntegrityError(

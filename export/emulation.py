@@ -15,6 +15,7 @@ from typing import Any
 from qdiff.export.function_text import DOMAIN
 from qdiff.export.functions import function
 from qdiff.files import temporary_beside
+from qdiff.protobuf import graphs, initializers, nodes
 
 
 @contextlib.contextmanager
@@ -24,27 +25,28 @@ def emulated(path: Path) -> Iterator[Path]:
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    fp4 = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT4E2M1}
-    values = {node.output[0] for node in model.graph.node if node.op_type == "TRT_FP4DynamicQuantize"}
+    fp4 = {tensor.name for tensor in initializers(model.graph) if tensor.data_type == onnx.TensorProto.FLOAT4E2M1}
+    values = {node.output[0] for node in nodes(model.graph) if node.op_type == "TRT_FP4DynamicQuantize"}
     if not fp4 and not values:
         yield path
         return
-    for tensor in model.graph.initializer:
+    for tensor in initializers(model.graph):
         if tensor.name in fp4:
             tensor.data_type = onnx.TensorProto.UINT4
-    for node in model.graph.node:
+    for node in nodes(model.graph):
         if node.output[0] in values:
             _become(node, "BlockQuantize_nvfp4")
         elif node.op_type == "DequantizeLinear" and node.input[0] in values:
             _become(node, "ScaleBlocks_nvfp4")
         elif node.op_type == "DequantizeLinear" and node.input[0] in fp4:
             _become(node, "Dequantize_nvfp4")
-    del model.graph.value_info[:]  # some are of FP4
-    calls = sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN})
+    for graph in graphs(model.graph):
+        del graph.value_info[:]  # some are of FP4
+    calls = sorted({node.op_type for node in nodes(model.graph) if node.domain == DOMAIN})
     model.functions.extend(function(name) for name in calls)
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    with temporary_beside(path, model.SerializeToString()) as graph:
-        yield graph
+    with temporary_beside(path, model.SerializeToString()) as made:
+        yield made
 
 
 def _become(node: Any, name: str) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,22 @@ from qdiff.attention.schedule import Board
 from qdiff.attention.sparse import board_of
 from qdiff.checkpoint import TIMESTEPS
 from qdiff.errors import InputError
+from qdiff.export.branches import is_choice, sink_branches
 from qdiff.export.codes import bytes_as_codes, store_codes
 from qdiff.export.function_text import DOMAIN, OPSET
 from qdiff.export.functions import function
 from qdiff.export.list_inputs import LISTED, fixed_sizes, list_inputs
+from qdiff.export.routes import CELLS, Output, RoutesAsInputs
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
 from qdiff.layers import QuantLinear
-from qdiff.models.base import Family
+from qdiff.models.base import Family, InputSpec
 from qdiff.plan import Plan
+from qdiff.routing.blocks import board_of as switchboard_of
 
 # A first token that is computed apart leaves at least two others: with one the tracer would take the axis for a constant.
 SHORTEST_PROMPT, LONGEST_PROMPT, LARGEST_CELLS = 3, 4096, 1024
+MOST_CELLS = 2**24  # tokens of a block
 LONGEST_LISTS = 2**28  # entries in a row of all lists
 
 
@@ -78,15 +83,23 @@ def export_onnx(
         lists = board.schedule.widest()
         specs = (*fixed_sizes(specs, example), *list_inputs(lists))
         named, values = ListsAsInputs(named, board), (*values, lists.blocks, lists.bounds)
+    outputs = [Output("prediction", family.output_axes(backbone.config))]  # type: ignore[arg-type]
+    switchboard = switchboard_of(backbone)
+    if switchboard is not None:
+        config: Any = backbone.config
+        routes = RoutesAsInputs(named, switchboard, config["num_attention_heads"] * config["attention_head_dim"])
+        added, more = routes.interface(example, math.prod(family.grid(config, example[specs[0].name].shape)))
+        named, specs, outputs = routes, (*specs, *(spec for spec, _ in added)), [*outputs, *more]
+        values = (*values, *(value for _, value in added))
     module = InComputeDtype(named, getattr(torch, target.compute)).eval()
     bytes_as_codes(module)
     names = [spec.name for spec in specs]
     divisor = family.cells_divisor(backbone.config)  # type: ignore[arg-type]
     largest = min(LARGEST_CELLS // divisor, family.longest_axis(backbone.config) or LARGEST_CELLS)  # type: ignore[arg-type]
-    onnx_program = write_graph(
-        module, values, (_dynamic_axes(specs, divisor, family.largest_batch, largest),), target, names
-    )
-    _name_axes(onnx_program.model, specs, family.output_axes(backbone.config))  # type: ignore[arg-type]
+    axes = (_dynamic_axes(specs, divisor, family.largest_batch, largest),)
+    onnx_program = write_graph(module, values, axes, target, names, [output.name for output in outputs])
+    _name_axes(onnx_program.model, specs, outputs)
+    sink_branches(onnx_program.model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -102,14 +115,19 @@ def export_onnx(
 
 
 def write_graph(
-    module: nn.Module, values: tuple[Tensor, ...], dynamic_shapes: Any, target: Target, inputs: list[str]
+    module: nn.Module,
+    values: tuple[Tensor, ...],
+    dynamic_shapes: Any,
+    target: Target,
+    inputs: list[str],
+    outputs: Sequence[str] = ("prediction",),
 ) -> Any:
     """Traces a module and translates it: the ``onnx_ir`` program, with packed weights and with the functions that it calls.
 
     Args:
         values: the module's positional arguments, an example of each.
         dynamic_shapes: as ``torch.export.export`` takes them.
-        inputs: their names in the graph.
+        inputs, outputs: names in the graph of what the module is given and returns.
 
     Raises:
         InputError: an op of the module has no translation for this target.
@@ -124,7 +142,7 @@ def write_graph(
                 custom_translation_table=table_for(target),
                 opset_version=target.opset,
                 input_names=inputs,
-                output_names=["prediction"],
+                output_names=list(outputs),
             )
         except torch.onnx.OnnxExporterError as error:
             cause: BaseException = error
@@ -144,7 +162,7 @@ def _add_functions(model: Any) -> None:
     """Puts the functions of our domain that the graph calls into the file."""
     import onnx_ir
 
-    for name in sorted({node.op_type for node in model.graph if node.domain == DOMAIN}):
+    for name in sorted({node.op_type for node in model.graph if node.domain == DOMAIN and not is_choice(node)}):
         added = onnx_ir.from_proto(function(name))
         model.functions[added.identifier()] = added
         model.opset_imports[DOMAIN] = 1
@@ -191,13 +209,14 @@ class InComputeDtype(nn.Module):
         self.names: tuple[str, ...] = names
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The backbone's inputs in order."""
         cast = [
             value.to(self.dtype) if value.is_floating_point() and name not in self.exact else value
             for name, value in zip(self.names, values, strict=True)
         ]
-        return self.module(*cast).float()
+        found = self.module(*cast)
+        return tuple(each.float() for each in found) if isinstance(found, tuple) else found.float()
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:
@@ -212,6 +231,7 @@ def _dynamic_axes(specs: Any, divisor: int, batch: int, largest: int) -> tuple[d
         "batch": torch.export.Dim("batch", min=1, max=batch),
         "tokens": torch.export.Dim("tokens", min=SHORTEST_PROMPT, max=LONGEST_PROMPT),
         "frames": torch.export.Dim("frames", min=2, max=largest),
+        CELLS: torch.export.Dim(CELLS, min=2, max=MOST_CELLS),
         LISTED: torch.export.Dim(LISTED, min=2, max=LONGEST_LISTS),
         "height": divisor * height,
         "width": divisor * width,
@@ -243,13 +263,13 @@ def _forget_origin(model: Any) -> None:
             value.metadata_props.clear()
 
 
-def _name_axes(model: Any, specs: Any, output_axes: tuple[int | str, ...]) -> None:
+def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]) -> None:
     """Gives dynamic axes the names of :class:`qdiff.models.base.InputSpec` instead of the tracer's symbols."""
     import onnx_ir
 
     for value, axes in [
         *zip(model.graph.inputs, (spec.axes for spec in specs), strict=True),
-        (model.graph.outputs[0], output_axes),
+        *zip(model.graph.outputs, (output.axes for output in outputs), strict=True),
     ]:
         value.shape = onnx_ir.Shape(list(axes))
 

@@ -14,6 +14,7 @@ from typing import Any
 from qdiff.errors import IntegrityError
 from qdiff.export.function_text import DOMAIN
 from qdiff.formats import FORMATS, format_named
+from qdiff.protobuf import initializers, nodes
 
 _THROUGH = {"Transpose", "Reshape", "Cast", "CastLike", "Identity"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
@@ -42,23 +43,23 @@ class Realised:
 
 
 class Graph:
-    """A graph without its weights' bytes, with producers and consumers."""
+    """A graph and those inside it, without their weights' bytes, with producers and consumers. Names are told apart over all."""
 
     def __init__(self, path: Path) -> None:
         import onnx
 
         model = onnx.load(str(path), load_external_data=False)
-        self.initializers: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.initializers: dict[str, Any] = {tensor.name: tensor for tensor in initializers(model.graph)}
         self.constants: dict[str, Any] = {
             node.output[0]: attribute.t
-            for node in model.graph.node
+            for node in nodes(model.graph)
             if node.op_type == "Constant"
             for attribute in node.attribute
             if attribute.name == "value"
         }
-        self.producer: dict[str, Any] = {name: node for node in model.graph.node for name in node.output}
+        self.producer: dict[str, Any] = {name: node for node in nodes(model.graph) for name in node.output}
         self.consumers: dict[str, list[Any]] = {}
-        for node in model.graph.node:
+        for node in nodes(model.graph):
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
 

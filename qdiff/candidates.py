@@ -116,8 +116,7 @@ class Candidates:
             self._drafts.append(entries)
             return
         log.info("mixed: every layer by recipe %s", name)
-        copied = copy.copy(self.model)
-        copied.pipeline = _Holder(self.model.family.backbone_attribute, shared_copy(self.model.backbone))
+        copied = with_own_backbone(self.model)
         wanted = {layer for layers in self.groups.values() for layer in layers}
         entries = entries_of(copied, member, statistics, lenient=True)
         planned = realise_all(copied, member, entries, statistics)
@@ -132,6 +131,13 @@ class Candidates:
         self._modules.append(made)
         self._drafts.append(entries)
         self.entries.append({layer: planned[layer] for layer in made})
+
+
+def with_own_backbone(model: Model) -> Model:
+    """The model with a backbone that can be changed and that shares its numbers, and with nothing else of its pipeline."""
+    copied = copy.copy(model)
+    copied.pipeline = _Holder(model.family.backbone_attribute, shared_copy(model.backbone))
+    return copied
 
 
 class _Holder:

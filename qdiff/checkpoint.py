@@ -17,6 +17,7 @@ from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.layers import HalfConv2d, HalfLinear, LinearForm, QuantConv2d, QuantLinear, TimestepClock
 from qdiff.plan import Kept, LayerPlan, Plan
+from qdiff.routing.blocks import install_branches
 from qdiff.structure import restructure
 from qdiff.windows import Window
 
@@ -138,6 +139,8 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
     install_clock(backbone, clock, torch.tensor(plan.timesteps))
     try:
         restructure(backbone, plan.structure)
+        if plan.structure.branches:
+            install_branches(backbone, plan.structure.branches)
     except InputError as error:
         raise IntegrityError(
             f"the plan does not fit its model: {error.message}", "quantize again with --force"
@@ -170,4 +173,9 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
         from qdiff.models import FAMILIES
 
         install(FAMILIES[plan.family], backbone, plan.attention, load_schedule(plan.attention, path.parent))
+    if plan.routing is not None:
+        from qdiff.models import FAMILIES
+        from qdiff.routing.follow import follow
+
+        follow(FAMILIES[plan.family], backbone, plan.routing)
     return backbone.eval().requires_grad_(False)

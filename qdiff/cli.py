@@ -54,7 +54,8 @@ BatchOption = Annotated[int, typer.Option(help="prompts denoised together")]
 SeedOption = Annotated[int, typer.Option(help="picture i starts from the noise of SEED + i")]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or a YAML file")]
 BudgetOption = Annotated[
-    str | None, typer.Option("--budget", help="of recipe mixed: bits=5.5, bytes=4000000 or latency=MILLISECONDS")
+    str | None,
+    typer.Option("--budget", help="bits=5.5 (recipes mixed, routed); bytes=4000000 or latency=MILLISECONDS (mixed)"),
 ]
 DensityOption = Annotated[
     float | None, typer.Option("--density", help="share of attention's blocks to read, e.g. 0.3 [default: all]")

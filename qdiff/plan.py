@@ -16,6 +16,7 @@ from qdiff.attention.plan import AttentionPlan
 from qdiff.errors import IntegrityError
 from qdiff.files import read_json, write_json
 from qdiff.formats import FORMATS, low_rank_bits
+from qdiff.routing.plan import RoutingPlan
 
 Kept = Literal["float16", "bfloat16"]  # storage of every tensor that is not quantized
 
@@ -98,6 +99,7 @@ class Structure(BaseModel):
         {}, description="layers that became two, and the channel at which the skip connection begins"
     )
     first_token: list[str] = Field([], description="layers whose constant first token is computed apart")
+    branches: dict[str, int] = Field({}, description="blocks that are there several times, and how often")
 
 
 class Plan(BaseModel):
@@ -116,6 +118,7 @@ class Plan(BaseModel):
     kept: Kept = Field("float16", description="storage of every tensor that is not quantized")
     structure: Structure = Field(Structure(), description="what was changed in the model before it was quantized")
     attention: AttentionPlan | None = Field(None, description="self-attentions that follow block lists")
+    routing: RoutingPlan | None = Field(None, description="blocks whose precision changes with the step")
     layers: list[LayerPlan]
 
     def save(self, path: Path) -> None:

@@ -125,6 +125,46 @@ class Mixed(BaseModel):
         return self
 
 
+class Reuse(BaseModel):
+    """Blocks whose residual is stable are left out of a step and add what they added before: at most ``in_a_row`` steps, and as
+    often as costs no more than ``loss_db`` of the pictures' PSNR."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    in_a_row: int = Field(2, ge=1, le=8)
+    loss_db: float = Field(0.3, gt=0, le=20)
+
+
+class Routing(BaseModel):
+    """Precision that changes with the step (:mod:`qdiff.routing`).
+
+    ``recipes`` are two, the careful one first, or one where only ``reuse`` is wanted. ``budget`` is the mean of the weights' bits
+    that blocks are computed with. ``rule``: how routes are set, ``best``: as pictures say. At most ``blocks`` blocks carry both
+    branches (all, where it is null). ``pictures`` decide.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipes: list[str] = Field(min_length=1, max_length=2)
+    budget: dict[Literal["bits"], float] | None = Field(None, min_length=1)
+    rule: Literal["best", "static", "table", "predicted"] = "best"
+    blocks: int | None = Field(None, ge=0)
+    pictures: int = Field(8, ge=1, le=256)
+    reuse: Reuse | None = None
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Routing:
+        if len(set(self.recipes)) != len(self.recipes):
+            raise ValueError(f"routing.recipes names {self.recipes[0]} twice")
+        if len(self.recipes) == 1 and self.reuse is None:
+            raise ValueError("routing.recipes names one recipe, and without reuse there is nothing to route")
+        if len(self.recipes) == 2 and self.budget is None:
+            raise ValueError("routing.budget: two recipes need one, for example {bits: 5.5}")
+        if self.budget is not None and not 0 < self.budget["bits"] < float("inf"):
+            raise ValueError(f"routing.budget: bits = {self.budget['bits']} is no positive number")
+        return self
+
+
 class Attention(BaseModel):
     """Self-attentions follow block lists (:mod:`qdiff.attention`), which ``qdiff calibrate --attention`` has prepared.
 
@@ -140,7 +180,8 @@ class Attention(BaseModel):
 class Recipe(BaseModel):
     """See the module's docstring. ``methods`` maps a method's name to its options, in the order in which they apply.
 
-    A recipe has either a ``scheme`` for all targeted layers, or ``mixed``: recipes of which every layer gets one.
+    A recipe has either a ``scheme`` for all targeted layers, or ``mixed``: recipes of which every layer gets one, or
+    ``routing``: recipes between which whole blocks change from step to step.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -150,6 +191,7 @@ class Recipe(BaseModel):
     description: str = ""
     scheme: Scheme | None = None
     mixed: Mixed | None = None
+    routing: Routing | None = None
     convolutions: Scheme | None = Field(
         None, description="formats of convolutions, where they are not those of `scheme`"
     )
@@ -168,24 +210,28 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> Recipe:
-        if (self.scheme is None) == (self.mixed is None):
-            raise ValueError("a recipe has either a scheme or mixed")
-        if self.mixed is not None:
-            own = ("convolutions", "methods", "outputs", "distil", "targets")
+        sources = [name for name in ("scheme", "mixed", "routing") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            raise ValueError("a recipe has either a scheme, or mixed, or routing")
+        if self.scheme is None:
+            own = ["convolutions", "methods", "outputs", "distil", "targets"]
+            own += ["sequential"] if self.routing is not None else []
             beside = [name for name in own if name in self.model_fields_set and getattr(self, name)]
             if beside:
-                raise ValueError(f"{beside[0]}: beside mixed, its recipes say that")
+                raise ValueError(f"{beside[0]}: beside {sources[0]}, its recipes say that")
+        if self.routing is not None and self.attention is not None:
+            raise ValueError("attention: blocks whose precision changes cannot follow block lists yet")
         return self
 
     def scheme_of(self, kind: str) -> Scheme:
         """Formats of a layer of that kind (``Linear``, ``Conv2d``).
 
         Raises:
-            RuntimeError: the recipe is mixed: its members have formats.
+            RuntimeError: the recipe is mixed or routed: its members have formats.
         """
         scheme = self.convolutions if kind == "Conv2d" and self.convolutions is not None else self.scheme
         if scheme is None:
-            raise RuntimeError(f"recipe {self.name!r} is mixed and has no formats of its own")
+            raise RuntimeError(f"recipe {self.name!r} chooses among others and has no formats of its own")
         return scheme
 
     def members(self) -> list[Recipe | None]:
@@ -193,22 +239,34 @@ class Recipe(BaseModel):
         layer may stay in ``kept``.
 
         Raises:
-            InputError: one that cannot be read, or is mixed itself.
+            InputError: one that cannot be read, or chooses itself.
         """
         assert self.mixed is not None
-        shared = {name: getattr(self, name) for name in ("ignore", "kept", "split_shortcuts", "first_token")}
         found: list[Recipe | None] = []
         for name in self.mixed.recipes:
-            member = None if name == self.kept else load_recipe(name)
-            if member is not None and member.mixed is not None:
-                raise InputError(f"recipe {self.name!r}: {name!r} is mixed itself", "name recipes that have a scheme")
+            member = None if name == self.kept else self._member(name)
             if member is not None and (member.distil or (member.sequential and member.sequential.reconstruct)):
                 raise InputError(
                     f"recipe {self.name!r}: {name!r} trains what is chosen from",
                     "name recipes without distil and reconstruct",
                 )
-            found.append(member and member.model_copy(update={**shared, "sequential": None, "distil": None}))
+            found.append(member and member.model_copy(update={"sequential": None, "distil": None}))
         return found
+
+    def versions(self) -> list[Recipe]:
+        """The recipes that a routed one changes between, each with this one's ``ignore``, ``kept`` and structure. Raises as
+        :meth:`members`."""
+        assert self.routing is not None
+        return [self._member(name) for name in self.routing.recipes]
+
+    def _member(self, name: str) -> Recipe:
+        member = load_recipe(name)
+        if member.scheme is None:
+            raise InputError(
+                f"recipe {self.name!r}: {name!r} chooses among others itself", "name recipes that have a scheme"
+            )
+        shared = ("ignore", "kept", "split_shortcuts", "first_token")
+        return member.model_copy(update={key: getattr(self, key) for key in shared})
 
     def ignored(self, family: str, names: list[str]) -> dict[str, str]:
         """Which of ``names`` stay unquantized, with the pattern that says so.
@@ -287,7 +345,7 @@ def budget_override(text: str) -> str:
             f"--budget {text!r} is not bits=NUMBER, bytes=NUMBER or latency=MILLISECONDS",
             "example: --recipe mixed --budget bits=5.5",
         )
-    return f"mixed.budget={{{measure}: {number!r}}}"
+    return f"budget={{{measure}: {number!r}}}"
 
 
 def density_override(density: float) -> str:
@@ -328,11 +386,14 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(value, dict):
         raise InputError(f"recipe {name} is not a group of settings", "see qdiff/recipes/int8.yaml for an example")
     for assignment in overrides or []:
-        if assignment.startswith("mixed.") and "mixed" not in value:
-            raise UsageError(
-                f"recipe {name!r} chooses no formats, so it has no budget",
-                "use --recipe mixed, or a recipe with `mixed`",
-            )
+        chooser = next((key for key in ("mixed", "routing") if key in value), None)
+        if assignment.startswith(("budget=", "mixed.", "routing.")):
+            if chooser is None or not assignment.startswith(("budget=", f"{chooser}.")):
+                raise UsageError(
+                    f"recipe {name!r} chooses no formats that way, so it has no budget for {assignment.partition('=')[0]!r}",
+                    "use --recipe mixed, or --recipe routed",
+                )
+            assignment = f"{chooser}.{assignment}" if assignment.startswith("budget=") else assignment
         _override(value, assignment)
     try:
         recipe = Recipe.model_validate(value)

@@ -181,6 +181,44 @@ class AllocationResult:
 
 
 @dataclass
+class RoutesResult:
+    """One set of routes that was tried. ``kind`` is ``rule``, ``uniform`` or ``reuse``; ``skipped`` the share of block
+    evaluations that were left out."""
+
+    name: str
+    kind: str
+    used_bits: float
+    psnr_db: float
+    skipped: float = 0.0
+
+
+@dataclass
+class RoutingResult:
+    """Blocks that change between recipes from step to step.
+
+    Args:
+        chosen: name of the rule that was taken.
+        routes: for each timestep of one picture the block's recipe, by index; -1 where it was left out.
+        used_bits: of the weights that blocks compute with, on average; ``resident_bits`` of all that is kept for them;
+            ``None`` where no block has branches.
+        skipped: share of block evaluations that were left out.
+        r2: of the predictors on held-out prompts, by block.
+    """
+
+    recipes: list[str]
+    blocks: list[str]
+    chosen: str
+    timesteps: list[float]
+    routes: list[list[int]]
+    tried: list[RoutesResult]
+    used_bits: float
+    used_activation_bits: float | None = None
+    resident_bits: float | None = None
+    skipped: float = 0.0
+    r2: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class StageResult:
     """One stage as the manifest has it."""
 
@@ -211,6 +249,7 @@ class ReportData:
     timesteps: list[TimestepError] = field(default_factory=list)
     allocation: AllocationResult | None = None
     attention: AttentionResult | None = None
+    routing: RoutingResult | None = None
     engines: list[EngineResult] = field(default_factory=list)
     stages: list[StageResult] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)

@@ -117,6 +117,7 @@ def table_for(target: Target) -> dict[Any, Translation]:
     import torch
 
     import qdiff.export.translations.attention as _attention  # noqa: F401
+    import qdiff.export.translations.choose as _choose  # noqa: F401
     import qdiff.export.translations.quantizers as _quantizers  # noqa: F401
     import qdiff.export.translations.sparse_attention as _sparse_attention  # noqa: F401
     import qdiff.ops as _ops  # noqa: F401

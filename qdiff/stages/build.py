@@ -26,17 +26,47 @@ def make_options(
 ) -> BuildOptions:
     """Build options from the words of the command line. Without a profile: the model's own size, batch 1 to 8."""
     from qdiff.engines import BuildOptions
+    from qdiff.models import FAMILIES
     from qdiff.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
-    made = tuple(_profile(plan, text, run.entry("calibrate")["shapes"]) for text in (profiles or [""]))
+    fixed = engine.target == "tensorrt" and _switches_blocks(plan)
+    batch = f"batch={1 if FAMILIES[plan.family].branches_apart else 2}" if fixed else DEFAULT_BATCH
+    made = tuple(_profile(plan, text, run.entry("calibrate")["shapes"], batch) for text in (profiles or [""]))
+    if fixed:
+        _require_one_batch(made)
     if compute_capability is None and engine.target == "tensorrt" and engine.missing() is not None:
         compute_capability = DEFAULT_COMPUTE_CAPABILITY
     return BuildOptions(profiles=made, compute_capability=compute_capability, flags=dict(flags))
 
 
-def _profile(plan: Any, text: str, shapes: dict[str, list[int]]) -> Profile:
-    """A profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors)."""
+def _switches_blocks(plan: Any) -> bool:
+    """Whether some block has a branch with scales for blocks of values (NVFP4) beside another."""
+    from qdiff.formats import FORMATS
+
+    several = tuple(f"{name}.branches." for name, count in plan.structure.branches.items() if count > 1)
+    return any(layer.name.startswith(several) and FORMATS[layer.activations].block for layer in plan.layers)
+
+
+def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
+    """TensorRT-RTX 1.7 compiles no NVFP4 product inside an ``If`` whose batch is a range ("Unsupported op"); other axes may be
+    one."""
+    for profile in profiles:
+        low, _, high = profile.ranges["timestep"]
+        if low != high:
+            raise UsageError(
+                f"profile {profile.name!r}: where blocks switch to NVFP4, TensorRT-RTX builds for one batch size, not for "
+                f"{low[0]} to {high[0]}",
+                "give one, such as --profile batch=2, or several profiles of one each",
+            )
+
+
+def _profile(plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DEFAULT_BATCH) -> Profile:
+    """A profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors).
+
+    Args:
+        batch: the words for it where ``text`` has none.
+    """
     from qdiff.engines.profiles import make_profile, parse_profile
     from qdiff.models import FAMILIES
 
@@ -54,12 +84,28 @@ def _profile(plan: Any, text: str, shapes: dict[str, list[int]]) -> Profile:
         sizes |= {"height": (cells, cells, cells), "width": (cells, cells, cells)}
     tokens = sizes["tokens"][0]
     sizes["tokens"] = (2, tokens, max(tokens, LONGEST_PROMPT))
-    sizes |= parse_profile(DEFAULT_BATCH)
+    sizes |= parse_profile(batch)
     if text:
         sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))
-    if plan.attention is None:
-        return make_profile(text or "default", axes, sizes)
-    return _with_lists(plan.attention, text, axes, sizes)
+    if plan.attention is not None:
+        return _with_lists(plan.attention, text, axes, sizes)
+    profile = make_profile(text or "default", axes, sizes)
+    return profile if plan.routing is None or plan.routing.reuse is None else _with_deltas(plan, profile, specs[0].name)
+
+
+def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:
+    """A profile of a graph that takes cached deltas (:mod:`qdiff.export.routes`), as large as the latent ``latent`` makes
+    them."""
+    import dataclasses
+    import math
+
+    from qdiff.models import FAMILIES
+    from qdiff.routing.plan import DELTAS
+
+    grid, width = FAMILIES[plan.family].grid, plan.config["num_attention_heads"] * plan.config["attention_head_dim"]
+    count = len(plan.routing.blocks)
+    ranges = _triple((count, shape[0], math.prod(grid(plan.config, shape)), width) for shape in profile.ranges[latent])
+    return dataclasses.replace(profile, ranges={**profile.ranges, DELTAS: ranges})
 
 
 def _with_lists(attention: AttentionPlan, text: str, axes: dict[str, Any], sizes: dict[str, Any]) -> Profile:
@@ -233,10 +279,18 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
 
 
 def scheduled(run: Run, runner: Runner) -> Runner:
-    """The runner of an exported graph; one that gives it its lists where the plan's attention is sparse."""
+    """The runner of an exported graph; one that gives it its lists where the plan's attention is sparse, or its routes."""
     from qdiff.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
+    if plan.routing is not None:
+        from qdiff.engines.routed import RoutedRunner
+        from qdiff.models import FAMILIES
+        from qdiff.routing.follow import varying_inputs
+        from qdiff.routing.router import Router
+
+        family = FAMILIES[plan.family]
+        return RoutedRunner(runner, Router(plan.routing, varying_inputs(family, plan.config)), family, plan.config)
     if plan.attention is None:
         return runner
     from qdiff.attention.sparse import load_schedule

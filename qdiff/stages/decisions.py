@@ -1,4 +1,5 @@
-"""Where the decisions of ``qdiff quantize`` come from: a recipe's methods, a plan that a hand has edited, or a budget."""
+"""Where the decisions of ``qdiff quantize`` come from: a recipe's methods, a plan that a hand has edited, or a budget of
+formats or routes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
-ALLOCATION, TABLE = "allocation.json", "sensitivity.json"
+ALLOCATION, TABLE, ROUTING = "allocation.json", "sensitivity.json", "routing.json"
 MEASURED = "calibration/sensitivity"  # what was measured for mixed recipes, by fingerprint
 PLAN_SEED = 20_000  # of the pictures that decide between plans: neither calibration's nor comparison's
 
@@ -188,9 +189,7 @@ class ByBudget:
         assert self.recipe.mixed is not None
         calibrated, judge = options_of(self.run), None
         if count := self.recipe.mixed.pictures:
-            lines = self.run.file("calibration", "prompts.txt").read_text(encoding="utf-8").splitlines()
-            prompts = [lines[index % len(lines)] for index in range(count)]
-            judge = judge_of(self.run, model, candidates, prompts, PLAN_SEED + calibrated.seed)
+            judge = pictures_judge(self.run, model, candidates.backbone, count)
         branches = 2 if model.guidance(calibrated.guidance) > 1 else 1
         return decide(self.recipe.mixed, model.family.name, candidates, table, judge, branches)
 
@@ -200,6 +199,66 @@ class ByBudget:
         budget = self.recipe.mixed.budget.get("bytes")
         if budget is not None and packed > budget:
             log.warning("quantize: the checkpoint has %d bytes, the budget was %.0f: lower it a little", packed, budget)
+
+
+@dataclass(frozen=True)
+class ByRouting:
+    """Blocks that change between recipes from step to step: the whole model by each recipe, then routes by a budget and
+    pictures."""
+
+    recipe: Recipe
+    run: Run
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def attention(self) -> None:
+        return None
+
+    def inputs(self) -> dict[str, Any]:
+        versions = [version.model_dump(mode="json") for version in self.recipe.versions()]
+        return {"recipe": self.recipe.model_dump(mode="json"), "versions": versions}
+
+    def draft(self, model: Model, statistics: Statistics) -> Draft:
+        from qdiff.drafting import draft
+        from qdiff.errors import InputError
+
+        if not model.family.chain or not model.family.blocks(model.backbone):
+            raise InputError(
+                f"recipe {self.name!r} routes the blocks of a chain, and {model.family.title} is none",
+                "use --recipe mixed, which chooses once for each layer",
+            )
+        return [draft(model, version, statistics) for version in self.recipe.versions()][0]
+
+    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
+        from qdiff.routing.quantize import quantize_routed
+
+        assert self.recipe.routing is not None
+        calibrated = options_of(self.run)
+        made = quantize_routed(
+            model,
+            self.recipe,
+            drafted.statistics,
+            trajectory,
+            scratch,
+            lambda backbone: self._judge(model, backbone),
+            guided=model.guidance(calibrated.guidance) > 1,
+        )
+        write_json(work.output(self.run.file(ROUTING)), made.decision.to_json())
+        return made.plan
+
+    def _judge(self, model: Model, backbone: nn.Module) -> Judge:
+        assert self.recipe.routing is not None
+        return pictures_judge(self.run, model, backbone, self.recipe.routing.pictures)
+
+
+def pictures_judge(run: Run, model: Model, backbone: nn.Module, count: int) -> Judge:
+    """:func:`judge_of` with ``count`` of the calibration's prompts, on seeds of its own."""
+    lines = run.file("calibration", "prompts.txt").read_text(encoding="utf-8").splitlines()
+    prompts = [lines[index % len(lines)] for index in range(count)]
+    return judge_of(run, model, backbone, prompts, PLAN_SEED + options_of(run).seed)
 
 
 def measured(
@@ -222,8 +281,8 @@ def measured(
     return table
 
 
-def judge_of(run: Run, model: Model, candidates: Candidates, prompts: list[str], seed: int) -> Judge:
-    """Compares the pictures of the candidates' backbone with those of the float model, same prompts and seeds.
+def judge_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> Judge:
+    """Compares the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds.
 
     Args:
         seed: of the first picture.
@@ -244,4 +303,4 @@ def judge_of(run: Run, model: Model, candidates: Candidates, prompts: list[str],
         return to_pixels(simulate(model, backbone, request, batch))
 
     expected = make(model.backbone)
-    return lambda: paired(expected, make(candidates.backbone)).psnr_db_mean
+    return lambda: paired(expected, make(candidate)).psnr_db_mean

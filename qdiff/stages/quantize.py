@@ -18,7 +18,7 @@ from qdiff.scratch import Scratch
 from qdiff.stages.attention import STAGE as ATTENTION
 from qdiff.stages.attention import decide_attention, require_statistics
 from qdiff.stages.calibrate import reload_model
-from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, Decisions
+from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, ByRouting, Decisions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,8 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
         from qdiff.recipe import load_recipe
 
         recipe = load_recipe(recipe_name, overrides)
+        if recipe.routing is not None:
+            return ByRouting(recipe, run)
         return ByRecipe(recipe) if recipe.mixed is None else ByBudget(recipe, run)
     if overrides or recipe_name != DEFAULT_RECIPE:
         raise UsageError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qdiff.artifacts import Run, versions
 from qdiff.files import read_json
 from qdiff.stages.report_attention import attention_result, draw
+from qdiff.stages.report_routing import routing_result
 
 if TYPE_CHECKING:
     from qdiff.plan import LayerPlan, Plan
@@ -72,6 +73,7 @@ def gather(run: Run, plan: Plan) -> Any:
         timesteps=[TimestepError(e["timestep"], e["sqnr_db"], e["cosine"]) for e in errors],
         allocation=_allocation(run),
         attention=None if plan.attention is None else attention_result(plan.attention),
+        routing=routing_result(run, plan),
         engines=engines,
         stages=[
             StageResult(name, entry.get("seconds"), entry.get("peak_memory_bytes"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import threading
@@ -55,10 +56,11 @@ def draw(service) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Site:
-    """A running server: its address and the service behind it."""
+    """A running server: its address, the service behind it, and the folder of its files."""
 
     url: str
     service: Service
+    files: str
 
 
 def _port() -> int:
@@ -95,7 +97,7 @@ def serve() -> Iterator[Callable[[Service], Site]]:
         while not server.started:
             assert thread.is_alive() and time.monotonic() < end, "the server did not start"
             time.sleep(0.05)
-        return Site(f"http://127.0.0.1:{port}/", service)
+        return Site(f"http://127.0.0.1:{port}/", service, os.environ["GRADIO_TEMP_DIR"])
 
     yield start
     for server, thread in running:
@@ -124,8 +126,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser, site) -> Iterator[Any]:
+def page(browser, site, monkeypatch) -> Iterator[Any]:
     """The page, opened; the test fails if the browser reports an error or asks another host for anything."""
+    monkeypatch.setenv(
+        "GRADIO_TEMP_DIR", site.files
+    )  # a server has a process of its own, but here there may be another
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page, trouble = context.new_page(), []
     page.on("pageerror", lambda error: trouble.append(f"script: {error}"))

@@ -122,7 +122,7 @@ def test_a_wrong_budget_is_a_usage_error(text):
         (["mixed.budget={latency: 1}"], "device"),
         (["mixed.minimum={pixart: {'*': fp8}}"], "not among"),
         (["methods={smooth: {}}"], "beside mixed"),
-        (["scheme={weights: int8, activations: int8}"], "either a scheme or mixed"),
+        (["scheme={weights: int8, activations: int8}"], "either a scheme, or mixed, or routing"),
     ],
 )
 def test_a_wrong_mixed_recipe_says_where(changes, words):
@@ -131,9 +131,9 @@ def test_a_wrong_mixed_recipe_says_where(changes, words):
 
 
 def test_mixed_recipes_do_not_nest_and_others_have_no_budget():
-    with pytest.raises(InputError, match="mixed itself"):
+    with pytest.raises(InputError, match="chooses among others itself"):
         load_recipe("mixed", ["mixed.recipes=[mixed, int8]"]).members()
-    with pytest.raises(UsageError, match="no budget"):
+    with pytest.raises(UsageError, match="has no budget"):
         load_recipe("int8", ["mixed.budget={bits: 5}"])
 
 

@@ -107,7 +107,7 @@ def test_the_callback_sees_every_step_and_can_stop(model):
 def test_settings_of_sampling_are_the_users_the_weights_or_the_familys(model):
     assert model.steps(7) == 7 and model.guidance(0.0) == 0.0
     assert model.steps() == model.family.default_steps >= 1 and model.guidance() == model.family.default_guidance >= 0
-    own = replace(model, defaults={"num_inference_steps": 3, "guidance_scale": 1.0})
+    own = replace(model, defaults={**model.defaults, "num_inference_steps": 3, "guidance_scale": 1.0})
     assert own.steps() == 3 and own.guidance() == 1.0 and own.steps(7) == 7
     _, calls, _ = watched(own, Request(["x"], [0]))
     assert len(calls) == 3 and len(calls[0]["timestep"]) == 1, "the pipeline samples with what the model says"

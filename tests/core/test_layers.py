@@ -29,6 +29,8 @@ def example(name: str) -> tuple:
         "token_quantize_dequantize": (randn(2, 3, 8), "int8"),
         "block_quantize_dequantize": (randn(2, 3, 32), torch.tensor(0.001), "nvfp4"),
         "sparse_attention": (*[randn(1, 2, 64, 8)] * 3, order, blocks, bounds, 0, 0, 16, 16, "float", 0.35),
+        "choose": (torch.tensor(1), [randn(2, 3, seed=1), randn(2, 3, seed=2)]),
+        "shaped_like": (randn(2, 6, seed=1), randn(4, 3, seed=2)),
         "dequantize_weight": (codes, randn(6).abs() + 0.1, None, "int8", torch.float32),
     }[name]
 
@@ -41,10 +43,12 @@ def test_an_op_is_well_formed(name):
 
 @pytest.mark.parametrize("name", sorted(ops.OPS))
 def test_an_op_computes_in_the_dtype_that_it_was_given(name):
-    given = tuple(
-        value.half() if torch.is_tensor(value) and value.dim() > 1 and value.is_floating_point() else value
-        for value in example(name)
-    )
+    def half(value):
+        if isinstance(value, list):
+            return [half(each) for each in value]
+        return value.half() if torch.is_tensor(value) and value.dim() > 1 and value.is_floating_point() else value
+
+    given = tuple(half(value) for value in example(name))
     given = tuple(torch.float16 if value is torch.float32 else value for value in given)
     assert ops.OPS[name](*given).dtype == torch.float16
 

@@ -1,0 +1,76 @@
+"""A backbone with branched blocks as a graph: routes and cached deltas go in, what blocks changed comes out.
+
+============== ================================ ==========================================================
+``routes``     ``[blocks]`` int64               number of a branch; anything else: reuse
+``deltas``     ``[blocks, batch, cells, width]`` only with reuse: what each block added the last time (cells: its tokens)
+``changes``    ``[blocks, batch]``              how much it changed its input
+``drifts``     ``[blocks, batch]``              only with reuse: how much that differs from ``deltas``
+``new_deltas`` as ``deltas``                    only with reuse: what it added now
+============== ================================ ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.models.base import Axis, InputSpec
+from qdiff.routing.blocks import Switchboard
+from qdiff.routing.plan import CHANGES, DELTAS, DRIFTS, NEW_DELTAS, ROUTES
+
+CELLS = "cells"  # the axis of a block's tokens
+
+
+@dataclass(frozen=True)
+class Output:
+    """Name and axes of something that a graph returns."""
+
+    name: str
+    axes: tuple[Axis, ...]
+
+
+class RoutesAsInputs(nn.Module):
+    """A backbone that is given its routes, after its own inputs, instead of asking a router."""
+
+    def __init__(self, module: nn.Module, board: Switchboard, width: int) -> None:
+        super().__init__()
+        self.module, self.board, self.width = module, board, width
+        names: Any = module.names
+        self.names = (*names, ROUTES, DELTAS) if board.caching else (*names, ROUTES)
+        self.exact: frozenset[str] = getattr(module, "exact", frozenset())
+
+    def interface(
+        self, example: Mapping[str, Tensor], cells: int
+    ) -> tuple[list[tuple[InputSpec, Tensor]], list[Output]]:
+        """The inputs that are added, with examples, and the outputs.
+
+        Args:
+            example: one recorded call, whose blocks have ``cells`` tokens.
+        """
+        count = self.board.blocks
+        inputs = [(InputSpec(ROUTES, (count,), torch.int64, varies=True), torch.zeros(count, dtype=torch.int64))]
+        outputs = [Output(CHANGES, (count, "batch"))]
+        if self.board.caching:
+            batch = max(2, len(next(iter(example.values()))))
+            axes: tuple[Axis, ...] = (count, "batch", CELLS, self.width)
+            inputs.append((InputSpec(DELTAS, axes, varies=True), torch.zeros(count, batch, cells, self.width)))
+            outputs += [Output(DRIFTS, (count, "batch")), Output(NEW_DELTAS, axes)]
+        return inputs, outputs
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The backbone's inputs in order, ``routes`` and with reuse ``deltas``."""
+        board, added = self.board, 2 if self.board.caching else 1
+        board.pinned, board.routes = True, values[-added]
+        board.deltas = values[-1] if board.caching else None
+        try:
+            prediction = self.module(*values[:-added])
+            if not board.caching:
+                return prediction, board.changes()
+            return prediction, board.changes(), board.drifts(), board.new_deltas()
+        finally:
+            board.pinned, board.deltas = False, None
+            board.clear()

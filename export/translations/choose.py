@@ -1,0 +1,26 @@
+"""``qdiff::choose`` in ONNX: a call that :mod:`qdiff.export.branches` makes an ``If`` of before the file is written; and
+``qdiff::shaped_like``, a Reshape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qdiff.export.branches import CHOOSE
+from qdiff.export.function_text import DOMAIN
+from qdiff.export.translations import translates
+from qdiff.export.translations.quantizers import call
+
+
+@translates("qdiff::choose", "onnxruntime", "tensorrt")
+def choose(which: Any, alternatives: Sequence[Any]) -> Any:
+    """Arguments of :func:`qdiff.ops.choose`."""
+    return call(DOMAIN, f"{CHOOSE}{len(alternatives)}", [which, *alternatives], ["T1"])
+
+
+@translates("qdiff::shaped_like", "onnxruntime", "tensorrt")
+def shaped_like(x: Any, reference: Any) -> Any:
+    """Arguments of :func:`qdiff.ops.shaped_like`."""
+    from onnxscript import opset23 as op
+
+    return op.Reshape(x, op.Shape(reference))

@@ -1,0 +1,68 @@
+"""A backbone that follows a routing plan when it is called: a router before and after every forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qdiff.routing.blocks import board_of
+from qdiff.routing.plan import RoutingPlan
+from qdiff.routing.router import Router, nearest
+
+
+def varying_inputs(family: Any, config: Any) -> frozenset[str]:
+    """Names of the inputs that change from step to step."""
+    return frozenset(spec.name for spec in family.inputs(config) if spec.varies)
+
+
+NOISE = 0.1  # about what NVFP4 does to what a block adds
+
+
+@dataclass(frozen=True)
+class Following:
+    """A backbone's router, until it is stopped."""
+
+    router: Router
+    hooks: list[Any]
+
+    def stop(self) -> None:
+        """Leaves the backbone with the routes that it has."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
+    """Sets the routes of every call from now on.
+
+    Args:
+        family: :class:`qdiff.models.base.Family` of the backbone.
+        backbone: with the branches of ``plan``.
+    """
+    board = board_of(backbone)
+    assert board is not None
+    router = Router(plan, varying_inputs(family, backbone.config))
+    board.caching = plan.reuse is not None
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not board.pinned:
+            inputs = family.capture(args, kwargs)
+            timestep = float(inputs["timestep"].reshape(-1)[0])
+            board.routes, board.deltas = router.route(timestep, inputs)
+            here = nearest(router.plan.timesteps, timestep) == router.disturbed
+            board.noise = NOISE if here else 0.0
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not board.pinned:
+            if board.caching:
+                router.observe(board.changes(), board.drifts(), board.new_deltas())
+            else:
+                router.observe(board.changes())
+            board.clear()
+
+    hooks = [
+        backbone.register_forward_pre_hook(before, with_kwargs=True),
+        backbone.register_forward_hook(after, with_kwargs=True),
+    ]
+    return Following(router, hooks)

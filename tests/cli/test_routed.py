@@ -1,0 +1,118 @@
+"""Recipe routed on the command line: branches in one graph, routes by timestep, blocks that are left out, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qdiff.artifacts import Run
+from qdiff.checkpoint import load_quantized
+from qdiff.files import read_json
+from qdiff.models import FAMILIES
+from qdiff.plan import Plan
+from qdiff.routing.blocks import board_of
+from qdiff.routing.plan import REUSE
+from qdiff.stages.build import load_runner
+from qdiff.trajectory import Trajectory
+
+SETTINGS = ("--weights", "random:pixart-tiny", "--samples", 4, "--batch", 2, "--steps", 6)
+ROUTED = ("--recipe", "routed", "--set", "routing.pictures=1", "--set", "routing.rule=table")
+
+
+@pytest.fixture(scope="module")
+def calibrated(cli, tmp_path_factory):
+    path = tmp_path_factory.mktemp("routed") / "run"
+    assert cli("calibrate", *SETTINGS, "-o", path).code == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def routed(cli, calibrated):
+    """Blocks in INT8 and NVFP4, with what they added kept, in engines of both targets."""
+    reuse = "routing.reuse={loss_db: 20, in_a_row: 1}"
+    for command in (
+        ("quantize", calibrated, *ROUTED, "--budget", "bits=7", "--set", reuse),
+        ("export", calibrated, "--target", "onnxruntime"),
+        ("export", calibrated, "--target", "tensorrt"),
+        ("build", calibrated, "--engine", "onnxruntime"),
+        ("build", calibrated, "--engine", "openvino"),
+        ("compare", calibrated, "--engine", "onnxruntime", "--pictures", 1),
+        ("report", calibrated),
+    ):
+        result = cli(*command)
+        assert result.code == 0, result.err
+    return calibrated
+
+
+def test_plan_and_report_tell_routes_and_what_they_cost(routed):
+    plan = Plan.load(routed / "plan.json")
+    routing = plan.routing
+    assert routing is not None and routing.rule == "table" and routing.reuse is not None
+    assert [block.name for block in routing.blocks] == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert routing.used_bits <= 7 < routing.resident_bits and 0 < routing.skipped < 0.5
+    names = [layer.name for layer in plan.layers]
+    for block in routing.blocks:
+        if len(block.branches) == 2:
+            assert f"{block.name}.branches.1.attn1.to_q" in names and len(set(block.table)) == 2
+    tried = read_json(routed / "routing.json", "the routes")
+    assert {row["name"] for row in tried["rules"]} == {"static", "table", "predicted"}
+    assert [row["name"] for row in tried["uniform"]] == ["int8", "nvfp4"]
+    report = read_json(routed / "report.json", "the report")["routing"]
+    assert len(report["routes"]) == 6 and report["resident_bits"] == routing.resident_bits
+    page = (routed / "report.html").read_text()
+    assert 'id="routing"' in page and "left out" in page
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_takes_the_routes_and_deltas_that_torch_takes(routed, engine):
+    plan = Plan.load(routed / "plan.json")
+    module, runner = load_quantized(plan, routed / "model.safetensors"), load_runner(Run.existing(routed), engine, None)
+    assert {spec.name for spec in runner.inputs} == {spec.name for spec in FAMILIES["pixart"].inputs(plan.config)}
+    for step in Trajectory(routed / "calibration").steps(1):
+        wanted = FAMILIES["pixart"].call(module, step.inputs)
+        assert torch.allclose(runner(step.inputs), wanted, atol=0.02 * float(wanted.abs().max())), step.timestep
+    routes = [routes for _, routes in runner.router.history]
+    assert any(REUSE in each for each in routes) and any(0 in each for each in routes)
+    assert REUSE not in routes[0], "there is nothing to reuse yet"
+    runner.close()
+
+
+def test_one_route_for_all_is_the_recipe_itself(routed, cli, tmp_path, calibrated):
+    plan, step = Plan.load(routed / "plan.json"), next(iter(Trajectory(routed / "calibration")))
+    module = load_quantized(plan, routed / "model.safetensors")
+    board, backbones = board_of(module), {}
+    board.pinned = True  # no router is asked
+    found = {}
+    for branch in (0, 1):
+        board.routes = [min(branch, len(block.branches) - 1) for block in plan.routing.blocks]
+        found[branch] = FAMILIES["pixart"].call(module, step.inputs)
+    assert not torch.equal(found[0], found[1])
+    from qdiff.models.base import quantizable_layers
+    from qdiff.quantize import quantize
+    from qdiff.recipe import load_recipe
+    from qdiff.stages.calibrate import reload_model
+    from qdiff.statistics import Statistics
+
+    statistics = Statistics.load(routed / "calibration" / "statistics.safetensors")
+    if all(len(block.branches) == 2 for block in plan.routing.blocks):
+        model = reload_model(Run.existing(routed))
+        quantize(model, load_recipe("int8"), statistics, Trajectory(routed / "calibration"))
+        backbones["int8"] = model.backbone
+        assert not quantizable_layers(model.backbone)
+        assert torch.equal(FAMILIES["pixart"].call(model.backbone, step.inputs), found[0])
+
+
+def test_tensorrt_builds_both_branches_for_one_batch(routed, cli, fails):
+    pytest.importorskip("tensorrt_rtx")
+    build = ("build", routed, "--engine", "tensorrt_rtx", "--compute-capability", "12.0")
+    assert cli(*build).code == 0
+    fails(2, ["one batch size", "--profile batch=2"], *build, "--profile", "batch=1-4")
+
+
+def test_what_cannot_be_routed_is_refused(calibrated, fails, tmp_path):
+    quantize = ("quantize", calibrated, "--force", *ROUTED)
+    fails(3, "below", *quantize, "--budget", "bits=2")
+    fails(3, "one recipe", *quantize, "--set", "routing.recipes=[int8]")
+    fails(3, "cannot follow block lists yet", *quantize, "--density", "0.5")
+    fails(3, "chooses among others", *quantize, "--set", "routing.recipes=[int8, mixed]")
+    fails(3, "routing.budget", *quantize, "--set", "routing.budget={bytes: 5}")
