@@ -17,6 +17,14 @@ EXAMPLES = {
     "Snowman": "a snowman on a purple background",
     "Guitar": "a guitar on a green background",
 }
+CLIPS = {
+    "Rocket": "a rocket flies up on a blue background",
+    "Cheese": "a cheese wedge spins on a red background",
+    "Octopus": "an octopus moves left on a yellow background",
+    "Apple": "a red apple falls on a white background",
+    "Snowman": "a snowman fades away on a purple background",
+    "Guitar": "a guitar grows on a green background",
+}  # of the same names, for models that make clips
 
 
 def build_page(service: Service) -> Any:

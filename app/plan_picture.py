@@ -6,12 +6,15 @@ The map has a row for each block and a cell for each layer in it: colour is the 
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Any
 
 from qdiff.app.sources import Source
 from qdiff.app.views import empty, table, text
-from qdiff.report_data import LayerResult, db, megabytes, percent, seconds, times
+from qdiff.artifacts import Run
+from qdiff.report_data import AttentionResult, LayerResult, RoutingResult, db, megabytes, percent, seconds, times
+from qdiff.routing.plan import REUSE
 
 _BLOCK = re.compile(r"^((?:\w*(?:blocks|layers)\.\d+\.)+)(.+)$")
 
@@ -39,6 +42,12 @@ def inspect(source: Source) -> str:
         ),
         ("Error of each layer", "Signal to quantization noise of its output.", layer_plot(data.layers, colours)),
         ("Error over the timesteps", "Of the whole backbone, from the first step to the last.", timestep_plot(data)),
+        *([("Precision by step", _route_words(data.routing), route_map(data.routing))] if data.routing else []),
+        *(
+            [("Sparse attention", _mask_words(data.attention), _masks(source.run, data.attention))]
+            if data.attention
+            else []
+        ),
         ("Asked for and realised", _realised_words(data), _realised(data)),
         ("Engines", "", engines),
         ("Stages", "", table(["stage", "time", "peak memory"], stages, "stages")),
@@ -94,6 +103,46 @@ def _cell(name: str, layer: LayerResult, colours: dict[str, int], low: float, hi
     style = f"--format:var(--s{colours[layer.requested]});--share:{share:.0f}%"
     value = f"{layer.sqnr_db:.0f}" if layer.sqnr_db is not None else "·"
     return f'<span style="{style}" title="{text(title)}"><b>{text(name)}</b>{value}</span>'
+
+
+def route_map(routing: RoutingResult) -> str:
+    """Routes as a grid: a row for each block, a cell for each step of a picture."""
+    colours = {**{index: f"s{index}" for index in range(len(routing.recipes))}, REUSE: "panel"}
+    names = {**dict(enumerate(routing.recipes)), REUSE: "left out"}
+    used = sorted({route for step in routing.routes for route in step}, reverse=True)
+    legend = "".join(f'<span><i style="--format:var(--{colours[n]})"></i>{text(names[n])}</span>' for n in used)
+    rows = []
+    for number, block in enumerate(routing.blocks):
+        cells = "".join(
+            _route(f"{block} at timestep {timestep:.0f}: {names[step[number]]}", colours[step[number]])
+            for timestep, step in zip(routing.timesteps, routing.routes, strict=True)
+        )
+        rows.append(f'<div class="qd-map-row"><h4>{text(block)}</h4><div>{cells}</div></div>')
+    columns = max(1, len(routing.routes))
+    return f'<div class="qd-legend">{legend}</div><div class="qd-map" style="--columns:{columns}">{"".join(rows)}</div>'
+
+
+def _route(title: str, colour: str) -> str:
+    return f'<span style="--format:var(--{colour});--share:100%" title="{text(title)}">&#8203;</span>'
+
+
+def _route_words(routing: RoutingResult) -> str:
+    words = f"A cell for each step, the first on the left. {routing.used_bits:.2f} bits a weight are computed with"
+    words += f", {routing.resident_bits:.2f} are in memory" if routing.resident_bits else ""
+    return words + (f"; {percent(routing.skipped)} of the evaluations are left out." if routing.skipped else ".")
+
+
+def _mask_words(attention: AttentionResult) -> str:
+    read = f"{percent(attention.density)} of the blocks are read."
+    return f"{read} Dark is read: a column for each head, a row for each group of steps."
+
+
+def _masks(run: Run, attention: AttentionResult) -> str | None:
+    path = run.file(attention.picture or "")
+    if attention.picture is None or not path.is_file():
+        return None
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="qd-masks" alt="masks of the heads" src="data:image/png;base64,{data}">'
 
 
 def _realised_words(data: Any) -> str:

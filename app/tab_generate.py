@@ -20,7 +20,7 @@ def add(service: Service) -> Any:
     """Adds the tab's components; returns the list of models, which a finished build changes."""
     import gradio as gr
 
-    from qdiff.app.page import EXAMPLES
+    from qdiff.app.page import CLIPS, EXAMPLES
 
     limits, first = service.limits, service.sources[""]
     own = service.defaults(first)
@@ -156,9 +156,13 @@ def add(service: Service) -> Any:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     gr.on([go.click, prompt.submit], generate, [*inputs, history], working, **quiet)
+
+    def words(example: str, chosen: str) -> str:
+        return (CLIPS if service.sources[chosen].family.media == "video" else EXAMPLES)[example]
+
     for name, example in examples.items():
-        said = functools.partial(EXAMPLES.__getitem__, name)
-        example.click(said, None, prompt, queue=False, api_visibility="private").then(
+        said = functools.partial(words, name)
+        example.click(said, model, prompt, queue=False, api_visibility="private").then(
             generate, [*inputs, history], working, **quiet
         )
 

@@ -78,6 +78,7 @@ def test_the_page_plays_clips(make_service, filmed, finished, browser, serve):
     page.get_by_text("More settings").click()
     page.wait_for_selector("#frames input")
     page.get_by_role("button", name="Rocket").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('flies up')")
     page.wait_for_selector("#canvas .done video", timeout=60_000)
     page.wait_for_function("document.querySelector('#canvas video').readyState >= 2")
     with page.expect_download() as download:
