@@ -176,7 +176,7 @@ def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Co
     most = len(blocks) if routing.blocks is None else min(routing.blocks, len(blocks))
     static = solve(measured.predictions, costs, budget, 0)
     found: dict[Rule, RoutingPlan] = {"static": _of_table(routing, "static", blocks, measured, static, costs)}
-    if most:
+    if most and len(measured.timesteps) > 1:
         table = solve(measured.predictions, costs, budget, most)
         found["table"] = _of_table(routing, "table", blocks, measured, table, costs)
         found["predicted"] = _of_predictors(found["table"], measured, costs, budget)
@@ -252,6 +252,8 @@ def _with_reuse(
     ]
     chosen = chosen.model_copy(update={"blocks": blocks})
     expected = measured.reused[measured.reused.isfinite() & (measured.reused > 0)]
+    if not len(expected):  # a single step
+        return chosen
     low, high = float((expected.min() / 10).log()), float((expected.max() * 10).log())
     kept, skipped = chosen, 0.0
     for _ in range(ROUNDS):

@@ -110,7 +110,13 @@ class ByPlan:
     def draft(self, model: Model, statistics: Statistics) -> Draft:
         from qdiff.drafting import Draft, change
         from qdiff.edited_plan import settle
+        from qdiff.errors import InputError
 
+        if self.plan.structure.branches:
+            raise InputError(
+                f"{self.source} has blocks with several branches, and no plan by hand can",
+                "change the routing of the recipe: qdiff quantize RUN --recipe routed --set routing.…",
+            )
         statistics = change(model, self.plan.structure, statistics)
         settled = settle(self.plan, model, statistics, self.before, self.source)
         return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})

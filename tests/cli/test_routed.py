@@ -109,6 +109,18 @@ def test_tensorrt_builds_both_branches_for_one_batch(routed, cli, fails):
     fails(2, ["one batch size", "--profile batch=2"], *build, "--profile", "batch=1-4")
 
 
+def test_one_step_has_nothing_to_route_by(cli, tmp_path):
+    path = tmp_path / "run"
+    assert cli("calibrate", "--weights", "random:pixart-tiny", "--samples", 1, "--steps", 1, "-o", path).code == 0
+    reuse = "routing.reuse={loss_db: 1}"
+    assert cli("quantize", path, "--recipe", "routed", "--budget", "bits=7", "--set", reuse).code == 0
+    assert [row["name"] for row in read_json(path / "routing.json", "the routes")["rules"]] == ["static"]
+
+
+def test_a_plan_with_branches_is_not_applied_by_hand(routed, fails):
+    fails(3, "several branches", "quantize", routed, "--plan", routed / "plan.json", "--force")
+
+
 def test_what_cannot_be_routed_is_refused(calibrated, fails, tmp_path):
     quantize = ("quantize", calibrated, "--force", *ROUTED)
     fails(3, "below", *quantize, "--budget", "bits=2")
