@@ -24,6 +24,7 @@ from qdiff.routing.router import Router
 from qdiff.routing.table import Costs, solve
 
 ROUNDS = 7  # of the bisection for a tolerance
+WEIGHED = ", weighed"  # a rule whose errors were multiplied by the influence of their step
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Decision:
         recipes: of the branches.
         blocks: names of all blocks of the chain.
         influence: of each timestep, see :func:`influence`.
-        chosen: name of the rule that was taken.
+        chosen: name of what was taken among ``rules``.
         rules, uniform, reuse: pictures of rules, of recipes alone, and of tolerances of reuse.
         final: pictures of what was taken.
         r2: of the predictors on held-out prompts, by block.
@@ -118,30 +119,31 @@ def decide(
         costs: of their branches, which are ``routing.recipes``.
     """
     weights = influence(routing, blocks, measured, court)
-    measured = replace(measured, predictions=measured.predictions * weights[:, None], reused=measured.reused * weights)
+    weighed = replace(measured, predictions=measured.predictions * weights[:, None], reused=measured.reused * weights)
     found = plans(routing, blocks, measured, costs)
+    again = plans(routing, blocks, weighed, costs)
+    found |= {f"{rule}{WEIGHED}": plan for rule, plan in again.items() if rule != "static"}
     decision = Decision(list(routing.recipes), list(blocks), weights.tolist())
     rounds = len(found) + len(routing.recipes) + (ROUNDS if routing.reuse else 0)
     with Progress("pictures of routes", rounds) as progress:
-        for rule, plan in found.items():
-            decision.rules.append(court.hear(rule, plan))
+        for name, plan in found.items():
+            decision.rules.append(court.hear(name, plan))
             progress.advance()
         for branch, recipe in enumerate(routing.recipes):
             constant = torch.full((len(blocks), len(measured.timesteps)), branch)
             decision.uniform.append(court.hear(recipe, _of_table(routing, "static", blocks, measured, constant, costs)))
             progress.advance()
-        best = max(decision.rules, key=lambda tried: (tried.name == routing.rule, tried.psnr_db))
-        chosen = found[best.name]  # type: ignore[index]
-        if best.name == "static" and len(routing.recipes) > 1:
+        best = max(decision.rules, key=lambda tried: (found[tried.name].rule == routing.rule, tried.psnr_db))
+        chosen = found[best.name]
+        if chosen.rule == "static" and len(routing.recipes) > 1:
             log.warning("routing: pictures are best when no block switches (docs/guide/routing.md)")
         if routing.reuse is not None:
-            chosen = _with_reuse(routing, chosen, best.psnr_db, measured, court, decision, progress)
+            chosen = _with_reuse(routing, chosen, best.psnr_db, weighed, court, decision, progress)
     decision.chosen = best.name
     decision.final = court.hear(best.name, chosen)
-    predicted = found["predicted"].blocks if "predicted" in found else []
-    decision.r2 = {block.name: block.predictor.r2 for block in predicted if block.predictor is not None}
-    pictures = [index for index, (now, _) in enumerate(court.router.history) if now == court.router.history[0][0]]
-    decision.history = court.router.history[pictures[-1] :]
+    predictors = {block.name: block.predictor for plan in found.values() for block in plan.blocks if block.predictor}
+    decision.r2 = {name: predictor.r2 for name, predictor in predictors.items()}
+    decision.history = court.router.latest()
     return chosen, decision
 
 
@@ -166,8 +168,8 @@ def influence(routing: Routing, blocks: Sequence[str], measured: Measured, court
     return found / found.mean()
 
 
-def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs) -> dict[Rule, RoutingPlan]:
-    """A plan for every rule, all of the same average bits. Arguments as of :func:`decide`."""
+def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs) -> dict[str, RoutingPlan]:
+    """A plan for every rule, by its name, all of the same average bits. Arguments as of :func:`decide`."""
     if len(routing.recipes) == 1:
         zeros = torch.zeros(len(blocks), len(measured.timesteps), dtype=torch.int64)
         return {"static": _of_table(routing, "static", blocks, measured, zeros, costs)}
@@ -175,7 +177,7 @@ def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Co
     budget = routing.budget["bits"]
     most = len(blocks) if routing.blocks is None else min(routing.blocks, len(blocks))
     static = solve(measured.predictions, costs, budget, 0)
-    found: dict[Rule, RoutingPlan] = {"static": _of_table(routing, "static", blocks, measured, static, costs)}
+    found: dict[str, RoutingPlan] = {"static": _of_table(routing, "static", blocks, measured, static, costs)}
     if most and len(measured.timesteps) > 1:
         table = solve(measured.predictions, costs, budget, most)
         found["table"] = _of_table(routing, "table", blocks, measured, table, costs)

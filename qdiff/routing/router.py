@@ -43,6 +43,7 @@ class State:
     left_out: list[int]
     drifted: list[float]
     deltas: Tensor | None = None
+    history: list[tuple[float, list[int]]] = field(default_factory=list)
 
 
 @dataclass
@@ -106,10 +107,15 @@ class Router:
                 new.left_out[index] = before.left_out[index] + 1
                 new.drifted[index] = before.drifted[index] + before.drifts[index]
         self.history.append((timestep, routes))
+        new.history = [*(before.history if before is not None else []), (timestep, routes)]
         self._states[key] = new
         self._states.move_to_end(key)
         while len(self._states) > REMEMBERED:
             self._states.popitem(last=False)
+
+    def latest(self) -> list[tuple[float, list[int]]]:
+        """Timesteps and routes of the picture, or of its branch of guidance, that was called for last."""
+        return next(reversed(self._states.values())).history if self._states else []
 
     def forget(self) -> None:
         """Drops all state and all counts."""

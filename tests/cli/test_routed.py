@@ -55,7 +55,8 @@ def test_plan_and_report_tell_routes_and_what_they_cost(routed):
         if len(block.branches) == 2:
             assert f"{block.name}.branches.1.attn1.to_q" in names and len(set(block.table)) == 2
     tried = read_json(routed / "routing.json", "the routes")
-    assert {row["name"] for row in tried["rules"]} == {"static", "table", "predicted"}
+    rules = {"static", "table", "predicted", "table, weighed", "predicted, weighed"}
+    assert {row["name"] for row in tried["rules"]} == rules and len(tried["influence"]) == 6
     assert [row["name"] for row in tried["uniform"]] == ["int8", "nvfp4"]
     report = read_json(routed / "report.json", "the report")["routing"]
     assert len(report["routes"]) == 6 and report["resident_bits"] == routing.resident_bits
