@@ -10,7 +10,6 @@ from qdiff.checkpoint import load_quantized
 from qdiff.files import read_json
 from qdiff.models import FAMILIES
 from qdiff.plan import Plan
-from qdiff.routing.blocks import board_of
 from qdiff.routing.plan import REUSE
 from qdiff.stages.build import load_runner
 from qdiff.trajectory import Trajectory
@@ -78,29 +77,34 @@ def test_an_engine_takes_the_routes_and_deltas_that_torch_takes(routed, engine):
     runner.close()
 
 
-def test_one_route_for_all_is_the_recipe_itself(routed, cli, tmp_path, calibrated):
-    plan, step = Plan.load(routed / "plan.json"), next(iter(Trajectory(routed / "calibration")))
-    module = load_quantized(plan, routed / "model.safetensors")
-    board, backbones = board_of(module), {}
-    board.pinned = True  # no router is asked
-    found = {}
-    for branch in (0, 1):
-        board.routes = [min(branch, len(block.branches) - 1) for block in plan.routing.blocks]
-        found[branch] = FAMILIES["pixart"].call(module, step.inputs)
-    assert not torch.equal(found[0], found[1])
-    from qdiff.models.base import quantizable_layers
+def test_one_route_for_all_is_the_recipe_itself(calibrated):
+    from qdiff.candidates import with_own_backbone
     from qdiff.quantize import quantize
     from qdiff.recipe import load_recipe
+    from qdiff.routing.assemble import Version, assemble, joined_plan, share_clock
     from qdiff.stages.calibrate import reload_model
     from qdiff.statistics import Statistics
 
-    statistics = Statistics.load(routed / "calibration" / "statistics.safetensors")
-    if all(len(block.branches) == 2 for block in plan.routing.blocks):
-        model = reload_model(Run.existing(routed))
-        quantize(model, load_recipe("int8"), statistics, Trajectory(routed / "calibration"))
-        backbones["int8"] = model.backbone
-        assert not quantizable_layers(model.backbone)
-        assert torch.equal(FAMILIES["pixart"].call(model.backbone, step.inputs), found[0])
+    model, trajectory = reload_model(Run.existing(calibrated)), Trajectory(calibrated / "calibration")
+    statistics = Statistics.load(calibrated / "calibration" / "statistics.safetensors")
+    versions = []
+    for name in ("int8", "nvfp4"):
+        own = with_own_backbone(model)
+        plan = quantize(own, load_recipe(name), statistics, trajectory)
+        versions.append(Version(plan, own.backbone))
+    step = next(iter(trajectory))
+    alone = [model.family.call(version.backbone, step.inputs) for version in versions]
+    assert not torch.equal(*alone)
+    share_clock(versions)
+    blocks = {name: [0, 1] for name in model.family.blocks(model.backbone)}
+    board = assemble(versions, blocks, keep=False)
+    for branch, expected in enumerate(alone):
+        board.routes = [branch] * len(blocks)
+        assert torch.equal(model.family.call(versions[0].backbone, step.inputs), expected)
+    names = [layer.name for layer in joined_plan(versions, blocks, False, "routed").layers]
+    assert len(set(names)) == len(names) and sum(".branches.1." in name for name in names) == sum(
+        layer.name.startswith(tuple(f"{block}." for block in blocks)) for layer in versions[1].plan.layers
+    )
 
 
 def test_tensorrt_builds_both_branches_for_one_batch(routed, cli, fails):
