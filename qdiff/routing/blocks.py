@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
 from qdiff.routing.plan import REUSE
+
+if TYPE_CHECKING:
+    from qdiff.routing.router import Router
 
 TINY = 1e-20  # no block's input or delta sums to less, unless there is none yet
 
@@ -35,6 +38,7 @@ class Switchboard:
         self.blocks = blocks
         self.routes: Sequence[int] | Tensor = [0] * blocks
         self.deltas: Tensor | None = None
+        self.router: Router | None = None  # who sets the routes of calls in torch
         self.caching = False  # whether deltas are kept
         self.noise = 0.0  # of what blocks add, relative: to find out what becomes of errors
         self.pinned = False  # whether routes are set from outside: no router is asked

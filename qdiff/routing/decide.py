@@ -96,7 +96,7 @@ class Court:
         Args:
             disturbed: index of a timestep at which all blocks err a little.
         """
-        self.router.plan, self.router.disturbed = plan, disturbed
+        self.router.plan, self.router.disturbed, self.router.record = plan, disturbed, True
         self.router.forget()
         psnr = self.judge()
         spent = evaluated = 0.0

@@ -43,7 +43,7 @@ def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
     board = board_of(backbone)
     assert board is not None
     router = Router(plan, varying_inputs(family, backbone.config))
-    board.caching = plan.reuse is not None
+    board.router, board.caching = router, plan.reuse is not None
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not board.pinned:

@@ -54,13 +54,16 @@ class Router:
         plan: whose rules are followed.
         varying: inputs that change from step to step; the others are the condition.
 
-    ``counts`` are block evaluations so far by route.
+    ``counts`` are block evaluations so far by route. With ``record`` the ``history`` of all calls is kept; a ``script`` (routes
+    by timestep) is followed instead of the rules.
     """
 
     plan: RoutingPlan
     varying: frozenset[str]
     counts: dict[int, int] = field(default_factory=dict)
     history: list[tuple[float, list[int]]] = field(default_factory=list)
+    record: bool = False
+    script: Mapping[float, list[int]] | None = None
     disturbed: int | None = (
         None  # index of a timestep at which blocks are to err, see :func:`qdiff.routing.decide.influence`
     )
@@ -82,6 +85,7 @@ class Router:
         if state is not None and (timestep >= state.timestep or shape != state.shape):
             state = None
         routes = [self._route(index, block, timestep, state) for index, block in enumerate(self.plan.blocks)]
+        routes = routes if self.script is None else self.script[timestep]
         self._call = key, timestep, shape, state, routes
         return routes, None if state is None else state.deltas
 
@@ -106,7 +110,8 @@ class Router:
                 new.changes[index], new.drifts[index] = before.changes[index], before.drifts[index]
                 new.left_out[index] = before.left_out[index] + 1
                 new.drifted[index] = before.drifted[index] + before.drifts[index]
-        self.history.append((timestep, routes))
+        if self.record:
+            self.history.append((timestep, routes))
         new.history = [*(before.history if before is not None else []), (timestep, routes)]
         self._states[key] = new
         self._states.move_to_end(key)

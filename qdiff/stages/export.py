@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +138,17 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     steps = list(islice(Trajectory(run.file("calibration")).steps(0), len(references)))
     release_memory()
     backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)
+    router = None
+    if plan.routing is not None:
+        from qdiff.routing.blocks import board_of
+
+        # Samples of a batch share routes. So it is one sample alone, and its routes are those that the module took.
+        board = board_of(backbone)
+        router = None if board is None else board.router
+        assert router is not None
+        router.record = True
+        steps = [replace(step, inputs={name: x[-1:] for name, x in step.inputs.items()}) for step in steps]
+        references = [reference[-1:] for reference in references]
     expected = expected_outputs(FAMILIES[plan.family], backbone, steps)
     del backbone
     release_memory()
@@ -146,6 +157,8 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder, emulated(path) as graph:
         engine.build(graph, Path(folder), options)
         runner = scheduled(run, engine.load(Path(folder), options))
+        if router is not None:
+            runner.router.script = dict(router.history)  # type: ignore[attr-defined]
         try:
             return compare(expected, runner, steps, references)
         finally:

@@ -68,6 +68,7 @@ def test_an_engine_takes_the_routes_and_deltas_that_torch_takes(routed, engine):
     plan = Plan.load(routed / "plan.json")
     module, runner = load_quantized(plan, routed / "model.safetensors"), load_runner(Run.existing(routed), engine, None)
     assert {spec.name for spec in runner.inputs} == {spec.name for spec in FAMILIES["pixart"].inputs(plan.config)}
+    runner.router.record = True
     for step in Trajectory(routed / "calibration").steps(1):
         wanted = FAMILIES["pixart"].call(module, step.inputs)
         assert torch.allclose(runner(step.inputs), wanted, atol=0.02 * float(wanted.abs().max())), step.timestep
