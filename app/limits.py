@@ -94,4 +94,5 @@ class Limits:
     @staticmethod
     def _check_number(what: str, value: float | None, low: float, high: float) -> None:
         if value is not None and not low <= value <= high:  # NaN is not either
-            raise InputError(f"{what.capitalize()} {value:g} is out of range.", f"Take {low:g} to {high:g}.")
+            shown, least, most = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (value, low, high))
+            raise InputError(f"{what.capitalize()} {shown} is out of range.", f"Take {least} to {most}.")

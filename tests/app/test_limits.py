@@ -22,7 +22,7 @@ REFUSED = [
     ({"prompt": "a", "pictures": 0}, "Pictures 0"),
     ({"prompt": "a", "seed": -1}, "Seed -1"),
     ({"prompt": "a", "seed": 2**32}, "Seed"),
-    ({"prompt": "a", "width": 1040}, "Width 1040"),
+    ({"prompt": "a", "width": 1040}, "Width 1,040"),
     ({"prompt": "a", "height": 16}, "Height 16"),
     ({"prompt": "a", "width": 70}, "no multiple of 16"),
     ({"prompt": "a", "model": "../../etc/passwd"}, "unknown model"),
