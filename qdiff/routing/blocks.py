@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
-from qdiff.routing.plan import REUSE
 
 if TYPE_CHECKING:
     from qdiff.routing.router import Router
@@ -170,6 +169,3 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> Switchboa
 def board_of(backbone: nn.Module) -> Switchboard | None:
     """The board of a backbone's blocks, or ``None`` where they have no branches."""
     return next((module.board for module in backbone.modules() if isinstance(module, BranchedBlock)), None)
-
-
-__all__ = ["REUSE", "BranchedBlock", "Switchboard", "board_of", "branch_name", "install_branches"]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qdiff.errors import InputError
-from qdiff.routing.blocks import REUSE, BranchedBlock, Switchboard, install_branches
-from qdiff.routing.plan import Predictor, ReusePlan, RoutedBlock, RoutingPlan
+from qdiff.routing.blocks import BranchedBlock, Switchboard, install_branches
+from qdiff.routing.plan import REUSE, Predictor, ReusePlan, RoutedBlock, RoutingPlan
 from qdiff.routing.predict import fit, threshold
 from qdiff.routing.router import REMEMBERED, Router
 from qdiff.routing.table import Costs, solve
