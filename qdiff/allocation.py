@@ -10,13 +10,19 @@ program). A proxy misleads now and then, so :func:`best` gives several solutions
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from qdiff.errors import InputError
 
-GAP = 1e-5  # relative distance to the bound at which HiGHS may stop, where trees grow large; small programs are solved out
+GAP = 1e-5  # of the whole error: distance to the bound at which HiGHS may stop in programs of more than SMALL choices
+SMALL = 1000
 SECONDS = 60.0  # for one solution
+CORE = 64  # choices beyond one for each item that are looked at first
+PATIENCE = 3  # rounds of four times as many choices that may bring nothing, in programs of more than SMALL choices
+BISECTIONS = 100
 
 
 def allocate(
@@ -37,11 +43,7 @@ def allocate(
     Raises:
         InputError: no solution costs so little; says how little the cheapest costs.
     """
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    count, formats = errors.shape
+    count = len(errors)
     possible = errors.isfinite()
     if not bool(possible.any(dim=1).all()):
         raise InputError(f"item {int((~possible.any(dim=1)).nonzero()[0])} can have none of the formats")
@@ -51,30 +53,98 @@ def allocate(
             f"the budget {budget + fixed:.6g} is below {least + fixed:.6g}, what the cheapest formats come to",
             "raise the budget, allow cheaper formats, or lower mixed.minimum",
         )
-    objective = torch.where(possible, errors, 0.0).double().flatten().numpy()
+    reduced, bound = _relaxed(errors.double(), costs.double(), budget)
+    order = reduced[possible].sort().values
+    small, core, found = errors.numel() <= SMALL, CORE, [math.inf]
+    while True:
+        slack = float(order[min(count + core, len(order)) - 1])
+        choice = _solve(errors.double(), costs.double(), budget, (reduced <= slack) & possible, forbidden or [])
+        everything = count + core >= len(order)
+        if choice is not None:
+            found.append(total(errors, choice))
+            # whatever was left out costs the bound and its own reduced cost at least
+            proven = everything or found[-1] - bound <= max(slack, 0.0 if small else GAP * abs(bound))
+            stuck = len(found) > PATIENCE and found[-1] >= found[-PATIENCE]
+            if proven or (stuck and not small):
+                return choice
+        elif everything:
+            raise InputError(
+                f"no allocation fits the budget {budget + fixed:.6g} but those that were found", "raise the budget"
+            )
+        core *= 4
+
+
+def _relaxed(errors: Tensor, costs: Tensor, budget: float) -> tuple[Tensor, float]:
+    """What every choice costs beyond the best one at the budget's price, ``[N, M]``, and the relaxed program's optimum: no
+    solution with a choice of reduced cost ``r`` is better than the optimum plus ``r`` (Pisinger, A minimal algorithm for the
+    multiple-choice knapsack problem, EJOR 1995, section 3).
+
+    The price is that of one unit of the budget, at which the cheapest sum of errors and prices just fits.
+    """
+    low, high = 0.0, 1e-12
+
+    def fits(price: float) -> bool:
+        return total(costs, (errors + price * costs).argmin(dim=1)) <= budget
+
+    if not fits(0.0):
+        high = float((errors[errors.isfinite()].max() - errors.min()) / costs.abs().max().clamp(min=1e-300)) + 1e-12
+        while not fits(high) and high < 1e300:
+            high *= 4
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+    price = high if low else 0.0
+    priced = errors + price * costs
+    least = priced.amin(dim=1, keepdim=True)
+    return priced - least, float(least.sum()) - price * budget
+
+
+def _solve(errors: Tensor, costs: Tensor, budget: float, among: Tensor, forbidden: list[Tensor]) -> Tensor | None:
+    """The best choice among the marked ones, ``None`` where none of them fits."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    open_items = (among.sum(dim=1) > 1).nonzero().flatten()
+    fixed = among.long().argmax(dim=1)  # of items with one choice
+    settled = torch.ones(len(errors), dtype=torch.bool)
+    settled[open_items] = False
+    left = budget - float(costs.gather(1, fixed[:, None]).flatten()[settled].sum())
+    bans = [ban for ban in forbidden if bool((ban == fixed)[settled].all())]
+    items, formats = among[open_items].nonzero(as_tuple=True)
+    if not len(items):
+        return fixed if left >= -1e-9 * abs(budget) and not bans else None
+    rows = open_items[items]
+    objective = errors[rows, formats].numpy()
+    gap = 0.0
+    if errors.numel() > SMALL:
+        everything = float(errors.gather(1, fixed[:, None]).sum())
+        gap = min(GAP * everything / max(float(errors[open_items].amin(dim=1).sum()), 1e-300), 0.1)
     objective = objective / max(float(objective.max()), 1e-300)  # HiGHS' tolerances are absolute
-    rows = np.repeat(np.arange(count), formats)
-    columns = np.arange(count * formats)
-    one_each = LinearConstraint(csr_array((np.ones(len(columns)), (rows, columns))), 1, 1)
-    scale = max(float(costs.double().sum()), 1e-300)
-    within = LinearConstraint(
-        csr_array(costs.double().flatten().numpy()[None] / scale), -np.inf, budget * (1 + 1e-9) / scale
-    )
-    constraints = [one_each, within]
-    for solution in forbidden or []:
-        chosen = np.zeros(count * formats)
-        chosen[np.arange(count) * formats + solution.numpy()] = 1
-        constraints.append(LinearConstraint(csr_array(chosen[None]), -np.inf, count - 1))
+    spent = costs[rows, formats].numpy()
+    scale = max(float(spent.sum()), 1e-300)
+    places = np.arange(len(items))
+    one_each = csr_array((np.ones(len(items)), (items.numpy(), places)))
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(csr_array(spent[None] / scale), -np.inf, (left + 1e-9 * abs(budget)) / scale),
+    ]
+    for ban in bans:
+        chosen = (ban[rows] == formats).double().numpy()
+        constraints.append(LinearConstraint(csr_array(chosen[None]), -np.inf, len(open_items) - 1))
     result = milp(
         objective,
-        integrality=np.ones(len(columns)),
-        bounds=Bounds(0, possible.flatten().double().numpy()),
+        integrality=np.ones(len(items)),
+        bounds=Bounds(0, 1),
         constraints=constraints,
-        options={"mip_rel_gap": GAP if count * formats > 1000 else 0.0, "time_limit": SECONDS},
+        options={"mip_rel_gap": gap, "time_limit": SECONDS},
     )
     if result.x is None:
-        raise InputError(f"no allocation fits the budget {budget + fixed:.6g} ({result.message})", "raise the budget")
-    return torch.from_numpy(result.x.reshape(count, formats).argmax(1))
+        return None
+    choice = fixed.clone()
+    taken = torch.from_numpy(result.x > 0.5)
+    choice[rows[taken]] = formats[taken]
+    return choice
 
 
 def best(errors: Tensor, costs: Tensor, budget: float, count: int, fixed: float = 0.0) -> list[Tensor]:
@@ -87,7 +157,7 @@ def best(errors: Tensor, costs: Tensor, budget: float, count: int, fixed: float 
             if not found:
                 raise
             break
-    return found
+    return sorted(found, key=lambda choice: total(errors, choice))
 
 
 def cheapest(errors: Tensor, costs: Tensor) -> float:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from qdiff.allocation import allocate, best, equal_loss_bits, total
+from qdiff.allocation import _relaxed, _solve, allocate, best, equal_loss_bits, total
 from qdiff.candidates import Candidates, shared_copy
 from qdiff.costs import DEVICES, milliseconds
 from qdiff.drafting import prepare
@@ -61,6 +61,27 @@ def test_the_best_few_are_different_and_in_order():
     found = best(errors, costs, budget, 5)
     totals = [total(errors, choice) for choice in found]
     assert totals == sorted(totals) and len({tuple(choice.tolist()) for choice in found}) == 5
+
+
+def test_large_programs_leave_out_what_cannot_be_in_the_optimum():
+    """4,000 choices: the optimum among all of them, within the gap, though HiGHS sees a few hundred."""
+    errors, costs = problem(1000, 4, 11)
+    budget = 1.3 * total(costs, torch.zeros(1000, dtype=torch.int64))
+    choice, reference = allocate(errors, costs, budget), _solve(errors, costs, budget, errors.isfinite(), [])
+    assert reference is not None and total(costs, choice) <= budget * (1 + 1e-9)
+    assert total(errors, choice) == pytest.approx(total(errors, reference), rel=3e-5)
+    again = allocate(errors, costs, budget, [choice])
+    assert not torch.equal(again, choice) and total(errors, again) == pytest.approx(total(errors, choice), rel=3e-5)
+
+
+def test_the_relaxed_program_bounds_every_solution():
+    for seed in range(3):
+        errors, costs = problem(8, 3, seed)
+        budget = 1.5 * total(costs, torch.zeros(8, dtype=torch.int64))
+        reduced, bound = _relaxed(errors, costs, budget)
+        for choice in (torch.tensor(each) for each in itertools.product(range(3), repeat=8)):
+            if total(costs, choice) <= budget and math.isfinite(total(errors, choice)):
+                assert total(errors, choice) >= bound + float(reduced.gather(1, choice[:, None]).max()) - 1e-9
 
 
 def test_a_budget_that_nothing_meets_says_what_the_least_is():
