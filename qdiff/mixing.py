@@ -1,8 +1,8 @@
 """From sensitivities and a budget to a format for every group: costs, the solver's best few, and pictures that decide.
 
 Sums of single layers' errors predict the error of a plan well but not perfectly, and a change of the prediction is not yet a
-worse picture. So the solver is asked several times, with errors weighed evenly over the timesteps and with more weight on either
-end, for its best few each time, and the plan whose pictures come closest to the float model's is taken.
+worse picture. So the solver is asked several times, by every table of :meth:`qdiff.sensitivity.Sensitivity.tables`, for its best
+few each time, and the plan whose pictures come closest to the float model's is taken.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Solution:
     """One plan that was looked at.
 
     Args:
-        weighting: how the timesteps were weighed, or the name of a uniform plan.
+        weighting: name of the table that it was solved with, or of a uniform plan.
         formats: of every group, as an index.
         cost: in the budget's unit.
         error: sum of the groups' errors, all timesteps alike.
@@ -120,8 +120,8 @@ def decide(
         )
 
     seen: set[tuple[int, ...]] = set()
-    for weighting, weights in weightings(len(sensitivity.timesteps)).items():
-        table = sensitivity.table(weights).masked_fill(~allowed, math.inf)
+    for weighting, table in sensitivity.tables().items():
+        table = table.masked_fill(~allowed, math.inf)
         for choice in allocation.best(table, costs, budget - fixed, mixed.best if judge else 1, fixed):
             if tuple(choice.tolist()) not in seen:
                 seen.add(tuple(choice.tolist()))
@@ -150,12 +150,6 @@ def decide(
             progress.advance()
     made.chosen = max(range(len(made.solutions)), key=lambda index: made.solutions[index].psnr_db or 0.0)
     return made
-
-
-def weightings(calls: int) -> dict[str, Tensor]:
-    """Weights of the calls, from noise to picture: all alike, and four times as much at one end as at the other."""
-    rising = torch.linspace(1, 4, calls, dtype=torch.float64)
-    return {"even": torch.ones(calls, dtype=torch.float64), "late": rising, "early": rising.flip(0)}
 
 
 def costs_of(

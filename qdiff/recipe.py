@@ -90,7 +90,8 @@ class Mixed(BaseModel):
     among them means that a layer may stay. ``budget`` has one entry: ``bits`` (mean over the weights that are chosen for),
     ``bytes`` (of the whole checkpoint) or ``latency`` (milliseconds of these layers in one step on ``device``). ``minimum``
     maps a pattern of layers to a recipe of the list: no format of fewer bits than that one's. ``calls`` of the backbone
-    measure every layer in every format; ``pictures`` decide between the solver's ``best`` solutions.
+    measure every layer in every format, and ``probes`` pictures, where that is not 0; ``pictures`` decide between the solver's
+    ``best`` solutions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -100,6 +101,7 @@ class Mixed(BaseModel):
     device: str | None = None
     minimum: dict[str, dict[str, str]] = Field(default={}, description="by family: pattern of layers to recipe")
     calls: int = Field(20, ge=1, le=1000)
+    probes: int = Field(0, ge=0, le=64)
     pictures: int = Field(8, ge=0, le=256)
     best: int = Field(4, ge=1, le=32)
 

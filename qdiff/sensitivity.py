@@ -4,8 +4,10 @@ For group ``g`` in format ``f`` on recorded call ``k`` the layers of ``g`` alone
 
     e[g, f, k] = |F_gf(x_k) - F(x_k)|^2 / |F(x_k)|^2
 
-is the change of what the backbone predicts (MixDQ, section 3.2, measures pictures instead; those are made for whole plans here).
-Calls are spread evenly over the timesteps. Beside the truth stand proxies that need no pass for every group:
+is the change of what the backbone predicts. Calls are spread evenly over the timesteps. With ``probes`` the same is done to whole
+pictures, by two measures (MixDQ, arXiv 2405.17873, section 3.2): their squared error, which noise raises and which is called
+quality there, and their loss of structure, ``1 - SSIM``, for content. Both are of 8-bit pictures, so a change of less than half a
+level counts for more than it is. Beside the truth stand proxies that need no pass for every group:
 
 - ``layer``: the error of the group's own outputs, relative to them, on calibration tokens: what methods minimise.
 - ``hessian``: ``tr(H_W) / n |Q(W) - W|^2``, HAWQ's (arXiv 1911.03852, eq. 2) with the Gauss-Newton Hessian of the prediction's
@@ -17,8 +19,10 @@ Calls are spread evenly over the timesteps. Beside the truth stand proxies that 
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from qdiff import ops
 from qdiff.candidates import FLOAT, Candidates
 from qdiff.events import Progress
 from qdiff.files import write_json
+from qdiff.forks import run_all, workers_for
 from qdiff.formats import FORMATS
 from qdiff.layers import QuantLinear
 from qdiff.models.base import Model
@@ -37,6 +42,13 @@ from qdiff.trajectory import Step, Trajectory
 
 PROXIES = ("layer", "hessian", "outputs", "relevance", "baq")
 PROBES = 4  # calls with a random direction each, for the proxies
+CONTENT = (
+    "*.attn2.*",
+    "*.ff.*",
+    "*.ffn.*",
+)  # layers that decide what a picture shows, where the others decide how well (MixDQ)
+
+Look = Callable[[], tuple[float, float]]  # squared error and loss of structure of pictures that a backbone makes now
 
 
 @dataclass
@@ -50,6 +62,7 @@ class Sensitivity:
         errors: ``[group][format][call]``; ``None`` where a group cannot have a format.
         tokens: rows that each group's input has in one sample's call.
         proxies: by name ``[group][format]``.
+        pictures: ``pictures`` and ``structure``, ``[group][format]`` each; empty where none were made.
     """
 
     groups: dict[str, list[str]]
@@ -58,6 +71,27 @@ class Sensitivity:
     errors: list[list[list[float] | None]]
     tokens: list[int]
     proxies: dict[str, list[list[float | None]]]
+    pictures: dict[str, list[list[float | None]]] = field(default_factory=dict)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Errors ``[group, format]`` by what they are errors of, float64, each a reason of its own to choose by.
+
+        Of predictions: ``even``, all timesteps alike, and ``late`` and ``early`` with four times as much weight at one end as at
+        the other. Of pictures, where they were made: ``pictures``, ``structure``, and ``apart``, in which layers of
+        :data:`CONTENT` count by structure and the others by the prediction. Both are put on one scale by their sums; thrice and
+        a third of that stand for MixDQ's sweep over how much of the budget each kind gets.
+        """
+        rising = torch.linspace(1, 4, len(self.timesteps), dtype=torch.float64)
+        found = {"even": self.table(), "late": self.table(rising), "early": self.table(rising.flip(0))}
+        if self.pictures:
+            found |= {name: _whole(rows) for name, rows in self.pictures.items()}
+            content = torch.tensor([_is_content(layers) for layers in self.groups.values()])
+            structure, prediction = found["structure"], found["even"]
+            sums = [float(table[table.isfinite()].sum()) for table in (prediction, structure)]
+            for name, factor in (("apart", 1.0), ("apart, more content", 3.0), ("apart, more quality", 1 / 3)):
+                scaled = structure * (factor * sums[0] / max(sums[1], 1e-300))
+                found[name] = torch.where(content[:, None], scaled, prediction)
+        return found
 
     def table(self, weights: Tensor | None = None) -> Tensor:
         """Errors ``[group, format]`` over all calls, float64; infinite where a format is not to be had.
@@ -77,13 +111,18 @@ class Sensitivity:
 
     def rank_correlations(self) -> dict[str, float | None]:
         """Spearman's correlation of each proxy with the truth, over all groups and formats that have an error; ``None`` where
-        there is none (too few values, or all alike)."""
+        there is none (too few values, or all alike). The truth is the error of pictures where they were made, and the change of
+        the prediction is then one of the proxies, like the loss of structure."""
         from scipy.stats import spearmanr
 
+        tables = {name: _whole(rows) for name, rows in self.proxies.items()}
         truth = self.table().flatten()
+        if self.pictures:
+            tables |= {"prediction": self.table(), "structure": _whole(self.pictures["structure"])}
+            truth = _whole(self.pictures["pictures"]).flatten()
         found: dict[str, float | None] = {}
-        for name, rows in self.proxies.items():
-            values = torch.tensor([math.nan if v is None else v for row in rows for v in row], dtype=torch.float64)
+        for name, table in tables.items():
+            values = table.flatten()
             both = truth.isfinite() & values.isfinite() & (truth > 0)
             ranked = int(both.sum()) > 2 and len(values[both].unique()) > 1
             value = float(spearmanr(truth[both].numpy(), values[both].numpy()).statistic) if ranked else math.nan
@@ -96,47 +135,80 @@ class Sensitivity:
 
 
 def measure(
-    model: Model, candidates: Candidates, trajectory: Trajectory, calls: int, scratch: Scratch | None
+    model: Model,
+    candidates: Candidates,
+    trajectory: Trajectory,
+    calls: int,
+    scratch: Scratch,
+    look: Look | None = None,
 ) -> Sensitivity:
-    """Puts every group into every format, one at a time, and calls the backbone.
+    """Puts every group into every format, one at a time, and calls the backbone, several groups side by side
+    (:mod:`qdiff.forks`).
 
     Args:
         model: float; its backbone is not changed.
         calls: how many recorded calls are looked at.
         scratch: where finished groups are kept, so that a killed measurement goes on with the next.
+        look: compares the pictures that the candidates' backbone makes with the float model's.
     """
     steps = spread(trajectory, calls)
-    backbone = candidates.backbone
     with torch.inference_mode():
         reference = [model.family.call(model.backbone, step.inputs).float() for step in steps]
         tokens = _tokens(model, candidates, steps[0])
     proxies = proxies_of(model, candidates, steps)
-    errors: list[list[list[float] | None]] = []
-    with Progress("sensitivity", len(candidates.groups)) as progress:
-        for index, group in enumerate(candidates.groups):
-            part = f"group-{index:05d}"
-            kept = None if scratch is None else scratch.load(part)
-            if kept is not None:
-                rows = kept[1]
-            else:
-                rows = []
-                for format, possible in enumerate(candidates.possible(group)):
-                    if not possible:
-                        rows.append(None)
-                        continue
-                    candidates.put(group, format)
-                    with torch.inference_mode():
-                        rows.append(
-                            [_error(model, backbone, step, goal) for step, goal in zip(steps, reference, strict=True)]
-                        )
-                candidates.put(group, FLOAT)
-                if scratch is not None:
-                    scratch.save(part, {}, rows)
-            errors.append(rows)
-            progress.advance()
+    groups = list(candidates.groups)
+
+    def rows_of(index: int) -> dict[str, list[Any]]:
+        made: dict[str, list[Any]] = {"errors": [], "pictures": [], "structure": []}
+        for format, possible in enumerate(candidates.possible(groups[index])):
+            errors: list[float] | None = None
+            changes: tuple[float | None, float | None] = (None, None)
+            if possible:
+                candidates.put(groups[index], format)
+                with torch.inference_mode():
+                    pairs = zip(steps, reference, strict=True)
+                    errors = [_error(model, candidates.backbone, step, goal) for step, goal in pairs]
+                changes = look() if look is not None else changes
+            for name, value in zip(made, (errors, *changes), strict=True):
+                made[name].append(value)
+        candidates.put(groups[index], FLOAT)
+        return made
+
+    def part(index: int) -> str:
+        return f"group-{index:05d}"
+
+    left = [index for index in range(len(groups)) if scratch.load(part(index)) is None]
+    with Progress("sensitivity", len(groups)) as progress:
+        progress.advance(len(groups) - len(left))
+        run_all(
+            left, lambda index: scratch.save(part(index), {}, rows_of(index)), workers_for(len(left)), progress.advance
+        )
+    found = [_facts(scratch, part(index)) for index in range(len(groups))]
     return Sensitivity(
-        dict(candidates.groups), candidates.names, [step.timestep for step in steps], errors, tokens, proxies
+        groups=dict(candidates.groups),
+        formats=candidates.names,
+        timesteps=[step.timestep for step in steps],
+        errors=[rows["errors"] for rows in found],
+        tokens=tokens,
+        proxies=proxies,
+        pictures={} if look is None else {name: [rows[name] for rows in found] for name in ("pictures", "structure")},
     )
+
+
+def _facts(scratch: Scratch, part: str) -> dict[str, list[Any]]:
+    kept = scratch.load(part)
+    assert kept is not None, f"{part} was saved"
+    facts: dict[str, list[Any]] = kept[1]
+    return facts
+
+
+def _whole(rows: list[list[float | None]]) -> Tensor:
+    """``[group, format]``, float64; infinite where there is no value."""
+    return torch.tensor([[math.inf if value is None else value for value in row] for row in rows], dtype=torch.float64)
+
+
+def _is_content(layers: list[str]) -> bool:
+    return all(any(fnmatch.fnmatch(layer, pattern) for pattern in CONTENT) for layer in layers)
 
 
 def spread(trajectory: Trajectory, calls: int) -> list[Step]:

@@ -3,6 +3,7 @@ formats or routes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,17 +19,19 @@ if TYPE_CHECKING:
     from qdiff.artifacts import Run
     from qdiff.candidates import Candidates
     from qdiff.drafting import Draft
+    from qdiff.metrics import PairedQuality
     from qdiff.mixing import Allocation, Judge
     from qdiff.models.base import Model
     from qdiff.plan import Plan
     from qdiff.recipe import Attention, Recipe
-    from qdiff.sensitivity import Sensitivity
+    from qdiff.sensitivity import Look, Sensitivity
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
 ALLOCATION, TABLE, ROUTING = "allocation.json", "sensitivity.json", "routing.json"
 MEASURED = "calibration/sensitivity"  # what was measured for mixed recipes, by fingerprint
 PLAN_SEED = 20_000  # of the pictures that decide between plans: neither calibration's nor comparison's
+LOOK_SEED = 25_000  # of the pictures that tell what a group does to them
 
 
 class Decisions(Protocol):
@@ -151,7 +154,8 @@ class ByBudget:
         assert self.recipe.mixed is not None
         members = [member and member.model_dump(mode="json") for member in self.recipe.members()]
         shared = {name: getattr(self.recipe, name) for name in ("ignore", "kept", "split_shortcuts", "first_token")}
-        return {"members": members, "shared": shared, "calls": self.recipe.mixed.calls}
+        measured = {name: getattr(self.recipe.mixed, name) for name in ("calls", "probes")}
+        return {"members": members, "shared": shared, **measured}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
         from qdiff.drafting import Draft, entries_of, prepare
@@ -180,7 +184,9 @@ class ByBudget:
         from qdiff.mixing import Allocation
 
         candidates = Candidates(model, self.recipe, drafted.statistics)
-        table = measured(self.run, model, candidates, trajectory, self.measured_inputs())
+        probes = self.recipe.mixed.probes if self.recipe.mixed else 0
+        look = look_of(self.run, model, candidates.backbone, probes) if probes else None
+        table = measured(self.run, model, candidates, trajectory, self.measured_inputs(), look)
         table.save(work.output(self.run.file(TABLE)))
         kept = scratch.load("allocation")  # a run that was killed goes on with the plan that it had chosen
         made = self._decided(model, candidates, table) if kept is None else Allocation.from_json(kept[1])
@@ -262,13 +268,33 @@ class ByRouting:
 
 def pictures_judge(run: Run, model: Model, backbone: nn.Module, count: int) -> Judge:
     """:func:`judge_of` with ``count`` of the calibration's prompts, on seeds of its own."""
+    return judge_of(run, model, backbone, _prompts(run, count), PLAN_SEED + options_of(run).seed)
+
+
+def look_of(run: Run, model: Model, backbone: nn.Module, count: int) -> Look:
+    """Squared error and loss of structure of ``count`` pictures, of the calibration's prompts on seeds of their own."""
+    compare = comparison(run, model, backbone, _prompts(run, count), LOOK_SEED + options_of(run).seed)
+
+    def look() -> tuple[float, float]:
+        found = compare()
+        errors = [10 ** (-image.psnr_db / 10) for image in found.per_image]
+        return sum(errors) / len(errors), 1.0 - found.ssim_mean
+
+    return look
+
+
+def _prompts(run: Run, count: int) -> list[str]:
     lines = run.file("calibration", "prompts.txt").read_text(encoding="utf-8").splitlines()
-    prompts = [lines[index % len(lines)] for index in range(count)]
-    return judge_of(run, model, backbone, prompts, PLAN_SEED + options_of(run).seed)
+    return [lines[index % len(lines)] for index in range(count)]
 
 
 def measured(
-    run: Run, model: Model, candidates: Candidates, trajectory: Trajectory, depends_on: dict[str, Any]
+    run: Run,
+    model: Model,
+    candidates: Candidates,
+    trajectory: Trajectory,
+    depends_on: dict[str, Any],
+    look: Look | None = None,
 ) -> Sensitivity:
     """Sensitivities, measured once for a calibration and the recipes that are chosen from; the budget does not matter.
 
@@ -281,13 +307,21 @@ def measured(
     found = scratch.load("table")
     if found is not None:
         return Sensitivity(**found[1])
-    table = measure(model, candidates, trajectory, depends_on["calls"], scratch)
+    table = measure(model, candidates, trajectory, depends_on["calls"], scratch, look)
     scratch.clear()
     scratch.save("table", {}, asdict(table))
     return table
 
 
 def judge_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> Judge:
+    """Mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
+    compare = comparison(run, model, candidate, prompts, seed)
+    return lambda: compare().psnr_db_mean
+
+
+def comparison(
+    run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int
+) -> Callable[[], PairedQuality]:
     """Compares the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds.
 
     Args:
@@ -309,4 +343,4 @@ def judge_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], s
         return to_pixels(simulate(model, backbone, request, batch))
 
     expected = make(model.backbone)
-    return lambda: paired(expected, make(candidate)).psnr_db_mean
+    return lambda: paired(expected, make(candidate))

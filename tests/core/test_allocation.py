@@ -13,9 +13,11 @@ from qdiff.candidates import Candidates, shared_copy
 from qdiff.costs import DEVICES, milliseconds
 from qdiff.drafting import prepare
 from qdiff.errors import InputError, UsageError
+from qdiff.layers import QuantLinear
 from qdiff.mixing import costs_of, decide
 from qdiff.plan import LayerPlan
 from qdiff.recipe import Recipe, budget_override, load_recipe
+from qdiff.scratch import Scratch
 from qdiff.sensitivity import measure, spread
 from qdiff.statistics import Statistics
 from qdiff.trajectory import Trajectory
@@ -172,11 +174,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def measured(finished, tiny, recipe):
+def measured(finished, tiny, recipe, tmp_path_factory):
     model, folder = tiny(), finished.path / "calibration"
     _, statistics = prepare(model, recipe, Statistics.load(folder / "statistics.safetensors"))
     candidates = Candidates(model, recipe, statistics)
-    return model, candidates, Trajectory(folder), measure(model, candidates, Trajectory(folder), 3, None)
+    scratch = Scratch(tmp_path_factory.mktemp("sensitivity"), "owner")
+    return model, candidates, Trajectory(folder), measure(model, candidates, Trajectory(folder), 3, scratch)
 
 
 def test_a_sensitivity_is_what_one_group_alone_does_to_the_prediction(measured):
@@ -208,15 +211,38 @@ def test_measuring_changes_neither_the_model_nor_the_order_of_calls(measured, ti
 
 
 def test_a_killed_measurement_goes_on(measured, tmp_path):
-    from qdiff.scratch import Scratch
-
     model, candidates, trajectory, found = measured
     scratch = Scratch(tmp_path, "owner")
     first = list(candidates.groups)[0]
-    scratch.save("group-00000", {}, [[1.0] * 3] * 3)
+    scratch.save("group-00000", {}, {"errors": [[1.0] * 3] * 3})
     again = measure(model, candidates, trajectory, 3, scratch)
     assert again.errors[0] == [[1.0] * 3] * 3, f"{first} was not measured again"
     assert again.errors[1:] == found.errors[1:]
+
+
+def test_pictures_are_a_second_truth_and_its_tables_choose_too(measured, recipe, tmp_path):
+    """By hand: pictures that change by what the number of quantized layers is, and structure by a tenth of it."""
+    model, candidates, trajectory, _ = measured
+
+    def look() -> tuple[float, float]:
+        count = sum(isinstance(module, QuantLinear) for module in candidates.backbone.modules())
+        return float(count), count / 10
+
+    found = measure(model, candidates, trajectory, 2, Scratch(tmp_path, "owner"), look)
+    sizes = [len(layers) for layers in candidates.groups.values()]
+    assert [row[0] for row in found.pictures["pictures"]] == sizes
+    assert [row[1] for row in found.pictures["structure"]] == [size / 10 for size in sizes]
+    tables = found.tables()
+    assert list(tables)[:5] == ["even", "late", "early", "pictures", "structure"]
+    content = torch.tensor(
+        [all(".ff." in n or ".attn2." in n for n in layers) for layers in candidates.groups.values()]
+    )
+    torch.testing.assert_close(tables["apart"][~content], tables["even"][~content])
+    factor = 3 * float(tables["even"].sum() / tables["structure"].sum())
+    torch.testing.assert_close(tables["apart, more content"][content], factor * tables["structure"][content])
+    assert {"prediction", "structure", "layer"} <= set(found.rank_correlations())
+    chosen = decide(recipe.mixed, "pixart", candidates, found, lambda: 30.0)
+    assert {solution.weighting for solution in chosen.solutions} >= {"even", "pictures"}
 
 
 def test_the_choice_keeps_to_budget_and_minimum(measured, recipe):

@@ -1,0 +1,92 @@
+"""Independent pieces of work side by side: forked processes of one thread each, which share the parent's tensors.
+
+A small model leaves most threads idle within an operator; several pieces at once keep them busy, and a fork copies nothing.
+What a piece finds must reach the parent through files (:class:`qdiff.scratch.Scratch`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from qdiff.errors import QdiffError
+
+WAIT = 1.0  # seconds between looks at whether a process is still there
+
+
+def workers_for(pieces: int) -> int:
+    """How many processes are of use: one for each of torch's threads; 1 where processes cannot be forked or CUDA has begun."""
+    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():
+        return 1
+    return max(1, min(torch.get_num_threads(), pieces))
+
+
+def run_all(pieces: Sequence[int], work: Callable[[int], None], workers: int, done: Callable[[], None]) -> None:
+    """Calls ``work`` with every piece, in forked processes, or here when one worker is enough.
+
+    Args:
+        work: must not change what other pieces read.
+        done: called in this process after each piece.
+
+    Raises:
+        QdiffError: what ``work`` raised, or a process that was killed. The others are ended.
+    """
+    if workers <= 1:
+        for piece in pieces:
+            work(piece)
+            done()
+        return
+    context = multiprocessing.get_context("fork")
+    todo: Any = context.Queue()
+    results: Any = context.Queue()
+    for piece in pieces:
+        todo.put(piece)
+    for _ in range(workers):
+        todo.put(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks beside threads; see _serve
+        processes = [context.Process(target=_serve, args=(todo, results, work), daemon=True) for _ in range(workers)]
+        for process in processes:
+            process.start()
+    try:
+        left = len(pieces)
+        while left:
+            try:
+                failure = results.get(timeout=WAIT)
+            except queue.Empty:
+                if any(process.exitcode not in (None, 0) for process in processes):
+                    raise QdiffError("a process that measured was killed", "is there enough memory?") from None
+                continue
+            if failure is not None:
+                raise failure if isinstance(failure, QdiffError) else QdiffError(f"a process failed:\n{failure}")
+            left -= 1
+            done()
+    finally:
+        for process in processes:
+            if process.is_alive() and left:
+                process.terminate()
+            process.join()
+
+
+def _serve(todo: Any, results: Any, work: Callable[[int], None]) -> None:
+    """A forked process: one thread, since the parent's pool of threads has not come along."""
+    torch.set_num_threads(1)
+    try:
+        while (piece := todo.get()) is not None:
+            work(piece)
+            results.put(None)
+    except QdiffError as error:
+        results.put(error)
+    except BaseException:
+        results.put(traceback.format_exc())
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)  # nothing of the parent's is to be closed or written here

@@ -1,0 +1,59 @@
+"""Pieces of work in forked processes: all of them once, whatever their order; errors and deaths reach the parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from qdiff.errors import InputError, QdiffError
+from qdiff.forks import run_all, workers_for
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_piece_is_done_once(tmp_path, workers):
+    shared, done = torch.arange(8.0), []
+
+    def work(piece: int) -> None:
+        value = float((shared * piece).sum())
+        with (tmp_path / str(piece)).open("x") as file:  # fails when it is there
+            file.write(f"{value} {os.getpid()} {torch.get_num_threads() if workers > 1 else 1}")
+
+    run_all(range(7), work, workers, lambda: done.append(1))
+    assert len(done) == 7
+    found = [(tmp_path / str(piece)).read_text().split() for piece in range(7)]
+    assert [float(row[0]) for row in found] == [28.0 * piece for piece in range(7)]
+    assert (str(os.getpid()) in {row[1] for row in found}) is (workers == 1)
+    assert {row[2] for row in found} == {"1"}
+
+
+def test_an_error_keeps_its_class_and_its_advice():
+    def work(piece: int) -> None:
+        raise InputError("no such layer", "look")
+
+    with pytest.raises(InputError, match="no such layer") as caught:
+        run_all([1, 2], work, 2, lambda: None)
+    assert caught.value.fix == "look"
+
+
+def test_a_surprise_comes_with_its_traceback():
+    def work(piece: int) -> None:
+        raise ZeroDivisionError("piece")
+
+    with pytest.raises(QdiffError, match="ZeroDivisionError: piece"):
+        run_all([1], work, 2, lambda: None)
+
+
+def test_a_killed_process_is_noticed():
+    def work(piece: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(QdiffError, match="killed"):
+        run_all([1, 2, 3], work, 2, lambda: None)
+
+
+def test_as_many_processes_as_threads():
+    assert workers_for(1) == 1
+    assert 1 <= workers_for(1000) <= torch.get_num_threads()
