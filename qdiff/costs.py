@@ -1,8 +1,9 @@
 """What a layer costs in a format: bits, bytes, or milliseconds on a GPU.
 
-Milliseconds are reckoned, not measured: the larger of arithmetic at the published dense rate of the format and of moving
-weights and activations at the published bandwidth (the roofline model, Williams et al. 2009). They leave launch times and
-fusion out. That is good enough to rank layers, which is all that an allocation needs, and no promise about an engine.
+Where the GPU is not there, milliseconds are reckoned: the larger of arithmetic at the published dense rate of the format and of
+moving weights and activations at the published bandwidth (the roofline model, Williams et al. 2009). They leave launch times and
+fusion out. That is good enough to rank layers, which is all that an allocation needs, and no promise about an engine. On an
+engine that is there layers are measured instead (:mod:`qdiff.stages.layer_times`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ DEVICES = {
         "B200 (NVIDIA, HGX B200: dense rates by GPU)", {"bf16": 2250.0, "fp8": 4500.0, "int8": 4500.0, "fp4": 9000.0}, 8000.0
     ),
 }  # fmt: skip
+
+
+MEASURED_ON = ("openvino", "onnxruntime", "tensorrt_rtx", "tensorrt")  # engines on which layers can be timed
 
 
 def device_named(name: str) -> Device:

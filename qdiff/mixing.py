@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff import allocation
 from qdiff.candidates import Candidates
@@ -27,6 +27,7 @@ from qdiff.sensitivity import Sensitivity
 HEADER_BYTES = 100  # what safetensors' header spends on one tensor, about
 FRONTIER = 7  # budgets between the cheapest and the dearest plan that are drawn
 
+Time = Callable[[nn.Module, LayerPlan, list[int]], float]  # milliseconds of a layer on an input of that shape
 Judge = Callable[[], float]  # mean PSNR in dB of the pictures that the candidates' backbone makes now
 
 
@@ -54,7 +55,8 @@ class Allocation:
     """What was looked at and what was taken, as JSON values.
 
     Args:
-        measure, budget: the budget's unit and size; ``device`` where milliseconds are reckoned.
+        measure, budget: the budget's unit and size; ``device`` for which milliseconds are reckoned, or on which they were
+            ``measured``.
         solutions: within the budget; ``chosen`` is the index of the one that was taken.
         uniform: every recipe alone.
         frontier: the solver's first solution at other budgets.
@@ -63,6 +65,7 @@ class Allocation:
     measure: str
     budget: float
     device: str | None
+    measured: bool
     groups: list[str]
     formats: list[str]
     chosen: int = 0
@@ -93,21 +96,23 @@ def decide(
     sensitivity: Sensitivity,
     judge: Judge | None,
     branches: int = 1,
+    time: Time | None = None,
 ) -> Allocation:
     """Solves, looks and takes.
 
     Args:
         family: whose minimum formats hold.
         branches: samples that one picture puts into a call: 2 with guidance.
+        time: measures a layer, for a budget of milliseconds on a device without published rates.
         judge: called with a plan put into the candidates' backbone; ``None``: the solver's first solution is taken unseen.
 
     Raises:
         InputError: a budget that no plan meets, a pattern of ``minimum`` that matches nothing, an unknown device.
     """
     (measure, budget), *_ = mixed.budget.items()
-    costs, fixed = costs_of(measure, candidates, sensitivity, mixed.device, branches)
+    costs, fixed = costs_of(measure, candidates, sensitivity, mixed.device, branches, time)
     allowed = _allowed(mixed, family, candidates)
-    made = Allocation(measure, budget, mixed.device, list(candidates.groups), candidates.names)
+    made = Allocation(measure, budget, mixed.device, time is not None, list(candidates.groups), candidates.names)
     measured = sensitivity.table()
     errors = measured.masked_fill(~allowed, math.inf)
 
@@ -153,12 +158,17 @@ def decide(
 
 
 def costs_of(
-    measure: str, candidates: Candidates, sensitivity: Sensitivity, device: str | None, branches: int = 1
+    measure: str,
+    candidates: Candidates,
+    sensitivity: Sensitivity,
+    device: str | None,
+    branches: int = 1,
+    time: Time | None = None,
 ) -> tuple[Tensor, float]:
     """Costs ``[group, format]`` in the budget's unit, float64, and what everything else costs besides."""
     costs = torch.zeros(len(candidates.groups), len(candidates.names), dtype=torch.float64)
     weights = sum(_elements(candidates.entries_of(layer)) for layers in candidates.groups.values() for layer in layers)
-    rates = None if device is None else device_named(device)
+    rates = None if device is None or time is not None else device_named(device)
     for row, (group, layers) in enumerate(candidates.groups.items()):
         for format, possible in enumerate(candidates.possible(group)):
             for layer in layers if possible else ():
@@ -167,6 +177,9 @@ def costs_of(
                     costs[row, format] += entry.weight_bits() * _elements(entry) / weights
                 elif measure == "bytes":
                     costs[row, format] += _stored(candidates, layer, format)
+                elif time is not None:
+                    shape = [branches, *sensitivity.shapes[row]]
+                    costs[row, format] += time(candidates.module(layer, format), entry, shape)
                 else:
                     assert rates is not None  # a budget of milliseconds names its device
                     costs[row, format] += milliseconds(entry, branches * sensitivity.tokens[row], rates)

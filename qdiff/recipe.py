@@ -88,7 +88,8 @@ class Mixed(BaseModel):
 
     ``recipes`` are names or paths of the recipes whose formats and methods a layer may get; ``float16`` (or what ``kept`` is)
     among them means that a layer may stay. ``budget`` has one entry: ``bits`` (mean over the weights that are chosen for),
-    ``bytes`` (of the whole checkpoint) or ``latency`` (milliseconds of these layers in one step on ``device``). ``minimum``
+    ``bytes`` (of the whole checkpoint) or ``latency`` (milliseconds of these layers in one step on ``device``: measured on an
+    engine that is here, reckoned from published rates for a GPU). ``minimum``
     maps a pattern of layers to a recipe of the list: no format of fewer bits than that one's. ``calls`` of the backbone
     measure every layer in every format, and ``probes`` pictures, where that is not 0; ``pictures`` decide between the solver's
     ``best`` solutions.
@@ -114,13 +115,15 @@ class Mixed(BaseModel):
             raise ValueError(f"mixed.budget: {measure} = {amount} is no positive number")
         if measure == "latency" and self.device is None:
             raise ValueError(
-                "mixed.budget: latency needs mixed.device, the GPU whose published rates it is reckoned with"
+                "mixed.budget: latency needs mixed.device: the engine that measures it, or the GPU whose published rates"
+                " it is reckoned with"
             )
         if self.device is not None:
-            from qdiff.costs import DEVICES
+            from qdiff.costs import DEVICES, MEASURED_ON
 
-            if self.device not in DEVICES:
-                raise ValueError(f"mixed.device: unknown device {self.device!r}, known: {', '.join(DEVICES)}")
+            if self.device not in (*DEVICES, *MEASURED_ON):
+                known = f"GPUs: {', '.join(DEVICES)}; engines of this machine: {', '.join(MEASURED_ON)}"
+                raise ValueError(f"mixed.device: unknown device {self.device!r}, known {known}")
         for pattern, name in (pair for family in self.minimum.values() for pair in family.items()):
             if name not in self.recipes:
                 raise ValueError(f"mixed.minimum: {pattern!r} wants {name!r}, which is not among mixed.recipes")

@@ -167,6 +167,7 @@ class AllocationResult:
     measure: str
     budget: float
     device: str | None = None
+    measured: bool = False
     groups: int = 0
     calls: int = 0
     plans: list[PlanResult] = field(default_factory=list)
@@ -176,7 +177,7 @@ class AllocationResult:
     def unit(self) -> str:
         """The budget's unit, for axes and tables."""
         if self.measure == "latency":
-            return f"ms a step, reckoned for {self.device}"
+            return f"ms a step, {'measured with' if self.measured else 'reckoned for'} {self.device}"
         return {"bits": "bits a weight", "bytes": "bytes"}[self.measure]
 
 

@@ -60,7 +60,8 @@ class Sensitivity:
         formats: names of the recipes.
         timesteps: of the calls.
         errors: ``[group][format][call]``; ``None`` where a group cannot have a format.
-        tokens: rows that each group's input has in one sample's call.
+        tokens: rows that each group's output has in one sample's call.
+        shapes: of one sample of each group's input.
         proxies: by name ``[group][format]``.
         pictures: ``pictures`` and ``structure``, ``[group][format]`` each; empty where none were made.
     """
@@ -70,6 +71,7 @@ class Sensitivity:
     timesteps: list[float]
     errors: list[list[list[float] | None]]
     tokens: list[int]
+    shapes: list[list[int]]
     proxies: dict[str, list[list[float | None]]]
     pictures: dict[str, list[list[float | None]]] = field(default_factory=dict)
 
@@ -154,7 +156,7 @@ def measure(
     steps = spread(trajectory, calls)
     with torch.inference_mode():
         reference = [model.family.call(model.backbone, step.inputs).float() for step in steps]
-        tokens = _tokens(model, candidates, steps[0])
+        sizes = _sizes(model, candidates, steps[0])
     proxies = proxies_of(model, candidates, steps)
     groups = list(candidates.groups)
 
@@ -189,7 +191,8 @@ def measure(
         formats=candidates.names,
         timesteps=[step.timestep for step in steps],
         errors=[rows["errors"] for rows in found],
-        tokens=tokens,
+        tokens=[size[0] for size in sizes],
+        shapes=[size[1] for size in sizes],
         proxies=proxies,
         pictures={} if look is None else {name: [rows[name] for rows in found] for name in ("pictures", "structure")},
     )
@@ -231,15 +234,15 @@ def _error(model: Model, backbone: nn.Module, step: Step, reference: Tensor) -> 
     return float((got - reference).double().square().sum() / reference.double().square().sum())
 
 
-def _tokens(model: Model, candidates: Candidates, step: Step) -> list[int]:
-    """Rows of each group's input in one call, for one sample of the batch."""
-    rows: dict[str, int] = {}
+def _sizes(model: Model, candidates: Candidates, step: Step) -> list[tuple[int, list[int]]]:
+    """Rows of each group's output and shape of its input in one call, for one sample of the batch."""
+    found: dict[str, tuple[int, list[int]]] = {}
     batch = len(next(iter(step.inputs.values())))
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             width = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
-            rows[name] = output.numel() // width // batch
+            found[name] = output.numel() // width // batch, list(inputs[0].shape[1:])
 
         return hook
 
@@ -252,7 +255,7 @@ def _tokens(model: Model, candidates: Candidates, step: Step) -> list[int]:
     finally:
         for handle in handles:
             handle.remove()
-    return [rows.get(group, 1) for group in candidates.groups]
+    return [found.get(group, (1, [])) for group in candidates.groups]
 
 
 def proxies_of(model: Model, candidates: Candidates, steps: list[Step]) -> dict[str, list[list[float | None]]]:

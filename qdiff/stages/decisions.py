@@ -196,6 +196,7 @@ class ByBudget:
         return candidates.draft(drafted, made.choice)
 
     def _decided(self, model: Model, candidates: Candidates, table: Sensitivity) -> Allocation:
+        from qdiff.costs import MEASURED_ON
         from qdiff.mixing import decide
 
         assert self.recipe.mixed is not None
@@ -203,7 +204,12 @@ class ByBudget:
         if count := self.recipe.mixed.pictures:
             judge = pictures_judge(self.run, model, candidates.backbone, count)
         branches = 2 if model.guidance(calibrated.guidance) > 1 else 1
-        return decide(self.recipe.mixed, model.family.name, candidates, table, judge, branches)
+        time, device = None, self.recipe.mixed.device
+        if "latency" in self.recipe.mixed.budget and device in MEASURED_ON:
+            from qdiff.stages.layer_times import LayerTimes
+
+            time = LayerTimes(device)
+        return decide(self.recipe.mixed, model.family.name, candidates, table, judge, branches, time)
 
     def check_size(self, packed: int) -> None:
         """Says when a checkpoint came out larger than a budget in bytes: the budget is kept by an estimate."""

@@ -120,6 +120,7 @@ def _allocation(run: Run) -> AllocationResult | None:
         made["measure"],
         made["budget"],
         made["device"],
+        made.get("measured", False),
         len(sizes),
         len(measured["timesteps"]),
         plans,
