@@ -91,8 +91,8 @@ class Mixed(BaseModel):
     ``bytes`` (of the whole checkpoint) or ``latency`` (milliseconds of these layers in one step on ``device``: measured on an
     engine that is here, reckoned from published rates for a GPU). ``minimum``
     maps a pattern of layers to a recipe of the list: no format of fewer bits than that one's. ``calls`` of the backbone
-    measure every layer in every format, and ``probes`` pictures, where that is not 0; ``pictures`` decide between the solver's
-    ``best`` solutions.
+    measure every layer in every format (0: gradients estimate it, for models too large for that), and ``probes`` pictures
+    where that is not 0; ``pictures`` decide between the solver's ``best`` solutions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -101,7 +101,7 @@ class Mixed(BaseModel):
     budget: dict[Literal["bits", "bytes", "latency"], float] = Field(min_length=1, max_length=1)
     device: str | None = None
     minimum: dict[str, dict[str, str]] = Field(default={}, description="by family: pattern of layers to recipe")
-    calls: int = Field(20, ge=1, le=1000)
+    calls: int = Field(20, ge=0, le=1000)
     probes: int = Field(0, ge=0, le=64)
     pictures: int = Field(8, ge=0, le=256)
     best: int = Field(4, ge=1, le=32)

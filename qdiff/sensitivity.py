@@ -4,10 +4,14 @@ For group ``g`` in format ``f`` on recorded call ``k`` the layers of ``g`` alone
 
     e[g, f, k] = |F_gf(x_k) - F(x_k)|^2 / |F(x_k)|^2
 
-is the change of what the backbone predicts. Calls are spread evenly over the timesteps. With ``probes`` the same is done to whole
-pictures, by two measures (MixDQ, arXiv 2405.17873, section 3.2): their squared error, which noise raises and which is called
-quality there, and their loss of structure, ``1 - SSIM``, for content. Both are of 8-bit pictures, so a change of less than half a
-level counts for more than it is. Beside the truth stand proxies that need no pass for every group:
+is the change of what the backbone predicts. Calls are spread evenly over the timesteps. Where a backbone is too large to be
+called for every group and format (``calls = 0``), ``outputs`` below stands in for it: an estimate of the same quantity.
+
+With ``probes`` the same is done to whole pictures, by two measures (MixDQ, arXiv 2405.17873, section 3.2): their squared error,
+which noise raises and which is called quality there, and their loss of structure, ``1 - SSIM``, for content. Both are of 8-bit
+pictures, so a change of less than half a level counts for more than it is.
+
+Beside the truth stand proxies that need no pass for every group:
 
 - ``layer``: the error of the group's own outputs, relative to them, on calibration tokens: what methods minimise.
 - ``hessian``: ``tr(H_W) / n |Q(W) - W|^2``, HAWQ's (arXiv 1911.03852, eq. 2) with the Gauss-Newton Hessian of the prediction's
@@ -41,6 +45,7 @@ from qdiff.scratch import Scratch
 from qdiff.trajectory import Step, Trajectory
 
 PROXIES = ("layer", "hessian", "outputs", "relevance", "baq")
+ESTIMATE = "outputs"  # of the proxies, the one on the scale of the truth
 PROBES = 4  # calls with a random direction each, for the proxies
 CONTENT = (
     "*.attn2.*",
@@ -59,7 +64,7 @@ class Sensitivity:
         groups: names, with the layers of each.
         formats: names of the recipes.
         timesteps: of the calls.
-        errors: ``[group][format][call]``; ``None`` where a group cannot have a format.
+        errors: ``[group][format][call]``; ``None`` where a group cannot have a format; empty where they are estimated.
         tokens: rows that each group's output has in one sample's call.
         shapes: of one sample of each group's input.
         proxies: by name ``[group][format]``.
@@ -78,17 +83,22 @@ class Sensitivity:
     def tables(self) -> dict[str, Tensor]:
         """Errors ``[group, format]`` by what they are errors of, float64, each a reason of its own to choose by.
 
-        Of predictions: ``even``, all timesteps alike, and ``late`` and ``early`` with four times as much weight at one end as at
-        the other. Of pictures, where they were made: ``pictures``, ``structure``, and ``apart``, in which layers of
-        :data:`CONTENT` count by structure and the others by the prediction. Both are put on one scale by their sums; thrice and
-        a third of that stand for MixDQ's sweep over how much of the budget each kind gets.
+        Of predictions: ``estimated`` where they were not measured, else ``even``, all timesteps alike, and ``late`` and ``early``
+        with four times as much weight at one end as at the other. Of pictures, where they were made: ``pictures``,
+        ``structure``, and ``apart``, in which layers of :data:`CONTENT` count by structure and the others by the prediction.
+        Both are put on one scale by their sums; thrice and a third of that stand for MixDQ's sweep over how much of the budget
+        each kind gets.
         """
         rising = torch.linspace(1, 4, len(self.timesteps), dtype=torch.float64)
-        found = {"even": self.table(), "late": self.table(rising), "early": self.table(rising.flip(0))}
+        prediction = self.table()
+        if self.errors:
+            found = {"even": prediction, "late": self.table(rising), "early": self.table(rising.flip(0))}
+        else:
+            found = {"estimated": prediction}
         if self.pictures:
             found |= {name: _whole(rows) for name, rows in self.pictures.items()}
             content = torch.tensor([_is_content(layers) for layers in self.groups.values()])
-            structure, prediction = found["structure"], found["even"]
+            structure = found["structure"]
             sums = [float(table[table.isfinite()].sum()) for table in (prediction, structure)]
             for name, factor in (("apart", 1.0), ("apart, more content", 3.0), ("apart, more quality", 1 / 3)):
                 scaled = structure * (factor * sums[0] / max(sums[1], 1e-300))
@@ -101,6 +111,8 @@ class Sensitivity:
         Args:
             weights: of the calls ``[K]``; ``None``: all the same.
         """
+        if not self.errors:
+            return _whole(self.proxies[ESTIMATE])
         calls = len(self.timesteps)
         by_call = torch.full((len(self.groups), len(self.formats), calls), math.inf, dtype=torch.float64)
         for group, formats in enumerate(self.errors):
@@ -119,6 +131,8 @@ class Sensitivity:
 
         tables = {name: _whole(rows) for name, rows in self.proxies.items()}
         truth = self.table().flatten()
+        if not self.errors and not self.pictures:
+            return {}
         if self.pictures:
             tables |= {"prediction": self.table(), "structure": _whole(self.pictures["structure"])}
             truth = _whole(self.pictures["pictures"]).flatten()
@@ -149,15 +163,16 @@ def measure(
 
     Args:
         model: float; its backbone is not changed.
-        calls: how many recorded calls are looked at.
+        calls: how many recorded calls are looked at; 0: errors are estimated.
         scratch: where finished groups are kept, so that a killed measurement goes on with the next.
         look: compares the pictures that the candidates' backbone makes with the float model's.
     """
-    steps = spread(trajectory, calls)
+    steps = spread(trajectory, calls or PROBES)
     with torch.inference_mode():
-        reference = [model.family.call(model.backbone, step.inputs).float() for step in steps]
+        reference = [model.family.call(model.backbone, step.inputs).float() for step in steps if calls]
         sizes = _sizes(model, candidates, steps[0])
     proxies = proxies_of(model, candidates, steps)
+    steps = steps if calls else []
     groups = list(candidates.groups)
 
     def rows_of(index: int) -> dict[str, list[Any]]:
@@ -179,18 +194,18 @@ def measure(
     def part(index: int) -> str:
         return f"group-{index:05d}"
 
-    left = [index for index in range(len(groups)) if scratch.load(part(index)) is None]
+    left = [index for index in range(len(groups)) if (calls or look) and scratch.load(part(index)) is None]
     with Progress("sensitivity", len(groups)) as progress:
         progress.advance(len(groups) - len(left))
         run_all(
             left, lambda index: scratch.save(part(index), {}, rows_of(index)), workers_for(len(left)), progress.advance
         )
-    found = [_facts(scratch, part(index)) for index in range(len(groups))]
+    found = [_facts(scratch, part(index)) for index in range(len(groups)) if calls or look]
     return Sensitivity(
         groups=dict(candidates.groups),
         formats=candidates.names,
         timesteps=[step.timestep for step in steps],
-        errors=[rows["errors"] for rows in found],
+        errors=[rows["errors"] for rows in found] if calls else [],
         tokens=[size[0] for size in sizes],
         shapes=[size[1] for size in sizes],
         proxies=proxies,
@@ -298,10 +313,12 @@ class _Gradients:
 
     def __init__(self) -> None:
         self.weight = self.output = self.relevance = self.energy = 0.0
+        self.calls = 0
 
     def watch(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             return
+        self.calls += 1
         self.energy += float(output.detach().double().square().mean())
         output.register_hook(self._output)
 
@@ -330,7 +347,7 @@ def _proxies(
         error = _weight_error(module, weight)
         sums["layer"] += relative / len(names)
         sums["hessian"] += math.nan if error is None else gradients.weight / weight.numel() * error
-        sums["outputs"] += gradients.output * relative * gradients.energy
+        sums["outputs"] += gradients.output * relative * gradients.energy / max(gradients.calls, 1) ** 2
         sums["relevance"] += gradients.relevance * 2.0 ** (-2 * bits)
         sums["baq"] += gradients.weight * float(weight.double().var()) * 2.0 ** (-2 * bits)
     return {proxy: None if math.isnan(value) else value for proxy, value in sums.items()}

@@ -245,6 +245,15 @@ def test_pictures_are_a_second_truth_and_its_tables_choose_too(measured, recipe,
     assert {solution.weighting for solution in chosen.solutions} >= {"even", "pictures"}
 
 
+def test_without_calls_errors_are_estimated_on_the_same_scale(measured, recipe, tmp_path):
+    model, candidates, trajectory, found = measured
+    estimated = measure(model, candidates, trajectory, 0, Scratch(tmp_path, "owner"))
+    assert not estimated.errors and list(estimated.tables()) == ["estimated"] and not estimated.rank_correlations()
+    ratio = (estimated.table() / found.table())[:, :2]  # the third format is float16, whose error is taken for none
+    assert 0.2 < float(ratio.log().mean().exp()) < 5
+    assert decide(recipe.mixed, "pixart", candidates, estimated, None).solutions[0].cost <= 7
+
+
 def test_the_choice_keeps_to_budget_and_minimum(measured, recipe):
     model, candidates, _, found = measured
     mixed = recipe.mixed
