@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -264,14 +265,31 @@ def _forget_origin(model: Any) -> None:
 
 
 def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]) -> None:
-    """Gives dynamic axes the names of :class:`qdiff.models.base.InputSpec` instead of the tracer's symbols."""
+    """Gives dynamic axes the names of :class:`qdiff.models.base.InputSpec` instead of the tracer's symbols, inside the graph
+    too."""
     import onnx_ir
 
+    names = {
+        size.value: axis
+        for value, spec in zip(model.graph.inputs, specs, strict=True)
+        for size, axis in zip(value.shape, spec.axes, strict=True)
+        if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None and isinstance(axis, str)
+    }
+    for node in model.graph:
+        for output in node.outputs:
+            if output.shape is not None:
+                output.shape = onnx_ir.Shape([_named(size, names) for size in output.shape])
     for value, axes in [
         *zip(model.graph.inputs, (spec.axes for spec in specs), strict=True),
         *zip(model.graph.outputs, (output.axes for output in outputs), strict=True),
     ]:
         value.shape = onnx_ir.Shape(list(axes))
+
+
+def _named(size: Any, names: Mapping[str, str]) -> Any:
+    """A size with the tracer's symbols replaced; formulas such as ``6*s48`` have several."""
+    text = getattr(size, "value", None)
+    return re.sub(r"\b[a-z]\w*\b", lambda found: names.get(found[0], found[0]), text) if text else size
 
 
 @contextlib.contextmanager

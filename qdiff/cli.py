@@ -236,6 +236,10 @@ def build(
     flag: Annotated[
         list[str] | None, typer.Option("--flag", metavar="NAME=VALUE", help="setting of the backend")
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="also compute what follows from the prompt or the timestep alone at every step"),
+    ] = False,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -252,6 +256,7 @@ def build(
         profiles=profile,
         compute_capability=compute_capability,
         flags=_pairs(flag, "--flag"),
+        whole=whole,
         force=force,
         dry_run=dry_run,
     )

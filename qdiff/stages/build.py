@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,10 +145,14 @@ def build(
     profiles: list[str] | None = None,
     compute_capability: str | None = None,
     flags: Mapping[str, str] | None = None,
+    whole: bool = False,
     force: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Builds into ``engines/<engine>-<key>/`` unless the same engine is there already.
+
+    Args:
+        whole: one engine that computes everything at every step, where the graph could be cut (:mod:`qdiff.export.hoist`).
 
     Raises:
         InputError: the graph for the engine's target was not exported, or the backend refuses it.
@@ -157,6 +161,7 @@ def build(
     """
     from qdiff.engines import choose
     from qdiff.engines.cache import build_cached
+    from qdiff.engines.parts import options_for, parts_of, read
 
     engine = choose(engine_name)
     if engine.runs_module:
@@ -166,7 +171,7 @@ def build(
         raise MissingDependencyError(f"engine {engine.name!r} cannot be built here: {missing}", "see: qdiff doctor")
     onnx = exported_graph(run, engine)
     options = make_options(run, engine, profiles or [], compute_capability, flags or {})
-    inputs = {"export": run.outputs_hash(f"export:{engine.target}"), "options": options.to_json()}
+    inputs = {"export": run.outputs_hash(f"export:{engine.target}"), "options": options.to_json(), "whole": whole}
     if dry_run:
         return {
             "dry_run": True,
@@ -178,15 +183,29 @@ def build(
     # The engine cache has its own, complete key; the manifest only remembers which of its engines is the current one.
     stage = f"build:{engine.name}"
     run.verify(f"export:{engine.target}")
-    gone = run.done(stage) and not run.file(run.entry(stage)["folder"]).is_dir()
+    gone = run.done(stage) and not all(run.file(folder).is_dir() for folder in _folders(run.entry(stage)))
     with run.stage(stage, inputs, force=force or gone, replace=True) as work:
         if work is not None:
-            built = build_cached(engine, onnx, run.file("engines"), options, force)
+            everything = read(onnx)
+            graphs = ([] if whole else parts_of(onnx)) or [everything]
+            step, *parts = [
+                build_cached(engine, graph.path, run.file("engines"), options_for(options, everything, graph), force)
+                for graph in graphs
+            ]
             work.fact(
-                folder=str(built.folder.relative_to(run.path)),
-                cached=built.was_cached,
-                facts=built.facts,
-                bytes=sum(file.stat().st_size for file in built.folder.rglob("*") if file.is_file()),
+                folder=str(step.folder.relative_to(run.path)),
+                parts=[
+                    {"name": graph.name, "folder": str(part.folder.relative_to(run.path)), "outputs": graph.outputs}
+                    for graph, part in zip(graphs[1:], parts, strict=True)
+                ],
+                cached=step.was_cached,
+                facts=step.facts,
+                bytes=sum(
+                    file.stat().st_size
+                    for built in (step, *parts)
+                    for file in built.folder.rglob("*")
+                    if file.is_file()
+                ),
                 device=engine.device(options),
                 version=engine.version(),
             )
@@ -200,6 +219,11 @@ def build(
         "runs_here": missing_to_run is None,
         **({"why_not": missing_to_run} if missing_to_run else {}),
     }
+
+
+def _folders(entry: Mapping[str, Any]) -> list[str]:
+    """Folders of a built engine: the step's, and those of what is computed once."""
+    return [entry["folder"], *(part["folder"] for part in entry["parts"])]
 
 
 def exported_graph(run: Run, engine: Engine) -> Path:
@@ -275,7 +299,18 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
         )
     stage = f"build:{engine.name}"
     require_runner(run, engine_name)
-    return scheduled(run, load_trusted(engine, run.file(run.entry(stage)["folder"]), threads))
+    entry = run.entry(stage)
+    step, *parts = [load_trusted(engine, run.file(folder), threads) for folder in _folders(entry)]
+    outputs = [part["outputs"] for part in entry["parts"]]
+    return scheduled(run, assembled(step, zip(parts, outputs, strict=True)))
+
+
+def assembled(step: Runner, parts: Iterable[tuple[Runner, Sequence[str]]]) -> Runner:
+    """The runner of a step, with the parts that are computed once where there are any."""
+    from qdiff.engines.hoisted import HoistedRunner
+
+    found = list(parts)
+    return HoistedRunner(step, found) if found else step
 
 
 def scheduled(run: Run, runner: Runner) -> Runner:

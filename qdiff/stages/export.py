@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -11,10 +12,11 @@ from qdiff.artifacts import Run
 from qdiff.errors import IntegrityError, MissingDependencyError
 from qdiff.events import log
 from qdiff.files import open_tensors
-from qdiff.stages.build import scheduled
+from qdiff.stages.build import assembled, scheduled
 from qdiff.stages.quantize import FLOAT_PREDICTIONS
 
 if TYPE_CHECKING:
+    from qdiff.engines import Runner
     from qdiff.export.parity import StepParity
     from qdiff.plan import Plan
 
@@ -78,6 +80,7 @@ def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = F
 def _work(run: Run, target: Any, work: Any) -> None:
     from qdiff.checkpoint import load_quantized
     from qdiff.export import checks
+    from qdiff.export.hoist import sources_of, write_parts
     from qdiff.export.onnx_graph import check_target, export_onnx
     from qdiff.export.parity import COSINE
     from qdiff.models import FAMILIES
@@ -95,6 +98,7 @@ def _work(run: Run, target: Any, work: Any) -> None:
     trajectory = Trajectory(run.file("calibration"))
     log.info("export: tracing and writing the graph for %s", target.title)
     path = export_onnx(family, backbone, next(iter(trajectory)).inputs, target, run.file("onnx", target.name))
+    write_parts(path, sources_of(family, plan.config))
     checks.check_file(path)
     checks.require_sparse(path, plan)
     realised = checks.realised_precision(path, plan)
@@ -127,6 +131,7 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
 
     from qdiff.checkpoint import load_quantized
     from qdiff.engines import BuildOptions, choose
+    from qdiff.engines.parts import parts_of, read
     from qdiff.export.emulation import emulated
     from qdiff.export.parity import compare, expected_outputs
     from qdiff.models import FAMILIES
@@ -154,9 +159,16 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     release_memory()
     engine = choose(PARITY_ENGINE)
     options = BuildOptions(flags={"memory": "low"})
-    with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder, emulated(path) as graph:
-        engine.build(graph, Path(folder), options)
-        runner = scheduled(run, engine.load(Path(folder), options))
+    graphs = parts_of(path) or [read(path)]
+    with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder, contextlib.ExitStack() as stack:
+        runners: list[Runner] = []
+        for graph in graphs:
+            own = Path(folder, graph.name)
+            own.mkdir()
+            engine.build(stack.enter_context(emulated(graph.path)), own, options)
+            runners.append(engine.load(own, options))
+        parts = zip(runners[1:], (graph.outputs for graph in graphs[1:]), strict=True)
+        runner = scheduled(run, assembled(runners[0], parts))
         if router is not None:
             runner.router.script = dict(router.history)  # type: ignore[attr-defined]
         try:
