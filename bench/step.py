@@ -8,9 +8,10 @@ they run in groups, each with the reference in it, and a speed is over the refer
 ONNX Runtime over INT8 in OpenVINO. SQNR is of the step's output against FP32 in ONNX Runtime, on a call that no contender was
 calibrated on.
 
-``qdiff int8 openvino`` is the engine as ``qdiff build`` makes it: what is not INT8 runs in BF16 where the CPU has it. The rows
-that say so compare like with like. The peer is NNCF's post-training INT8 of the same OpenVINO model with its settings for
-transformers, calibrated on the same recorded calls.
+``qdiff int8 openvino`` is the engine as ``qdiff build`` makes it: what is not INT8 runs in BF16 where the CPU has it, and what
+follows from prompt or timestep alone is computed once (the call is always the same, so never while the clock runs); ``whole``
+computes it at every step, like the peers. The rows that say so compare like with like. The peer is NNCF's post-training INT8 of
+the same OpenVINO model with its settings for transformers, calibrated on the same recorded calls.
 """
 
 from __future__ import annotations
@@ -156,12 +157,24 @@ def contenders(run: Any, float_graph: Path, peers: bool) -> dict[str, Callable[[
         "openvino fp32 in bf16": lambda: openvino_model(float_graph, "bf16", samples[0]),
         "qdiff int8 onnxruntime": lambda: load_runner(run, "onnxruntime", None),
         "qdiff int8 openvino": lambda: load_runner(run, "openvino", None),
+        "qdiff int8 onnxruntime, whole": lambda: whole(run, "onnxruntime"),
+        "qdiff int8 openvino, whole": lambda: whole(run, "openvino"),
         "qdiff int8 openvino, rest f32": lambda: openvino_model(int8_graph, "f32", samples[0]),
     }
     if peers:
         rows["nncf int8 openvino, rest bf16"] = lambda: nncf_model(float_graph, samples, "bf16")
         rows["nncf int8 openvino, rest f32"] = lambda: nncf_model(float_graph, samples, "f32")
     return rows
+
+
+def whole(run: Any, engine: str) -> Run:
+    """An engine that computes everything at every step."""
+    from qdiff.stages.build import build, load_runner
+
+    build(run, engine, whole=True)
+    runner = load_runner(run, engine, None)
+    build(run, engine)
+    return runner
 
 
 def groups_of(names: list[str], together: int) -> list[list[str]]:

@@ -25,9 +25,6 @@ from qdiff.routing.table import Costs, solve
 
 ROUNDS = 7  # of the bisection for a tolerance
 WEIGHED = ", weighed"  # a rule whose errors were multiplied by the influence of their step
-BY_PICTURES = (
-    ", by pictures"  # a rule whose errors were multiplied by what the cheap branch does to pictures at their step
-)
 
 
 @dataclass
@@ -126,10 +123,6 @@ def decide(
     found = plans(routing, blocks, measured, costs)
     again = plans(routing, blocks, weighed, costs)
     found |= {f"{rule}{WEIGHED}": plan for rule, plan in again.items() if rule != "static"}
-    if len(routing.recipes) > 1:
-        seen = cheapness(routing, blocks, measured, court)
-        again = plans(routing, blocks, replace(measured, predictions=measured.predictions * seen[:, None]), costs)
-        found |= {f"{rule}{BY_PICTURES}": plan for rule, plan in again.items() if rule != "static"}
     decision = Decision(list(routing.recipes), list(blocks), weights.tolist())
     rounds = len(found) + len(routing.recipes) + (ROUNDS if routing.reuse else 0)
     with Progress("pictures of routes", rounds) as progress:
@@ -171,27 +164,6 @@ def influence(routing: Routing, blocks: Sequence[str], measured: Measured, court
     with Progress("influence of steps", steps) as progress:
         for step in range(steps):
             found[step] = max(error(step) - floor, 0.01 * floor) / float(measured.together[step])
-            progress.advance()
-    return found / found.mean()
-
-
-def cheapness(routing: Routing, blocks: Sequence[str], measured: Measured, court: Court) -> Tensor:
-    """:func:`influence` of the very error that routes choose: all blocks take the cheap branch at one step, the careful one at
-    all others, and the error that this adds to pictures is divided by the error that it is measured to add to the prediction."""
-    steps = len(measured.timesteps)
-    careful = torch.zeros(len(blocks), steps, dtype=torch.int64)
-
-    def error(table: Tensor) -> float:
-        plan = _of_table(routing, "table", blocks, measured, table, None)
-        return 10 ** (-court.hear("", plan).psnr_db / 10)
-
-    floor, found = error(careful), torch.ones(steps, dtype=torch.float64)
-    with Progress("the cheap branch, step by step", steps) as progress:
-        for step in range(steps):
-            table = careful.clone()
-            table[:, step] = 1
-            added = (measured.predictions[:, step, 1] - measured.predictions[:, step, 0]).clamp(min=0).sum()
-            found[step] = max(error(table) - floor, 0.01 * floor) / max(float(added), 1e-30)
             progress.advance()
     return found / found.mean()
 

@@ -144,7 +144,10 @@ def test_other_shapes_agree_with_torch(finished, plan, target, size):
 def test_parity_was_measured_on_every_step(finished, target):
     entry = finished.result.json["stages"][f"export:{target}"]
     assert entry["parity"]["steps"] == 4 and entry["parity"]["worst_cosine"] >= parity.COSINE
-    assert entry["bytes"] == sum(f.stat().st_size for f in graph_of(finished, target).parent.iterdir())
+    whole = graph_of(finished, target)
+    assert entry["bytes"] == sum(f.stat().st_size for f in (whole, whole.with_name("model.onnx.data")))
+    parts = {file.stem for file in whole.parent.glob("*.onnx")}
+    assert parts == {"model", "step", "prompt", "timestep"}, "parity ran what engines are built from"
 
 
 def initializer(model: onnx.ModelProto, ending: str):
