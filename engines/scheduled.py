@@ -30,7 +30,13 @@ class ScheduledRunner(Runner):
         self.inputs = tuple(spec for spec in runner.inputs if spec.name not in (BLOCKS, BOUNDS))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.runner({**inputs, **self.schedule.inputs(one_timestep(inputs["timestep"]))})
+        return self.runner(self._with_lists(inputs))
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.runner.outputs(self._with_lists(inputs))
+
+    def _with_lists(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**inputs, **self.schedule.inputs(one_timestep(inputs["timestep"]))}
 
     def close(self) -> None:
         self.runner.close()

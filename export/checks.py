@@ -15,6 +15,7 @@ from qdiff.export.reading import Graph, Realised
 from qdiff.formats import format_named
 from qdiff.plan import Plan
 from qdiff.protobuf import nodes
+from qdiff.routing.blocks import in_branches
 
 
 def check_file(path: Path) -> None:
@@ -85,7 +86,8 @@ def require_sparse(path: Path, plan: Plan) -> None:
 
     graph = onnx.load(str(path), load_external_data=False).graph
     found = sum(node.domain == DOMAIN and node.op_type.startswith(SparseAttention.KIND) for node in nodes(graph))
-    wanted = 0 if plan.attention is None else len(plan.attention.layers)
+    layers = [] if plan.attention is None else [layer.name for layer in plan.attention.layers]
+    wanted = sum(len(in_branches(name, plan.structure.branches)) for name in layers)
     if found != wanted:
         raise IntegrityError(
             f"{wanted} attentions of the plan follow block lists, {found} of the graph do", "please report this"

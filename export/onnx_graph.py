@@ -89,7 +89,8 @@ def export_onnx(
     if switchboard is not None:
         config: Any = backbone.config
         routes = RoutesAsInputs(named, switchboard, config["num_attention_heads"] * config["attention_head_dim"])
-        added, more = routes.interface(example, math.prod(family.grid(config, example[specs[0].name].shape)))
+        cells = math.prod(family.grid(config, example[specs[0].name].shape))
+        added, more = routes.interface(example, cells, fixed=board is not None)
         named, specs, outputs = routes, (*specs, *(spec for spec, _ in added)), [*outputs, *more]
         values = (*values, *(value for _, value in added))
     module = InComputeDtype(named, getattr(torch, target.compute)).eval()

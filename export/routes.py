@@ -44,19 +44,20 @@ class RoutesAsInputs(nn.Module):
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def interface(
-        self, example: Mapping[str, Tensor], cells: int
+        self, example: Mapping[str, Tensor], cells: int, fixed: bool = False
     ) -> tuple[list[tuple[InputSpec, Tensor]], list[Output]]:
         """The inputs that are added, with examples, and the outputs.
 
         Args:
             example: one recorded call, whose blocks have ``cells`` tokens.
+            fixed: whether the graph takes that many alone, as sparse attention wants.
         """
         count = self.board.blocks
         inputs = [(InputSpec(ROUTES, (count,), torch.int64, varies=True), torch.zeros(count, dtype=torch.int64))]
         outputs = [Output(CHANGES, (count, "batch"))]
         if self.board.caching:
             batch = max(2, len(next(iter(example.values()))))
-            axes: tuple[Axis, ...] = (count, "batch", CELLS, self.width)
+            axes: tuple[Axis, ...] = (count, "batch", cells if fixed else CELLS, self.width)
             inputs.append((InputSpec(DELTAS, axes, varies=True), torch.zeros(count, batch, cells, self.width)))
             outputs += [Output(DRIFTS, (count, "batch")), Output(NEW_DELTAS, axes)]
         return inputs, outputs

@@ -224,8 +224,6 @@ class Recipe(BaseModel):
             beside = [name for name in own if name in self.model_fields_set and getattr(self, name)]
             if beside:
                 raise ValueError(f"{beside[0]}: beside {sources[0]}, its recipes say that")
-        if self.routing is not None and self.attention is not None:
-            raise ValueError("attention: blocks whose precision changes cannot follow block lists yet")
         return self
 
     def scheme_of(self, kind: str) -> Scheme:

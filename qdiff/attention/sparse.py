@@ -22,6 +22,7 @@ from qdiff.attention.schedule import Board, Schedule, one_timestep
 from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import IntegrityError
 from qdiff.files import open_tensors, save_tensors
+from qdiff.routing.blocks import branches_of, in_branches
 
 SIDECAR = "attention.safetensors"
 
@@ -162,7 +163,8 @@ class SparseSelfAttention(nn.Module):
 
 
 def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Schedule) -> Board:
-    """Puts the lists into ``backbone``: its attentions of the plan follow them, by the value of its ``timestep`` argument.
+    """Puts the lists into ``backbone``: its attentions of the plan follow them, by the value of its ``timestep`` argument, in
+    every branch of their block.
 
     Args:
         family: :class:`qdiff.models.base.Family` of the backbone.
@@ -170,7 +172,7 @@ def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Sch
     Raises:
         IntegrityError: an attention that the model does not have.
     """
-    board, first = Board(schedule), 0
+    board, first, branches = Board(schedule), 0, branches_of(backbone)
     known = family.self_attentions(backbone)
     for layer in plan.layers:
         if layer.name not in known:
@@ -178,10 +180,11 @@ def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Sch
                 f"the plan names the attention {layer.name!r}, which the model does not have",
                 "quantize again with --force",
             )
-        module: Any = backbone.get_submodule(layer.name)
         orders = torch.stack([order_named(head.order, plan.grid) for head in layer.heads])
-        module.sparse = SparseSelfAttention(orders, first, tiling_of(plan), plan.numerics, board)
-        module.set_processor(family.attention_processor(module.sparse))
+        for name in in_branches(layer.name, branches):
+            module: Any = backbone.get_submodule(name)
+            module.sparse = SparseSelfAttention(orders, first, tiling_of(plan), plan.numerics, board)
+            module.set_processor(family.attention_processor(module.sparse))
         first += len(layer.heads)
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
 

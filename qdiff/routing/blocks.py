@@ -12,7 +12,7 @@ In torch a route is read on the host and only its branch runs. In a traced graph
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,6 +146,18 @@ def branch_name(block: str, branch: int) -> str:
     return f"{block}.branches.{branch}"
 
 
+def in_branches(layer: str, branches: Mapping[str, int]) -> list[str]:
+    """What a module of the float backbone is called in every branch of its block; its own name where that has none.
+
+    Args:
+        branches: how many, by block.
+    """
+    for block, count in branches.items():
+        if layer.startswith(f"{block}."):
+            return [f"{branch_name(block, branch)}{layer.removeprefix(block)}" for branch in range(count)]
+    return [layer]
+
+
 def install_branches(backbone: nn.Module, branches: dict[str, int]) -> Switchboard:
     """Gives blocks copies of themselves as branches, in place.
 
@@ -164,6 +176,13 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> Switchboa
         copies = [block, *(copy.deepcopy(block) for _ in range(count - 1))]
         backbone.set_submodule(name, BranchedBlock(copies, index, board))
     return board
+
+
+def branches_of(backbone: nn.Module) -> dict[str, int]:
+    """How many branches each block of a backbone has, by name; empty where they have none."""
+    return {
+        name: len(module.branches) for name, module in backbone.named_modules() if isinstance(module, BranchedBlock)
+    }
 
 
 def board_of(backbone: nn.Module) -> Switchboard | None:

@@ -88,8 +88,9 @@ def _profile(plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DE
     if text:
         sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))
     if plan.attention is not None:
-        return _with_lists(plan.attention, text, axes, sizes)
-    profile = make_profile(text or "default", axes, sizes)
+        profile = _with_lists(plan.attention, text, axes, sizes)
+    else:
+        profile = make_profile(text or "default", axes, sizes)
     return profile if plan.routing is None or plan.routing.reuse is None else _with_deltas(plan, profile, specs[0].name)
 
 
@@ -318,6 +319,11 @@ def scheduled(run: Run, runner: Runner) -> Runner:
     from qdiff.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
+    if plan.attention is not None:
+        from qdiff.attention.sparse import load_schedule
+        from qdiff.engines.scheduled import ScheduledRunner
+
+        runner = ScheduledRunner(runner, load_schedule(plan.attention, run.path))
     if plan.routing is not None:
         from qdiff.engines.routed import RoutedRunner
         from qdiff.models import FAMILIES
@@ -326,9 +332,4 @@ def scheduled(run: Run, runner: Runner) -> Runner:
 
         family = FAMILIES[plan.family]
         return RoutedRunner(runner, Router(plan.routing, varying_inputs(family, plan.config)), family, plan.config)
-    if plan.attention is None:
-        return runner
-    from qdiff.attention.sparse import load_schedule
-    from qdiff.engines.scheduled import ScheduledRunner
-
-    return ScheduledRunner(runner, load_schedule(plan.attention, run.path))
+    return runner

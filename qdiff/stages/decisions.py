@@ -232,8 +232,8 @@ class ByRouting:
         return self.recipe.name
 
     @property
-    def attention(self) -> None:
-        return None
+    def attention(self) -> Attention | None:
+        return self.recipe.attention  # routes are decided with all attention there
 
     def inputs(self) -> dict[str, Any]:
         versions = [version.model_dump(mode="json") for version in self.recipe.versions()]

@@ -131,6 +131,5 @@ def test_what_cannot_be_routed_is_refused(calibrated, fails, tmp_path):
     quantize = ("quantize", calibrated, "--force", *ROUTED)
     fails(3, "below", *quantize, "--budget", "bits=2")
     fails(3, "one recipe", *quantize, "--set", "routing.recipes=[int8]")
-    fails(3, "cannot follow block lists yet", *quantize, "--density", "0.5")
     fails(3, "chooses among others", *quantize, "--set", "routing.recipes=[int8, mixed]")
     fails(3, "routing.budget", *quantize, "--set", "routing.budget={bytes: 5}")

@@ -87,6 +87,51 @@ def test_an_edited_plan_keeps_its_attention(sparse, cli, tmp_path):
     assert (copy / "model.safetensors").read_bytes() == (sparse / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def routed(sparse, cli, tmp_path_factory):
+    """The same calibration, with blocks that change between INT8 and NVFP4 and are left out, in an ONNX Runtime engine."""
+    import shutil
+
+    path = tmp_path_factory.mktemp("routed") / "run"
+    shutil.copytree(sparse, path)
+    wish = ["routing.pictures=1", "routing.rule=table", "routing.reuse={loss_db: 20, in_a_row: 1}"]
+    arguments = [part for one in wish for part in ("--set", one)]
+    for command in (
+        ("quantize", path, "--recipe", "routed", "--budget", "bits=7", "--density", 0.5, *arguments, "--force"),
+        ("export", path, "--target", "onnxruntime", "--force"),
+        ("build", path, "--engine", "onnxruntime", "--force"),
+        ("report", path),
+    ):
+        result = cli(*command)
+        assert result.code == 0, result.err
+    return path
+
+
+def test_blocks_with_branches_follow_lists_in_each_of_them(routed):
+    from qdiff.routing.plan import REUSE
+    from qdiff.stages.build import load_runner
+
+    run, plan = Run.existing(routed), Plan.load(routed / "plan.json")
+    assert plan.attention is not None and plan.routing is not None
+    module = load_quantized(plan, routed / "model.safetensors")
+    runner = load_runner(run, "onnxruntime", None)
+    assert {spec.name for spec in runner.inputs} == {"hidden_states", "encoder_hidden_states", "timestep"}
+    runner.router.record = True
+    seen = set()
+    for step in Trajectory(routed / "calibration").steps(0):
+        wanted = FAMILIES["wan"].call(module, step.inputs)
+        assert torch.allclose(runner(step.inputs), wanted, atol=0.02 * float(wanted.abs().max())), step.timestep
+        seen.add(runner.runner.schedule.group(step.timestep))
+    routes = {route for _, each in runner.router.history for route in each}
+    assert seen == {0, 1, 2, 3} and REUSE in routes and len(routes) > 1
+    branches = [m.branches for m in module.modules() if hasattr(m, "branches")]
+    assert any(len(each) == 2 for each in branches)
+    assert all(branch.attn1.sparse.first == each[0].attn1.sparse.first for each in branches for branch in each)
+    page = (routed / "report.html").read_text()
+    assert 'id="attention"' in page and 'id="routing"' in page
+    runner.close()
+
+
 def test_calibration_of_attention_resumes(sparse, monkeypatch):
     """A killed calibration goes on with the next pass, to the same numbers."""
     from qdiff.attention.statistics import AttentionStatistics
