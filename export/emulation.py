@@ -42,9 +42,11 @@ def emulated(path: Path) -> Iterator[Path]:
             _become(node, "Dequantize_nvfp4")
     for graph in graphs(model.graph):
         del graph.value_info[:]  # some are of FP4
-    calls = sorted({node.op_type for node in nodes(model.graph) if node.domain == DOMAIN})
-    model.functions.extend(function(name) for name in calls)
-    model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    there = {each.name for each in model.functions}
+    calls = {node.op_type for node in nodes(model.graph) if node.domain == DOMAIN}
+    model.functions.extend(function(name) for name in sorted(calls - there))
+    if all(opset.domain != DOMAIN for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     with temporary_beside(path, model.SerializeToString()) as made:
         yield made
 

@@ -30,6 +30,11 @@ def make_options(
     from qdiff.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
+    if engine.name == "tensorrt_rtx" and plan.attention is not None and plan.structure.branches:
+        raise UsageError(
+            "TensorRT-RTX 1.7 crashes on sparse attention inside an If, so it builds no blocks with branches that follow lists",
+            "quantize without --density or without routing, or build for onnxruntime or openvino",
+        )
     fixed = engine.target == "tensorrt" and _switches_blocks(plan)
     batch = f"batch={1 if FAMILIES[plan.family].branches_apart else 2}" if fixed else DEFAULT_BATCH
     made = tuple(_profile(plan, text, run.entry("calibrate")["shapes"], batch) for text in (profiles or [""]))

@@ -99,6 +99,7 @@ def routed(sparse, cli, tmp_path_factory):
     for command in (
         ("quantize", path, "--recipe", "routed", "--budget", "bits=7", "--density", 0.5, *arguments, "--force"),
         ("export", path, "--target", "onnxruntime", "--force"),
+        ("export", path, "--target", "tensorrt"),
         ("build", path, "--engine", "onnxruntime", "--force"),
         ("report", path),
     ):
@@ -108,8 +109,10 @@ def routed(sparse, cli, tmp_path_factory):
 
 
 def test_blocks_with_branches_follow_lists_in_each_of_them(routed):
+    from qdiff.engines import choose
+    from qdiff.errors import UsageError
     from qdiff.routing.plan import REUSE
-    from qdiff.stages.build import load_runner
+    from qdiff.stages.build import load_runner, make_options
 
     run, plan = Run.existing(routed), Plan.load(routed / "plan.json")
     assert plan.attention is not None and plan.routing is not None
@@ -130,6 +133,8 @@ def test_blocks_with_branches_follow_lists_in_each_of_them(routed):
     page = (routed / "report.html").read_text()
     assert 'id="attention"' in page and 'id="routing"' in page
     runner.close()
+    with pytest.raises(UsageError, match="crashes on sparse attention inside an If"):
+        make_options(run, choose("tensorrt_rtx"), [], "12.0", {})
 
 
 def test_calibration_of_attention_resumes(sparse, monkeypatch):
