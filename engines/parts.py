@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdiff.engines.base import BuildOptions, Profile
+from qdiff.engines.base import BuildOptions, Engine, Profile
 from qdiff.errors import UsageError
 
 STEP = "step"
@@ -58,10 +58,13 @@ def axes_of(value: Any) -> list[int | str | None]:
     ]
 
 
-def options_for(options: BuildOptions, whole: GraphFile, part: GraphFile) -> BuildOptions:
-    """Build options whose profiles also have ranges for the inputs that only the part has."""
+def options_for(engine: Engine, options: BuildOptions, whole: GraphFile, part: GraphFile) -> BuildOptions:
+    """Build options whose profiles also have ranges for the inputs that only the part has. What is computed once is computed in
+    float32 where the engine lets choose: it costs next to nothing there."""
     profiles = tuple(_completed(profile, whole.inputs, part.inputs) for profile in options.profiles)
-    return dataclasses.replace(options, profiles=profiles)
+    once = part.name in PARTS and "f32" in engine.known_flags.get("precision", ())
+    flags = {"precision": "f32", **options.flags} if once else options.flags
+    return dataclasses.replace(options, profiles=profiles, flags=flags)
 
 
 def _completed(profile: Profile, known: Mapping[str, Axes], inputs: Mapping[str, Axes]) -> Profile:

@@ -195,7 +195,9 @@ def build(
             everything = read(onnx)
             graphs = ([] if whole else parts_of(onnx)) or [everything]
             step, *parts = [
-                build_cached(engine, graph.path, run.file("engines"), options_for(options, everything, graph), force)
+                build_cached(
+                    engine, graph.path, run.file("engines"), options_for(engine, options, everything, graph), force
+                )
                 for graph in graphs
             ]
             work.fact(

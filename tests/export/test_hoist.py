@@ -134,8 +134,10 @@ def profile(**changes: tuple[int, int, int]) -> Profile:
 def test_profiles_have_ranges_for_what_is_carried(written, monkeypatch):
     _, path = written
     whole, (step, *_) = read(path), parts_of(path)
-    options = options_for(BuildOptions((profile(),)), whole, step)
+    options = options_for(choose("openvino"), BuildOptions((profile(),)), whole, step)
     (made,) = options.profiles
+    once = {graph.name: options_for(choose("openvino"), BuildOptions(), whole, graph).flags for graph in parts_of(path)}
+    assert once == {"step": {}, "prompt": {"precision": "f32"}, "timestep": {"precision": "f32"}}
     carried = [name for name in step.inputs if name not in NAMES]
     keys = [name for name in carried if made.ranges[name][1] in ((2, 7, 32), (2, 32, 7))]
     assert len(keys) == 2 and made.ranges[keys[0]][0][0] == 2 and 16 in made.ranges[keys[0]][2]
@@ -161,8 +163,8 @@ def test_engines_call_a_part_once_for_each_new_input(written, tmp_path, name):
     for graph in parts_of(path):
         folder = tmp_path / graph.name
         folder.mkdir()
-        engine.build(graph.path, folder, options_for(options, whole, graph))
-        runners.append((engine.load(folder, options_for(options, whole, graph)), graph.outputs))
+        engine.build(graph.path, folder, options_for(engine, options, whole, graph))
+        runners.append((engine.load(folder, options_for(engine, options, whole, graph)), graph.outputs))
     (step, _), *parts = runners
     runner = HoistedRunner(step, parts)
     assert {spec.name for spec in runner.inputs} == set(NAMES)
