@@ -77,7 +77,8 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from qdiff.models.base import default_prompts
     from qdiff.recipe import load_recipe
     from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
-    from qdiff.stages.decisions import ByBudget, judge_of, measured
+    from qdiff.stages.decisions import ByBudget, measured
+    from qdiff.stages.judging import judge_of
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 

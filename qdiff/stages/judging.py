@@ -1,0 +1,75 @@
+"""Pictures that decide: what a backbone that is being made draws, beside what the float model draws, same prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qdiff.stages.calibrate import options_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qdiff.artifacts import Run
+    from qdiff.metrics import PairedQuality
+    from qdiff.mixing import Judge
+    from qdiff.models.base import Model
+    from qdiff.sensitivity import Look
+
+PLAN_SEED = 20_000  # of the pictures that decide between plans: neither calibration's nor comparison's
+LOOK_SEED = 25_000  # of the pictures that tell what a group does to them
+
+
+def pictures_judge(run: Run, model: Model, backbone: nn.Module, count: int) -> Judge:
+    """:func:`judge_of` with ``count`` of the calibration's prompts, on seeds of its own."""
+    return judge_of(run, model, backbone, _prompts(run, count), PLAN_SEED + options_of(run).seed)
+
+
+def look_of(run: Run, model: Model, backbone: nn.Module, count: int) -> Look:
+    """Squared error and loss of structure of ``count`` pictures, of the calibration's prompts on seeds of their own."""
+    compare = comparison(run, model, backbone, _prompts(run, count), LOOK_SEED + options_of(run).seed)
+
+    def look() -> tuple[float, float]:
+        found = compare()
+        errors = [10 ** (-image.psnr_db / 10) for image in found.per_image]
+        return sum(errors) / len(errors), 1.0 - found.ssim_mean
+
+    return look
+
+
+def _prompts(run: Run, count: int) -> list[str]:
+    lines = run.file("calibration", "prompts.txt").read_text(encoding="utf-8").splitlines()
+    return [lines[index % len(lines)] for index in range(count)]
+
+
+def judge_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> Judge:
+    """Mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
+    compare = comparison(run, model, candidate, prompts, seed)
+    return lambda: compare().psnr_db_mean
+
+
+def comparison(
+    run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int
+) -> Callable[[], PairedQuality]:
+    """Compares the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds.
+
+    Args:
+        seed: of the first picture.
+    """
+    from qdiff.images import to_pixels
+    from qdiff.metrics import paired
+    from qdiff.models.base import Request
+    from qdiff.stages.generate import simulate
+
+    calibrated = options_of(run)
+    seeds = [seed + index for index in range(len(prompts))]
+    request = Request(
+        prompts, seeds, steps=calibrated.steps, guidance=calibrated.guidance, scheduler=calibrated.scheduler
+    )
+    batch = int(run.entry("calibrate")["inputs"]["batch"])
+
+    def make(backbone: nn.Module) -> Tensor:
+        return to_pixels(simulate(model, backbone, request, batch))
+
+    expected = make(model.backbone)
+    return lambda: paired(expected, make(candidate))
