@@ -87,6 +87,7 @@ class HoistedRunner(Runner):
         own = {spec.name: spec for runner, _ in parts for spec in runner.inputs if spec.name not in carried}
         self.inputs = tuple(({name: spec for name, spec in specs.items() if name not in carried} | own).values())
         self._names = [name for name in specs if name not in carried]
+        step.lasting = frozenset(carried)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.outputs(inputs)[0]

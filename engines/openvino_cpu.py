@@ -78,10 +78,11 @@ class OpenVinoRunner(Runner):
         dynamic = [spec.name for spec in self.inputs if None in spec.shape]
         self._fixed = [name for name in dynamic if name not in (BLOCKS, BOUNDS)]
         self._static = static and bool(dynamic)
-        self._variants: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
+        self._variants: OrderedDict[tuple[tuple[int, ...], ...], tuple[Any, dict[str, Tensor]]] = OrderedDict()
 
-    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-        """Compiles the variant for these input shapes unless it is there; returns its inference request."""
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, Tensor]]:
+        """Compiles the variant for these input shapes unless it is there; returns its inference request, and the lasting tensors
+        that it holds."""
         key = tuple(tuple(shapes[name]) for name in self._fixed) if self._static else ()
         if key not in self._variants:
             while len(self._variants) >= VARIANTS:
@@ -89,7 +90,7 @@ class OpenVinoRunner(Runner):
             model = self._read()
             if self._static:
                 model.reshape({name: list(shapes[name]) for name in self._fixed})
-            self._variants[key] = self._compile(model).create_infer_request()
+            self._variants[key] = self._compile(model).create_infer_request(), {}
         self._variants.move_to_end(key)
         return self._variants[key]
 
@@ -102,13 +103,16 @@ class OpenVinoRunner(Runner):
         tensors = conform(inputs, self.inputs)
         home = next(iter(tensors.values())).device
         try:
-            request = self.prepare({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+            request, held = self.prepare({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         except RuntimeError as error:
             shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
             raise InputError(
                 f"the graph does not take the shapes {shapes}: {error}", "export for these sizes"
             ) from error
-        feed = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        new = [name for name in tensors if name not in held or held[name] is not inputs[name]]
+        feed = {name: tensors[name].cpu().numpy() for name in new}
+        # a shared buffer has to live as long as the request may read it, so what is lasting is kept
+        held.update({name: inputs[name] for name in new if name in self.lasting})
         results = request.infer(feed, share_inputs=True)  # outputs are copied: the request's own buffer is used again
         return [torch.from_numpy(results[index]).to(home, torch.float32) for index in range(len(results))]
 

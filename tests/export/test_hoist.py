@@ -176,6 +176,11 @@ def test_engines_call_a_part_once_for_each_new_input(written, tmp_path, name):
     inputs["text"][0, 0, 0] += 1  # in place: what was kept must not be taken for it
     torch.testing.assert_close(runner(inputs), module(*inputs.values()), atol=1e-4, rtol=1e-4)
     assert [part.calls for part in runner.parts] == [2, 2]
+    for _ in range(2):  # two prompts that take turns: what an engine holds of one is not taken for the other
+        for sign in (1, -1):
+            turn = inputs | {"text": sign * inputs["text"]}
+            torch.testing.assert_close(runner(turn), module(*turn.values()), atol=1e-4, rtol=1e-4)
+    assert [part.calls for part in runner.parts] == [3, 2]
     with pytest.raises(InputError, match="was not given"):
         runner({"x": inputs["x"]})
     runner.close()
