@@ -24,6 +24,7 @@ from qdiff.engines.base import Runner
 from qdiff.errors import InputError
 
 _CONTROL = ("return_dict",)  # arguments that say how to answer, not what
+_IMPLIED = ("image_rotary_emb",)  # positions: they follow from the latent's size, which a graph knows
 
 
 class EngineBackbone(torch.nn.Module):
@@ -90,7 +91,7 @@ class EngineBackbone(torch.nn.Module):
         for name, value in arguments.items():
             given |= dict(value) if isinstance(value, Mapping) else {name: value}
         for name, value in given.items():
-            if name not in self.input_names and name not in _CONTROL and not _is_nothing(name, value):
+            if name not in (*self.input_names, *_CONTROL, *_IMPLIED) and not _is_nothing(name, value):
                 message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
                 raise InputError(message, f"leave {name!r} out, or run with --engine float")
         batch = len(given[self.input_names[0]])

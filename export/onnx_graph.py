@@ -80,9 +80,12 @@ def export_onnx(
     # A batch of one would be taken for a constant; two of everything keeps the axis dynamic.
     values = tuple(_at_least_two(example[spec.name]) for spec in specs)
     board = board_of(backbone)
+    one_size = board is not None or family.one_size
+    if one_size:
+        specs = fixed_sizes(specs, example)
     if board is not None:
         lists = board.schedule.widest()
-        specs = (*fixed_sizes(specs, example), *list_inputs(lists))
+        specs = (*specs, *list_inputs(lists))
         named, values = ListsAsInputs(named, board), (*values, lists.blocks, lists.bounds)
     outputs = [Output("prediction", family.output_axes(backbone.config))]  # type: ignore[arg-type]
     switchboard = switchboard_of(backbone)
@@ -90,7 +93,7 @@ def export_onnx(
         config: Any = backbone.config
         routes = RoutesAsInputs(named, switchboard, config["num_attention_heads"] * config["attention_head_dim"])
         cells = math.prod(family.grid(config, example[specs[0].name].shape))
-        added, more = routes.interface(example, cells, fixed=board is not None)
+        added, more = routes.interface(example, cells, fixed=one_size)
         named, specs, outputs = routes, (*specs, *(spec for spec, _ in added)), [*outputs, *more]
         values = (*values, *(value for _, value in added))
     module = InComputeDtype(named, getattr(torch, target.compute)).eval()

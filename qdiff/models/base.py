@@ -190,6 +190,7 @@ class Family(ABC):
     configurations: ClassVar[tuple[str, ...]] = ()  # names for --weights random:NAME
     block_list: ClassVar[str | None] = None  # attribute of the backbone that lists its blocks, where one feeds the next
     chain: ClassVar[bool] = True  # whether what a block returns is all that the next one reads
+    one_size: ClassVar[bool] = False  # whether a graph is for one number of frames, rows and columns
     size_divisor: ClassVar[int] = 16  # pictures' height and width in pixels must divide by it
     largest_batch: ClassVar[int] = 256  # of an exported graph
     default_steps: ClassVar[int] = 20  # of sampling, where neither the user nor the weights say otherwise

@@ -87,11 +87,18 @@ def _profile(plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DE
     if "sample_size" in config:
         cells = int(config["sample_size"])
         sizes |= {"height": (cells, cells, cells), "width": (cells, cells, cells)}
-    tokens = sizes["tokens"][0]
-    sizes["tokens"] = (2, tokens, max(tokens, LONGEST_PROMPT))
+    if "tokens" in sizes:
+        tokens = sizes["tokens"][0]
+        sizes["tokens"] = (2, tokens, max(tokens, LONGEST_PROMPT))
     sizes |= parse_profile(batch)
+    recorded = dict(sizes)
     if text:
         sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))
+    if FAMILIES[plan.family].one_size and any(sizes[a] != recorded[a] for a in ("frames", "height", "width")):
+        raise UsageError(
+            f"profile {text!r}: a graph of {FAMILIES[plan.family].title} is for the size that was calibrated",
+            "calibrate with other --weights settings, or leave the size out of the profile",
+        )
     if plan.attention is not None:
         profile = _with_lists(plan.attention, text, axes, sizes)
     else:

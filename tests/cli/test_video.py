@@ -62,3 +62,24 @@ def test_the_graph_computes_what_torch_computes(filmed, cli, tmp_path):
     assert built.code == 0, built.err
     compared = cli("compare", run, "--engine", "onnxruntime", "--pictures", 1, "--json").json
     assert compared["engines"][0]["psnr_db_mean"] > 20
+
+
+def test_a_model_whose_text_and_video_are_one_sequence_goes_the_whole_way(cli, fails, tmp_path):
+    """CogVideoX: rotary positions that the pipeline hands over, modulation by the timestep that leaves the loop, one size."""
+    path = tmp_path / "run"
+    settings = ("--weights", "random:cogvideox-tiny", "--samples", 1, "--steps", 2)
+    for command in (
+        ("calibrate", "--model", "cogvideox", *settings, "-o", path),
+        ("quantize", path, "--recipe", "int8"),
+        ("export", path, "--target", "onnxruntime"),
+        ("build", path, "--engine", "onnxruntime"),
+        ("compare", path, "--engine", "onnxruntime", "--pictures", 1),
+    ):
+        result = cli(*command)
+        assert result.code == 0, result.err
+    row = read_json(path / "compare.json", "the comparison")["engines"][1]
+    assert row["psnr_db_mean"] > 30
+    assert (path / "onnx" / "onnxruntime" / "timestep.onnx").is_file(), "norm1 and norm2 read the timestep alone"
+    fails(2, "for the size that was calibrated", "build", path, "--engine", "onnxruntime", "--profile", "128")
+    fails(3, "the blocks of a chain", "quantize", path, "--recipe", "routed", "--force")
+    fails(3, "no bundled weights for cogvideox", "calibrate", "--model", "cogvideox", "-o", tmp_path / "other")

@@ -18,7 +18,12 @@ from qdiff.models import FAMILIES
 from qdiff.models.base import Model, NamedInputs, Request, schedulers_for
 from qdiff.models.loading import bundled_folder
 
-SMALLEST = {"pixart": "pixart-tiny", "stable-diffusion": "sd-tiny", "wan": "wan-tiny"}  # a new family needs a line here
+SMALLEST = {
+    "cogvideox": "cogvideox-tiny",
+    "pixart": "pixart-tiny",
+    "stable-diffusion": "sd-tiny",
+    "wan": "wan-tiny",
+}  # a new family needs a line here
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))

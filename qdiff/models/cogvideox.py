@@ -1,0 +1,198 @@
+"""CogVideoX 1.0: text to video with an expert transformer over one sequence of text and video.
+
+Report: arXiv 2408.06072. Layers: ``patch_embed`` (a convolution over frames one by one, and the text's projection),
+``time_embedding``, ``transformer_blocks.*`` with ``norm1`` and ``norm2`` (modulation, apart for text and video), ``attn1`` (text
+and video read each other) and ``ff``, ``norm_out``, ``proj_out``. Positions are a table in the 2B model and rotations of queries
+and keys in the 5B; both are made for one number of frames, rows and columns, so a graph is too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.errors import InputError, UsageError
+from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
+from qdiff.video import Clip
+
+_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    # CogVideoX-2B as published: 30 blocks, 30 heads of 64, T5-XXL states of width 4096.
+    "cogvideox-2b": {
+        "num_attention_heads": 30,
+        "attention_head_dim": 64,
+        "num_layers": 30,
+        "time_embed_dim": 512,
+        "text_embed_dim": 4096,
+        "sample_width": 90,
+        "sample_height": 60,
+        "sample_frames": 49,
+        "max_text_seq_length": 226,
+    },
+    # Small enough for a unit test; with rotary positions, as the 5B has them.
+    "cogvideox-tiny": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "num_layers": 2,
+        "time_embed_dim": 32,
+        "text_embed_dim": 48,
+        "sample_width": 8,
+        "sample_height": 8,
+        "sample_frames": 9,
+        "max_text_seq_length": 16,
+        "use_rotary_positional_embeddings": True,
+    },
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "cogvideox-2b": {"height": 256, "width": 256, "num_frames": 9},
+    "cogvideox-tiny": {"height": 64, "width": 64, "num_frames": 9},
+}
+
+
+class CogVideoX(Family):
+    """Text to video with a :class:`diffusers.CogVideoXTransformer3DModel`."""
+
+    name = "cogvideox"
+    title = "CogVideoX 1.0 (text to video)"
+    media = "video"
+    pipelines = ("CogVideoXPipeline",)
+    configurations = tuple(_CONFIGURATIONS)
+    default_guidance = 6.0
+    default_steps = 50
+    block_list = "transformer_blocks"
+    chain = False  # a block returns the text's states too
+    one_size = True
+
+    def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
+        model = super().load(weights, revision=revision, seed=seed)
+        config: Any = model.backbone.config
+        if (
+            config.patch_size_t is not None
+            or config.ofs_embed_dim is not None
+            or config.use_learned_positional_embeddings
+        ):
+            raise InputError(
+                f"{weights} is a CogVideoX 1.5 or reads a picture, which qdiff does not know",
+                "use a CogVideoX 1.0 text-to-video model (2B or 5B)",
+            )
+        return model
+
+    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+        return (
+            InputSpec("hidden_states", ("batch", "frames", config["in_channels"], "height", "width"), varies=True),
+            InputSpec("encoder_hidden_states", ("batch", config["max_text_seq_length"], config["text_embed_dim"])),
+            InputSpec("timestep", ("batch",), varies=True, exact=True),
+        )
+
+    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
+        return ("batch", "frames", config["out_channels"], "height", "width")
+
+    def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
+        patch = config["patch_size"]
+        return latent[1], latent[-2] // patch, latent[-1] // patch
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        return {
+            "hidden_states": hidden_states.float(),
+            "encoder_hidden_states": kwargs["encoder_hidden_states"].float(),
+            "timestep": kwargs["timestep"].float().reshape(-1).expand(hidden_states.shape[0]),
+        }
+
+    def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return backbone(
+            inputs["hidden_states"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+            timestep=inputs["timestep"],
+            image_rotary_emb=_rotary(backbone.config, self.grid(backbone.config, inputs["hidden_states"].shape)),  # type: ignore[arg-type]
+            return_dict=False,
+        )[0]
+
+    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
+        check_pixels(self, request.height, request.width)
+        arguments = model.arguments(request)
+        if request.frames is not None:
+            factor = model.pipeline.vae_scale_factor_temporal
+            if request.frames < 1 + factor or (request.frames - 1) % factor:
+                usable = max(1, round((request.frames - 1) / factor)) * factor + 1
+                raise UsageError(f"{request.frames} frames are not 1 and a multiple of {factor}", f"use {usable}")
+            arguments["num_frames"] = request.frames
+        if on_step is not None:
+
+            def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                on_step(step, float(timestep), tensors["latents"])
+                return tensors
+
+            arguments["callback_on_step_end"] = after
+        model.use_scheduler(request.scheduler)
+        model.pipeline.set_progress_bar_config(disable=True)
+        config: Any = model.backbone.config
+        arguments["max_sequence_length"] = config.max_text_seq_length
+        with torch.inference_mode():
+            made = model.pipeline(
+                negative_prompt=[request.negative_prompt] * len(request.prompts), output_type="np", **arguments
+            ).frames  # float32 [N, T, H, W, 3] in 0..1
+        return [Clip((frames * 255).round().astype("uint8")) for frames in made]
+
+    def random_defaults(self, configuration: str) -> dict[str, Any]:
+        return dict(_SIZES[configuration])
+
+    def random_pipeline(self, configuration: str, seed: int) -> Any:
+        from diffusers import (
+            AutoencoderKLCogVideoX,
+            CogVideoXDDIMScheduler,
+            CogVideoXPipeline,
+            CogVideoXTransformer3DModel,
+        )
+        from transformers import T5Config, T5EncoderModel
+
+        from qdiff.models.loading import bundled_tokenizer
+
+        config = _CONFIGURATIONS[configuration]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            transformer = CogVideoXTransformer3DModel(**config)
+            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
+            vae = AutoencoderKLCogVideoX(
+                block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=16
+            )
+            tokenizer = bundled_tokenizer("pixart")
+            encoder = T5EncoderModel(
+                T5Config(
+                    vocab_size=len(tokenizer),
+                    d_model=config["text_embed_dim"],
+                    d_kv=32,
+                    d_ff=256,
+                    num_layers=1,
+                    num_heads=2,
+                )
+            )
+        modules: tuple[Any, ...] = (transformer, vae, encoder)
+        for module in modules:
+            module.eval().requires_grad_(False)
+        scheduler = CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=3.0,
+        )
+        return CogVideoXPipeline(tokenizer, encoder, vae, transformer, scheduler)
+
+
+def _rotary(config: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of the positions of a grid of tokens, as the pipeline makes them; ``None`` where there is a table."""
+    if not config["use_rotary_positional_embeddings"]:
+        return None
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    frames, rows, columns = grid
+    base = config["sample_width"] // config["patch_size"], config["sample_height"] // config["patch_size"]
+    crops = get_resize_crop_region_for_grid((rows, columns), *base)
+    cosines, sines = get_3d_rotary_pos_embed(config["attention_head_dim"], crops, (rows, columns), frames)
+    return cosines, sines
+
+
+FAMILIES.register("cogvideox")(CogVideoX())
