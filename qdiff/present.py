@@ -113,7 +113,8 @@ def build(result: dict[str, Any]) -> str:
         return f"{result['engine']}: {result['note']}"
     state = "found in the cache" if result["cached"] else "built"
     here = "" if result["runs_here"] else f"\n  cannot run here: {result['why_not']}"
-    what = f"{result['engine']}: {state} for {result['device']}, {size(result['bytes'])}{here}"
+    once = f", {' and '.join(result['parts'])} computed once" if result["parts"] else ""
+    what = f"{result['engine']}: {state} for {result['device']}, {size(result['bytes'])}{once}{here}"
     return f"{what}\n{result['folder']}  ({_used(result)})"
 
 
@@ -190,7 +191,8 @@ def inspect(result: dict[str, Any]) -> str:
         )
     for engine in result.get("engines", []):
         state = engine["problem"] or "trusted"
-        lines.append(f"engine {engine['folder']}: {engine['device']}, {size(engine['bytes'])}, {state}")
+        role = engine["role"] or "not in use"
+        lines.append(f"engine {engine['folder']}: {role}, {engine['device']}, {size(engine['bytes'])}, {state}")
     if "layers" in result:
         columns = [
             (layer["name"], layer["weights"], layer["activations"], layer["smoothing"], layer["sqnr_db"], layer["why"])

@@ -230,6 +230,7 @@ def build(
         "run": str(run.path),
         "engine": engine.name,
         "folder": str(run.file(entry["folder"])),
+        "parts": [part["name"] for part in entry["parts"]],
         **{name: entry[name] for name in ("cached", "bytes", "device", "facts", "seconds", "peak_memory_bytes")},
         "runs_here": missing_to_run is None,
         **({"why_not": missing_to_run} if missing_to_run else {}),

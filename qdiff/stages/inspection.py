@@ -42,10 +42,12 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
         }
         if layers:
             result["layers"] = [layer.model_dump(mode="json") for layer in plan.layers]
+    roles = _roles(run)
     if run.file("engines").is_dir():
         result["engines"] = [
             {
                 "folder": entry.folder.name,
+                "role": roles.get(f"engines/{entry.folder.name}"),
                 "device": entry.device,
                 "version": entry.version,
                 "bytes": entry.bytes,
@@ -54,6 +56,17 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
             for entry in list_engines(run.file("engines"))
         ]
     return result
+
+
+def _roles(run: Run) -> dict[str, str]:
+    """What each engine folder that is in use computes: everything, a step, or one of the parts that are computed once."""
+    roles: dict[str, str] = {}
+    for stage, entry in run.manifest["stages"].items():
+        if stage.startswith("build:") and entry.get("status") == "done":
+            parts = entry.get("parts", [])
+            roles[entry["folder"]] = "step" if parts else "whole"
+            roles |= {part["folder"]: part["name"] for part in parts}
+    return roles
 
 
 def _missing(run: Run) -> list[str]:

@@ -50,7 +50,7 @@ def test_a_real_process(tmp_path):
     done = child("--version")
     assert done.returncode == 0 and "torch=" in done.stdout
     done = child("models", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)[0]["name"] == "pixart" and not done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout)[0]["name"] == "cogvideox" and not done.stderr
     done = child("inspect", tmp_path)
     assert done.returncode == 3 and not done.stdout and "error: " in done.stderr and "fix: " in done.stderr
     read, write = os.pipe()
