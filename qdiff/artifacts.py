@@ -274,13 +274,17 @@ class Run:
             before, deleted = dict(self.manifest["stages"]), False
             if force:
                 self._forget(name)
+                finished = before.get(name, {}).get("outputs", {})
                 for leftover in leftovers:
                     path = safe_child(self.path, leftover)
-                    deleted |= path.exists()
+                    deleted |= any(output == leftover or output.startswith(f"{leftover}/") for output in finished)
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             recorded = self.manifest["stages"].get(name, {}).get("inputs")
             if replace and recorded != json.loads(json.dumps(inputs)):
                 self._forget(name)
+                lost = [stage for stage in before if stage not in self.manifest["stages"] and stage != name]
+                if lost:
+                    log.warning("%s: %s of what was there before no longer count", name, " and ".join(lost))
             if self.is_current(name, inputs):
                 log.info("%s: done already in %s", name, self.path)
                 yield None

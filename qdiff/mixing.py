@@ -168,7 +168,7 @@ def costs_of(
     """Costs ``[group, format]`` in the budget's unit, float64, and what everything else costs besides."""
     costs = torch.zeros(len(candidates.groups), len(candidates.names), dtype=torch.float64)
     weights = sum(_elements(candidates.entries_of(layer)) for layers in candidates.groups.values() for layer in layers)
-    rates = None if device is None or time is not None else device_named(device)
+    rates = device_named(device) if measure == "latency" and device is not None and time is None else None
     for row, (group, layers) in enumerate(candidates.groups.items()):
         for format, possible in enumerate(candidates.possible(group)):
             for layer in layers if possible else ():

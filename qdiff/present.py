@@ -78,9 +78,16 @@ def quantize(result: dict[str, Any]) -> str:
         before, after = (sum(row[key] for row in layers) for key in ("bytes_float", "bytes"))
         head = ("LAYER", "WEIGHTS", "ACTIVATIONS", "FLOAT", "PACKED", "WHY")
         return f"{table(rows, head)}\n{len(layers)} layers, {size(before)} -> {size(after)}{_reads(result)}"
+    budget = ""
+    if result["budget"]:
+        (measure, allowed), *_ = result["budget"].items()
+        unit = {"bits": "bits a weight", "bytes": "bytes", "latency": "ms a step"}[measure]
+        seen = f", pictures of the plan {result['plan_psnr_db']:.1f} dB" if result["plan_psnr_db"] else ""
+        budget = f"\nbudget: {result['cost']:.6g} of {allowed:.6g} {unit}{seen}"
     by_hand = f", {result['layers_by_hand']} set by hand" if result["layers_by_hand"] else ""
     return (
-        f"recipe {result['recipe']}: {result['quantized_layers']} layers quantized, {result['kept_layers']} kept{by_hand}\n"
+        f"recipe {result['recipe']}: {result['quantized_layers']} layers quantized, {result['kept_layers']} kept"
+        f"{by_hand}{budget}\n"
         f"{size(result['float32_bytes'])} -> {size(result['packed_bytes'])} "
         f"({result['float32_bytes'] / result['packed_bytes']:.2f}x smaller), "
         f"worst step {result['worst_sqnr_db']:.1f} dB{_reads(result)}\n{result['plan']}  ({_used(result)})"
@@ -108,7 +115,8 @@ def export(results: list[dict[str, Any]]) -> str:
 def build(result: dict[str, Any]) -> str:
     """``qdiff build``."""
     if result.get("dry_run"):
-        return f"would build {result['engine']} for {result['device']}"
+        once = f", {' and '.join(result['parts'])} computed once" if result["parts"] else ", as one engine"
+        return f"would build {result['engine']} for {result['device']}{once}"
     if "note" in result:
         return f"{result['engine']}: {result['note']}"
     state = "found in the cache" if result["cached"] else "built"

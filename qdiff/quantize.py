@@ -78,6 +78,11 @@ def carry_out(
         raise InputError(
             f"recipe {recipe.name!r} replays the recorded trajectory, which is not given", "calibrate first"
         )
+    if recipe.sequential and recipe.sequential.reconstruct and trajectory and sum(1 for _ in trajectory) < 2:
+        raise InputError(
+            f"recipe {recipe.name!r} learns on some recorded calls and judges on others, and there is one call",
+            "calibrate with more prompts or steps",
+        )
     targets = float_predictions(model, trajectory) if recipe.distil and trajectory else []
     work = _Realisation(model, entries, solve, statistics, recipe.kept)
     if recipe.sequential is None or trajectory is None:

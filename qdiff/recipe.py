@@ -8,6 +8,7 @@ A pattern that matches nothing is an error: it is a typing mistake, or a recipe 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -271,6 +272,23 @@ class Recipe(BaseModel):
         shared = ("ignore", "kept", "split_shortcuts", "first_token")
         return member.model_copy(update={key: getattr(self, key) for key in shared})
 
+    def check_families(self, known: Iterable[str]) -> None:
+        """Refuses patterns for families that do not exist: they would never match.
+
+        Raises:
+            InputError: with the nearest names.
+        """
+        known = list(known)
+        named: dict[str, Iterable[str]] = {
+            "ignore": self.ignore,
+            "outputs": self.outputs,
+            "mixed.minimum": self.mixed.minimum if self.mixed else {},
+        }
+        for entry, families in named.items():
+            for family in families:
+                if family not in known:
+                    raise unknown_name(f"family in {entry} of recipe {self.name!r}", family, known, InputError)
+
     def ignored(self, family: str, names: list[str]) -> dict[str, str]:
         """Which of ``names`` stay unquantized, with the pattern that says so.
 
@@ -327,9 +345,22 @@ def _override(value: dict[str, Any], assignment: str) -> None:
         if not isinstance(value, dict):
             raise UsageError(f"--set {assignment!r}: {parent!r} is not a group of settings")
     try:
-        value[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {assignment!r}: the value is not YAML ({error})") from None
+        value[last] = _read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"--set {assignment[:200]!r}: the value is not YAML ({str(error)[:200]})") from None
+
+
+class _NoAliases(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines make more values than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not taken")
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_NoAliases)  # noqa: S506 - a SafeLoader
 
 
 def budget_override(text: str) -> str:
@@ -374,6 +405,8 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     if name in built_in():
         text = (resources.files("qdiff") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).suffix in (".yaml", ".yml"):
+        if Path(name).exists() and not Path(name).is_file():
+            raise InputError(f"the recipe {name} is no plain file", "check the path")
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -381,10 +414,10 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     else:
         raise unknown_name("recipe", name, built_in(), InputError)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(
-            f"recipe {name} is not valid YAML: {error}", "see qdiff/recipes/int8.yaml for an example"
+            f"recipe {name} is not valid YAML: {str(error)[:300]}", "see qdiff/recipes/int8.yaml for an example"
         ) from None
     if not isinstance(value, dict):
         raise InputError(f"recipe {name} is not a group of settings", "see qdiff/recipes/int8.yaml for an example")

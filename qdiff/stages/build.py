@@ -175,6 +175,7 @@ def build(
     from qdiff.engines import choose
     from qdiff.engines.cache import build_cached
     from qdiff.engines.parts import options_for, parts_of, read
+    from qdiff.engines.trust import trusted
 
     engine = choose(engine_name)
     if engine.runs_module:
@@ -191,6 +192,7 @@ def build(
             "run": str(run.path),
             "engine": engine.name,
             "device": engine.device(options),
+            "parts": [] if whole else [graph.name for graph in parts_of(onnx)[1:]],
             **inputs,
         }
     # The engine cache has its own, complete key; the manifest only remembers which of its engines is the current one.
@@ -198,7 +200,10 @@ def build(
     run.verify(f"export:{engine.target}")
     gone = run.done(stage) and not all(run.file(folder).is_dir() for folder in _folders(run.entry(stage)))
     with run.stage(stage, inputs, force=force or gone, replace=True) as work:
-        if work is not None:
+        if work is None:
+            for folder in _folders(run.entry(stage)):
+                trusted(run.file(folder), engine)
+        else:
             everything = read(onnx)
             graphs = ([] if whole else parts_of(onnx)) or [everything]
             step, *parts = [

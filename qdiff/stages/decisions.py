@@ -173,10 +173,18 @@ class ByBudget:
         from qdiff.quantize import carry_out
 
         # what was chosen from is let go before the model is made: it holds every layer in every format
-        drafted = self._chosen(model, drafted, trajectory, scratch, work)
-        return carry_out(model, self.recipe, drafted, trajectory, scratch)
+        drafted, table, made = self._chosen(model, drafted, trajectory, scratch)
+        plan = carry_out(model, self.recipe, drafted, trajectory, scratch)
+        # written last: a budget or a layer that is refused leaves an earlier quantization whole
+        table.save(work.output(self.run.file(TABLE)))
+        write_json(work.output(self.run.file(ALLOCATION)), made.to_json())
+        taken = made.solutions[made.chosen]
+        work.fact(budget={made.measure: made.budget}, cost=taken.cost, plan_psnr_db=taken.psnr_db)
+        return plan
 
-    def _chosen(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Draft:
+    def _chosen(
+        self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch
+    ) -> tuple[Draft, Sensitivity, Allocation]:
         from qdiff.candidates import Candidates
         from qdiff.mixing import Allocation
 
@@ -184,13 +192,10 @@ class ByBudget:
         probes = self.recipe.mixed.probes if self.recipe.mixed else 0
         look = look_of(self.run, model, candidates.backbone, probes) if probes else None
         table = measured(self.run, model, candidates, trajectory, self.measured_inputs(), look)
-        table.save(work.output(self.run.file(TABLE)))
         kept = scratch.load("allocation")  # a run that was killed goes on with the plan that it had chosen
         made = self._decided(model, candidates, table) if kept is None else Allocation.from_json(kept[1])
         scratch.save("allocation", {}, made.to_json())
-        write_json(work.output(self.run.file(ALLOCATION)), made.to_json())
-        work.fact(budget={made.measure: made.budget}, cost=made.solutions[made.chosen].cost)
-        return candidates.draft(drafted, made.choice)
+        return candidates.draft(drafted, made.choice), table, made
 
     def _decided(self, model: Model, candidates: Candidates, table: Sensitivity) -> Allocation:
         from qdiff.costs import MEASURED_ON

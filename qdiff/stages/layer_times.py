@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qdiff.engines import BuildOptions, choose
 from qdiff.engines.base import Runner
-from qdiff.errors import InputError
+from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import log
 from qdiff.layers import QuantLinear, TimestepClock
 from qdiff.plan import LayerPlan
@@ -45,6 +45,12 @@ class LayerTimes:
         self.engine = choose(engine)
         if self.engine.target is None:
             raise InputError(f"mixed.device: {engine!r} runs torch modules, no graphs", "use openvino or onnxruntime")
+        missing = self.engine.missing()
+        if missing is not None:
+            raise MissingDependencyError(
+                f"mixed.device: layers cannot be timed on {engine!r} here: {missing}",
+                "name an engine that runs here, or a GPU with published rates",
+            )
         from qdiff.export.translations import TARGETS
 
         self.target = TARGETS[self.engine.target]

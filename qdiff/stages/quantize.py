@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
-from qdiff.errors import UsageError
+from qdiff.errors import InputError, UsageError
 from qdiff.files import save_tensors, sha256_json, write_json
 from qdiff.scratch import Scratch
 from qdiff.stages.attention import STAGE as ATTENTION
@@ -71,9 +71,11 @@ def quantize(
 def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> Decisions:
     """Reads the plan now: it may be the file that the work will overwrite."""
     if plan_file is None:
+        from qdiff.models import FAMILIES
         from qdiff.recipe import load_recipe
 
         recipe = load_recipe(recipe_name, overrides)
+        recipe.check_families(FAMILIES)
         if recipe.routing is not None:
             return ByRouting(recipe, run)
         return ByRecipe(recipe) if recipe.mixed is None else ByBudget(recipe, run)
@@ -109,6 +111,8 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     sparse = _attention(run, decided, model)
     trajectory = Trajectory(run.file("calibration"))
     expected = _predictions(model, trajectory)
+    if not any(bool(prediction.any()) for _, prediction in expected):
+        raise InputError("the float model predicts nothing but zeros", "are these the right weights?")
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
     plan = decided.apply(model, drafted, trajectory, scratch, work)
     if sparse is not None:
@@ -193,6 +197,9 @@ def _summary(run: Run) -> dict[str, Any]:
         "packed_bytes",
         "worst_sqnr_db",
         "density",
+        "budget",
+        "cost",
+        "plan_psnr_db",
         "seconds",
         "peak_memory_bytes",
     )

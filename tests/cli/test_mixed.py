@@ -80,8 +80,27 @@ def test_a_killed_run_goes_on_with_the_plan_that_it_had_chosen(spoilt, cli, wish
     with monkeypatch.context() as patch:
         patch.setattr(qdiff.quantize, "carry_out", killed)
         assert cli(*arguments, "--force").code != 0
-    chosen = read_json(spoilt / "allocation.json", "the allocation")
     with monkeypatch.context() as patch:
         patch.setattr(qdiff.mixing, "decide", None)
         assert cli(*arguments).code == 0, "without force: it goes on"
-    assert read_json(spoilt / "allocation.json", "the allocation") == chosen
+    made = read_json(spoilt / "allocation.json", "the allocation")
+    assert made["budget"] == 7 and made["solutions"][made["chosen"]]["psnr_db"] is not None
+
+
+def test_a_refusal_leaves_the_finished_quantization_whole(spoilt, fails, wish, cli):
+    before = {name: (spoilt / name).read_bytes() for name in ("plan.json", "model.safetensors", "run.json")}
+    for _ in range(2):  # the second time there are parts of the first
+        fails(3, "is below", "quantize", spoilt, *wish, "--budget", "bytes=1", "--force")
+        stages = read_json(spoilt / "run.json", "the manifest")["stages"]
+        assert stages["quantize"]["status"] == "done" and "export:onnxruntime" in stages
+    for name in ("plan.json", "model.safetensors"):
+        assert (spoilt / name).read_bytes() == before[name]
+    assert cli("generate", spoilt, "--prompt", "x", "--engine", "eager", "-o", spoilt / "x.png").code == 0
+
+
+def test_a_device_is_only_asked_where_the_budget_is_a_time(spoilt, cli, fails, wish):
+    given = ("quantize", spoilt, *wish, "--set", "mixed.device=openvino", "--set", "mixed.pictures=0", "--force")
+    done = cli(*given, "--budget", "bits=7")
+    assert done.code == 0 and "of 7 bits a weight" in done.out
+    nowhere = [part.replace("openvino", "tensorrt_rtx") if isinstance(part, str) else part for part in given]
+    fails(4, ["layers cannot be timed on 'tensorrt_rtx' here"], *nowhere, "--budget", "latency=1")
