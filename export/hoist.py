@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.engines.parts import PARTS, STEP, axes_of
 from qdiff.files import write_atomically
+from qdiff.graph_files import PARTS, STEP, axes_of
 from qdiff.protobuf import graphs, nodes
 
 if TYPE_CHECKING:

@@ -360,7 +360,11 @@ class _NoAliases(yaml.SafeLoader):
 
 
 def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_NoAliases)  # noqa: S506 - a SafeLoader
+    loader = _NoAliases(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def budget_override(text: str) -> str:

@@ -174,8 +174,9 @@ def build(
     """
     from qdiff.engines import choose
     from qdiff.engines.cache import build_cached
-    from qdiff.engines.parts import options_for, parts_of, read
+    from qdiff.engines.parts import options_for
     from qdiff.engines.trust import trusted
+    from qdiff.graph_files import parts_of, read
 
     engine = choose(engine_name)
     if engine.runs_module:

@@ -131,9 +131,9 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
 
     from qdiff.checkpoint import load_quantized
     from qdiff.engines import BuildOptions, choose
-    from qdiff.engines.parts import parts_of, read
     from qdiff.export.emulation import emulated
     from qdiff.export.parity import compare, expected_outputs
+    from qdiff.graph_files import parts_of, read
     from qdiff.models import FAMILIES
     from qdiff.resources import release_memory
     from qdiff.trajectory import Trajectory

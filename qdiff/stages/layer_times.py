@@ -12,17 +12,18 @@ import tempfile
 import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.engines import BuildOptions, choose
-from qdiff.engines.base import Runner
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import log
 from qdiff.layers import QuantLinear, TimestepClock
 from qdiff.plan import LayerPlan
+
+if TYPE_CHECKING:
+    from qdiff.engines import Runner
 
 CALLS, WARM = 21, 3
 MOST_SECONDS = 3.0  # for the calls of one layer
@@ -42,6 +43,8 @@ class LayerTimes:
     """
 
     def __init__(self, engine: str, threads: int | None = None) -> None:
+        from qdiff.engines import BuildOptions, choose
+
         self.engine = choose(engine)
         if self.engine.target is None:
             raise InputError(f"mixed.device: {engine!r} runs torch modules, no graphs", "use openvino or onnxruntime")

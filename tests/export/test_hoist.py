@@ -12,11 +12,12 @@ from qdiff.engines import BuildOptions, choose
 from qdiff.engines.base import Profile, Runner
 from qdiff.engines.hoisted import FEW, HoistedRunner
 from qdiff.engines.inputs import TensorSpec
-from qdiff.engines.parts import options_for, parts_of, read
+from qdiff.engines.parts import options_for
 from qdiff.errors import InputError, UsageError
 from qdiff.export.hoist import write_parts
 from qdiff.export.onnx_graph import write_graph
 from qdiff.export.translations import TARGETS
+from qdiff.graph_files import parts_of, read
 
 SOURCES = {"prompt": frozenset({"text", "mask"}), "timestep": frozenset({"t"})}
 NAMES = ["x", "text", "mask", "t"]
