@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import InputError, UsageError
-from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
+from qdiff.errors import InputError
+from qdiff.models import clips
+from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback
 from qdiff.video import Clip
 
 _CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -111,30 +112,8 @@ class CogVideoX(Family):
         )[0]
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
-        check_pixels(self, request.height, request.width)
-        arguments = model.arguments(request)
-        if request.frames is not None:
-            factor = model.pipeline.vae_scale_factor_temporal
-            if request.frames < 1 + factor or (request.frames - 1) % factor:
-                usable = max(1, round((request.frames - 1) / factor)) * factor + 1
-                raise UsageError(f"{request.frames} frames are not 1 and a multiple of {factor}", f"use {usable}")
-            arguments["num_frames"] = request.frames
-        if on_step is not None:
-
-            def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                on_step(step, float(timestep), tensors["latents"])
-                return tensors
-
-            arguments["callback_on_step_end"] = after
-        model.use_scheduler(request.scheduler)
-        model.pipeline.set_progress_bar_config(disable=True)
         config: Any = model.backbone.config
-        arguments["max_sequence_length"] = config.max_text_seq_length
-        with torch.inference_mode():
-            made = model.pipeline(
-                negative_prompt=[request.negative_prompt] * len(request.prompts), output_type="np", **arguments
-            ).frames  # float32 [N, T, H, W, 3] in 0..1
-        return [Clip((frames * 255).round().astype("uint8")) for frames in made]
+        return clips.generate(self, model, request, on_step, max_sequence_length=config.max_text_seq_length)
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         return dict(_SIZES[configuration])

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import InputError, UsageError
-from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback, check_pixels
+from qdiff.errors import InputError
+from qdiff.models import clips
+from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback
 from qdiff.video import Clip
 
 _CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -109,28 +110,7 @@ class Wan(Family):
         )[0]
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
-        check_pixels(self, request.height, request.width)
-        arguments = model.arguments(request)
-        if request.frames is not None:
-            factor = model.pipeline.vae_scale_factor_temporal
-            if request.frames < 1 + factor or (request.frames - 1) % factor:
-                usable = max(1, round((request.frames - 1) / factor)) * factor + 1
-                raise UsageError(f"{request.frames} frames are not 1 and a multiple of {factor}", f"use {usable}")
-            arguments["num_frames"] = request.frames
-        if on_step is not None:
-
-            def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                on_step(step, float(timestep), tensors["latents"])
-                return tensors
-
-            arguments["callback_on_step_end"] = after
-        model.use_scheduler(request.scheduler)
-        model.pipeline.set_progress_bar_config(disable=True)
-        with torch.inference_mode():
-            made = model.pipeline(
-                negative_prompt=[request.negative_prompt] * len(request.prompts), output_type="np", **arguments
-            ).frames  # float32 [N, T, H, W, 3] in 0..1
-        return [Clip((frames * 255).round().astype("uint8")) for frames in made]
+        return clips.generate(self, model, request, on_step)
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         return {"max_sequence_length": 32, **_SIZES[configuration]}

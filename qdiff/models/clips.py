@@ -1,0 +1,46 @@
+"""How video families call their pipelines: sizes that work, a callback after every step, frames as clips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qdiff.errors import UsageError
+from qdiff.models.base import Family, Model, Request, StepCallback, check_pixels
+from qdiff.video import Clip
+
+
+def generate(
+    family: Family, model: Model, request: Request, on_step: StepCallback | None, **further: Any
+) -> list[Clip]:
+    """The clips of a request.
+
+    Args:
+        further: arguments of the pipeline besides those that all have.
+
+    Raises:
+        UsageError: a size or a number of frames that the model does not make.
+    """
+    check_pixels(family, request.height, request.width)
+    arguments = {**model.arguments(request), **further}
+    if request.frames is not None:
+        factor = model.pipeline.vae_scale_factor_temporal
+        if request.frames < 1 + factor or (request.frames - 1) % factor:
+            usable = max(1, round((request.frames - 1) / factor)) * factor + 1
+            raise UsageError(f"{request.frames} frames are not 1 and a multiple of {factor}", f"use {usable}")
+        arguments["num_frames"] = request.frames
+    if on_step is not None:
+
+        def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step, float(timestep), tensors["latents"])
+            return tensors
+
+        arguments["callback_on_step_end"] = after
+    model.use_scheduler(request.scheduler)
+    model.pipeline.set_progress_bar_config(disable=True)
+    with torch.inference_mode():
+        made = model.pipeline(
+            negative_prompt=[request.negative_prompt] * len(request.prompts), output_type="np", **arguments
+        ).frames  # float32 [N, T, H, W, 3] in 0..1
+    return [Clip((frames * 255).round().astype("uint8")) for frames in made]
