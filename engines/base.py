@@ -95,9 +95,8 @@ class Runner(ABC):
     (or a CUDA tensor when the inputs are). One call at a time; the output is the caller's to keep."""
 
     inputs: tuple[TensorSpec, ...] = ()  # what the graph declares; empty for torch modules, which check for themselves
-    lasting: frozenset[str] = (
-        frozenset()
-    )  # inputs whose tensors nobody changes: given again, they need not be handed over again
+    # Inputs whose tensors nobody changes: one that is given again need not be handed over again.
+    lasting: frozenset[str] = frozenset()
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Everything that the graph returns, the prediction first; raises as :meth:`__call__`."""

@@ -13,7 +13,7 @@ needed, from whatever input has the axis.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,7 @@ def write_parts(onnx: Path, sources: Mapping[str, Set[str]]) -> list[Path]:
     files = []
     for name, graph in ((STEP, model), *found.items()):
         path = onnx.with_name(f"{name}.onnx")
-        data = graph.SerializeToString()
-        write_atomically(path, lambda temporary, data=data: temporary.write_bytes(data))  # type: ignore[misc]
+        write_atomically(path, partial(Path.write_bytes, data=graph.SerializeToString()))
         files.append(path)
     return files
 
@@ -85,25 +84,22 @@ def hoist(model: Any, inputs: Set[str]) -> tuple[Any, Any] | None:
     return view.part(model, moved, carried, inputs), view.rest(model, moved, carried)
 
 
-@dataclass
 class _View:
     """A graph with its links: who makes a value, who reads it, and which inputs it depends on.
 
     ``depends`` holds inputs whose *data* a value depends on: what follows from shapes and constants alone depends on nothing.
     """
 
-    graph: Any
-    producer: dict[str, int] = field(default_factory=dict)
-    readers: dict[str, list[int]] = field(default_factory=dict)
-    depends: dict[str, frozenset[str]] = field(default_factory=dict)
-    reads: list[list[str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.types = {value.name: value for value in [*self.graph.value_info, *self.graph.input, *self.graph.output]}
-        self.inputs = {value.name: value for value in self.graph.input}
-        self.outputs = {value.name for value in self.graph.output}
-        self.depends = {name: frozenset({name}) for name in self.inputs}
-        for index, node in enumerate(self.graph.node):
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self.types = {value.name: value for value in [*graph.value_info, *graph.input, *graph.output]}
+        self.inputs = {value.name: value for value in graph.input}
+        self.outputs = {value.name for value in graph.output}
+        self.producer: dict[str, int] = {}
+        self.readers: dict[str, list[int]] = {}
+        self.reads: list[list[str]] = []
+        self.depends: dict[str, frozenset[str]] = {name: frozenset({name}) for name in self.inputs}
+        for index, node in enumerate(graph.node):
             names = list(_read_by(node))
             self.reads.append(names)
             of_shape = node.op_type in ("Shape", "Size")
@@ -189,8 +185,6 @@ class _View:
 
     def part(self, model: Any, moved: set[int], carried: list[str], inputs: Set[str]) -> Any:
         """The model of the moved nodes."""
-        import onnx
-
         needed: set[int] = set()
         waiting = list(moved)
         while waiting:
@@ -211,12 +205,10 @@ class _View:
         outputs = [self.types[name] for name in carried]
         read = {name for node in made for name in _read_by(node)}
         given = [self.inputs[name] for name in self.inputs if name in read]
-        return _model(model, onnx, made, given, outputs)
+        return _model(model, made, given, outputs)
 
     def rest(self, model: Any, moved: set[int], carried: list[str]) -> Any:
         """The model without the moved nodes, and without what only they needed."""
-        import onnx
-
         alive: set[int] = set()
         waiting = [self.producer[name] for name in self.outputs if name in self.producer]
         while waiting:
@@ -233,7 +225,7 @@ class _View:
             kept += [node] if sources is None else _shapes(node, sources)
         read = {name for node in kept for name in _read_by(node)} | self.outputs
         given = [value for name, value in self.inputs.items() if name in read]
-        return _model(model, onnx, kept, [*given, *(self.types[name] for name in carried)], list(self.graph.output))
+        return _model(model, kept, [*given, *(self.types[name] for name in carried)], list(self.graph.output))
 
 
 def _read_by(node: Any) -> Iterator[str]:
@@ -263,8 +255,10 @@ def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
     return made if len(sources) == 1 else [*made, onnx.helper.make_node("Concat", pieces, [node.output[0]], axis=0)]
 
 
-def _model(model: Any, onnx: Any, kept: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
+def _model(model: Any, kept: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
     """A model of these nodes, with the initializers, value descriptions and functions of ``model`` that they use."""
+    import onnx
+
     made = onnx.ModelProto()
     made.CopyFrom(model)
     del made.graph.node[:], made.graph.initializer[:], made.graph.value_info[:], made.graph.input[:]

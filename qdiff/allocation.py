@@ -43,6 +43,7 @@ def allocate(
     Raises:
         InputError: no solution costs so little; says how little the cheapest costs.
     """
+    errors, costs = errors.double(), costs.double()
     count = len(errors)
     possible = errors.isfinite()
     if not bool(possible.any(dim=1).all()):
@@ -53,12 +54,12 @@ def allocate(
             f"the budget {budget + fixed:.6g} is below {least + fixed:.6g}, what the cheapest formats come to",
             "raise the budget, allow cheaper formats, or lower mixed.minimum",
         )
-    reduced, bound = _relaxed(errors.double(), costs.double(), budget)
+    reduced, bound = _relaxed(errors, costs, budget)
     order = reduced[possible].sort().values
     small, core, found = errors.numel() <= SMALL, CORE, [math.inf]
     while True:
         slack = float(order[min(count + core, len(order)) - 1])
-        choice = _solve(errors.double(), costs.double(), budget, (reduced <= slack) & possible, forbidden or [])
+        choice = _solve(errors, costs, budget, (reduced <= slack) & possible, forbidden or [])
         everything = count + core >= len(order)
         if choice is not None:
             found.append(total(errors, choice))

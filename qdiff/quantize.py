@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def carry_out(
         raise InputError(
             f"recipe {recipe.name!r} replays the recorded trajectory, which is not given", "calibrate first"
         )
-    if recipe.sequential and recipe.sequential.reconstruct and trajectory and sum(1 for _ in trajectory) < 2:
+    if recipe.sequential and recipe.sequential.reconstruct and trajectory and len(list(islice(trajectory, 2))) < 2:
         raise InputError(
             f"recipe {recipe.name!r} learns on some recorded calls and judges on others, and there is one call",
             "calibrate with more prompts or steps",

@@ -169,11 +169,12 @@ def measure(
     """
     steps = spread(trajectory, calls or PROBES)
     with torch.inference_mode():
-        reference = [model.family.call(model.backbone, step.inputs).float() for step in steps if calls]
         sizes = _sizes(model, candidates, steps[0])
     proxies = proxies_of(model, candidates, steps)
     steps = steps if calls else []
-    groups = list(candidates.groups)
+    with torch.inference_mode():
+        reference = [model.family.call(model.backbone, step.inputs).float() for step in steps]
+    groups = list(candidates.groups) if calls or look else []
 
     def rows_of(index: int) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {"errors": [], "pictures": [], "structure": []}
@@ -194,13 +195,13 @@ def measure(
     def part(index: int) -> str:
         return f"group-{index:05d}"
 
-    left = [index for index in range(len(groups)) if (calls or look) and scratch.load(part(index)) is None]
+    left = [index for index in range(len(groups)) if scratch.load(part(index)) is None]
     with Progress("sensitivity", len(groups)) as progress:
         progress.advance(len(groups) - len(left))
         run_all(
             left, lambda index: scratch.save(part(index), {}, rows_of(index)), workers_for(len(left)), progress.advance
         )
-    found = [_facts(scratch, part(index)) for index in range(len(groups)) if calls or look]
+    found = [_facts(scratch, part(index)) for index in range(len(groups))]
     return Sensitivity(
         groups=dict(candidates.groups),
         formats=candidates.names,

@@ -1,14 +1,26 @@
-"""How video families call their pipelines: sizes that work, a callback after every step, frames as clips."""
+"""How video families and their pipelines meet: sizes that work, a callback after every step, frames as clips."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qdiff.errors import UsageError
 from qdiff.models.base import Family, Model, Request, StepCallback, check_pixels
 from qdiff.video import Clip
+
+
+def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Named inputs from a call to a backbone that is given states of a text and one timestep for all samples."""
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    return {
+        "hidden_states": hidden_states.float(),
+        "encoder_hidden_states": kwargs["encoder_hidden_states"].float(),
+        "timestep": kwargs["timestep"].float().reshape(-1).expand(hidden_states.shape[0]),
+    }
 
 
 def generate(

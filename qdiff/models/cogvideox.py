@@ -95,12 +95,7 @@ class CogVideoX(Family):
         return latent[1], latent[-2] // patch, latent[-1] // patch
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        return {
-            "hidden_states": hidden_states.float(),
-            "encoder_hidden_states": kwargs["encoder_hidden_states"].float(),
-            "timestep": kwargs["timestep"].float().reshape(-1).expand(hidden_states.shape[0]),
-        }
+        return clips.capture(args, kwargs)
 
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return backbone(
@@ -127,7 +122,7 @@ class CogVideoX(Family):
         )
         from transformers import T5Config, T5EncoderModel
 
-        from qdiff.models.loading import bundled_tokenizer
+        from qdiff.models.loading import bundled_tokenizer, stand_in_text_encoder
 
         config = _CONFIGURATIONS[configuration]
         with torch.random.fork_rng():
@@ -138,16 +133,7 @@ class CogVideoX(Family):
                 block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=16
             )
             tokenizer = bundled_tokenizer("pixart")
-            encoder = T5EncoderModel(
-                T5Config(
-                    vocab_size=len(tokenizer),
-                    d_model=config["text_embed_dim"],
-                    d_kv=32,
-                    d_ff=256,
-                    num_layers=1,
-                    num_heads=2,
-                )
-            )
+            encoder = stand_in_text_encoder(T5Config, T5EncoderModel, tokenizer, config["text_embed_dim"])
         modules: tuple[Any, ...] = (transformer, vae, encoder)
         for module in modules:
             module.eval().requires_grad_(False)

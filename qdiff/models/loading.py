@@ -39,6 +39,18 @@ def bundled_tokenizer(family: str) -> Any:
     return AutoTokenizer.from_pretrained(str(bundled_folder(family) / "tokenizer"), local_files_only=True)
 
 
+def stand_in_text_encoder(configuration: Any, encoder: Any, tokenizer: Any, width: int) -> Any:
+    """A small T5 of the right interface, with random weights.
+
+    Args:
+        configuration, encoder: transformers' classes.
+        width: of the states that it gives.
+    """
+    return encoder(
+        configuration(vocab_size=len(tokenizer), d_model=width, d_kv=32, d_ff=256, num_layers=1, num_heads=2)
+    )
+
+
 def stand_in_vae() -> Any:
     """A small random autoencoder with the interface of the published ones: 8 pixels a cell, 4 channels."""
     from diffusers import AutoencoderKL

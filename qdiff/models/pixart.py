@@ -150,7 +150,7 @@ class PixArt(Family):
         from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
         from transformers import T5Config, T5EncoderModel
 
-        from qdiff.models.loading import bundled_tokenizer, stand_in_vae
+        from qdiff.models.loading import bundled_tokenizer, stand_in_text_encoder, stand_in_vae
 
         config = _CONFIGURATIONS[configuration]
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -162,16 +162,7 @@ class PixArt(Family):
             # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
             vae = stand_in_vae()
             tokenizer = bundled_tokenizer(self.name)
-            encoder = T5EncoderModel(
-                T5Config(
-                    vocab_size=len(tokenizer),
-                    d_model=config["caption_channels"],
-                    d_kv=32,
-                    d_ff=256,
-                    num_layers=1,
-                    num_heads=2,
-                )
-            )
+            encoder = stand_in_text_encoder(T5Config, T5EncoderModel, tokenizer, config["caption_channels"])
         modules: tuple[Any, ...] = (transformer, vae, encoder)
         for module in modules:
             module.eval().requires_grad_(False)

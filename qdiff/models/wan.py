@@ -94,12 +94,7 @@ class Wan(Family):
         return frames, rows, columns
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        return {
-            "hidden_states": hidden_states.float(),
-            "encoder_hidden_states": kwargs["encoder_hidden_states"].float(),
-            "timestep": kwargs["timestep"].float().reshape(-1).expand(hidden_states.shape[0]),
-        }
+        return clips.capture(args, kwargs)
 
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return backbone(
@@ -119,7 +114,7 @@ class Wan(Family):
         from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
         from transformers import UMT5Config, UMT5EncoderModel
 
-        from qdiff.models.loading import bundled_tokenizer
+        from qdiff.models.loading import bundled_tokenizer, stand_in_text_encoder
 
         config = _CONFIGURATIONS[configuration]
         with torch.random.fork_rng():
@@ -128,11 +123,7 @@ class Wan(Family):
             # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
             vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
             tokenizer = bundled_tokenizer("pixart")
-            encoder = UMT5EncoderModel(
-                UMT5Config(
-                    vocab_size=len(tokenizer), d_model=config["text_dim"], d_kv=32, d_ff=256, num_layers=1, num_heads=2
-                )
-            )
+            encoder = stand_in_text_encoder(UMT5Config, UMT5EncoderModel, tokenizer, config["text_dim"])
         modules: tuple[Any, ...] = (transformer, vae, encoder)
         for module in modules:
             module.eval().requires_grad_(False)

@@ -236,7 +236,7 @@ def build(
         "run": str(run.path),
         "engine": engine.name,
         "folder": str(run.file(entry["folder"])),
-        "parts": [part["name"] for part in _parts(entry)],
+        "parts": [part["name"] for part in built_parts(entry)],
         **{name: entry[name] for name in ("cached", "bytes", "device", "facts", "seconds", "peak_memory_bytes")},
         "runs_here": missing_to_run is None,
         **({"why_not": missing_to_run} if missing_to_run else {}),
@@ -245,10 +245,10 @@ def build(
 
 def _folders(entry: Mapping[str, Any]) -> list[str]:
     """Folders of a built engine: the step's, and those of what is computed once."""
-    return [entry["folder"], *(part["folder"] for part in _parts(entry))]
+    return [entry["folder"], *(part["folder"] for part in built_parts(entry))]
 
 
-def _parts(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+def built_parts(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is computed once; runs of earlier versions have none."""
     parts: list[dict[str, Any]] = entry.get("parts", [])
     return parts
@@ -329,7 +329,7 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
     require_runner(run, engine_name)
     entry = run.entry(stage)
     step, *parts = [load_trusted(engine, run.file(folder), threads) for folder in _folders(entry)]
-    outputs = [part["outputs"] for part in _parts(entry)]
+    outputs = [part["outputs"] for part in built_parts(entry)]
     return scheduled(run, assembled(step, zip(parts, outputs, strict=True)))
 
 

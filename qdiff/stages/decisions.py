@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qdiff.models.base import Model
     from qdiff.plan import Plan
     from qdiff.recipe import Attention, Recipe
-    from qdiff.sensitivity import Look, Sensitivity
+    from qdiff.sensitivity import Sensitivity
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
@@ -189,9 +189,7 @@ class ByBudget:
         from qdiff.mixing import Allocation
 
         candidates = Candidates(model, self.recipe, drafted.statistics)
-        probes = self.recipe.mixed.probes if self.recipe.mixed else 0
-        look = look_of(self.run, model, candidates.backbone, probes) if probes else None
-        table = measured(self.run, model, candidates, trajectory, self.measured_inputs(), look)
+        table = measured(self.run, model, candidates, trajectory, self.measured_inputs())
         kept = scratch.load("allocation")  # a run that was killed goes on with the plan that it had chosen
         made = self._decided(model, candidates, table) if kept is None else Allocation.from_json(kept[1])
         scratch.save("allocation", {}, made.to_json())
@@ -275,12 +273,7 @@ class ByRouting:
 
 
 def measured(
-    run: Run,
-    model: Model,
-    candidates: Candidates,
-    trajectory: Trajectory,
-    depends_on: dict[str, Any],
-    look: Look | None = None,
+    run: Run, model: Model, candidates: Candidates, trajectory: Trajectory, depends_on: dict[str, Any]
 ) -> Sensitivity:
     """Sensitivities, measured once for a calibration and the recipes that are chosen from; the budget does not matter.
 
@@ -293,6 +286,8 @@ def measured(
     found = scratch.load("table")
     if found is not None:
         return Sensitivity(**found[1])
+    probes = depends_on["probes"]
+    look = look_of(run, model, candidates.backbone, probes) if probes else None
     table = measure(model, candidates, trajectory, depends_on["calls"], scratch, look)
     scratch.clear()
     scratch.save("table", {}, asdict(table))

@@ -9,6 +9,7 @@ from typing import Any
 
 from qdiff.artifacts import OPTIONAL, UPSTREAM, Run, versions
 from qdiff.errors import QdiffError
+from qdiff.stages.build import built_parts
 
 
 def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _roles(run: Run) -> dict[str, str]:
     roles: dict[str, str] = {}
     for stage, entry in run.manifest["stages"].items():
         if stage.startswith("build:") and entry.get("status") == "done":
-            parts = entry.get("parts", [])
+            parts = built_parts(entry)
             roles[entry["folder"]] = "step" if parts else "whole"
             roles |= {part["folder"]: part["name"] for part in parts}
     return roles
