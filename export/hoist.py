@@ -85,9 +85,9 @@ def hoist(model: Any, inputs: Set[str]) -> tuple[Any, Any] | None:
 
 
 class _View:
-    """A graph with its links: who makes a value, who reads it, and which inputs it depends on.
+    """A graph with its links: who makes a value and who reads it.
 
-    ``depends`` holds inputs whose *data* a value depends on: what follows from shapes and constants alone depends on nothing.
+    ``data`` holds the names of values that depend on the data of an input: not those that follow from shapes and constants alone.
     """
 
     def __init__(self, graph: Any) -> None:
@@ -98,37 +98,37 @@ class _View:
         self.producer: dict[str, int] = {}
         self.readers: dict[str, list[int]] = {}
         self.reads: list[list[str]] = []
-        self.depends: dict[str, frozenset[str]] = {name: frozenset({name}) for name in self.inputs}
+        self.data = set(self.inputs)
         for index, node in enumerate(graph.node):
             names = list(_read_by(node))
             self.reads.append(names)
             of_shape = node.op_type in ("Shape", "Size")
-            found = frozenset().union(*(self.depends.get(name, frozenset()) for name in names if not of_shape))
+            if not of_shape and not self.data.isdisjoint(names):
+                self.data.update(node.output)
             for name in names:
                 self.readers.setdefault(name, []).append(index)
             for name in node.output:
-                self.producer[name], self.depends[name] = index, found
+                self.producer[name] = index
 
     def able(self, inputs: Set[str]) -> set[int]:
         """Nodes that can be computed from ``inputs``."""
         found: set[int] = set()
         for index, node in enumerate(self.graph.node):
-            depends = self.depends[node.output[0]]
             nested = any(attribute.HasField("g") for attribute in node.attribute)
-            if depends and depends <= inputs and not nested:
+            if node.output[0] in self.data and not nested:
                 if all(self._there(name, inputs, found) for name in self.reads[index]):
                     found.add(index)
         return found
 
     def _there(self, name: str, inputs: Set[str], able: set[int]) -> bool:
         """Whether a value can be had in a graph with these inputs and nodes."""
-        if self.depends.get(name):
+        if name in self.data:
             return name in inputs or self.producer.get(name) in able
         index = self.producer.get(name)
         if index is None:  # a constant
             return True
         node = self.graph.node[index]
-        if node.op_type in ("Shape", "Size") and self.depends.get(node.input[0]):
+        if node.op_type in ("Shape", "Size") and node.input[0] in self.data:
             return self._there(node.input[0], inputs, able) or self._sources(node, inputs) is not None
         return all(self._there(each, inputs, able) for each in self.reads[index])
 
@@ -159,7 +159,7 @@ class _View:
                 found.add(index)
                 waiting += [self.producer[name] for name in self.reads[index] if self.producer.get(name) in able]
         for index in sorted(able - found):
-            before = [name for name in self.reads[index] if self.depends.get(name)]
+            before = [name for name in self.reads[index] if name in self.data]
             moved = [name for name in before if self.producer.get(name) in found]
             alone = all(self.readers[name] == [index] and name not in self.outputs for name in moved)
             if moved and len(moved) == len(before) and alone and len(self.graph.node[index].output) == 1:
