@@ -2,7 +2,7 @@
 
     run.json         manifest: per stage its inputs, the sha256 of its outputs, seconds, peak memory, versions
     calibration/     trajectory shards and statistics
-    plan.json  model.safetensors  onnx/<target>/  engines/<key>/  images/  report.html  report.json
+    plan.json  model.safetensors  correction.json  onnx/<target>/  engines/<key>/  images/  report.html  report.json
 
 Rules that every stage gets from here, not from its own code:
 
@@ -40,12 +40,13 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "calibrate": (),
     "attention": ("calibrate",),
     "quantize": ("calibrate", "attention"),
+    "correct": ("quantize",),
     "export": ("quantize",),
     "build": ("export",),
-    "compare": ("quantize", "build"),
-    "report": ("quantize", "export", "build", "compare"),
+    "compare": ("quantize", "correct", "build"),
+    "report": ("quantize", "correct", "export", "build", "compare"),
 }
-OPTIONAL = ("attention",)  # done only where it is asked for
+OPTIONAL = ("attention", "correct")  # done only where it is asked for
 EDITABLE = "plan.json"  # the one output that people edit; --plan applies what they wrote
 _SEAL = "sha256"  # of the rest of the manifest: it decides which files are trusted, so it has to be whole and ours
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt")

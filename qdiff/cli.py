@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -261,6 +261,30 @@ def build(
         dry_run=dry_run,
     )
     _show(result, json, present.build)
+
+
+@app.command()
+def correct(
+    run: RunArgument,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="q_drift, ptqd, q_sched; several may be given [default: all]")
+    ] = None,
+    engine: EngineOption = None,
+    goal: Annotated[
+        Literal["float", "prompt"], typer.Option(help="judge pictures by the float model's, or by what was asked for")
+    ] = "float",
+    pictures: PicturesOption = 16,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Correct the sampler's steps for what quantization does to predictions, where pictures gain by it.
+
+    Example: qdiff correct runs/pixart --method q_drift --method ptqd
+    """
+    from qdiff.stages import correct as stage
+
+    result = stage.correct(_open(run), method, engine=engine, goal=goal, pictures=pictures, force=force)
+    _show(result, json, present.correct)
 
 
 @app.command()

@@ -131,6 +131,25 @@ def generate(result: dict[str, Any]) -> str:
     return "\n".join(result["images"])
 
 
+def correct(result: dict[str, Any]) -> str:
+    """``qdiff correct``: what every method gains, and what is applied from now on."""
+    unit = result["unit"]
+    rows = [
+        (
+            row["method"],
+            f"{row['score']:.2f}",
+            f"{row['gain']:+.2f}",
+            f"{row['gain_of_float']:+.2f}",
+            f"{row['counts']:+.2f}",
+        )
+        for row in result["tried"]
+    ]
+    text = table(rows, ("METHOD", f"PICTURES, {unit}", "GAIN", "GAIN OF FLOAT", "COUNTS"))
+    kept = result["method"]
+    applied = f"{kept} is applied from now on" if kept else "nothing is applied: no method gains enough"
+    return f"{text}\n{applied}, judged on {result['engine']}"
+
+
 def compare(result: dict[str, Any]) -> str:
     """``qdiff compare``."""
     rows = []

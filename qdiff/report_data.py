@@ -220,6 +220,17 @@ class RoutingResult:
 
 
 @dataclass
+class CorrectionResult:
+    """Corrections of the sampler's steps that were tried. ``gains``: of pictures, by method, in ``unit``; ``kept``: the one that
+    quantized engines follow, or ``None``."""
+
+    engine: str
+    unit: str
+    gains: dict[str, float]
+    kept: str | None = None
+
+
+@dataclass
 class StageResult:
     """One stage as the manifest has it."""
 
@@ -251,6 +262,7 @@ class ReportData:
     allocation: AllocationResult | None = None
     attention: AttentionResult | None = None
     routing: RoutingResult | None = None
+    correction: CorrectionResult | None = None
     engines: list[EngineResult] = field(default_factory=list)
     stages: list[StageResult] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)

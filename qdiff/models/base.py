@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qdiff.correction import CorrectedScheduler, Correction
 from qdiff.errors import InputError, UsageError, nearest
 from qdiff.registry import Registry
 from qdiff.windows import is_plain
@@ -76,7 +77,8 @@ class Model:
 
     ``weights`` is what the user named; ``fingerprint`` identifies the bytes that were loaded (sha256, or the configuration
     and seed of random weights); ``note`` is the sentence that output shows about them; ``defaults`` are the weights' own
-    settings for sampling (``generation.json``), which go before the family's.
+    settings for sampling (``generation.json``), which go before the family's. ``correction`` is applied in every step of the
+    sampler, for the quantized backbone that it was fitted to.
     """
 
     family: Family
@@ -85,6 +87,7 @@ class Model:
     fingerprint: str
     note: str
     defaults: dict[str, Any] = field(default_factory=dict)
+    correction: Correction | None = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -140,7 +143,14 @@ class Model:
     def generate(self, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
         """Makes the pictures or clips of ``request``. ``on_step(step, timestep, latents)`` is called after every step; an
         exception that it raises stops the pipeline."""
-        return self.family.generate(self, request, on_step)
+        before = self.pipeline.scheduler
+        try:
+            self.use_scheduler(request.scheduler)
+            if self.correction is not None:
+                self.pipeline.scheduler = CorrectedScheduler(self.pipeline.scheduler, self.correction)
+            return self.family.generate(self, request, on_step)
+        finally:
+            self.pipeline.scheduler = before
 
 
 def schedulers_for(current: Any) -> dict[str, Any]:

@@ -49,7 +49,6 @@ def generate(
             return tensors
 
         arguments["callback_on_step_end"] = after
-    model.use_scheduler(request.scheduler)
     model.pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode():
         made = model.pipeline(

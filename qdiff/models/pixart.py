@@ -131,7 +131,6 @@ class PixArt(Family):
             arguments["use_resolution_binning"] = False
         if on_step is not None:
             arguments |= {"callback": lambda step, t, latents: on_step(step, float(t), latents), "callback_steps": 1}
-        model.use_scheduler(request.scheduler)
         model.pipeline.set_progress_bar_config(disable=True)
         with torch.inference_mode():
             return model.pipeline(

@@ -183,7 +183,6 @@ class StableDiffusion(Family):
                 return {}
 
             arguments["callback_on_step_end"] = after
-        model.use_scheduler(request.scheduler)
         model.pipeline.set_progress_bar_config(disable=True)
         with torch.inference_mode():
             return model.pipeline(

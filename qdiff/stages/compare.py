@@ -53,6 +53,8 @@ def compare(
         "prompts": prompts,
         "seed": first_seed,
     }
+    if run.done("correct"):
+        inputs["correct"] = run.outputs_hash("correct")
     with run.stage("compare", inputs, force=force, replace=True, leftovers=["images"]) as work:
         if work is not None:
             _work(run, request, chosen, work)

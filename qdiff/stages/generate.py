@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from qdiff.correction import Correction
     from qdiff.engines import Runner
     from qdiff.models.base import Model, Request, StepCallback
     from qdiff.video import Clip
 
+CORRECTION = "correction.json"  # of the trajectory, where the stage `correct` was done
 LONGEST_PROMPT = 2_000
 MOST_PICTURES, MOST_FRAMES = 256, 1_000
 
@@ -46,7 +48,8 @@ class Pictures:
 
 
 class Session:
-    """A run's pipeline with one engine in it, kept loaded for several requests.
+    """A run's pipeline with one engine in it, kept loaded for several requests; with the run's ``correction``, where it has one
+    and the engine is a quantized one.
 
     Args:
         run: a run with a finished calibration.
@@ -66,6 +69,7 @@ class Session:
         float_backbone = self.model.backbone
         names = [spec.name for spec in self.model.family.inputs(float_backbone.config)]  # type: ignore[arg-type]
         self.runner: Runner = load_runner(run, self.engine, self.model, threads)
+        self.correction = None if self.engine == "float" else correction_of(run)
         self._float = float_backbone if model is not None else None
         self._stand_in = put_engine(self.model.pipeline, self.model.family.backbone_attribute, self.runner, names)
         self.load_seconds = time.perf_counter() - start
@@ -73,7 +77,7 @@ class Session:
     def close(self) -> None:
         """Frees the engine and gives a borrowed pipeline its float backbone back."""
         if self._float is not None:
-            self.model.backbone = self._float
+            self.model.backbone, self.model.correction = self._float, None
         self.runner.close()
 
     def pictures(self, request: Request, batch: int = 4, on_step: StepCallback | None = None) -> Pictures:
@@ -82,7 +86,7 @@ class Session:
         ``on_step(steps done so far, timestep, latents)`` is called after every step; an exception that it raises stops the
         work at once. Several sessions may share one model: the one that is asked puts its engine in.
         """
-        self.model.backbone = self._stand_in
+        self.model.backbone, self.model.correction = self._stand_in, self.correction
         steps = self.model.steps(request.steps)
         chunks = range(0, len(request.prompts), batch)
         self._stand_in.seconds.clear()
@@ -107,6 +111,22 @@ class Session:
             self.load_seconds,
             max(0, usage.peak_bytes - usage.start_bytes),
         )
+
+
+def correction_of(run: Run) -> Correction | None:
+    """What corrects the trajectory of the run's quantized engines; ``None`` where nothing was fitted, or nothing gained.
+
+    Raises:
+        IntegrityError: the file was changed since.
+    """
+    from qdiff.correction import load_correction
+    from qdiff.files import read_json
+
+    if not run.done("correct"):
+        return None
+    run.verify("correct")
+    kept = read_json(run.file(CORRECTION), "the correction")["correction"]
+    return None if kept is None else load_correction(kept)
 
 
 def simulate(model: Model, backbone: nn.Module, request: Request, batch: int) -> list[Image | Clip]:

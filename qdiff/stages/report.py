@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run, versions
 from qdiff.files import read_json
+from qdiff.stages.generate import CORRECTION
 from qdiff.stages.report_attention import attention_result, draw
 from qdiff.stages.report_routing import routing_result
 
 if TYPE_CHECKING:
     from qdiff.plan import LayerPlan, Plan
     from qdiff.report import AllocationResult, EngineResult, LayerResult, PromptResult
+    from qdiff.report_data import CorrectionResult
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -22,8 +24,9 @@ def report(run: Run) -> dict[str, Any]:
     from qdiff.report import write_report
 
     run.verify("quantize")
-    if run.done("compare"):
-        run.verify("compare")
+    for stage in ("correct", "compare"):
+        if run.done(stage):
+            run.verify(stage)
     plan = Plan.load(run.file("plan.json"))
     data = gather(run, plan)
     inputs = {stage: entry.get("inputs") for stage, entry in run.manifest["stages"].items() if stage != "report"}
@@ -74,6 +77,7 @@ def gather(run: Run, plan: Plan) -> Any:
         allocation=_allocation(run),
         attention=None if plan.attention is None else attention_result(plan.attention),
         routing=routing_result(run, plan),
+        correction=_correction(run),
         engines=engines,
         stages=[
             StageResult(name, entry.get("seconds"), entry.get("peak_memory_bytes"))
@@ -87,6 +91,17 @@ def gather(run: Run, plan: Plan) -> Any:
         ),
         warnings=_warnings(run, compared),
     )
+
+
+def _correction(run: Run) -> CorrectionResult | None:
+    """Corrections of the trajectory, of runs in which they were tried."""
+    from qdiff.report_data import CorrectionResult
+
+    if not run.done("correct"):
+        return None
+    made = read_json(run.file(CORRECTION), "the correction")
+    gains = {row["method"]: row["counts"] for row in made["tried"]}
+    return CorrectionResult(made["engine"], made["unit"], gains, made["method"])
 
 
 def _allocation(run: Run) -> AllocationResult | None:

@@ -1,0 +1,208 @@
+"""Correcting the trajectory: fits the methods of :mod:`qdiff.correction` to a quantized model and keeps the one that pictures
+want, or none.
+
+Nothing here is believed because a statistic says so: what makes the error of single predictions smaller can make pictures worse.
+So every method is judged by pictures on seeds that it was not fitted on, and where none gains ``minimum_gain`` the file says that
+and nothing is applied.
+
+``goal`` is what pictures are judged by. ``float``: PSNR to what the float model makes. ``prompt``: root mean squared error to the
+emoji that was asked for, which needs no float model and is there for the bundled models of pictures alone. A goal without a
+reference also rewards what would make *any* model draw better; so the same search is done on the float model, and only what the
+quantized model gains beyond that counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from qdiff.artifacts import Run
+from qdiff.errors import UsageError
+from qdiff.events import Progress, log
+from qdiff.files import read_json, write_json
+from qdiff.stages.build import default_engine, require_runner
+from qdiff.stages.calibrate import options_of, reload_model
+from qdiff.stages.generate import CORRECTION, MOST_PICTURES, Session, make_request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdiff.correction import Correction
+    from qdiff.correction.moments import PairMoments
+    from qdiff.models.base import Request
+    from qdiff.trajectory import Step
+
+Goal = Literal["float", "prompt"]
+SEARCH_SEED, JUDGE_SEED = 30_000, 35_000  # neither calibration's nor comparison's
+SEARCH_PICTURES = 8
+MOST_CALLS = 400  # recorded calls that the statistics are made of
+UNITS = {"float": "dB", "prompt": "grey levels"}
+MINIMUM_GAIN = {"float": 0.1, "prompt": 0.05}  # less is within what two runs differ by
+
+
+def correct(
+    run: Run,
+    methods: list[str] | None = None,
+    *,
+    engine: str | None = None,
+    goal: Goal = "float",
+    pictures: int = 16,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Writes ``correction.json``: what was tried, and what is applied whenever the run's quantized engines make pictures.
+
+    Args:
+        methods: names of :data:`qdiff.correction.CORRECTIONS`; all of them when not given.
+        engine: the quantized engine that makes the pictures; the fastest that is there when not given.
+        pictures: how many judge.
+
+    Raises:
+        InputError: an unknown method.
+        UsageError: the goal ``prompt`` for a model that was not trained on the emoji; the float model as the engine.
+    """
+    from qdiff.correction import CORRECTIONS
+    from qdiff.engines import choose
+    from qdiff.models import FAMILIES
+
+    chosen = methods or list(CORRECTIONS)
+    for method in chosen:
+        CORRECTIONS[method]
+    calibrated = options_of(run)
+    name = choose(engine or default_engine(run)).name
+    if name == "float":
+        raise UsageError(
+            "--engine float is the model that a correction aims at", "name an engine of the quantized model"
+        )
+    if not 1 <= pictures <= MOST_PICTURES:
+        raise UsageError(f"--pictures {pictures} is not between 1 and {MOST_PICTURES}")
+    require_runner(run, name)
+    if goal == "prompt" and (calibrated.weights != "bundled" or FAMILIES[calibrated.model].media == "video"):
+        raise UsageError("--goal prompt judges pictures of the bundled models alone", "use --goal float")
+    inputs = {
+        "quantize": run.outputs_hash("quantize"),
+        "methods": chosen,
+        "engine": name,
+        "goal": goal,
+        "pictures": pictures,
+    }
+    with run.stage("correct", inputs, force=force, replace=True) as work:
+        if work is not None:
+            write_json(work.output(run.file(CORRECTION)), _Work(run, name, goal, pictures).try_all(chosen))
+    return {"run": str(run.path), **read_json(run.file(CORRECTION), "the correction")}
+
+
+class _Work:
+    """Float and quantized model side by side, on the recorded calls and on pictures."""
+
+    def __init__(self, run: Run, engine: str, goal: Goal, pictures: int) -> None:
+        self.run, self.engine, self.goal = run, engine, goal
+        self.model = reload_model(run)
+        self.float_backbone = self.model.backbone
+        self.search = self._request(SEARCH_SEED, SEARCH_PICTURES)
+        self.judge = self._request(JUDGE_SEED, pictures)
+
+    def try_all(self, methods: list[str]) -> dict[str, Any]:
+        """What ``correction.json`` holds."""
+        quantized = self._gains(self.engine, methods)
+        control = self._gains("float", methods) if self.goal == "prompt" else {}
+        tried = []
+        for method, row in quantized.items():
+            beside = control[method]["gain"] if control else 0.0
+            tried.append({"method": method, **row, "gain_of_float": beside, "counts": row["gain"] - max(0.0, beside)})
+            log.info("correct: %s gains %+.3f %s", method, tried[-1]["counts"], UNITS[self.goal])
+        best = max(tried, key=lambda row: row["counts"])
+        kept = best["counts"] >= MINIMUM_GAIN[self.goal]
+        return {
+            "goal": self.goal,
+            "unit": UNITS[self.goal],
+            "engine": self.engine,
+            "tried": [{name: value for name, value in row.items() if name != "correction"} for row in tried],
+            "method": best["method"] if kept else None,
+            "correction": best["correction"] if kept else None,
+        }
+
+    def _gains(self, engine: str, methods: list[str]) -> dict[str, dict[str, Any]]:
+        """Of every method its correction, fitted to an engine, and what pictures gain by it."""
+        from qdiff.correction import CORRECTIONS
+
+        searching, judging = self._scorer(self.search), self._scorer(self.judge)
+        session = Session(self.run, engine, self.model)
+        try:
+            moments = self._moments(session)
+            plain = judging(session, None)
+            found = {}
+            for method in methods:
+                correction = CORRECTIONS[method].fit(moments, partial(searching, session))
+                score = judging(session, correction)
+                found[method] = {
+                    "score": score,
+                    "gain": score - plain,
+                    "correction": correction.model_dump(mode="json"),
+                }
+        finally:
+            session.close()
+        return found
+
+    def _moments(self, session: Session) -> PairMoments:
+        """Guided predictions of both models on the recorded calls."""
+        import torch
+
+        from qdiff.correction.moments import PairMoments
+        from qdiff.trajectory import Trajectory
+
+        family, moments = self.model.family, PairMoments()
+        steps = list(islice(Trajectory(self.run.file("calibration")), MOST_CALLS))
+        with torch.inference_mode(), Progress(f"predict ({session.engine} beside float)", len(steps)) as progress:
+            for step in steps:
+                expected = self._guided(family.call(self.float_backbone, step.inputs), step)
+                moments.add(step.timestep, expected, self._guided(session.runner(step.inputs), step))
+                progress.advance()
+        return moments
+
+    def _guided(self, prediction: Tensor, step: Step) -> Tensor:
+        """What the pipeline hands to the scheduler: both branches joined, a learned variance left out."""
+        latent = step.inputs[self.model.family.inputs(self.float_backbone.config)[0].name]  # type: ignore[arg-type]
+        prediction = prediction[:, : latent.shape[1]].float()
+        guidance = self.model.guidance(options_of(self.run).guidance)
+        if guidance <= 1:
+            return prediction
+        without, given = prediction.chunk(2)
+        return without + guidance * (given - without)
+
+    def _scorer(self, request: Request) -> Callable[[Session, Correction | None], float]:
+        """How good an engine's pictures are with a correction; larger is better."""
+        from qdiff.images import to_pixels
+        from qdiff.metrics import paired
+        from qdiff.stages.compare import accuracy
+
+        def pictures(session: Session, correction: Correction | None) -> list[Any]:
+            session.correction = correction
+            return session.pictures(request, self.batch).images
+
+        if self.goal == "prompt":
+
+            def nearness(session: Session, correction: Correction | None) -> float:
+                found = accuracy(self.model, pictures(session, correction), list(request.prompts))
+                assert found is not None
+                return -float(found["distance"])
+
+            return nearness
+        reference = Session(self.run, "float", self.model)
+        try:
+            expected = to_pixels(pictures(reference, None))
+        finally:
+            reference.close()
+        return lambda session, correction: paired(expected, to_pixels(pictures(session, correction))).psnr_db_mean
+
+    @property
+    def batch(self) -> int:
+        """Pictures denoised together, as in calibration."""
+        return int(self.run.entry("calibrate")["inputs"]["batch"])
+
+    def _request(self, seed: int, count: int) -> Request:
+        from qdiff.models.base import default_prompts
+
+        first = seed + options_of(self.run).seed
+        return make_request(self.run, default_prompts(count, first, self.model.family.media), seed=first)
