@@ -119,13 +119,16 @@ class Graph:
         return "float16"  # a number on its grid, in float16 or float32
 
     def _output(self, product: Any) -> str | None:
-        """Format of the quantizer right behind a product, its bias and its division by the timestep's factor."""
+        """Format of the quantizer right behind a product, its bias and its division by the timestep's factor; the input quantizer
+        of a layer that reads this one is not meant."""
         value = product.output[0]
         while True:
             users = self.consumers.get(value, [])
-            quantizer = next((node for node in users if node.op_type == "QuantizeLinear"), None)
-            if quantizer is not None:
-                return self._pair(quantizer)
+            quantizers = [node for node in users if node.op_type == "QuantizeLinear"]
+            own = next((node for node in quantizers if not self._feeds_a_layer(node)), None)
+            if own is not None:
+                return self._pair(own)
+            users = [node for node in users if node not in quantizers]
             if len(users) != 1:
                 return None
             node = users[0]
@@ -133,6 +136,27 @@ class Graph:
             if not bias and node.op_type != "Div":
                 return None
             value = node.output[0]
+
+    def _feeds_a_layer(self, quantizer: Any) -> bool:
+        """Whether what a quantizer makes goes into a product with a weight."""
+        reached = [*quantizer.output]
+        while reached:
+            value = reached.pop()
+            for node in self.consumers.get(value, []):
+                if node.op_type in _PRODUCTS:
+                    if any(self._is_a_weight(other) for other in node.input if other != value):
+                        return True
+                elif node.op_type in {*_THROUGH, "DequantizeLinear"}:
+                    reached += node.output
+        return False
+
+    def _is_a_weight(self, value: str) -> bool:
+        """Whether a product's operand comes from codes."""
+        node = self.producer.get(value)
+        while node is not None and (node.op_type in _THROUGH or node.op_type.startswith("Dequantize")):
+            value = node.input[0]
+            node = self.producer.get(value)
+        return value in self.initializers and value.endswith(".codes")
 
     def _pair(self, quantizer: Any) -> str:
         """Format of a QuantizeLinear with one scale."""

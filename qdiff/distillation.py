@@ -10,6 +10,8 @@ EfficientDM (arXiv 2310.03270). Scales, transforms and low-rank branches stay, s
   and the largest relative error; without the division they would be all that counts.
 - **Variables** begin at the codes that exist and are in their units: a code changes when its variable has crossed half of a
   step. Nothing of the float weights is needed, so it works on any plan, also on blocks that were restored after a kill.
+- **Which layers**: all, or those that the recipe names. With the time embedding's layers alone, quantized with scales by
+  timestep, it is the first half of QuEST's selective finetuning (arXiv 2402.03666), under its global loss.
 - **Judgement**: on the calls of prompts that were held out (:func:`qdiff.reconstruction.split`). Where the trained model is not
   nearer to float there, everything stays as it was.
 
@@ -32,7 +34,7 @@ from qdiff.layers import QuantLinear
 from qdiff.methods.base import decibels
 from qdiff.methods.learned import LearnedWeight, code_values
 from qdiff.models.base import Model
-from qdiff.recipe import Distillation
+from qdiff.recipe import Distillation, match
 from qdiff.reconstruction import LearnedLinear, codes_of, learned_layer, split
 from qdiff.scratch import Scratch
 from qdiff.trajectory import Step, Trajectory
@@ -58,10 +60,12 @@ class Nudged(LearnedWeight):
 
 @dataclass(frozen=True)
 class Distilled:
-    """What came of it: mean error on held-out calls, relative to the energy of the float predictions, before and after."""
+    """What came of it: mean error on held-out calls, relative to the energy of the float predictions, before and after; and the
+    layers that were trained."""
 
     before: float
     after: float
+    layers: frozenset[str]
 
     @property
     def better(self) -> bool:
@@ -100,6 +104,10 @@ class _Work:
         self.energies = [float(target.square().mean().clamp(min=1e-30)) for target in targets]
         self.fitting, self.held_out = split(steps)
         self.quantized = {n: m for n, m in self.backbone.named_modules() if isinstance(m, QuantLinear)}
+        patterns = how.layers.get(model.family.name, [])
+        if patterns:
+            chosen = match("distil.layers: the", patterns, model.family.name, list(self.quantized))
+            self.quantized = {name: layer for name, layer in self.quantized.items() if name in chosen}
 
     def run(self, scratch: Scratch | None) -> Distilled:
         errors = self._errors(self.held_out)
@@ -127,7 +135,7 @@ class _Work:
                 progress.advance()
         self._finish(learned)
         after = self._errors(self.held_out)
-        result = Distilled(before, sum(after.values()) / len(after))
+        result = Distilled(before, sum(after.values()) / len(after), frozenset(learned))
         if not result.better:
             for name, layer in self.quantized.items():
                 self.backbone.set_submodule(name, layer)

@@ -121,10 +121,10 @@ def realise_all(
 
 
 def distilled(plan: Plan, result: Distilled) -> Plan:
-    """The plan of a model that was trained as a whole; errors of single layers are not what it was trained for, and left out."""
+    """The plan of a model that was trained as a whole. The own error of a trained layer, not what it was trained for, is left out."""
 
     def entry(layer: LayerPlan) -> LayerPlan:
-        if not layer.quantized:
+        if layer.name not in result.layers:
             return layer
         changes: dict[str, Any] = {
             "methods": [*layer.methods, "distil"],

@@ -68,7 +68,7 @@ class Distillation(BaseModel):
     """Train codes and biases of the whole quantized model against the float model's predictions (:mod:`qdiff.distillation`).
 
     ``rate`` is Adam's for the codes, in their own units, ``bias_rate`` that of the biases; 0 leaves them as they are. Both fall
-    to zero over the iterations.
+    to zero over the iterations. ``layers`` are patterns of those that are trained, by family; all of them where it names none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,6 +76,7 @@ class Distillation(BaseModel):
     iterations: int = Field(300, ge=1, le=100_000)
     rate: float = Field(0.004, ge=0, le=1)
     bias_rate: float = Field(0.0001, ge=0, le=1)
+    layers: dict[str, list[str]] = {}
 
     @model_validator(mode="after")
     def _something(self) -> Distillation:
@@ -283,6 +284,7 @@ class Recipe(BaseModel):
             "ignore": self.ignore,
             "outputs": self.outputs,
             "mixed.minimum": self.mixed.minimum if self.mixed else {},
+            "distil.layers": self.distil.layers if self.distil else {},
         }
         for entry, families in named.items():
             for family in families:

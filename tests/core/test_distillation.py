@@ -107,3 +107,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny, recorded, tmp_path, monkey
     assert saved == [4, 8]
     resumed = train(scratch)
     assert all(torch.equal(whole[key].float(), resumed[key].float()) for key in whole)
+
+
+def test_layers_that_are_not_named_stay_as_they_are(tiny, recorded):
+    before, _ = quantized(tiny, recorded)
+    after, plan = quantized(
+        tiny, recorded, "{iterations: 20, rate: 0.05, bias_rate: 0.01, layers: {pixart: ['*.attn1.*']}}"
+    )
+    state, start = after.backbone.state_dict(), before.backbone.state_dict()
+    changed = {key for key in state if not torch.equal(state[key].float(), start[key].float())}
+    assert changed and all(".attn1." in key for key in changed)
+    trained = {layer.name for layer in plan.quantized if layer.rounding == "distil"}
+    assert trained == {layer.name for layer in plan.quantized if ".attn1." in layer.name}
+    assert all(layer.sqnr_db is not None for layer in plan.quantized if layer.name not in trained)
+    with pytest.raises(InputError, match="matches no layer"):
+        quantized(tiny, recorded, "{iterations: 1, layers: {pixart: ['*.attn9.*']}}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qdiff.checkpoint import load_quantized
 from qdiff.drafting import change
 from qdiff.edited_plan import read, settle
 from qdiff.engines import choose
+from qdiff.export.reading import Graph
 from qdiff.metrics import sqnr_db
 from qdiff.models import FAMILIES
 from qdiff.plan import Plan
@@ -117,3 +119,20 @@ def test_a_plan_edited_by_hand_keeps_its_structure(exported):
     assert plan.structure == exported.plan.structure and path.exists()
     with torch.inference_mode():
         model.family.call(model.backbone, next(iter(Trajectory(run.file("calibration")))).inputs)
+
+
+def test_a_layer_that_feeds_another_has_no_quantized_output(exported, tmp_path):
+    """Without smoothing nothing stands between a downsampling convolution and the input quantizer of the layer that reads it."""
+    if exported.target == "tensorrt":
+        pytest.skip("one target is enough")
+    shutil.copytree(exported.run.file("calibration"), tmp_path / "run" / "calibration")
+    shutil.copy(exported.run.file("run.json"), tmp_path / "run")
+    run = Run(tmp_path / "run")
+    quantize(run, "int8", ["methods={}"], force=True)
+    export(run, exported.target)
+    found = Graph(run.file("onnx", exported.target, "model.onnx")).quantized_layer
+    plan = Plan.load(run.file("plan.json"))
+    assert {layer.name: found(layer.name).output for layer in plan.quantized} == {
+        layer.name: layer.output for layer in plan.quantized
+    }
+    assert any(layer.output for layer in plan.quantized)
