@@ -121,7 +121,7 @@ def realise_all(
 
 
 def distilled(plan: Plan, result: Distilled) -> Plan:
-    """The plan of a model that was trained as a whole. The own error of a trained layer, not what it was trained for, is left out."""
+    """The plan of a model that was trained as a whole. Errors of trained layers, not what they are trained for, are left out."""
 
     def entry(layer: LayerPlan) -> LayerPlan:
         if layer.name not in result.layers:
