@@ -279,6 +279,7 @@ class _Realisation:
             plan = entry.model_copy(
                 update={
                     "weights": (solution.weight_format or problem.weight_format).name,
+                    "by_token": problem.scales_by_token(solution),
                     "smoothing": solution.strength,
                     "multiplier": solution.multiplier is not None,
                     "shift": solution.shift is not None,

@@ -241,6 +241,8 @@ ROWS += tuple(
             ("split shortcuts", [*BARE, TOGETHER]),
             ("first token", [*BARE, UNSPLIT]),
             ("scales by timestep", [*BARE, UNSPLIT, TOGETHER, BY_TIMESTEP]),
+            ("dgq, channel groups", [*BARE, UNSPLIT, TOGETHER, "methods.dgq={}"]),
+            ("dgq, tokens too", [*BARE, UNSPLIT, TOGETHER, "methods.dgq.tokens=true"]),
             ("recipe int8, unsplit", [UNSPLIT]),
             ("recipe int8, first token quantized", [TOGETHER]),
             ("recipe int8, q k float", ["outputs={}"]),

@@ -51,6 +51,7 @@ class Solution:
         rounding: name of that method, for the plan.
         correction: for each layer what its bias has to add ``[out]``.
         clip, timestep_scales: of static activations.
+        by_token: activation scales by token, or one constant; ``None``: as the problem says.
     """
 
     strength: float | None = None
@@ -65,6 +66,7 @@ class Solution:
     correction: tuple[Tensor, ...] | None = None
     clip: float = 1.0
     timestep_scales: bool = False
+    by_token: bool | None = None
     methods: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -91,7 +93,7 @@ class Problem:
         weights: their float weights ``[out, in]``, in the same order.
         statistics: of the tensor they read.
         weight_format, activation_format: what they become; activations in a plain format stay as they are.
-        by_token: dynamic activation scales, one for each token.
+        by_token: dynamic activation scales, one for each token, unless a solution decides otherwise.
         kind: ``Linear`` or ``Conv2d``.
         taps: of convolutions, columns for each channel of the input; their weights are matrices here and their tokens windows.
     """
@@ -106,10 +108,14 @@ class Problem:
     taps: int = 1
     _targets: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    @property
-    def static(self) -> bool:
+    def scales_by_token(self, solution: Solution) -> bool:
+        """Whether each token of the input gets a scale at run time."""
+        return self.by_token if solution.by_token is None else solution.by_token
+
+    def static(self, solution: Solution) -> bool:
         """Whether the input gets one constant scale."""
-        return self.activation_format.quantized and not self.activation_format.block and not self.by_token
+        format = self.activation_format
+        return format.quantized and not format.block and not self.scales_by_token(solution)
 
     @property
     def convolution(self) -> bool:
@@ -166,7 +172,7 @@ class Problem:
         widest = (ranges := self.ranges(solution)).max()
         if self.activation_format.tensor_scale:
             return numerics.choose_tensor_scale(widest, self.activation_format), None
-        if not self.static:
+        if not self.static(solution):
             return None, None
         scale = numerics.choose_scale(widest, self.activation_format)
         if not solution.timestep_scales:

@@ -16,6 +16,8 @@ from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
 @METHODS.register("timestep_scales")
 def timestep_scales(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.5) -> Solution:
     """Switches per-timestep scales on where they gain at least ``minimum_gain_db`` (they cost two multiplications)."""
+    if not problem.static(solution):
+        return solution.decide("timestep_scales", "no constant scale that could follow the timestep")
     ranges = problem.ranges(solution)
     smallest, widest = float(ranges.min()), float(ranges.max())
     spread = widest / smallest if smallest > 0 else float("inf")

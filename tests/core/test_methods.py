@@ -124,6 +124,7 @@ TROUBLES = {
     "smooth": outlier_channels,
     "timestep_scales": moving_range,
     "clip": heavy_tail,
+    "dgq": outlier_channels,
     "gptq": correlated,
     "scales": coarse_blocks,
     "low_rank": few_directions,
