@@ -142,6 +142,7 @@ ROWS: tuple[Row, ...] = (
         ("recipe int8", []),
     ),
     *_qdiff(INT8, "int8-gptq", ("recipe int8-gptq", [])),
+    *_qdiff(INT8, "int8-token", ("recipe int8-token", [])),
     *_modelopt(
         INT8,
         ("max", {"preset": "INT8_DEFAULT_CFG"}),
@@ -249,6 +250,7 @@ ROWS += tuple(
             ("recipe int8", []),
         ),
         *_qdiff(UNET_INT8, "int8-gptq", ("recipe int8-gptq", [])),
+        *_qdiff(UNET_INT8, "int8-token", ("recipe int8-token", [])),
         *_modelopt(
             UNET_INT8,
             ("max", {"preset": "INT8_DEFAULT_CFG"}),

@@ -267,6 +267,15 @@ def test_a_convolution_refuses_formats_that_its_input_cannot_have(unet):
             quantize(load(), load_recipe("int8", [change, "outputs={}"]), statistics, trajectory)
 
 
+def test_scales_by_token_leave_convolutions_their_constant_ones(unet):
+    load, trajectory, statistics, _ = unet
+    model = load()
+    plan = quantize(model, load_recipe("int8-token", ["sequential.tokens=64"]), statistics, trajectory)
+    assert {layer.kind for layer in plan.quantized if layer.by_token} == {"Linear"}
+    for layer in plan.quantized:
+        assert (model.backbone.get_submodule(layer.name).input_scale is None) == layer.by_token
+
+
 def test_a_unet_is_distilled_with_its_convolutions(unet):
     load, trajectory, statistics, _ = unet
     recipe = load_recipe(

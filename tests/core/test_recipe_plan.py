@@ -11,10 +11,21 @@ import yaml
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.files import read_json
 from qdiff.models import FAMILIES
+from qdiff.models.base import quantizable_layers
 from qdiff.plan import Plan
 from qdiff.recipe import built_in, load_recipe
 
 MINIMAL = {"version": 1, "name": "mine", "scheme": {"weights": "int8", "activations": "int8"}}
+
+
+SMALLEST = {"cogvideox": "cogvideox-tiny", "pixart": "pixart-tiny", "stable-diffusion": "sd-tiny", "wan": "wan-tiny"}
+
+
+@pytest.fixture(scope="module")
+def layers_of() -> dict[str, list[str]]:
+    """The layers of every family's smallest model that can be quantized."""
+    backbones = {family: FAMILIES[family].load(f"random:{SMALLEST[family]}").backbone for family in FAMILIES}
+    return {family: list(quantizable_layers(backbone)) for family, backbone in backbones.items()}
 
 
 def linear_names(tiny) -> list[str]:
@@ -24,15 +35,24 @@ def linear_names(tiny) -> list[str]:
 
 
 @pytest.mark.parametrize("name", built_in())
-def test_a_built_in_recipe_validates_and_fits_the_families_that_it_names(name, tiny):
+def test_a_built_in_recipe_validates_and_fits_the_families_that_it_names(name, layers_of):
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.description
+    assert set(FAMILIES) >= set(recipe.ignore) >= set(recipe.outputs)
     for family in recipe.ignore:
-        assert family in FAMILIES
-    names = linear_names(tiny)
-    ignored = recipe.ignored("pixart", names)
-    assert 0 < len(ignored) < len(names)
-    assert all(ignored[layer] in recipe.ignore["pixart"] for layer in ignored)
+        names = layers_of[family]
+        ignored, outputs = recipe.ignored(family, names), recipe.with_output(family, names)
+        assert 0 < len(ignored) < len(names) and not ignored.keys() & outputs.keys()
+        assert all(ignored[layer] in recipe.ignore[family] for layer in ignored)
+
+
+def test_int8_token_is_int8_gptq_with_scales_by_token_allowed():
+    recipe, constant = load_recipe("int8-token"), load_recipe("int8-gptq")
+    same = ("scheme", "ignore", "sequential", "targets", "kept")
+    assert all(getattr(recipe, name) == getattr(constant, name) for name in same)
+    assert recipe.methods == {**constant.methods, "dgq": {"tokens": True}} and not recipe.outputs
+    assert list(recipe.methods).index("dgq") == list(recipe.methods).index("smooth") + 1, "before codes are chosen"
+    assert set(recipe.ignore) == set(FAMILIES)
 
 
 def test_the_int8_recipe_keeps_what_the_field_keeps(tiny):
