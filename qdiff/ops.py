@@ -9,7 +9,8 @@ What is exact plain arithmetic (smoothing, rotations, low-rank branches) needs n
 
 Methods that learn (:mod:`qdiff.reconstruction`) train this same module, so the activations' ops have a gradient: straight
 through the rounding (arXiv 1308.3432), and none for what one constant scale cuts off. Run-time scales follow their values:
-nothing is cut but where a block scale saturates, and that is left out of account.
+nothing is cut but where a block scale saturates, and that is left out of account. The constant scale has LSQ's gradient
+(arXiv 1902.08153, eq. 3), on any grid: with y = s Q(x / s), dy/ds is (y - x) / s within the range, the end of the grid outside.
 """
 
 from __future__ import annotations
@@ -39,11 +40,17 @@ def _(x: Tensor, scale: Tensor, format: str) -> Tensor:
 def _keep_range(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
     x, scale, format = inputs
     lowest, highest = format_named(format).lowest, format_named(format).highest
-    ctx.save_for_backward((x >= lowest * scale) & (x <= highest * scale))
+    within = (x >= lowest * scale) & (x <= highest * scale)
+    ctx.save_for_backward(within, *((x, scale, output) if scale.requires_grad else ()))
 
 
-def _within_range(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return gradient * ctx.saved_tensors[0], None, None
+def _within_range(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    within, *rest = ctx.saved_tensors
+    if not rest:
+        return gradient * within, None, None
+    x, scale, output = rest
+    slope = (output - x * within) / scale
+    return gradient * within, (gradient * slope).sum(), None
 
 
 quantize_dequantize.register_autograd(_within_range, setup_context=_keep_range)

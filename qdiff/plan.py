@@ -57,6 +57,10 @@ class LayerPlan(BaseModel):
     bias_correction: bool = Field(False, description="whether the bias makes up for the mean error of the output")
     clip: float = Field(1.0, description="range kept, as a share of the largest value seen")
     timestep_scales: bool = False
+    input_scale_rule: Literal["range", "learned"] = Field(
+        "range",
+        description="how the input's constant scale, or its scales by timestep, are chosen: from ranges, or learned",
+    )
     methods: list[str] = []
     why: str = ""
     sqnr_db: float | None = None

@@ -216,7 +216,7 @@ class _Realisation:
                     decided = [self._group(group, entry) for group, entry in observed]
                     if learning is not None and reference is not None:
                         made = [group for group in decided if group is not None]
-                        reconstruct(*learning, walk, reference, block, made, self._realise)
+                        reconstruct(learning, walk, reference, block, made, self._realise)
                     if scratch is not None:
                         self._keep_block(scratch, block, inside)
                 walk.leave(block)
@@ -291,6 +291,7 @@ class _Realisation:
                     "bias_correction": solution.correction is not None,
                     "clip": solution.clip,
                     "timestep_scales": solution.timestep_scales,
+                    "input_scale_rule": "range" if solution.input_scale is None else "learned",
                     "methods": list(solution.methods),
                     "why": "; ".join(note for note in (*solution.notes, entry.why) if note),
                     "sqnr_db": round(-10 * torch.tensor(max(error, 1e-30)).log10().item(), 3),

@@ -55,7 +55,8 @@ class Sequential(BaseModel):
     """Quantize block by block, each on what the quantized blocks before it hand over (:mod:`qdiff.sequential`).
 
     ``tokens`` is how many of each tensor are kept for the methods, half to fit and half to judge. ``reconstruct`` names a
-    method that learns the rounding of each block as a whole, with its options (:mod:`qdiff.reconstruction`).
+    method that learns the rounding of each block as a whole, with its options and those of :class:`qdiff.methods.learned.Course`
+    (:mod:`qdiff.reconstruction`).
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -6,13 +6,16 @@ the float model (a second :class:`qdiff.sequential.BlockWalk`) goes beside the q
 block itself need not be kept: its outputs are taken before its layers are replaced.
 
 What is trained is the quantized graph itself: activation quantizers, low-rank branches, multipliers and rotations are those of
-the layers, straight-through where they round (:mod:`qdiff.ops`). Only the weight is a variable (:class:`LearnedLinear`).
+the layers, straight-through where they round (:mod:`qdiff.ops`). Only the weight is a variable (:class:`LearnedLinear`). Once
+its codes are finished, the constant scales of the layers' inputs may be learned in the same way (:mod:`qdiff.input_scales`).
 
 Every call's error is taken relative to its target's energy: steps with small signals would not count otherwise. The sum is
-divided by the block's error before, so that a method's penalty means the same for every block and model.
+divided by the block's error before, so that a method's penalty means the same for every block and model. Timesteps count the
+same, or what makes their gradients agree (:mod:`qdiff.weighting`).
 
 Calls of some prompts are held out, from the methods before as well: prompts share their text tokens, and what was fitted on
-a prompt looks better on it than it is. What was learned is kept only where it is nearer to float on the held-out calls.
+a prompt looks better on it than it is. What was learned, codes and then scales, is kept only where it is nearer to float on the
+held-out calls; there all calls count the same.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +31,19 @@ from torch.nn import functional as F
 
 from qdiff.events import Progress
 from qdiff.formats import format_named
+from qdiff.input_scales import LearnedInputScale
 from qdiff.layers import QuantConv2d, QuantLinear
 from qdiff.methods.base import Problem, Solution, decibels
-from qdiff.methods.learned import RECONSTRUCTIONS, LearnedWeight
+from qdiff.methods.learned import RECONSTRUCTIONS, Course, LearnedWeight, Reconstruct, Weighting
 from qdiff.plan import LayerPlan
 from qdiff.sequential import BlockWalk, Call
 from qdiff.trajectory import Step
+from qdiff.weighting import agreeing, mean_gradient
 from qdiff.weights import QuantizedWeight
 
 CALLS_FOR_SCALE = 16  # whose error is called 1 in the loss
+CALLS_FOR_GRADIENT = 4  # of each timestep
+LEARNED_SCALES = "lsq"  # what plans call it
 
 
 @dataclass
@@ -88,13 +95,24 @@ class BlockFit:
         walk: the quantized model's, at the door of the block, whose layers are quantized.
         reference: the float model's, behind the block.
         weights: of every quantized layer what was to be rounded ``[out, in]``.
+        weighting: see :class:`qdiff.methods.learned.Course`.
     """
 
-    def __init__(self, walk: BlockWalk, reference: BlockWalk, block: str, weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        walk: BlockWalk,
+        reference: BlockWalk,
+        block: str,
+        weights: dict[str, Tensor],
+        weighting: Weighting = "even",
+    ) -> None:
         self.walk, self.block, self.weights = walk, block, weights
         self.targets = [call.states for call in reference.calls]
         self.energies = [float(target.square().mean().clamp(min=1e-30)) for target in self.targets]
         self.fitting, self.held_out = split(walk.calls)
+        self.unit = max(self.error(self.fitting[:: -(-len(self.fitting) // CALLS_FOR_SCALE)]), 1e-30)
+        self.weighting = weighting
+        self.importance = torch.ones(len(walk.timesteps))  # of every timestep in the loss
         self.learned: dict[str, LearnedLinear] = {}
 
     def error(self, numbers: Iterable[int]) -> float:
@@ -102,6 +120,18 @@ class BlockFit:
         with torch.no_grad():
             errors = [float(self._error(number)) for number in numbers]
         return sum(errors) / len(errors)
+
+    def layer(self, name: str) -> QuantLinear:
+        """A quantized layer of the block, as it is now."""
+        layer = self.walk.backbone.get_submodule(name)
+        assert isinstance(layer, QuantLinear)
+        return layer
+
+    @property
+    def emphasis(self) -> str:
+        """What timesteps count, in words; nothing where they count the same."""
+        low, high = float(self.importance.min()), float(self.importance.max())
+        return "" if low == high else f", timesteps weighted {low:.2f} to {high:.2f}"
 
     def learn(
         self,
@@ -112,32 +142,74 @@ class BlockFit:
         bias_rate: float = 0.0,
     ) -> None:
         """See :class:`qdiff.methods.learned.Fit`."""
-        scale = max(self.error(self.fitting[:: -(-len(self.fitting) // CALLS_FOR_SCALE)]), 1e-30)
-        backbone = self.walk.backbone
         for name, weight in self.weights.items():
-            layer = backbone.get_submodule(name)
-            assert isinstance(layer, QuantLinear)
+            layer = self.layer(name)
             self.learned[name] = learned_layer(layer, make(weight, codes_of(layer)), bias_rate > 0)
-            backbone.set_submodule(name, self.learned[name])
+            self.walk.backbone.set_submodule(name, self.learned[name])
         variables = [p for layer in self.learned.values() for p in layer.learned.parameters()]
         biases = [layer.bias for layer in self.learned.values() if isinstance(layer.bias, nn.Parameter)]
         groups = [{"params": variables, "lr": rate}, {"params": biases, "lr": bias_rate}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
         count = sum(weight.numel() for weight in self.weights.values())
+        if self.weighting == "gradient":
+            self._weigh(variables + biases)
+
+        def loss(number: int, done: float) -> Tensor:
+            total = self._loss(number)
+            for layer in self.learned.values():
+                extra = layer.learned.penalty(done) if penalty else None
+                if extra is not None:
+                    total = total + penalty * extra * (layer.learned.scale.numel() / count)
+            return total
+
+        self._descend("reconstruct", iterations, optimizer, loss)
+
+    def learn_input_scales(self, scales: list[LearnedInputScale], iterations: int, rate: float) -> None:
+        """Learns the constant scales of inputs together with Adam, at a rate that falls to 0 along a cosine."""
+        optimizer = torch.optim.Adam([scale.variable for scale in scales], lr=rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+
+        def loss(number: int, done: float) -> Tensor:
+            for scale in scales:
+                scale.install()
+            return self._loss(number)
+
+        self._descend("input scales of", iterations, optimizer, loss, schedule)
+
+    def _descend(
+        self,
+        what: str,
+        iterations: int,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[int, float], Tensor],
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        """Steps down ``loss`` of one fitting call and the share of iterations done, every call before any comes again."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.block.encode()))
         order: list[int] = []
-        with Progress(f"reconstruct {self.block}", iterations) as progress:
+        with Progress(f"{what} {self.block}", iterations) as progress:
             for iteration in range(iterations):
                 order = order or torch.randperm(len(self.fitting), generator=generator).tolist()
-                loss = self._error(self.fitting[order.pop()]) / scale
-                for layer in self.learned.values():
-                    extra = layer.learned.penalty(iteration / iterations) if penalty else None
-                    if extra is not None:
-                        loss = loss + penalty * extra * (layer.learned.scale.numel() / count)
                 optimizer.zero_grad()
-                loss.backward()
+                loss(self.fitting[order.pop()], iteration / iterations).backward()
                 optimizer.step()
+                if schedule is not None:
+                    schedule.step()
                 progress.advance()
+
+    def _weigh(self, variables: list[nn.Parameter]) -> None:
+        """Gives timesteps the weights with which the gradients of ``variables``, as they are now, agree best."""
+        calls: dict[int, list[int]] = {}
+        for number in self.fitting:
+            calls.setdefault(self.walk.calls[number].timestep, []).append(number)
+        gradients = [
+            mean_gradient([partial(self._loss, number) for number in numbers[:CALLS_FOR_GRADIENT]], variables)
+            for numbers in calls.values()
+        ]
+        self.importance[list(calls)] = agreeing(torch.stack(gradients))
+
+    def _loss(self, number: int) -> Tensor:
+        return self._error(number) * float(self.importance[self.walk.calls[number].timestep]) / self.unit
 
     def _error(self, number: int) -> Tensor:
         output = self.walk.run(self.block, self.walk.calls[number])
@@ -163,18 +235,17 @@ def codes_of(layer: QuantLinear) -> QuantizedWeight:
 
 
 def reconstruct(
-    method: str,
-    options: dict[str, Any],
+    how: Reconstruct,
     walk: BlockWalk,
     reference: BlockWalk,
     block: str,
     groups: list[Decided],
     place: Callable[[Decided], None],
 ) -> None:
-    """Learns the rounding of a block whose groups are placed, and places them again with what was learned, where that is better.
+    """Learns the rounding of a block whose groups are placed, then scales of inputs if asked to, and places the groups again with
+    what was learned, where that is better.
 
     Args:
-        method, options: of :data:`RECONSTRUCTIONS`, checked.
         walk, reference: see :class:`BlockFit`.
         place: puts the layers of a group into the backbone.
     """
@@ -185,20 +256,52 @@ def reconstruct(
     }
     if not weights:
         return
-    fit = BlockFit(walk, reference, block, weights)
+    fit = BlockFit(walk, reference, block, weights, how.course.weighting)
+    rounded = _better(fit, how.method, groups, place, lambda: _with_rounding(fit, how, groups))
+    static = [group for group in rounded if group.problem.static(group.solution)]
+    if static and how.course.input_scale_iterations:
+        _better(fit, LEARNED_SCALES, static, place, lambda: _with_input_scales(fit, how.course, static))
+
+
+def _better(
+    fit: BlockFit,
+    method: str,
+    groups: list[Decided],
+    place: Callable[[Decided], None],
+    learn: Callable[[], list[Decided]],
+) -> list[Decided]:
+    """Groups as they were or as ``learn`` makes them, whichever brings the block nearer to float; placed, with a note."""
     before = fit.error(fit.held_out)
     with torch.enable_grad():  # whatever the caller runs in
-        RECONSTRUCTIONS[method](fit, **options)
-    learned = [_learned(group, fit.learned, method) for group in groups]
+        learned = learn()
     for group in learned:
         place(group)
     after = fit.error(fit.held_out)
-    said = f"block {decibels(before, 1):.2f} -> {decibels(after, 1):.2f} dB on held-out calls"
+    said = f"block {decibels(before, 1):.2f} -> {decibels(after, 1):.2f} dB on held-out calls{fit.emphasis}"
     better = after < before
-    for old, new in zip(groups, learned, strict=True):
-        note = f"{method}: {said}" if better else f"{method} not kept: {said}"
-        kept = new.solution if better else old.solution
-        place(replace(old, solution=replace(kept, notes=(*kept.notes, note), methods=(*kept.methods, method))))
+    note = f"{method}: {said}" if better else f"{method} not kept: {said}"
+    kept = []
+    for group in learned if better else groups:
+        solution = group.solution
+        named = replace(solution, notes=(*solution.notes, note), methods=(*solution.methods, method))
+        kept.append(replace(group, solution=named))
+        place(kept[-1])
+    return kept
+
+
+def _with_rounding(fit: BlockFit, how: Reconstruct, groups: list[Decided]) -> list[Decided]:
+    RECONSTRUCTIONS[how.method](fit, **how.options)
+    return [_learned(group, fit.learned, how.method) for group in groups]
+
+
+def _with_input_scales(fit: BlockFit, course: Course, groups: list[Decided]) -> list[Decided]:
+    """Groups, each of which reads one tensor and gets one scale."""
+    scales = [LearnedInputScale([fit.layer(name) for name in group.problem.names]) for group in groups]
+    fit.learn_input_scales(scales, course.input_scale_iterations, course.input_scale_rate)
+    return [
+        replace(group, solution=replace(group.solution, input_scale=scale.finished()))
+        for group, scale in zip(groups, scales, strict=True)
+    ]
 
 
 def _learned(group: Decided, layers: dict[str, LearnedLinear], method: str) -> Decided:

@@ -32,6 +32,7 @@ from qdiff.statistics import InputStatistics
 from qdiff.weights import QuantizedWeight
 
 TRANSFORM = ("multiplier", "shift", "rotation", "low_rank")
+LARGEST_STRETCH = 1e4  # of r[t]
 # Methods that mix columns, or move them where the padding's zeros would not follow: recipes pass them over at convolutions.
 LINEAR_ONLY = frozenset({"awq", "shift", "repq", "rotate", "low_rank"})
 
@@ -52,6 +53,7 @@ class Solution:
         correction: for each layer what its bias has to add ``[out]``.
         clip, timestep_scales: of static activations.
         by_token: activation scales by token, or one constant; ``None``: as the problem says.
+        input_scale: what :meth:`Problem.activation_scale` gives, as it was learned after all methods; ``None``: from the ranges.
     """
 
     strength: float | None = None
@@ -67,6 +69,7 @@ class Solution:
     clip: float = 1.0
     timestep_scales: bool = False
     by_token: bool | None = None
+    input_scale: tuple[Tensor, Tensor | None] | None = None
     methods: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -169,6 +172,8 @@ class Problem:
 
         Of formats with run-time blocks the scale is the tensor's, or ``None`` where they have none, or where scales are by token.
         """
+        if solution.input_scale is not None:
+            return solution.input_scale
         widest = (ranges := self.ranges(solution)).max()
         if self.activation_format.tensor_scale:
             return numerics.choose_tensor_scale(widest, self.activation_format), None
@@ -178,7 +183,7 @@ class Problem:
         if not solution.timestep_scales:
             return scale, None
         return scale, numerics.to_half_grid(
-            torch.where(ranges > 0, widest / ranges, torch.ones_like(ranges)).clamp(max=1e4)
+            torch.where(ranges > 0, widest / ranges, torch.ones_like(ranges)).clamp(max=LARGEST_STRETCH)
         )
 
     def quantized_inputs(self, solution: Solution, x: Tensor, timestep: Tensor) -> Tensor:
@@ -272,19 +277,21 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: unknown method or option, or a value that the option does not take.
     """
-    return check_keywords(f"method {name!r}", METHODS[name], options, ("problem", "solution"))
+    return check_keywords(f"method {name!r}", options, ("problem", "solution"), METHODS[name])
 
 
 def check_keywords(
-    what: str, function: Callable[..., Any], options: dict[str, Any], given: tuple[str, ...]
+    what: str, options: dict[str, Any], given: tuple[str, ...], *functions: Callable[..., Any]
 ) -> dict[str, Any]:
-    """Options checked against a function's annotations and converted to them; ``given`` are arguments that are no options.
+    """Options checked against the annotations of functions and converted to them; ``given`` are arguments that are no options.
 
     Raises:
-        InputError: an option that ``function`` does not have, or a value that it does not take. ``what`` begins the message.
+        InputError: an option that no function has, or a value that it does not take. ``what`` begins the message.
     """
-    known = [parameter for parameter in inspect.signature(function).parameters if parameter not in given]
-    types = get_type_hints(function, include_extras=True)
+    known = [name for function in functions for name in inspect.signature(function).parameters if name not in given]
+    types = {
+        name: type for function in functions for name, type in get_type_hints(function, include_extras=True).items()
+    }
     checked = {}
     for option, value in options.items():
         if option not in known:

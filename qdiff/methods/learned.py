@@ -6,14 +6,16 @@ arXiv 2102.05426). So these methods have a table of their own, :data:`RECONSTRUC
 transforms, scales and low-rank branches that those decided. None of that changes here: codes do, and biases.
 
 A method is a function ``(fit, **options)`` that says what is learned and how (:meth:`Fit.learn`); the loop, the inputs, the
-targets and the judgement are :mod:`qdiff.reconstruction`'s, the same for all methods.
+targets and the judgement are :mod:`qdiff.reconstruction`'s, the same for all methods. So are the options of that loop
+(:class:`Course`): what a recorded call counts, and whether scales of inputs are learned once the codes are there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -28,6 +30,7 @@ from qdiff.weights import QuantizedWeight
 Iterations = Annotated[int, Field(ge=1, le=100_000)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Weighting = Literal["even", "gradient"]
 
 
 class LearnedWeight(nn.Module, ABC):
@@ -89,8 +92,32 @@ Reconstruction = Callable[..., None]
 RECONSTRUCTIONS: Registry[Reconstruction] = Registry("reconstruction", InputError)
 
 
-def check_reconstruction(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A recipe's ``sequential.reconstruct`` as the method's name and its checked options.
+@dataclass(frozen=True)
+class Course:
+    """Options that go with every method.
+
+    Args:
+        weighting: what recorded calls count: all the same, or by timestep what makes gradients agree (:mod:`qdiff.weighting`).
+        input_scale_iterations: for how many calls the constant scales of inputs are learned (:mod:`qdiff.input_scales`).
+        input_scale_rate: Adam's at the first of them, as a share of the scale.
+    """
+
+    weighting: Weighting = "even"
+    input_scale_iterations: Annotated[int, Field(ge=0, le=100_000)] = 0
+    input_scale_rate: Rate = 2e-3
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """A recipe's ``sequential.reconstruct``, checked: the method's name, its own options, and the others."""
+
+    method: str
+    options: dict[str, Any]
+    course: Course
+
+
+def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
+    """A recipe's ``sequential.reconstruct``.
 
     Raises:
         InputError: no or an unknown method, an unknown option, or a value that the option does not take.
@@ -102,7 +129,9 @@ def check_reconstruction(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             f"add method: one of {', '.join(RECONSTRUCTIONS)}, or leave it out",
         )
     name = str(left.pop("method"))
-    return name, check_keywords(f"reconstruction {name!r}", RECONSTRUCTIONS[name], left, ("fit",))
+    own = check_keywords(f"reconstruction {name!r}", left, ("fit",), RECONSTRUCTIONS[name], Course)
+    common = {field.name: own.pop(field.name) for field in fields(Course) if field.name in own}
+    return Reconstruct(name, own, Course(**common))
 
 
 def code_values(weight: QuantizedWeight) -> Tensor:

@@ -250,8 +250,8 @@ def test_what_is_judged_is_what_the_model_then_computes(tiny, recorded, monkeypa
     model, judged = tiny(), []
     reconstruct = reconstruction.reconstruct
 
-    def spy(method, options, walk, reference, block, groups, place):
-        reconstruct(method, options, walk, reference, block, groups, place)
+    def spy(how, walk, reference, block, groups, place):
+        reconstruct(how, walk, reference, block, groups, place)
         judged.append((block, [walk.run(block, call) for call in walk.calls[:1]]))
 
     monkeypatch.setattr("qdiff.quantize.reconstruct", spy)
@@ -350,6 +350,8 @@ def test_codes_of_a_layer_are_what_it_multiplies_with(tiny, recorded):
         ({"method": "adaround", "iterations": 0}, "iterations = 0"),
         ({"method": "flexround", "penalty": 0.1}, "has no option 'penalty'"),
         ({"iterations": 5}, "names no method"),
+        ({"method": "flexround", "weighting": "gradients"}, "weighting = 'gradients'"),
+        ({"method": "adaround", "input_scale_rates": 1}, "did you mean input_scale_rate"),
     ],
 )
 def test_a_wrong_reconstruction_is_refused_before_anything_runs(given, words):
