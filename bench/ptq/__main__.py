@@ -23,6 +23,7 @@ from bench.ptq.score import answers, score
 from bench.ptq.shared import Settings, Shared
 from qdiff.events import TerminalListener, listening, log
 from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, write_json
+from qdiff.recipe import load_recipe
 from qdiff.resources import measure, release_memory
 
 TIMES = ("seconds", "cpu_seconds")
@@ -30,7 +31,12 @@ TIMES = ("seconds", "cpu_seconds")
 
 def key_of(shared: Shared, row: Row) -> str:
     """Fingerprint of everything that decides a row's result."""
-    return sha256_json([shared.key, row.library, dict(row.options)])
+    recipe = (
+        load_recipe(row.options["recipe"], list(row.options["overrides"])).model_dump()
+        if row.library == "qdiff"
+        else None
+    )
+    return sha256_json([shared.key, row.library, dict(row.options), recipe])
 
 
 def run_row(shared: Shared, row: Row) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Correction(BaseModel, ABC):
 
     method: str
     absorbs_noise: ClassVar[bool] = False
+    searches: ClassVar[bool] = False  # whether fitting makes pictures
 
     @classmethod
     @abstractmethod

@@ -12,7 +12,7 @@ there, has its optimum at 1 for it.
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class QSched(Correction):
     """See the module's docstring; the values at the first step."""
 
     method: Literal["q_sched"] = "q_sched"
+    searches: ClassVar[bool] = True
     prediction_factor: float
     sample_factor: float
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from qdiff.artifacts import Run
 from qdiff.errors import UsageError
 from qdiff.events import Progress, log
-from qdiff.files import read_json, write_json
+from qdiff.files import read_json, sha256_json, write_json
+from qdiff.scratch import Scratch
 from qdiff.stages.build import default_engine, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.generate import CORRECTION, MOST_PICTURES, Session, make_request
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
     from qdiff.trajectory import Step
 
 Goal = Literal["float", "prompt"]
+Scorer = Callable[["Session", "Correction | None"], float]
 SEARCH_SEED, JUDGE_SEED = 30_000, 35_000  # neither calibration's nor comparison's
 SEARCH_PICTURES = 8
+FEW_STEPS = 8  # of a sampler; Q-Sched is made for those, and searching over pictures of more takes long
+SCORES = "correction"  # pictures' scores so far, until the stage is done
 MOST_CALLS = 400  # recorded calls that the statistics are made of
 UNITS = {"float": "dB", "prompt": "grey levels"}
 MINIMUM_GAIN = {"float": 0.1, "prompt": 0.05}  # less is within what two runs differ by
@@ -54,7 +58,8 @@ def correct(
     """Writes ``correction.json``: what was tried, and what is applied whenever the run's quantized engines make pictures.
 
     Args:
-        methods: names of :data:`qdiff.correction.CORRECTIONS`; all of them when not given.
+        methods: names of :data:`qdiff.correction.CORRECTIONS`; when not given, all of them, those that search over pictures only
+            where the sampler takes few steps.
         engine: the quantized engine that makes the pictures; the fastest that is there when not given.
         pictures: how many judge.
 
@@ -66,10 +71,10 @@ def correct(
     from qdiff.engines import choose
     from qdiff.models import FAMILIES
 
-    chosen = methods or list(CORRECTIONS)
+    calibrated = options_of(run)
+    chosen = methods or [name for name in CORRECTIONS if not CORRECTIONS[name].searches or _few_steps(run)]
     for method in chosen:
         CORRECTIONS[method]
-    calibrated = options_of(run)
     name = choose(engine or default_engine(run)).name
     if name == "float":
         raise UsageError(
@@ -87,17 +92,25 @@ def correct(
         "goal": goal,
         "pictures": pictures,
     }
-    with run.stage("correct", inputs, force=force, replace=True) as work:
+    with run.stage("correct", inputs, force=force, replace=True, leftovers=[SCORES]) as work:
         if work is not None:
-            write_json(work.output(run.file(CORRECTION)), _Work(run, name, goal, pictures).try_all(chosen))
+            scratch = Scratch(run.file(SCORES), sha256_json(inputs))
+            write_json(work.output(run.file(CORRECTION)), _Work(run, name, goal, pictures, scratch).try_all(chosen))
+            scratch.clear()
     return {"run": str(run.path), **read_json(run.file(CORRECTION), "the correction")}
+
+
+def _few_steps(run: Run) -> bool:
+    from qdiff.statistics import Statistics
+
+    return len(set(Statistics.load(run.file("calibration", "statistics.safetensors")).timesteps)) <= FEW_STEPS
 
 
 class _Work:
     """Float and quantized model side by side, on the recorded calls and on pictures."""
 
-    def __init__(self, run: Run, engine: str, goal: Goal, pictures: int) -> None:
-        self.run, self.engine, self.goal = run, engine, goal
+    def __init__(self, run: Run, engine: str, goal: Goal, pictures: int, scratch: Scratch) -> None:
+        self.run, self.engine, self.goal, self.scratch = run, engine, goal, scratch
         self.model = reload_model(run)
         self.float_backbone = self.model.backbone
         self.search = self._request(SEARCH_SEED, SEARCH_PICTURES)
@@ -171,8 +184,23 @@ class _Work:
         without, given = prediction.chunk(2)
         return without + guidance * (given - without)
 
-    def _scorer(self, request: Request) -> Callable[[Session, Correction | None], float]:
-        """How good an engine's pictures are with a correction; larger is better."""
+    def _scorer(self, request: Request) -> Scorer:
+        """How good an engine's pictures are with a correction; larger is better. What was scored before a kill is remembered."""
+        score = self._new_scorer(request)
+
+        def remembered(session: Session, correction: Correction | None) -> float:
+            numbers = None if correction is None else correction.model_dump(mode="json")
+            part = sha256_json([session.engine, request.seeds[0], numbers])[:16]
+            known = self.scratch.load(part)
+            if known is not None:
+                return float(known[1])
+            found = score(session, correction)
+            self.scratch.save(part, {}, found)
+            return found
+
+        return remembered
+
+    def _new_scorer(self, request: Request) -> Scorer:
         from qdiff.images import to_pixels
         from qdiff.metrics import paired
         from qdiff.stages.compare import accuracy

@@ -53,6 +53,35 @@ def test_what_is_kept_is_applied_to_quantized_engines_alone(cli, fails, spoilt, 
     picture(cli, spoilt, "eager", tmp_path / "y.png")  # another quantization: the correction is forgotten
 
 
+def test_a_killed_search_does_not_make_pictures_again(cli, spoilt, monkeypatch):
+    """Four steps: the search is tried unasked. It is cut off, and goes on to the same result."""
+    from qdiff.stages.generate import Session
+
+    monkeypatch.setattr("qdiff.correction.q_sched.REACH", (-1, 0, 1))
+    monkeypatch.setattr("qdiff.stages.correct.SEARCH_PICTURES", 1)
+    made, whole = [], Session.pictures
+
+    def counted(self, *arguments, **options):
+        made.append(self.engine)
+        if len(made) == 12:
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(Session, "pictures", counted)
+    command = ("correct", spoilt, "--engine", "eager", "--pictures", 1, "--json")
+    assert cli(*command).code == 130
+    before = made.count("eager") - 1
+    resumed = cli(*command).json
+    assert [row["method"] for row in resumed["tried"]] == ["ptqd", "q_drift", "q_sched"]
+    assert not (spoilt / "correction").exists()
+    together = made.count("eager") - 1
+    del made[:12]
+    made += ["float"] * 12  # so that it is not cut off again
+    anew = cli(*command, "--force").json
+    assert anew["tried"] == resumed["tried"] and before > 5
+    assert made.count("eager") - (together - before) == together, "as many as the two tries together"
+
+
 def test_bad_requests(fails, finished):
     fails(3, "q_drift", "correct", finished.path, "--method", "q_drft")
     fails(2, "aims at", "correct", finished.path, "--engine", "float")
