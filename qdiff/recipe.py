@@ -203,7 +203,7 @@ class Recipe(BaseModel):
     convolutions: Scheme | None = Field(
         None, description="formats of convolutions, where they are not those of `scheme`"
     )
-    targets: list[Literal["Linear", "Conv2d"]] = ["Linear", "Conv2d"]
+    targets: list[Literal["Linear", "Conv2d"]] = Field(["Linear", "Conv2d"], min_length=1)
     split_shortcuts: bool = Field(True, description="two scales where a layer reads a skip connection (U-Nets)")
     first_token: bool = Field(True, description="CLIP's constant first token apart from the quantized ones")
     ignore: dict[str, list[str]] = Field(default={}, description="patterns of layers that stay unquantized, by family")

@@ -235,6 +235,11 @@ class Family(ABC):
         """Attention modules in which the tokens of the picture read each other, in order; empty where the family knows none."""
         return []
 
+    @property
+    def can_be_sparse(self) -> bool:
+        """Whether its self-attentions can follow block lists."""
+        return type(self).self_attentions is not Family.self_attentions
+
     def attention_processor(self, attend: Attend) -> Any:
         """A diffusers attention processor for those modules that leaves to ``attend`` what happens between the projections."""
         raise NotImplementedError(self.name)

@@ -9,7 +9,7 @@ from qdiff.artifacts import Run
 from qdiff.errors import InputError
 from qdiff.files import sha256_json
 from qdiff.scratch import Scratch
-from qdiff.stages.calibrate import reload_model
+from qdiff.stages.calibrate import options_of, reload_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +55,13 @@ def require_statistics(run: Run) -> None:
     """Refuses to go on without them.
 
     Raises:
-        InputError: with the command that makes them.
+        InputError: with the command that makes them; or the family has no self-attentions that are known.
     """
+    from qdiff.models import FAMILIES
+
+    family = FAMILIES[options_of(run).model]
+    if not family.can_be_sparse:
+        raise InputError(f"attentions of {family.title} cannot follow block lists", "leave --density out")
     if not run.done(STAGE):
         raise InputError(
             f"sparse attention needs to know what {run.path} looks at, which was not calibrated",

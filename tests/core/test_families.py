@@ -131,9 +131,26 @@ def test_schedulers_by_name(model, alias):
         model.pipeline.scheduler = before
 
 
+def test_a_requests_scheduler_is_its_own(model):
+    """The next request has the model's again."""
+    own, usable = model.pipeline.scheduler, schedulers_for(model.pipeline.scheduler)
+    alias = next(alias for alias in ("unipc", "dpmsolver++", "ddim") if alias in usable and usable[alias] is not type(own))
+    seen = []
+    model.generate(
+        Request(["a"], [0], steps=1, scheduler=alias), lambda *_: seen.append(type(model.pipeline.scheduler))
+    )
+    assert seen == [usable[alias]] and model.pipeline.scheduler is own
+
+
 def test_an_unknown_scheduler_gets_the_nearest_names(model):
     with pytest.raises(UsageError, match=r"did you mean .*dpmsolver\+\+"):
         model.use_scheduler("dpmsolver+")
+
+
+def test_a_family_says_whether_its_attentions_can_follow_lists(model):
+    known = model.family.self_attentions(model.backbone)
+    assert model.family.can_be_sparse == bool(known)
+    assert all(model.backbone.get_submodule(name) is not None for name in known)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, None), (None, 100), (0, 64), (-16, 64)])

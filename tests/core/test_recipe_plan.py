@@ -70,6 +70,7 @@ def test_the_int8_recipe_keeps_what_the_field_keeps(tiny):
         ({"version": 2}, ["version"]),
         ({"kept": "float64"}, ["kept"]),
         ({"targets": ["Conv3d"]}, ["targets"]),
+        ({"targets": []}, ["targets"]),
         ({"ignore": ["proj_out"]}, ["ignore"]),
         ({"methods": {"smoth": {}}}, ["smoth", "did you mean smooth"]),
         ({"methods": {"smooth": {"strength": [0.5]}}}, ["'strength'", "did you mean strengths"]),
