@@ -40,9 +40,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "calibrate": (),
     "attention": ("calibrate",),
     "quantize": ("calibrate", "attention"),
-    "correct": ("quantize",),
     "export": ("quantize",),
     "build": ("export",),
+    "correct": ("quantize",),  # with an engine, where one is there
     "compare": ("quantize", "correct", "build"),
     "report": ("quantize", "correct", "export", "build", "compare"),
 }
