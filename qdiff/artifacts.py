@@ -10,7 +10,7 @@ Rules that every stage gets from here, not from its own code:
 - a finished stage with the same inputs is skipped, after its outputs' hashes were compared;
 - a stage that was cut off may go on from what it left (its inputs were recorded before it began);
 - other inputs than the recorded ones are refused, never mixed; ``force`` starts the stage anew;
-- finishing a stage forgets the stages that were made from its former outputs.
+- finishing a stage forgets the stages that were made from its former outputs, and removes their summaries.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class Run:
             if (self.path / "run.json").exists():
                 self._read()
             self._sweep()
-            before, deleted = dict(self.manifest["stages"]), False
+            before, later, deleted = dict(self.manifest["stages"]), self._made_from(name), False
             if force:
                 self._forget(name)
                 finished = before.get(name, {}).get("outputs", {})
@@ -310,6 +310,15 @@ class Run:
             self._forget(name)
             self.manifest["stages"][name] = work.entry("done")
             self._write()
+            self._remove_summaries(before, later)
+
+    def _remove_summaries(self, before: dict[str, Any], stages: list[str]) -> None:
+        """Removes what forgotten stages had written in the run folder itself (a report, a comparison, a correction): it speaks of
+        what is no longer there. Pictures, graphs and engines stay."""
+        for output in (output for stage in stages for output in before[stage].get("outputs", {})):
+            path = safe_child(self.path, output)
+            if path.parent == self.path:
+                path.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         """Removes what a killed process left half written. Nobody else works here: the lock is ours."""

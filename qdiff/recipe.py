@@ -444,7 +444,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        fix = None
+        fix = "docs/guide/recipes.md says what it takes"
         if first["type"] == "extra_forbidden":
             close = nearest(str(first["loc"][-1]), Recipe.model_fields)
             fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(Recipe.model_fields)}"

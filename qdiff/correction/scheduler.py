@@ -1,7 +1,7 @@
 """A scheduler of diffusers with a correction before its step.
 
-It holds the scheduler and passes everything on, so a pipeline does not notice. State is the scheduler's own: a step is told by
-the timestep's value, never by a count.
+It holds the scheduler and passes everything on, so a pipeline does not notice. State is the scheduler's own: which step it is,
+the scheduler says, or the timestep's value; nothing is counted here.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class CorrectedScheduler:
         self.scheduler.set_timesteps(*args, **kwargs)
 
     def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        place = self._place(float(timestep))
-        moment = self._moment(place, float(timestep))
+        place = place_of(self.scheduler, float(timestep))
+        moment = moment_of(self.scheduler, place, float(timestep))
         if self.correction.absorbs_noise and self._responses is None:
             self._responses = responses(self.scheduler, kwargs)
         seen = self.scheduler.scale_model_input(sample, timestep)
@@ -72,13 +72,24 @@ class CorrectedScheduler:
         stepped.prev_sample = latents
         return stepped
 
-    def _place(self, timestep: float) -> int:
-        return int((self.scheduler.timesteps.double().cpu() - timestep).abs().argmin())
 
-    def _moment(self, place: int, timestep: float) -> Moment:
-        levels = noise_levels(self.scheduler)
-        progress = place / max(1, len(self.scheduler.timesteps) - 1)
-        return Moment(timestep, progress, levels[place], levels[place + 1], predicts(self.scheduler))
+def place_of(scheduler: Any, timestep: float) -> int:
+    """The number of a step: the scheduler's own, where it counts; else of the first step at that timestep."""
+    index = getattr(scheduler, "step_index", None)
+    if index is not None:
+        return int(index)
+    return int((scheduler.timesteps.double().cpu() - timestep).abs().argmin())
+
+
+def moment_of(scheduler: Any, place: int, timestep: float) -> Moment:
+    """Where a step begins. Schedulers of higher order come to a timestep twice; one that counts its steps has the second at no
+    distance, of one that does not the next other level is meant."""
+    levels = noise_levels(scheduler)
+    later = levels[place + 1 :]
+    if getattr(scheduler, "step_index", None) is None:
+        later = [level for level in later if level != levels[place]] or later[-1:]
+    progress = place / max(1, len(scheduler.timesteps) - 1)
+    return Moment(timestep, progress, levels[place], later[0], predicts(scheduler))
 
 
 def predicts(scheduler: Any) -> Predicts:

@@ -303,7 +303,8 @@ def check_keywords(
         try:
             checked[option] = TypeAdapter(types[option]).validate_python(value)
         except ValidationError as error:
-            raise InputError(f"{what}: {option} = {value!r}: {error.errors()[0]['msg']}") from None
+            message = f"{what}: {option} = {value!r}: {error.errors()[0]['msg']}"
+            raise InputError(message, "docs/guide/recipes.md says what it takes") from None
     return checked
 
 

@@ -13,13 +13,14 @@ quantized model gains beyond that counts.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from qdiff.artifacts import Run
-from qdiff.errors import UsageError
+from qdiff.errors import InputError, UsageError
 from qdiff.events import Progress, log
 from qdiff.files import read_json, sha256_json, write_json
 from qdiff.scratch import Scratch
@@ -81,7 +82,9 @@ def correct(
             "--engine float is the model that a correction aims at", "name an engine of the quantized model"
         )
     if not 1 <= pictures <= MOST_PICTURES:
-        raise UsageError(f"--pictures {pictures} is not between 1 and {MOST_PICTURES}")
+        raise UsageError(f"--pictures {pictures} is not between 1 and {MOST_PICTURES}", "16 judge well, 48 better")
+    if run.file(CORRECTION).is_dir():
+        raise InputError(f"{run.file(CORRECTION)} is a folder, and the correction has to be written there", "remove it")
     require_runner(run, name)
     if goal == "prompt" and (calibrated.weights != "bundled" or FAMILIES[calibrated.model].media == "video"):
         raise UsageError("--goal prompt judges pictures of the bundled models alone", "use --goal float")
@@ -94,9 +97,10 @@ def correct(
     }
     with run.stage("correct", inputs, force=force, replace=True, leftovers=[SCORES]) as work:
         if work is not None:
-            scratch = Scratch(run.file(SCORES), sha256_json(inputs))
+            owner = sha256_json(inputs)
+            scratch = Scratch(run.file(SCORES, owner[:12]), owner)
             write_json(work.output(run.file(CORRECTION)), _Work(run, name, goal, pictures, scratch).try_all(chosen))
-            scratch.clear()
+            shutil.rmtree(run.file(SCORES), ignore_errors=True)  # also of earlier tries with other settings
     return {"run": str(run.path), **read_json(run.file(CORRECTION), "the correction")}
 
 

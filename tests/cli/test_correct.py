@@ -50,6 +50,7 @@ def test_what_is_kept_is_applied_to_quantized_engines_alone(cli, fails, spoilt, 
     (spoilt / "correction.json").write_text((spoilt / "correction.json").read_text() + "\n")
     fails(5, "correction.json", "generate", spoilt, *PROMPT, "--engine", "eager", "-o", tmp_path / "x.png")
     assert cli("quantize", spoilt, "--recipe", "fp8", "--force").code == 0
+    assert not any((spoilt / name).exists() for name in ("correction.json", "compare.json", "report.html"))
     picture(cli, spoilt, "eager", tmp_path / "y.png")  # another quantization: the correction is forgotten
 
 
@@ -70,6 +71,7 @@ def test_a_killed_search_does_not_make_pictures_again(cli, spoilt, monkeypatch):
     monkeypatch.setattr(Session, "pictures", counted)
     command = ("correct", spoilt, "--engine", "eager", "--pictures", 1, "--json")
     assert cli(*command).code == 130
+    (spoilt / "correction" / "another").mkdir()  # an earlier try with other settings
     before = made.count("eager") - 1
     resumed = cli(*command).json
     assert [row["method"] for row in resumed["tried"]] == ["ptqd", "q_drift", "q_sched"]
@@ -82,9 +84,12 @@ def test_a_killed_search_does_not_make_pictures_again(cli, spoilt, monkeypatch):
     assert made.count("eager") - (together - before) == together, "as many as the two tries together"
 
 
-def test_bad_requests(fails, finished):
+def test_bad_requests(fails, finished, spoilt):
+    (spoilt / "correction.json").mkdir()
+    fails(3, "is a folder", "correct", spoilt, "--pictures", 1)
     fails(3, "q_drift", "correct", finished.path, "--method", "q_drft")
     fails(2, "aims at", "correct", finished.path, "--engine", "float")
     fails(2, "bundled models alone", "correct", finished.path, "--goal", "prompt")
     fails(2, "pictures", "correct", finished.path, "--pictures", 0)
+    fails(2, "between 1 and", "correct", finished.path, "--pictures", 1000)
     fails(3, "was not built", "correct", finished.path, "--engine", "tensorrt")

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 
 from qdiff.correction import CORRECTIONS, CorrectedScheduler, load_correction
 from qdiff.correction.base import Correction, Moment, between
@@ -196,3 +203,23 @@ def test_a_correction_is_read_as_it_was_written():
     for damaged in ({"method": "magic"}, {"method": "q_drift", "timesteps": [1.0]}, {}):
         with pytest.raises(IntegrityError, match="not a correction"):
             load_correction(damaged)
+
+
+@pytest.mark.parametrize(
+    ("kind", "advancing"), [(HeunDiscreteScheduler, slice(0, None, 2)), (PNDMScheduler, slice(0, -1))]
+)
+def test_a_scheduler_that_comes_to_a_timestep_twice_is_corrected_at_every_step(kind, advancing):
+    """Heun counts its steps and every other one only looks ahead; PNDM does not count."""
+    made, seen = scheduler(kind, steps=4), []
+
+    class Watching(QDrift):
+        def lengthening(self, moment: Moment) -> float:
+            seen.append(super().lengthening(moment))
+            return seen[-1]
+
+    corrected = CorrectedScheduler(made, Watching(timesteps=[0.0], variances=[0.1]))
+    x = randn(1, 4, 4, 4, seed=1)
+    for t in made.timesteps:
+        corrected.scale_model_input(x, t)
+        x = corrected.step(toy(x, float(t)), t, x).prev_sample
+    assert len(seen) == len(made.timesteps) > 4 and all(each > 0 for each in seen[advancing])

@@ -134,7 +134,9 @@ def test_schedulers_by_name(model, alias):
 def test_a_requests_scheduler_is_its_own(model):
     """The next request has the model's again."""
     own, usable = model.pipeline.scheduler, schedulers_for(model.pipeline.scheduler)
-    alias = next(alias for alias in ("unipc", "dpmsolver++", "ddim") if alias in usable and usable[alias] is not type(own))
+    alias = next(
+        alias for alias in ("unipc", "dpmsolver++", "ddim") if alias in usable and usable[alias] is not type(own)
+    )
     seen = []
     model.generate(
         Request(["a"], [0], steps=1, scheduler=alias), lambda *_: seen.append(type(model.pipeline.scheduler))
