@@ -16,6 +16,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class EngineBackbone(torch.nn.Module):
         self.runner = runner
         self.input_names = tuple(input_names)
         self.seconds: list[float] = []
+        if hasattr(original, "add_embedding"):  # of which SDXL's pipelines ask the width, to check their own embeddings
+            width = original.add_embedding.linear_1.in_features
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self._signature = inspect.signature(original.forward)
         # Follows pipe.to(...) like weights would, so that dtype and device stay true.
         anchor = torch.empty(0, dtype=original.dtype, device=original.device)

@@ -8,6 +8,10 @@ import torch
 from qdiff.engines import ModuleRunner, Runner
 from qdiff.engines.pipeline import EngineBackbone, insert, replace
 from qdiff.errors import InputError
+from qdiff.images import to_pixels
+from qdiff.models import FAMILIES
+from qdiff.models.base import NamedInputs, Request
+from qdiff.stages.generate import simulate
 
 PIXART = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
 
@@ -149,3 +153,19 @@ def test_a_unet_and_its_scalar_timestep():
     residual = [torch.zeros(2, 8, 8, 8)]
     with pytest.raises(InputError, match="'down_block_additional_residuals'"):
         backbone(x, 11, text, down_block_additional_residuals=residual)
+
+
+@pytest.mark.parametrize(
+    ("family", "configuration"),
+    [("pixart", "pixart-tiny"), ("stable-diffusion", "sd-tiny"), ("stable-diffusion", "sdxl-tiny"), ("wan", "wan-tiny"),
+     ("cogvideox", "cogvideox-tiny")],
+)  # fmt: skip
+def test_every_pipeline_takes_the_stand_in(family, configuration):
+    """Pipelines ask their backbone for more than an answer; and an engine may be put where one is already."""
+    model = FAMILIES[family].load(f"random:{configuration}")
+    request = Request(["a red apple"], [3], steps=1)
+    expected, original = model.generate(request), model.backbone
+    named = NamedInputs(model.family, original)
+    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(named), named.names):
+        made = simulate(model, original, request, batch=1)
+    assert to_pixels(made).equal(to_pixels(expected)) and model.backbone is original
