@@ -49,7 +49,8 @@ class EngineBackbone(torch.nn.Module):
         if hasattr(original, "add_embedding"):  # of which SDXL's pipelines ask the width, to check their own embeddings
             width = original.add_embedding.linear_1.in_features
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
-        self._signature = inspect.signature(original.forward)
+        another = isinstance(original, EngineBackbone)
+        self._signature = original._signature if another else inspect.signature(original.forward)
         # Follows pipe.to(...) like weights would, so that dtype and device stay true.
         anchor = torch.empty(0, dtype=original.dtype, device=original.device)
         self.register_buffer("_anchor", anchor, persistent=False)
