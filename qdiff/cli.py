@@ -271,7 +271,8 @@ def correct(
     ] = None,
     engine: EngineOption = None,
     goal: Annotated[
-        Literal["float", "prompt"], typer.Option(help="judge pictures by the float model's, or by what was asked for")
+        Literal["float", "prompt"],
+        typer.Option(help="judge pictures by the float model's, or by the nearest known ones"),
     ] = "float",
     pictures: PicturesOption = 16,
     force: ForceOption = False,

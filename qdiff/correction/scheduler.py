@@ -133,9 +133,8 @@ def responses(scheduler: Any, options: dict[str, Any]) -> list[Response | None]:
 
     def run(sample: float, predictions: list[float]) -> list[Tensor]:
         copied, found = copy.deepcopy(scheduler), []
-        copied._step_index = copied._begin_index = (
-            None  # some count steps: from the first one, whatever the pipeline's is
-        )
+        # Some count steps: from the first one, whichever the pipeline is at.
+        copied._step_index = copied._begin_index = None
         if "generator" in options:
             options["generator"] = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):

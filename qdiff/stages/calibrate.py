@@ -207,6 +207,7 @@ def options_of(run: Run) -> CalibrateOptions:
         steps=inputs["steps"],
         guidance=inputs["guidance"],
         scheduler=inputs["scheduler"],
+        batch=inputs["batch"],
         seed=inputs["seed"],
     )
 

@@ -2,13 +2,13 @@
 want, or none.
 
 Nothing here is believed because a statistic says so: what makes the error of single predictions smaller can make pictures worse.
-So every method is judged by pictures on seeds that it was not fitted on, and where none gains ``minimum_gain`` the file says that
-and nothing is applied.
+So every method is judged by pictures on seeds that it was not fitted on, and where none gains :data:`MINIMUM_GAIN` the file says
+that and nothing is applied.
 
-``goal`` is what pictures are judged by. ``float``: PSNR to what the float model makes. ``prompt``: root mean squared error to the
-emoji that was asked for, which needs no float model and is there for the bundled models of pictures alone. A goal without a
-reference also rewards what would make *any* model draw better; so the same search is done on the float model, and only what the
-quantized model gains beyond that counts.
+``goal`` is what pictures are judged by. ``float``: PSNR to what the float model makes. ``prompt``: root mean squared error to
+the nearest picture that the bundled models know (the one that was asked for, as long as the emoji is right), without a float
+model. A goal without a reference also rewards what would make *any* model draw better; so the same search is done on the float
+model, and only what the quantized model gains beyond that counts.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ class _Work:
         """Of every method its correction, fitted to an engine, and what pictures gain by it."""
         from qdiff.correction import CORRECTIONS
 
-        searching, judging = self._scorer(self.search), self._scorer(self.judge)
+        judging = self._scorer(self.judge)
+        # float pictures to search on are made only where a method searches
+        searching = self._scorer(self.search) if any(CORRECTIONS[name].searches for name in methods) else judging
         session = Session(self.run, engine, self.model)
         try:
             moments = self._moments(session)
@@ -211,7 +213,7 @@ class _Work:
 
         def pictures(session: Session, correction: Correction | None) -> list[Any]:
             session.correction = correction
-            return session.pictures(request, self.batch).images
+            return session.pictures(request, options_of(self.run).batch).images
 
         if self.goal == "prompt":
 
@@ -227,11 +229,6 @@ class _Work:
         finally:
             reference.close()
         return lambda session, correction: paired(expected, to_pixels(pictures(session, correction))).psnr_db_mean
-
-    @property
-    def batch(self) -> int:
-        """Pictures denoised together, as in calibration."""
-        return int(self.run.entry("calibrate")["inputs"]["batch"])
 
     def _request(self, seed: int, count: int) -> Request:
         from qdiff.models.base import default_prompts

@@ -66,10 +66,9 @@ def comparison(
     request = Request(
         prompts, seeds, steps=calibrated.steps, guidance=calibrated.guidance, scheduler=calibrated.scheduler
     )
-    batch = int(run.entry("calibrate")["inputs"]["batch"])
 
     def make(backbone: nn.Module) -> Tensor:
-        return to_pixels(simulate(model, backbone, request, batch))
+        return to_pixels(simulate(model, backbone, request, calibrated.batch))
 
     expected = make(model.backbone)
     return lambda: paired(expected, make(candidate))

@@ -20,11 +20,6 @@ from qdiff.quantize import quantize
 from qdiff.recipe import load_recipe
 from qdiff.reconstruction import BlockFit
 from qdiff.scratch import Scratch
-from qdiff.statistics import Statistics
-from qdiff.trajectory import Trajectory
-
-PROMPTS = ["a red apple", "a rocket on a blue background", "cheese", "two cats, asleep", "a green tree"]
-TINY = ("--model", "pixart", "--weights", "random:pixart-tiny", "--steps", "4", "--batch", "3")
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -98,16 +93,6 @@ def test_scales_stay_positive_and_finite_wherever_the_variable_goes():
             for value in learned.finished():
                 assert value is None or ((value > 0) & (value.half() <= numerics.LARGEST_SCALE)).all()
     assert learned.finished()[1].max() == LARGEST_STRETCH
-
-
-@pytest.fixture(scope="module")
-def recorded(cli, tmp_path_factory):
-    """Five prompts in two shards, four steps."""
-    folder = tmp_path_factory.mktemp("recorded")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    cli("calibrate", *TINY, "--prompts", folder / "prompts.txt", "-o", folder / "run", "--json").json  # noqa: B018
-    folder = folder / "run" / "calibration"
-    return Trajectory(folder), Statistics.load(folder / "statistics.safetensors")
 
 
 def spoil(monkeypatch, factor: float) -> None:

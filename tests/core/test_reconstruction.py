@@ -21,12 +21,8 @@ from qdiff.recipe import load_recipe
 from qdiff.reconstruction import BlockFit, codes_of, split
 from qdiff.scratch import Scratch
 from qdiff.sequential import BlockWalk
-from qdiff.statistics import Statistics
-from qdiff.trajectory import Trajectory
 from qdiff.weights import QuantizedWeight, quantize_weight
 
-PROMPTS = ["a red apple", "a rocket on a blue background", "cheese", "two cats, asleep", "a green tree"]
-TINY = ("--model", "pixart", "--weights", "random:pixart-tiny", "--steps", "4", "--batch", "3")
 FLOATS = ["nvfp4", "mxfp6_e3m2", "mxfp8", "fp4_e1m2_g128", "fp4_e3m0_g128"]
 GRIDS = ["int4_g32", "int8", "nvint4", *FLOATS]
 
@@ -176,16 +172,6 @@ def test_divisors_begin_at_the_codes_that_exist():
     assert code_values(Divided(weight, moved).finished()).tolist() == [
         [12.0, -9.0, 3.0, 1.0, 0.0]
     ]  # no factor turns a sign
-
-
-@pytest.fixture(scope="module")
-def recorded(cli, tmp_path_factory):
-    """Five prompts in two shards, four steps."""
-    folder = tmp_path_factory.mktemp("recorded")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    cli("calibrate", *TINY, "--prompts", folder / "prompts.txt", "-o", folder / "run", "--json").json  # noqa: B018
-    folder = folder / "run" / "calibration"
-    return Trajectory(folder), Statistics.load(folder / "statistics.safetensors")
 
 
 def settings(method: str, iterations: int = 40, **options: object) -> list[str]:
