@@ -8,10 +8,12 @@ those pictures allow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ from qdiff.routing.router import Router
 from qdiff.routing.table import Costs, solve
 
 ROUNDS = 7  # of the bisection for a tolerance
+MEASURED_STEPS = 12  # of long trajectories: at how many timesteps influence is measured
+LAST_STEPS = 4  # of them: the last ones, where influence changes from step to step
 WEIGHED = ", weighed"  # a rule whose errors were multiplied by the influence of their step
 
 
@@ -152,7 +156,7 @@ def influence(routing: Routing, blocks: Sequence[str], measured: Measured, court
 
     What a step gets wrong, later steps may put right; the last one's errors stay. So for every timestep pictures are made whose
     blocks err a little there and are computed with care everywhere, and the error of the pictures is divided by that of the
-    prediction.
+    prediction. Of more than 20 steps some are measured; between them the logarithm is interpolated.
     """
     steps = len(measured.timesteps)
     careful = _of_table(routing, "table", blocks, measured, torch.zeros(len(blocks), steps, dtype=torch.int64), None)
@@ -160,12 +164,24 @@ def influence(routing: Routing, blocks: Sequence[str], measured: Measured, court
     def error(disturbed: int | None) -> float:
         return 10 ** (-court.hear("", careful, disturbed).psnr_db / 10)
 
-    floor, found = error(None), torch.ones(steps, dtype=torch.float64)
-    with Progress("influence of steps", steps) as progress:
-        for step in range(steps):
-            found[step] = max(error(step) - floor, 0.01 * floor) / float(measured.together[step])
+    chosen, floor = influence_steps(steps), error(None)
+    logarithms = []
+    with Progress("influence of steps", len(chosen)) as progress:
+        for step in chosen:
+            left = max(error(step) - floor, 0.01 * floor)
+            logarithms.append(math.log(left / float(measured.together[step])))
             progress.advance()
+    found = torch.from_numpy(np.exp(np.interp(np.arange(steps), chosen, logarithms)))
     return found / found.mean()
+
+
+def influence_steps(steps: int) -> list[int]:
+    """Places of the timesteps at which influence is measured, rising, with the first and the last: all of up to 20."""
+    if steps <= 20:
+        return list(range(steps))
+    last = steps - LAST_STEPS
+    spread = np.linspace(0, last - 1, MEASURED_STEPS - LAST_STEPS).round().astype(int).tolist()
+    return [*spread, *range(last, steps)]
 
 
 def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs) -> dict[str, RoutingPlan]:

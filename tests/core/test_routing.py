@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from qdiff.errors import InputError
+from qdiff.recipe import Routing
+from qdiff.routing import decide
 from qdiff.routing.blocks import BranchedBlock, Switchboard, install_branches
+from qdiff.routing.measure import Measured
 from qdiff.routing.plan import REUSE, Predictor, ReusePlan, RoutedBlock, RoutingPlan
 from qdiff.routing.predict import fit, threshold
 from qdiff.routing.router import REMEMBERED, Router
@@ -175,3 +178,32 @@ def test_branches_are_copies_of_a_block_that_is_there():
     assert isinstance(model["blocks"][1], BranchedBlock) and len(model["blocks"][1].branches) == 2 and board.blocks == 1
     with pytest.raises(InputError, match=r"no block 'blocks.7'"):
         install_branches(model, {"blocks.7": 2})
+
+
+class Court:
+    """Whose pictures have an error of 1e-5, and of ``together`` times ``influence`` more where blocks err."""
+
+    def __init__(self, together, influence):
+        self.together, self.influence, self.heard = together, influence, []
+
+    def hear(self, name, plan, disturbed=None):
+        error = 1e-5
+        if disturbed is not None:
+            self.heard.append(disturbed)
+            error += float(self.together[disturbed] * self.influence[disturbed])
+        return decide.Tried(name, 0.0, -10 * torch.tensor(error).log10().item())
+
+
+@pytest.mark.parametrize("steps", [1, 6, 20, 21, 50])
+def test_influence_is_what_is_left_in_pictures_of_the_error_of_a_prediction(steps):
+    truth = torch.exp(torch.linspace(0, 4, steps, dtype=torch.float64))  # its logarithm is a line
+    together = torch.rand(steps, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    nothing = torch.zeros(1, steps, 1)
+    measured = Measured(
+        list(range(steps, 0, -1)), nothing, nothing, nothing, nothing, nothing[..., 0], together, torch.zeros(1)
+    )
+    court = Court(together, truth)
+    found = decide.influence(Routing(recipes=["int8"], reuse={"loss_db": 0.3}), ["a"], measured, court)
+    torch.testing.assert_close(found, truth / truth.mean(), rtol=1e-3, atol=0)
+    assert len(court.heard) == (steps if steps <= 20 else decide.MEASURED_STEPS)
+    assert court.heard[-min(steps, 4) :] == list(range(steps))[-4:]
