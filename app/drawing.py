@@ -20,7 +20,7 @@ from qdiff.app.metrics import Metrics
 from qdiff.app.pool import Pool
 from qdiff.app.settings import Settings
 from qdiff.app.sources import Source
-from qdiff.errors import MemoryExhaustedError
+from qdiff.errors import MemoryExhaustedError, out_of_memory
 from qdiff.resources import release_memory
 
 if TYPE_CHECKING:
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qdiff.app")
 _PREVIEW_SECONDS = 0.12  # between two previews
-_MEMORY_WORDS = (
-    "out of memory",
-    "not enough memory",
-    "bad_alloc",
-    "bad allocation",
-    "failed to allocate",
-    "cannot allocate",
-)
 
 
 @dataclass(frozen=True)
@@ -298,12 +290,3 @@ def _made(
         size_bytes=size,
         disturbed=disturbed,
     )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of whichever library, means that memory ran out."""
-    if isinstance(error, (MemoryError, MemoryExhaustedError)):
-        return True
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in _MEMORY_WORDS)

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.app.builds import Builds
-from qdiff.app.drawing import Artist, Defaults, out_of_memory
+from qdiff.app.drawing import Artist, Defaults
 from qdiff.app.jobs import Job, Slot, State
 from qdiff.app.limits import Limits
 from qdiff.app.metrics import Metrics
 from qdiff.app.pool import Pool
 from qdiff.app.settings import Settings
 from qdiff.app.sources import Source, Sources
-from qdiff.errors import InputError, MemoryExhaustedError, QdiffError
+from qdiff.errors import InputError, MemoryExhaustedError, QdiffError, out_of_memory
 
 log = logging.getLogger("qdiff.app")
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import qdiff
 from qdiff.differences import differences
-from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError
+from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
 from qdiff.events import log
 from qdiff.files import read_json, safe_child, sha256_file, sha256_json, write_json
 from qdiff.resources import Usage, measure, release_memory
@@ -303,7 +303,9 @@ class Run:
                     self.manifest["stages"] = before
                     self._write()
                 raise
-            except MemoryError as error:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 raise MemoryExhaustedError(
                     f"{name} ran out of memory", "use fewer samples or a smaller batch"
                 ) from error

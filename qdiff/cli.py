@@ -1,16 +1,12 @@
-"""The command line: parses, calls a stage, prints its result. What a stage does is in :mod:`qdiff.stages`.
+"""The command line: parses, calls a stage, prints its result. What a stage does is in :mod:`qdiff.stages`, what becomes of
+errors in :mod:`qdiff.process`.
 
-stdout is the result (``--json``: one JSON object), stderr is progress and log. Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input,
-4 missing extra or hardware, 5 integrity or trust, 6 out of memory or disk, 7 quality gate missed, 130 interrupted.
-Nothing heavy is imported before a command runs.
+stdout is the result (``--json``: one JSON object), stderr is progress and log. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import qdiff
-from qdiff import present
-from qdiff.errors import QdiffError, UsageError
+from qdiff import present, process
+from qdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from qdiff.artifacts import Run
@@ -472,92 +468,10 @@ def demo(
     server.demo(runs or [], host, port, auth, output, allow or [], memory)
 
 
-def _fail(error: QdiffError) -> int:
-    typer.echo(f"error: {error}", err=True)
-    return error.exit_code
-
-
-def _interrupted() -> int:
-    typer.echo("\ninterrupted: finished parts are kept, the same command goes on from there", err=True)
-    return 130
-
-
-# Typer brings its own copy of click, whose exceptions are not those of the package click.
-_UsageError: Any = typer.BadParameter.__base__
-
-
-def _leave_or_interrupt(number: int, frame: Any) -> None:
-    """Ctrl-C. An exception in the middle of torch's own import meets C++ that cannot pass it on and aborts the process (signal 6,
-    now and then); nothing has been begun there, so the process ends at once. Everywhere else it is a KeyboardInterrupt."""
-    torch = sys.modules.get("torch")
-    if torch is not None and getattr(torch.__spec__, "_initializing", False):
-        sys.stderr.write("\ninterrupted: nothing was begun\n")
-        sys.stderr.flush()
-        os._exit(130)
-    signal.default_int_handler(number, frame)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs the command and exits with the code of what happened."""
-    signal.signal(signal.SIGINT, _leave_or_interrupt)
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
-
-
-def _run(arguments: list[str]) -> int:
-    from qdiff.events import TerminalListener, listening
-
-    quiet = any(argument in ("-q", "--quiet") for argument in arguments)
-    try:
-        with listening(None if quiet else TerminalListener()):
-            code = app(arguments, prog_name="qdiff", standalone_mode=False)
-        return _interrupted() if code == 130 else code if isinstance(code, int) else 0
-    except QdiffError as error:
-        if "--debug" in arguments:
-            raise
-        return _fail(error)
-    except _UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
-            return 2
-        typer.echo(
-            f"error: {error.format_message()}\n  fix: see {error.ctx.command_path if error.ctx else 'qdiff'} --help",
-            err=True,
-        )
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
-    except MemoryError:
-        typer.echo(
-            "error: out of memory\n  fix: use a smaller --batch or fewer samples, or a machine with more memory",
-            err=True,
-        )
-        return 6
-    except OSError as error:
-        if "--debug" in arguments or error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EPIPE,
-        ):
-            return _bug(error, arguments)
-        if error.errno == errno.EPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        typer.echo(
-            f"error: {error.strerror}: {error.filename}\n  fix: check space and permissions, then run the same command again",
-            err=True,
-        )
-        return 6 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 3
-    except Exception as error:
-        return _bug(error, arguments)
-
-
-def _bug(error: Exception, arguments: list[str]) -> int:
-    if "--debug" in arguments:
-        raise error
-    typer.echo(f"error: {type(error).__name__}: {str(error)[:500]}", err=True)
-    typer.echo("  fix: this is a bug of qdiff; run again with qdiff --debug and report what it prints", err=True)
-    return 1
+    process.stop_on_interrupt()
+    sys.exit(process.run(app, sys.argv[1:] if arguments is None else arguments))
 
 
 __all__ = ["app", "main", "qdiff"]

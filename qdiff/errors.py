@@ -8,6 +8,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate",
+    "cannot allocate",
+    "can't allocate memory",
+)
+
 
 class QdiffError(Exception):
     """Base of all errors with a known cause.
@@ -62,6 +72,15 @@ class QualityGateError(QdiffError):
     """The result works but is worse than the gate allows."""
 
     exit_code = 7
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whichever library, means that memory ran out."""
+    if isinstance(error, (MemoryError, MemoryExhaustedError)):
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in _MEMORY_WORDS)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -53,7 +53,7 @@ class Result:
 
 def run_cli(*arguments: object) -> Result:
     """Runs the command line in this process. What it raises is raised here: the command line lets nothing through."""
-    from qdiff.cli import _run
+    from qdiff import cli, process
 
     out, err = io.StringIO(), io.StringIO()
     root = logging.getLogger()
@@ -61,7 +61,7 @@ def run_cli(*arguments: object) -> Result:
     root.handlers[:] = []  # else the log would go to the stderr of an earlier call
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = _run([str(argument) for argument in arguments])
+            code = process.run(cli.app, [str(argument) for argument in arguments])
     finally:
         root.handlers[:] = handlers
         logging.getLogger("qdiff").setLevel(level)

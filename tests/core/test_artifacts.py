@@ -189,9 +189,17 @@ def test_a_stage_that_failed_before_it_wrote_anything_does_not_block_other_input
         assert work(Run(run.path), "quantize", {"recipe": "right"}) == "skipped"
 
 
-def test_running_out_of_memory_is_exit_code_6(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_running_out_of_memory_is_exit_code_6(tmp_path, error):
     with pytest.raises(MemoryExhaustedError, match="ran out of memory"), Run(tmp_path / "run").stage("calibrate", {}):
-        raise MemoryError
+        raise error
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
