@@ -22,6 +22,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +102,12 @@ class AttentionCalibration:
         self.edges = edges_of([step.timestep for step in steps], options.dense, options.groups)
         self.schedule = Schedule(self.edges, [])
         self.groups = len(self.edges)
-        latent = steps[0].inputs[model.family.inputs(model.backbone.config)[0].name].shape  # type: ignore[arg-type]
-        self.grid: Grid = model.family.grid(model.backbone.config, latent)  # type: ignore[arg-type]
-        ordered = math.prod(self.grid)
+        config: Any = model.backbone.config
+        latent = steps[0].inputs[model.family.inputs(config)[0].name].shape
+        self.grid: Grid = model.family.grid(config, latent)
+        text, ordered = model.family.text_tokens(config), math.prod(self.grid)
         block = options.block or block_for(ordered)
-        self.tiling = Tiling(ordered, 0, block, block)
+        self.tiling = Tiling(text + ordered, text, block, block)
         self.shards = [
             self._chosen(trajectory.steps(shard)) for shard in range(min(options.shards, len(trajectory.paths)))
         ]
@@ -194,14 +196,16 @@ class AttentionCalibration:
         return {"choice": torch.stack([needed[layer].argmin(dim=1) for layer in self.layers])}
 
     def _needed(self, q: Tensor, k: Tensor) -> Tensor:
-        """Mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate: ``[candidates]``."""
+        """Mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate: ``[candidates]``. Text
+        does not count: it is read in any case."""
         tiling = self.tiling
+        q = q[tiling.text :]
         count = min(SAMPLED_QUERIES, len(q))
         queries = torch.randperm(len(q), generator=torch.Generator().manual_seed(0))[:count]
         found = [torch.zeros(tiling.rows, tiling.columns) for _ in self.orders]
         ends = torch.nn.functional.pad
         for tile in queries.split(max(1, TILE_NUMBERS // len(k))):
-            shares = torch.softmax(q[tile] @ k.T * q.shape[1] ** -0.5, dim=1)
+            shares = torch.softmax(q[tile] @ k.T * q.shape[1] ** -0.5, dim=1)[:, tiling.text :]
             for mass, order, position in zip(found, self.orders.values(), self.positions, strict=True):
                 row = position[tile] // tiling.block_q
                 bins = ends(shares[:, order], (0, -len(order) % tiling.block_k))
@@ -222,26 +226,33 @@ class AttentionCalibration:
                 def look(layer: str, q: Tensor, k: Tensor, v: Tensor, group: int) -> None:
                     number = self.layers.index(layer)
                     order = self._stacked(orders[number])
-                    placed_q = at_places(q, tiling.places(order, tiling.block_q))
-                    placed_k = at_places(k, tiling.places(order, tiling.block_k))
+                    rows, columns = tiling.places(order, tiling.block_q), tiling.places(order, tiling.block_k)
+                    rows = rows[:, tiling.text_rows * tiling.block_q :]
+                    placed_q, placed_k = at_places(q, rows), at_places(k, columns)
                     for sample in range(len(q)):
                         for head in range(self.heads):
-                            found = self._block_mass(placed_q[sample, head], placed_k[sample, head])
+                            found = self._block_mass(placed_q[sample, head], placed_k[sample, head], columns[head] < 0)
                             torch.maximum(mass[group, number, head], found, out=mass[group, number, head])
 
                 for step in steps:
                     self._replay(step, functools.partial(look, group=group))
         return {"mass": mass}
 
-    def _block_mass(self, q: Tensor, k: Tensor) -> Tensor:
-        """Probabilities added up over blocks of keys, averaged over blocks of queries: ``[rows, columns]``. Both lie in the
-        head's order, padded to whole blocks."""
+    def _block_mass(self, q: Tensor, k: Tensor, empty: Tensor) -> Tensor:
+        """Probabilities added up over blocks of keys, averaged over blocks of queries: ``[rows, columns]``.
+
+        Args:
+            q: in the head's order, padded to whole blocks, without those of text.
+            k: the same with those of text.
+            empty: which keys are none.
+        """
         tiling = self.tiling
-        empty = torch.arange(len(k)) >= tiling.ordered
         rows = []
         for tile in q.split(max(1, TILE_NUMBERS // len(k) // tiling.block_q) * tiling.block_q):
             scores = (tile @ k.T * q.shape[1] ** -0.5).masked_fill(empty, -torch.inf)
-            by_key = torch.softmax(scores, dim=1).unflatten(1, (-1, tiling.block_k)).sum(dim=2)
+            by_key = (
+                torch.softmax(scores, dim=1).unflatten(1, (-1, tiling.block_k)).sum(dim=2)[:, tiling.text_columns :]
+            )
             rows.append(by_key.unflatten(0, (-1, tiling.block_q)).mean(dim=1))
         return torch.cat(rows)
 

@@ -248,6 +248,10 @@ class Family(ABC):
         """Frames, rows and columns of tokens that the backbone makes of a latent of that shape."""
         raise NotImplementedError(self.name)
 
+    def text_tokens(self, config: Mapping[str, Any]) -> int:
+        """How many tokens of text lie before those of the picture in its self-attentions."""
+        return 0
+
     @abstractmethod
     def random_pipeline(self, configuration: str, seed: int) -> Any:
         """A pipeline with random weights whose backbone has the full size of a published model."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qdiff.errors import InputError
 from qdiff.models import clips
-from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback
+from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback
 from qdiff.video import Clip
 
 _CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -90,6 +90,15 @@ class CogVideoX(Family):
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
         return ("batch", "frames", config["out_channels"], "height", "width")
 
+    def self_attentions(self, backbone: nn.Module) -> list[str]:
+        return [f"{block}.attn1" for block in self.blocks(backbone)]
+
+    def attention_processor(self, attend: Attend) -> Any:
+        return _JointAttention(attend)
+
+    def text_tokens(self, config: Mapping[str, Any]) -> int:
+        return int(config["max_text_seq_length"])
+
     def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
         patch = config["patch_size"]
         return latent[1], latent[-2] // patch, latent[-1] // patch
@@ -144,6 +153,42 @@ class CogVideoX(Family):
             snr_shift_scale=3.0,
         )
         return CogVideoXPipeline(tokenizer, encoder, vae, transformer, scheduler)
+
+
+class _JointAttention:
+    """diffusers' ``CogVideoXAttnProcessor2_0``, with the attention itself left to ``attend``."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Video ``[batch, tokens, width]`` and text ``[batch, text, width]`` to the same."""
+        assert attention_mask is None
+        text = encoder_hidden_states.shape[1]
+        states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        projected = (layer(states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        q, k = (x if norm is None else norm(x) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
+        if image_rotary_emb is not None:
+            q, k = (_rotate(x, text, image_rotary_emb) for x in (q, k))
+        found = self.attend(q, k, v).transpose(1, 2).flatten(2, 3).to(states.dtype)
+        found = attn.to_out[0](found)
+        return found[:, text:], found[:, :text]
+
+
+def _rotate(x: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Positions of the tokens behind the text: ``x [batch, heads, text + tokens, size]``."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    turned: Any = apply_rotary_emb(x[:, :, text:], rotary)  # type: ignore[arg-type]
+    return torch.cat([x[:, :, :text], turned], dim=2)
 
 
 def _rotary(config: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:

@@ -8,6 +8,7 @@ import torch
 from qdiff.artifacts import Run
 from qdiff.attention.sparse import SIDECAR, board_of, load_masks, schedule_of
 from qdiff.checkpoint import load_quantized
+from qdiff.events import Progress
 from qdiff.files import read_json
 from qdiff.models import FAMILIES
 from qdiff.plan import Plan
@@ -106,6 +107,70 @@ def routed(sparse, cli, tmp_path_factory):
         result = cli(*command)
         assert result.code == 0, result.err
     return path
+
+
+@pytest.fixture(scope="module")
+def joint(cli, tmp_path_factory):
+    """A run at half density of a model whose text and video are one sequence, with an ONNX Runtime engine."""
+    path = tmp_path_factory.mktemp("joint") / "run"
+    settings = ("--model", "cogvideox", "--weights", "random:cogvideox-tiny", "--samples", 1, "--steps", 6)
+    for command in (
+        ("calibrate", *settings, "--attention", "-o", path),
+        ("quantize", path, "--recipe", "int8", "--density", 0.5),
+        ("export", path, "--target", "onnxruntime"),
+        ("build", path, "--engine", "onnxruntime"),
+    ):
+        result = cli(*command)
+        assert result.code == 0, result.err
+    return path
+
+
+def test_text_in_the_sequence_is_read_by_all_and_not_counted(joint):
+    from qdiff.stages.build import load_runner
+    from qdiff.stages.calibrate import reload_model
+
+    run, plan = Run.existing(joint), Plan.load(joint / "plan.json")
+    assert plan.attention is not None and (plan.attention.text, plan.attention.tokens) == (16, 64)
+    schedule = schedule_of(plan.attention, load_masks(plan.attention, joint / SIDECAR))
+    assert all(len(lists.blocks) == 3 and lists.blocks.max() < 3 for lists in schedule.lists), "blocks of video alone"
+    family, module = FAMILIES["cogvideox"], load_quantized(plan, joint / "model.safetensors")
+    runner = load_runner(run, "onnxruntime", None)
+    steps = {runner.schedule.group(step.timestep): step for step in Trajectory(joint / "calibration").steps(0)}
+    for group, step in steps.items():
+        assert torch.allclose(runner(step.inputs), family.call(module, step.inputs), atol=2e-3), group
+    backbone = reload_model(run).backbone
+    step = steps[1]
+    wanted = family.call(backbone, step.inputs)
+    for name in family.self_attentions(backbone):
+        attend = torch.nn.functional.scaled_dot_product_attention
+        backbone.get_submodule(name).set_processor(family.attention_processor(attend))
+    torch.testing.assert_close(family.call(backbone, step.inputs), wanted)
+
+
+def test_masses_are_those_of_all_probabilities(joint):
+    """Against probabilities of the whole sequence, text included, in the model's own order of tokens."""
+    from qdiff.calib.attention import AttentionCalibration, AttentionOptions
+    from qdiff.stages.calibrate import reload_model
+
+    model, trajectory = reload_model(Run.existing(joint)), Trajectory(joint / "calibration")
+    options = AttentionOptions(block=24, orders=("fhw",))
+    calibration = AttentionCalibration(model, trajectory, options, None)
+    calibration.heads = 2
+    tiling, seen = calibration.tiling, {}
+
+    def look(layer, q, k, v):
+        shares = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=3)[:, :, 16:, 16:]
+        blocks = shares.unflatten(3, (2, 24)).sum(dim=4).unflatten(2, (2, 24)).mean(dim=3)
+        seen.setdefault(layer, []).append(blocks.amax(dim=0))
+
+    names = [["fhw"] * 2 for _ in calibration.layers]
+    with Progress("attention", 100) as calibration.progress:
+        mass = calibration._add_up(names)["mass"]
+        for step in calibration.shards[0][0]:
+            calibration._replay(step, look)
+    assert (tiling.rows, tiling.columns, tiling.text_rows) == (2, 2, 1), "16 tokens of text in a block of 24"
+    for number, layer in enumerate(calibration.layers):
+        torch.testing.assert_close(mass[0, number], torch.stack(seen[layer]).amax(dim=0))
 
 
 def test_blocks_with_branches_follow_lists_in_each_of_them(routed):
