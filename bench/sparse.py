@@ -9,8 +9,9 @@ torch, with float layers, and differs from ``qdiff`` in one thing:
 - ``one mask``: one mask for all sparse timesteps.
 - ``windows``: no calibration at all: boxes of tokens, each reading the nearest boxes (FPSAttention, arXiv 2506.04648, without its
   training).
+- ``dense, fp8`` and ``dense, int8_fp8``: everything is read, in those numerics.
 
-All rows read everything in the noisiest steps and in the first and last block, as qdiff does: ``overall`` counts that too.
+All sparse rows read everything in the noisiest steps and in the first and last block, as qdiff does: ``overall`` counts that too.
 """
 
 from __future__ import annotations
@@ -68,9 +69,11 @@ def rows(run: Any, model: Any, densities: list[float], numerics: str) -> Iterato
         "one mask": AttentionOptions(groups=1),
     }
     found = {name: AttentionCalibration(model, trajectory, options, None).run() for name, options in ways.items()}
+    dense = len(model.family.self_attentions(model.backbone)) - len(found["qdiff"].layers)
+    for coded in ("fp8", "int8_fp8"):
+        yield f"dense, {coded}", *decide(found["qdiff"], 1.0, coded, timesteps, dense)
     for density in densities:
         for name, statistics in found.items():
-            dense = len(model.family.self_attentions(model.backbone)) - len(statistics.layers)
             plan, masks = decide(statistics, density, numerics, timesteps, dense)
             yield name, plan, masks
             if name == "qdiff":

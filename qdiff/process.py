@@ -52,10 +52,12 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         return _interrupted()
     except _UsageError as error:
         return _misused(error)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who read stdout has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as leaving:
+        cause = leaving.__context__
+        if isinstance(cause, OSError) and cause.errno == errno.EPIPE:  # click's answer when who read stdout has gone
             return 0
+        raise
+    except Exception as error:
         if "--debug" in arguments:
             raise
         return _failed(error)
