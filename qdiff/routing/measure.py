@@ -5,7 +5,7 @@ Everything is measured with the float model's states as input, one block at a ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,8 +183,9 @@ def _predictions(
     together = torch.zeros(len(pairs), dtype=torch.float64)
     with Progress("errors of blocks", len(pairs)) as progress:
         for place, (before, step) in sorted(pairs.items()):
-            reference = model.family.call(trial, step.inputs).double()
+            reference, outputs = _watched(model, trial, blocks, step, lambda states, out: out)
             kept = None if before is None else _deltas(model, trial, blocks, before)
+            float_blocks: list[nn.Module] = []
             for index, name in enumerate(blocks):
                 block = trial.get_submodule(name)
 
@@ -197,6 +198,10 @@ def _predictions(
                     found[index, place, branch] = error(module)
                 if kept is not None:
                     reused[index, place] = error(_Adds(kept[index]))
+                # The blocks before the next one have said what they say: computing them again would double the time.
+                trial.set_submodule(name, _Returns(outputs[index]))
+                float_blocks.append(block)
+            for name, block in zip(blocks, float_blocks, strict=True):
                 trial.set_submodule(name, block)
             together[place] = _together(model, trial, blocks, step, reference)
             progress.advance()
@@ -238,17 +243,35 @@ class _Adds(nn.Module):
         return hidden_states + self.delta
 
 
+class _Returns(nn.Module):
+    """A block whose output is known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the block's own."""
+        return self.output
+
+
 def _deltas(model: Model, trial: nn.Module, blocks: Sequence[str], step: Step) -> list[Tensor]:
     """What every block adds in a call."""
+    return _watched(model, trial, blocks, step, lambda states, out: out - states)[1]
+
+
+def _watched(
+    model: Model, trial: nn.Module, blocks: Sequence[str], step: Step, look: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The prediction of a call as float64, and what ``look`` makes of every block's input and output."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        found.append(out - (args[0] if args else kwargs["hidden_states"]))
+        found.append(look(args[0] if args else kwargs["hidden_states"], out))
 
     handles = [trial.get_submodule(name).register_forward_hook(keep, with_kwargs=True) for name in blocks]
     try:
-        model.family.call(trial, step.inputs)
+        return model.family.call(trial, step.inputs).double(), found
     finally:
         for handle in handles:
             handle.remove()
-    return found
