@@ -207,3 +207,41 @@ def test_influence_is_what_is_left_in_pictures_of_the_error_of_a_prediction(step
     torch.testing.assert_close(found, truth / truth.mean(), rtol=1e-3, atol=0)
     assert len(court.heard) == (steps if steps <= 20 else decide.MEASURED_STEPS)
     assert court.heard[-min(steps, 4) :] == list(range(steps))[-4:]
+
+
+def test_errors_of_branches_are_those_of_the_whole_model_with_one_block_exchanged(tiny):
+    """Blocks before the exchanged one are not computed again: that must not be seen in any number."""
+    from types import SimpleNamespace
+
+    from qdiff.routing import measure
+
+    model = tiny()
+    blocks = model.family.blocks(model.backbone)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 5, model.backbone.config.caption_channels, generator=generator)
+    steps = [
+        SimpleNamespace(
+            timestep=timestep,
+            inputs={
+                "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
+                "encoder_hidden_states": text,
+                "timestep": torch.full((2,), timestep),
+                "encoder_attention_mask": torch.ones(2, 5, dtype=torch.int64),
+            },
+        )
+        for timestep in (900.0, 800.0, 700.0)
+    ]
+    trajectory = SimpleNamespace(paths=["one"], steps=lambda shard: iter(steps))
+    branches = [[measure._Errs(model.backbone.get_submodule(name), seed) for seed in (1, 2)] for name in blocks]
+    with torch.inference_mode():
+        found, reused, _ = measure._predictions(model, model.backbone, blocks, branches, trajectory)
+        for place, step in enumerate(steps):
+            reference = model.family.call(model.backbone, step.inputs).double()
+            for index, name in enumerate(blocks):
+                block = model.backbone.get_submodule(name)
+                for branch, module in enumerate(branches[index]):
+                    model.backbone.set_submodule(name, module)
+                    change = model.family.call(model.backbone, step.inputs).double() - reference
+                    model.backbone.set_submodule(name, block)
+                    assert found[index, place, branch] == change.square().sum() / reference.square().sum()
+    assert found.min() > 0 and reused[:, 0].isinf().all() and reused[:, 1:].min() > 0
