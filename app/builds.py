@@ -90,7 +90,7 @@ class Builds:
             InputError: a choice that is not on the list.
             BusyError: another build runs.
         """
-        from qdiff.recipe import built_in
+        from qdiff.recipes import built_in
 
         weights = _choice("model", model, self._sources.buildable())
         _choice("recipe", recipe, {name: name for name in built_in()})

@@ -16,7 +16,7 @@ def add(service: Service, page: Any, tab: Any, lists: list[Any]) -> None:
     import gradio as gr
 
     from qdiff.app.tab_generate import _names
-    from qdiff.recipe import built_in, load_recipe
+    from qdiff.recipes import built_in, load_recipe
 
     models = list(service.sources.buildable())
     engines = buildable_engines()

@@ -75,7 +75,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from qdiff.drafting import prepare
     from qdiff.mixing import costs_of
     from qdiff.models.base import default_prompts
-    from qdiff.recipe import load_recipe
+    from qdiff.recipes import load_recipe
     from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
     from qdiff.stages.decisions import ByBudget, measured
     from qdiff.stages.judging import judge_of

@@ -22,6 +22,7 @@ from qdiff.models.base import Model, quantizable_layers
 from qdiff.plan import LayerPlan
 from qdiff.quantize import half_layer, realise_all, round_kept
 from qdiff.recipe import Recipe
+from qdiff.recipes import members_of
 from qdiff.statistics import Statistics
 
 FLOAT = -1  # in place of a format: the float layer
@@ -46,7 +47,7 @@ class Candidates:
         assert recipe.mixed is not None
         self.model, self.recipe = model, recipe
         self.names = list(recipe.mixed.recipes)
-        self.members = recipe.members()
+        self.members = members_of(recipe)
         ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
         self.groups: dict[str, list[str]] = {}
         for layer, group in groups_of(model, statistics).items():

@@ -111,7 +111,7 @@ def _open(path: Path) -> Run:
 
 def _overrides(given: list[str] | None, budget: str | None, density: float | None) -> list[str] | None:
     """``--set`` with ``--budget`` and ``--density``, which are short forms of one."""
-    from qdiff.recipe import budget_override, density_override
+    from qdiff.recipes import budget_override, density_override
 
     short = [] if budget is None else [budget_override(budget)]
     short += [] if density is None else [density_override(density)]

@@ -23,7 +23,7 @@ from bench.ptq.score import answers, score
 from bench.ptq.shared import Settings, Shared
 from qdiff.events import TerminalListener, listening, log
 from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, write_json
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.resources import measure, release_memory
 
 TIMES = ("seconds", "cpu_seconds")

@@ -10,7 +10,7 @@ from bench.ptq.material import Made, Material
 from qdiff.formats import format_named
 from qdiff.plan import LayerPlan, Structure
 from qdiff.quantize import quantize
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.scratch import Scratch
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.ptq.bits import Storage
 from qdiff.models.base import Model, quantizable_layers
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.statistics import Statistics
 from qdiff.trajectory import Trajectory
 

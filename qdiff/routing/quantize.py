@@ -16,6 +16,7 @@ from qdiff.models.base import Model
 from qdiff.plan import Plan
 from qdiff.quantize import carry_out
 from qdiff.recipe import Recipe
+from qdiff.recipes import versions_of
 from qdiff.routing.assemble import Version, assemble, branches_of, costs_of, joined_plan, share_clock
 from qdiff.routing.decide import Court, Decision, decide, reduced
 from qdiff.routing.follow import follow
@@ -56,7 +57,7 @@ def quantize_routed(
         InputError: what a recipe cannot carry out, a budget below the cheap recipe, recordings with different timesteps.
     """
     assert recipe.routing is not None
-    versions = [_version(model, each, statistics, trajectory, scratch) for each in recipe.versions()]
+    versions = [_version(model, each, statistics, trajectory, scratch) for each in versions_of(recipe)]
     clock = share_clock(versions)
     blocks = model.family.blocks(model.backbone)
     trial = shared_copy(model.backbone)

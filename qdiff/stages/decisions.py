@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qdiff.events import log
 from qdiff.files import sha256_json, write_json
+from qdiff.recipes import members_of, versions_of
 from qdiff.scratch import Scratch
 from qdiff.stages.calibrate import options_of
 from qdiff.stages.judging import look_of, pictures_judge
@@ -149,7 +150,7 @@ class ByBudget:
     def measured_inputs(self) -> dict[str, Any]:
         """What sensitivities depend on besides the calibration: not the budget."""
         assert self.recipe.mixed is not None
-        members = [member and member.model_dump(mode="json") for member in self.recipe.members()]
+        members = [member and member.model_dump(mode="json") for member in members_of(self.recipe)]
         shared = {name: getattr(self.recipe, name) for name in ("ignore", "kept", "split_shortcuts", "first_token")}
         measured = {name: getattr(self.recipe.mixed, name) for name in ("calls", "probes")}
         return {"members": members, "shared": shared, **measured}
@@ -160,7 +161,7 @@ class ByBudget:
 
         structure, statistics = prepare(model, self.recipe, statistics)
         assert self.recipe.mixed is not None
-        drafts = [entries_of(model, m, statistics, lenient=True) for m in self.recipe.members() if m is not None]
+        drafts = [entries_of(model, m, statistics, lenient=True) for m in members_of(self.recipe) if m is not None]
         check_wishes(self.recipe.mixed, model.family.name, drafts)
         entries = drafts[0]
         why = f"{' or '.join(self.recipe.mixed.recipes)}, as the budget allows"
@@ -236,7 +237,7 @@ class ByRouting:
         return self.recipe.attention  # routes are decided with all attention there
 
     def inputs(self) -> dict[str, Any]:
-        versions = [version.model_dump(mode="json") for version in self.recipe.versions()]
+        versions = [version.model_dump(mode="json") for version in versions_of(self.recipe)]
         return {"recipe": self.recipe.model_dump(mode="json"), "versions": versions}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
@@ -248,7 +249,7 @@ class ByRouting:
                 f"recipe {self.name!r} routes the blocks of a chain, and {model.family.title} is none",
                 "use --recipe mixed, which chooses once for each layer",
             )
-        return [draft(model, version, statistics) for version in self.recipe.versions()][0]
+        return [draft(model, version, statistics) for version in versions_of(self.recipe)][0]
 
     def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
         from qdiff.routing.quantize import quantize_routed

@@ -72,7 +72,7 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
     """Reads the plan now: it may be the file that the work will overwrite."""
     if plan_file is None:
         from qdiff.models import FAMILIES
-        from qdiff.recipe import load_recipe
+        from qdiff.recipes import load_recipe
 
         recipe = load_recipe(recipe_name, overrides)
         recipe.check_families(FAMILIES)

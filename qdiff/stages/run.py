@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qdiff.artifacts import Run
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import duration, log
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.stages.attention import calibrate_attention
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate

@@ -22,7 +22,7 @@ from bench.ptq.shared import Settings, Shared
 from qdiff import ops
 from qdiff.formats import FORMATS
 from qdiff.metrics import sqnr_db
-from qdiff.recipe import built_in
+from qdiff.recipes import built_in
 
 TINY = Settings(weights="random:pixart-tiny", pictures=1, samples=2, held_out=1, steps=3)
 PLAIN = {"overrides": ["methods={}", "sequential=null"]}

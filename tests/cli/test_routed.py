@@ -81,7 +81,7 @@ def test_an_engine_takes_the_routes_and_deltas_that_torch_takes(routed, engine):
 def test_one_route_for_all_is_the_recipe_itself(calibrated):
     from qdiff.candidates import with_own_backbone
     from qdiff.quantize import quantize
-    from qdiff.recipe import load_recipe
+    from qdiff.recipes import load_recipe
     from qdiff.routing.assemble import Version, assemble, joined_plan, share_clock
     from qdiff.stages.calibrate import reload_model
     from qdiff.statistics import Statistics

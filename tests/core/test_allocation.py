@@ -16,7 +16,8 @@ from qdiff.errors import InputError, UsageError
 from qdiff.layers import QuantLinear
 from qdiff.mixing import costs_of, decide
 from qdiff.plan import LayerPlan
-from qdiff.recipe import Recipe, budget_override, load_recipe
+from qdiff.recipe import Recipe
+from qdiff.recipes import budget_override, load_recipe, members_of
 from qdiff.scratch import Scratch
 from qdiff.sensitivity import measure, spread
 from qdiff.statistics import Statistics
@@ -155,7 +156,7 @@ def test_a_wrong_mixed_recipe_says_where(changes, words):
 
 def test_mixed_recipes_do_not_nest_and_others_have_no_budget():
     with pytest.raises(InputError, match="chooses among others itself"):
-        load_recipe("mixed", ["mixed.recipes=[mixed, int8]"]).members()
+        members_of(load_recipe("mixed", ["mixed.recipes=[mixed, int8]"]))
     with pytest.raises(UsageError, match="has no budget"):
         load_recipe("int8", ["mixed.budget={bits: 5}"])
 

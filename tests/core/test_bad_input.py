@@ -10,7 +10,7 @@ from qdiff.calib.collect import Collector
 from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.quantize import quantize
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.statistics import Statistics
 from qdiff.trajectory import Trajectory
 

@@ -19,7 +19,7 @@ from qdiff.models import FAMILIES
 from qdiff.models.base import quantizable_layers
 from qdiff.plan import Plan, Structure
 from qdiff.quantize import quantize
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.statistics import InputStatistics, Statistics
 from qdiff.structure import FirstTokenLinear, SplitConv2d, divide, restructure
 from qdiff.trajectory import Trajectory

@@ -9,7 +9,8 @@ from qdiff.checkpoint import load_quantized, save_quantized
 from qdiff.distillation import distil, float_predictions
 from qdiff.errors import InputError
 from qdiff.quantize import quantize
-from qdiff.recipe import Distillation, load_recipe
+from qdiff.recipe import Distillation
+from qdiff.recipes import load_recipe
 from qdiff.reconstruction import split
 from qdiff.scratch import Scratch
 from qdiff.statistics import Statistics

@@ -17,7 +17,7 @@ from qdiff.layers import LinearForm, QuantLinear
 from qdiff.methods import Problem
 from qdiff.methods.base import LARGEST_STRETCH
 from qdiff.quantize import quantize
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.reconstruction import BlockFit
 from qdiff.scratch import Scratch
 

@@ -13,7 +13,7 @@ from qdiff.files import read_json
 from qdiff.models import FAMILIES
 from qdiff.models.base import quantizable_layers
 from qdiff.plan import Plan
-from qdiff.recipe import built_in, load_recipe
+from qdiff.recipes import built_in, load_recipe
 
 MINIMAL = {"version": 1, "name": "mine", "scheme": {"weights": "int8", "activations": "int8"}}
 

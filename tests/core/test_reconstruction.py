@@ -17,7 +17,7 @@ from qdiff.methods.adaround import RoundedUpOrDown
 from qdiff.methods.flexround import Divided
 from qdiff.methods.learned import candidates, code_values
 from qdiff.quantize import quantize
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.reconstruction import BlockFit, codes_of, split
 from qdiff.scratch import Scratch
 from qdiff.sequential import BlockWalk

@@ -7,7 +7,7 @@ import torch
 
 from qdiff.errors import InputError, IntegrityError
 from qdiff.quantize import quantize
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.scratch import Scratch
 from qdiff.sequential import BlockWalk
 from qdiff.statistics import Statistics

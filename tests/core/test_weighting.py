@@ -11,7 +11,7 @@ from torch import nn
 
 from qdiff import weighting
 from qdiff.quantize import quantize
-from qdiff.recipe import load_recipe
+from qdiff.recipes import load_recipe
 from qdiff.reconstruction import BlockFit
 from qdiff.statistics import Statistics
 from qdiff.trajectory import Trajectory

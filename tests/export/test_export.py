@@ -272,7 +272,7 @@ def test_a_damaged_file_is_no_onnx(finished, tmp_path):
 def test_quantized_differs_from_float_and_recipes_from_each_other(finished, plan, quantized, tiny):
     """The guard: every method of the recipe changes the output, none of them into the float model's."""
     from qdiff.quantize import quantize
-    from qdiff.recipe import load_recipe
+    from qdiff.recipes import load_recipe
     from qdiff.statistics import Statistics
 
     step = next(iter(Trajectory(finished.path / "calibration")))

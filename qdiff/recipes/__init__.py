@@ -1,0 +1,184 @@
+"""Built-in recipes, and how recipes are read: YAML, with single entries overridden.
+
+A name is looked up among the built-in recipes (the YAML files beside this), then as a path. ``--set a.b=value`` overrides single
+entries; ``--budget`` and ``--density`` are short for some of them.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from qdiff.errors import InputError, UsageError, nearest, unknown_name
+from qdiff.recipe import Recipe
+
+EXAMPLE = "see qdiff/recipes/int8.yaml for an example"
+
+
+def built_in() -> list[str]:
+    """Names of the recipes that come with qdiff."""
+    folder = resources.files(__name__)
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of that name (built in) or at that path, with overrides of the form ``a.b=value``.
+
+    Raises:
+        InputError: unknown name, unreadable YAML, unknown or wrong entries; says where and what is allowed.
+        UsageError: a malformed override.
+    """
+    if name in built_in():
+        text = (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
+    elif Path(name).suffix in (".yaml", ".yml"):
+        if Path(name).exists() and not Path(name).is_file():
+            raise InputError(f"the recipe {name} is no plain file", "check the path")
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the recipe {name}: {error}", "check the path") from None
+    else:
+        raise unknown_name("recipe", name, built_in(), InputError)
+    try:
+        value = _read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"recipe {name} is not valid YAML: {str(error)[:300]}", EXAMPLE) from None
+    if not isinstance(value, dict):
+        raise InputError(f"recipe {name} is not a group of settings", EXAMPLE)
+    for assignment in overrides or []:
+        chooser = next((key for key in ("mixed", "routing") if key in value), None)
+        if assignment.startswith(("budget=", "mixed.", "routing.")):
+            if chooser is None or not assignment.startswith(("budget=", f"{chooser}.")):
+                raise UsageError(
+                    f"recipe {name!r} chooses no formats that way, so it has no budget for {assignment.partition('=')[0]!r}",
+                    "use --recipe mixed, or --recipe routed",
+                )
+            assignment = f"{chooser}.{assignment}" if assignment.startswith("budget=") else assignment
+        _override(value, assignment)
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        fix = "docs/guide/recipes.md says what it takes"
+        if first["type"] == "extra_forbidden":
+            close = nearest(str(first["loc"][-1]), Recipe.model_fields)
+            fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(Recipe.model_fields)}"
+        raise InputError(f"recipe {name}: {where}: {message}", fix) from None
+    from qdiff.methods import check_options, check_reconstruction
+
+    for method, options in recipe.methods.items():
+        check_options(method, options)
+    if recipe.sequential is not None and recipe.sequential.reconstruct is not None:
+        check_reconstruction(recipe.sequential.reconstruct)
+    return recipe
+
+
+def members_of(recipe: Recipe) -> list[Recipe | None]:
+    """The recipes that a mixed one chooses from, each with its ``ignore``, ``kept`` and structure; ``None`` where a layer may stay
+    in ``kept``.
+
+    Raises:
+        InputError: one that cannot be read, or chooses itself.
+    """
+    assert recipe.mixed is not None
+    found: list[Recipe | None] = []
+    for name in recipe.mixed.recipes:
+        member = None if name == recipe.kept else _member(recipe, name)
+        if member is not None and (member.distil or (member.sequential and member.sequential.reconstruct)):
+            raise InputError(
+                f"recipe {recipe.name!r}: {name!r} trains what is chosen from",
+                "name recipes without distil and reconstruct",
+            )
+        found.append(member and member.model_copy(update={"sequential": None, "distil": None}))
+    return found
+
+
+def versions_of(recipe: Recipe) -> list[Recipe]:
+    """The recipes that a routed one changes between, each with its ``ignore``, ``kept`` and structure. Raises as
+    :func:`members_of`."""
+    assert recipe.routing is not None
+    return [_member(recipe, name) for name in recipe.routing.recipes]
+
+
+def _member(recipe: Recipe, name: str) -> Recipe:
+    member = load_recipe(name)
+    if member.scheme is None:
+        raise InputError(
+            f"recipe {recipe.name!r}: {name!r} chooses among others itself", "name recipes that have a scheme"
+        )
+    shared = ("ignore", "kept", "split_shortcuts", "first_token")
+    return member.model_copy(update={key: getattr(recipe, key) for key in shared})
+
+
+def budget_override(text: str) -> str:
+    """``bits=5.5`` of ``--budget`` as an override.
+
+    Raises:
+        UsageError: another form, measure, or no number.
+    """
+    measure, _, amount = text.partition("=")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = -1.0
+    if measure not in ("bits", "bytes", "latency") or not 0 < number < float("inf"):
+        raise UsageError(
+            f"--budget {text!r} is not bits=NUMBER, bytes=NUMBER or latency=MILLISECONDS",
+            "example: --recipe mixed --budget bits=5.5",
+        )
+    return f"budget={{{measure}: {number!r}}}"
+
+
+def density_override(density: float) -> str:
+    """``--density`` as an override.
+
+    Raises:
+        UsageError: not above 0 and at most 1.
+    """
+    if not 0 < density <= 1:
+        raise UsageError(
+            f"--density {density:g} is not above 0 and at most 1", "1 reads everything, 0.3 three blocks of ten"
+        )
+    return f"attention.density={density!r}"
+
+
+def _override(value: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise UsageError(
+            f"--set {assignment!r} is not of the form a.b=value", "example: --set methods.smooth.strengths=[0.5]"
+        )
+    *parents, last = path.split(".")
+    for parent in parents:
+        if value.get(parent) is None:
+            value[parent] = {}
+        value = value[parent]
+        if not isinstance(value, dict):
+            raise UsageError(f"--set {assignment!r}: {parent!r} is not a group of settings")
+    try:
+        value[last] = _read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"--set {assignment[:200]!r}: the value is not YAML ({str(error)[:200]})") from None
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _NoAliases(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+class _NoAliases(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines make more values than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not taken")
+        return super().compose_node(parent, index)
