@@ -80,8 +80,8 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def members_of(recipe: Recipe) -> list[Recipe | None]:
-    """The recipes that a mixed one chooses from, each with its ``ignore``, ``kept`` and structure; ``None`` where a layer may stay
-    in ``kept``.
+    """The recipes that a mixed one chooses from, each with its ``ignore``, ``kept`` and structure; ``None`` where a layer may
+    stay in ``kept``.
 
     Raises:
         InputError: one that cannot be read, or chooses itself.
