@@ -1,4 +1,5 @@
-"""The attention kernel compiled ahead of time, without a GPU, and what its machine code turned out to be.
+"""The attention kernel and those that pack for it, compiled ahead of time, without a GPU, and what their machine code turned out
+to be.
 
 An engine that takes a kernel takes PTX (TensorRT's ahead-of-time plugins), so what would otherwise be decided at the first call
 is decided here:
@@ -20,8 +21,10 @@ import collections
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -29,13 +32,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from qdiff.attention.kernel import Launch, sparse_attention_kernel
-from qdiff.attention.numerics import NUMERICS
+from qdiff.attention.lists import Tiling
+from qdiff.attention.numerics import NUMERICS, Numerics
+from qdiff.attention.pack_kernel import PART, Widths, pack_columns_kernel, pack_rows_kernel
 from qdiff.errors import InputError, IntegrityError, UsageError
+from qdiff.formats import format_named
 
 CAPABILITIES = (90, 89, 120)
 SHARED_LIMIT = 227 * 1024  # of a Hopper's block
 ALIGNMENT = ("tt.divisibility", 16)
 HIDDEN = 2
+PACKING = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}  # as pack_kernel's launches: triton's defaults
 ELEMENTS = {
     "int8": "i8",
     "fp8": "fp8e4nv",
@@ -109,24 +116,116 @@ def compile_kernel(
         InputError: a GPU or an output that is not known.
         UsageError: triton is in interpreter mode, in which nothing is compiled.
     """
-    if capability not in CAPABILITIES or out not in ("bfloat16", "float16", "float32"):
+    scores, output = (ELEMENTS[name or ""] for name in (launch.numerics.scores, launch.numerics.output))
+    pointers = {"q": scores, "k": scores, "v": output, "out": _float(out)}
+    pointers |= dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_mean"), "fp32")
+    pointers |= dict.fromkeys(("order", "ends", "entries"), "i32")
+    return _compile(
+        sparse_attention_kernel, pointers, launch.constants, launch.options, capability, ptx_version, aligned
+    )
+
+
+def compile_rows(
+    numerics: Numerics,
+    tiling: Tiling,
+    heads: int,
+    size: int,
+    keys: bool,
+    capability: int,
+    x: str,
+    ptx_version: int | None,
+) -> Compiled:
+    """The kernel that packs queries or keys, from contiguous memory.
+
+    Args:
+        numerics: one with codes.
+        keys: whether of keys, which lose their mean; queries have none.
+        x: dtype of the input, by torch's name.
+        capability, ptx_version: and errors, as of :func:`compile_kernel`.
+    """
+    element = ELEMENTS[numerics.scores or ""]
+    pointers = {"x": _float(x), "mean": "fp32", "order": "i32", "codes": element, "scales": "fp32"}
+    constants = rows_constants(numerics, tiling, heads, size, keys)
+    return _compile(pack_rows_kernel, pointers, constants, PACKING, capability, ptx_version)
+
+
+def rows_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int, keys: bool) -> dict[str, object]:
+    """Compile-time arguments of :func:`compile_rows`."""
+    widths = Widths.of(size, numerics)
+    return {
+        "WIDTH": widths.qk,
+        "BLOCK": tiling.block_k if keys else tiling.block_q,
+        "LARGEST": float(format_named(numerics.scores or "").element.largest),
+        "CENTRED": keys,
+        **_strides(tiling, heads, size),
+        **widths.channels(size),
+        **({} if keys else {"mean": None}),
+    }
+
+
+def compile_columns(
+    numerics: Numerics, tiling: Tiling, heads: int, size: int, capability: int, x: str, ptx_version: int | None
+) -> Compiled:
+    """The kernel that packs values, from contiguous memory. Arguments as of :func:`compile_rows`."""
+    pointers = {"x": _float(x), "order": "i32", "codes": ELEMENTS[numerics.output or ""]}
+    pointers |= dict.fromkeys(("mean", "scales"), "fp32")
+    constants = columns_constants(numerics, tiling, heads, size)
+    return _compile(pack_columns_kernel, pointers, constants, PACKING, capability, ptx_version)
+
+
+def columns_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int) -> dict[str, object]:
+    """Compile-time arguments of :func:`compile_columns`."""
+    widths = Widths.of(size, numerics)
+    return {
+        "WIDTH": widths.pv,
+        "BLOCK": tiling.block_k,
+        "PART": PART,
+        "CODED": True,
+        **_strides(tiling, heads, size),
+        **widths.channels(size),
+    }
+
+
+def _strides(tiling: Tiling, heads: int, size: int) -> dict[str, object]:
+    """Of contiguous ``[batch, heads, tokens, size]``. As constants: what they are multiples of decides how wide loads are."""
+    plane = tiling.tokens * size
+    return {"stride_batch": heads * plane, "stride_head": plane, "stride_token": size}
+
+
+def _float(name: str) -> str:
+    if name not in ("bfloat16", "float16", "float32"):
+        raise InputError(f"no kernel reads or writes {name}", "bfloat16, float16 and float32 they do")
+    return ELEMENTS[name]
+
+
+def _compile(
+    kernel: Any,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, object],
+    options: Mapping[str, object],
+    capability: int,
+    ptx_version: int | None,
+    aligned: bool = True,
+) -> Compiled:
+    """A kernel whose parameters are pointers, constants, and otherwise int32."""
+    if capability not in CAPABILITIES:
         raise InputError(
-            f"no kernel for compute capability {capability} that writes {out}",
-            f"known: {', '.join(map(str, CAPABILITIES))}; bfloat16, float16, float32",
+            f"no kernel for compute capability {capability}", f"known: {', '.join(map(str, CAPABILITIES))}"
         )
-    if not isinstance(sparse_attention_kernel, JITFunction):
+    if not isinstance(kernel, JITFunction):
         raise UsageError("triton runs in its interpreter here", "unset TRITON_INTERPRET to compile")
-    names: list[str] = sparse_attention_kernel.arg_names
-    constants = launch.constants
-    types = _types(launch, out) | dict.fromkeys(constants, "constexpr")
+    names: list[str] = kernel.arg_names
+    types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
+    types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
-        sparse_attention_kernel,
-        {name: types[name] for name in names},
+        kernel,
+        types,
         {(names.index(name),): value for name, value in constants.items()},
         {(place,): [list(ALIGNMENT)] for place, name in enumerate(names) if aligned and types[name].startswith("*")},
     )
-    options: dict[str, object] = {**launch.options, "ptx_version": ptx_version}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    made = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={**options, "ptx_version": ptx_version}
+    )
     ptx, metadata = made.asm["ptx"], made.metadata
     registers, spilled = assemble(ptx)
     return Compiled(
@@ -146,14 +245,6 @@ def compile_kernel(
         global_scratch=metadata.global_scratch_size,
         profile_scratch=metadata.profile_scratch_size,
     )
-
-
-def _types(launch: Launch, out: str) -> dict[str, str]:
-    scores, output = (ELEMENTS[name or ""] for name in (launch.numerics.scores, launch.numerics.output))
-    pointers = {"q": scores, "k": scores, "v": output, "out": ELEMENTS[out]}
-    pointers |= dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_mean"), "fp32")
-    pointers |= dict.fromkeys(("order", "offsets", "entries"), "i32")
-    return {name: f"*{kind}" for name, kind in pointers.items()} | {"tokens": "i32", "text": "i32"}
 
 
 def assemble(ptx: str) -> tuple[int, int]:

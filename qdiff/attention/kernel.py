@@ -44,7 +44,7 @@ TILE = 64
 STAGES = 3
 
 
-@triton.jit(do_not_specialize=["tokens", "text"])
+@triton.jit(do_not_specialize=["tokens", "text", "pitch"])
 def sparse_attention_kernel(
     q,
     k,
@@ -54,10 +54,11 @@ def sparse_attention_kernel(
     v_scale,
     v_mean,
     order,
-    offsets,
+    ends,
     entries,
     tokens,
     text,
+    pitch,
     out,
     SCALE: tl.constexpr,
     SIZE: tl.constexpr,
@@ -69,13 +70,19 @@ def sparse_attention_kernel(
     TILE: tl.constexpr,
     CODED: tl.constexpr,
     PARTIAL: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
     """One block of queries. The grid is ``(blocks of queries, heads, batch)``.
 
-    Pointers are those of :class:`qdiff.attention.pack_kernel.Operands`, of the order ``[heads, ordered]`` and of
-    :meth:`qdiff.attention.lists.BlockLists.by_row`, all int32 where integers; ``out [batch, heads, tokens, SIZE]``. ``SCALE``
-    contains log2 e. ``MAIN`` and the rests are :class:`qdiff.attention.pack_kernel.Widths`. Of key blocks ``TILE`` keys are taken
-    at a time. ``PARTIAL``: there are places of keys without a token.
+    Pointers are those of :class:`qdiff.attention.pack_kernel.Operands`, of the order ``[heads, ordered]`` and of the lists, all
+    int32 where integers; ``out [batch, heads, tokens, SIZE]``. ``SCALE`` contains log2 e. ``MAIN`` and the rests are
+    :class:`qdiff.attention.pack_kernel.Widths`. Of key blocks ``TILE`` keys are taken at a time. ``PARTIAL``: there are places of
+    keys without a token.
+
+    ``ends`` and ``entries`` are what :meth:`qdiff.attention.lists.BlockLists.by_row` gives, or, with ``MATRIX``, the bounds
+    ``[heads + 1]`` and blocks ``[rows, pitch]`` of :class:`qdiff.attention.lists.BlockLists` themselves, as an engine has them:
+    what text adds to the lists follows from the numbers of tokens. There they may not hold ``NOTHING``; no bound and no number
+    of a block, however wrong, makes an address outside the lists or the keys.
     """
     row, head = tl.program_id(0), tl.program_id(1)
     rows = tl.num_programs(0)
@@ -105,12 +112,22 @@ def sparse_attention_kernel(
         acc_rest = tl.zeros([BLOCK_Q, REST_PV], tl.float32)
 
     PARTS: tl.constexpr = BLOCK_K // TILE
-    first = tl.load(offsets + head * (rows + 1) + row)
-    last = tl.load(offsets + head * (rows + 1) + row + 1)
-    block = tl.load(entries + first, mask=first < last, other=0)
+    if MATRIX:
+        start = tl.minimum(tl.maximum(tl.load(ends + head), 0), pitch)
+        end = tl.minimum(tl.maximum(tl.load(ends + head + 1), start), pitch)
+        ahead = tl.where(
+            row < tl.cdiv(text, BLOCK_Q), columns, text_columns
+        )  # blocks that are read without being listed
+        first, last = 0, tl.where(ahead == text_columns, text_columns + end - start, columns)
+        entries += (row - tl.cdiv(text, BLOCK_Q)).to(tl.int64) * pitch + (start - text_columns)
+    else:
+        first = tl.load(ends + head * (rows + 1) + row)
+        last = tl.load(ends + head * (rows + 1) + row + 1)
+        ahead = 0
+    block = _block(entries, first, last, ahead, text_columns, columns, MATRIX)
     for step in tl.range(first * PARTS, last * PARTS):
         following = (step + 1) // PARTS
-        upcoming = tl.load(entries + following, mask=following < last, other=0)
+        upcoming = _block(entries, following, last, ahead, text_columns, columns, MATRIX)
         place = block * BLOCK_K + (step % PARTS) * TILE + key
         scores = product(queries, tl.load(k + place[None, :] * WIDTH + channel[:, None]))
         if REST_QK:
@@ -147,6 +164,18 @@ def sparse_attention_kernel(
 
 
 @triton.jit
+def _block(entries, number, last, ahead, text_columns, columns, MATRIX: tl.constexpr):
+    """The block of keys that comes at ``number``; anything from ``last`` on."""
+    if MATRIX:
+        listed = tl.load(entries + number, mask=(number >= ahead) & (number < last), other=0)
+        block = tl.where(number < ahead, number, listed + text_columns)
+        block = tl.minimum(tl.maximum(block, 0), columns - 1)
+    else:
+        block = tl.load(entries + number, mask=number < last, other=0)
+    return block
+
+
+@triton.jit
 def _finish(result, to, token, channel, plane, v_scale, v_mean, listed, SIZE: tl.constexpr, CODED: tl.constexpr):
     """Scales ``result [queries, channels]``, adds the mean of the values, and writes it where the tokens are."""
     there = channel < SIZE
@@ -170,6 +199,7 @@ class Launch:
         tile: keys taken at a time, a divisor of ``block_k``; ``None``: 64, or the block if that is smaller.
         warps: of a program; ``None``: one for each 16 queries.
         stages: of the pipeline of loads.
+        matrix: whether the lists are given as a graph has them, bounds and blocks, instead of row by row.
 
     Raises:
         InputError: what the kernel does not compute.
@@ -184,6 +214,7 @@ class Launch:
     tile: int | None = None
     warps: int | None = None
     stages: int = STAGES
+    matrix: bool = False
 
     def __post_init__(self) -> None:
         if self.numerics.output is None:
@@ -225,6 +256,7 @@ class Launch:
             "TILE": self.keys,
             "CODED": self.numerics.coded,
             "PARTIAL": self.partial,
+            "MATRIX": self.matrix,
         }
 
     @property
@@ -304,10 +336,11 @@ def attend_packed(
 
     Args:
         order: int32 ``[heads, ordered]``.
-        rows: :meth:`qdiff.attention.lists.BlockLists.by_row`.
+        rows: :meth:`qdiff.attention.lists.BlockLists.by_row`, or where ``launch`` says so ``bounds`` and ``blocks`` of
+            :class:`qdiff.attention.lists.BlockLists`, both int32.
     """
     batch, heads = out.shape[:2]
-    offsets, entries = rows
+    ends, entries = rows
     nothing = operands.q  # a pointer that a kernel without scales does not read
     scales = operands.q_scale, operands.k_scale, operands.v_scale, operands.v_mean
     sparse_attention_kernel[(tiling.text_rows + tiling.rows, heads, batch)](
@@ -316,10 +349,11 @@ def attend_packed(
         operands.v,
         *(nothing if scale is None else scale for scale in scales),
         order,
-        offsets,
+        ends,
         entries,
         tiling.tokens,
         tiling.text,
+        entries.shape[1] if launch.matrix else 0,
         out,
         **launch.constants,
         **launch.options,

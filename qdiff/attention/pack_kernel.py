@@ -24,6 +24,7 @@ from qdiff.attention.packing import Packed
 from qdiff.formats import format_named
 
 STRIDE = 128  # places of values are padded to a multiple
+PART = 64  # places of values that one program transposes
 # The interpreter's casts to FP8 and BF16 cut or lose a carry into the exponent, and its products take BF16 for integers.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it to a float32 of less than 2^22 leaves no bits for a fraction
@@ -100,8 +101,8 @@ def pack_rows_kernel(
 ):
     """One block of queries or keys; the grid is ``(blocks, heads, batch)``.
 
-    ``x [batch, heads, tokens, SIZE]`` with any strides but the last, ``mean`` float32 ``[batch, heads, SIZE]`` (read where
-    ``CENTRED``) to ``codes [batch, heads, places, WIDTH]`` and ``scales [batch, heads, blocks]``. ``LARGEST`` is that of the
+    ``x [batch, heads, tokens, SIZE]`` with any strides but the last, ``mean`` float32 ``[batch, heads, SIZE]`` (``None`` where
+    not ``CENTRED``) to ``codes [batch, heads, places, WIDTH]`` and ``scales [batch, heads, blocks]``. ``LARGEST`` is that of the
     format; 0: there are no scales. ``CHANNELS`` is a power of two that holds ``WIDTH``.
     """
     block, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -112,7 +113,7 @@ def pack_rows_kernel(
     if CENTRED:
         centre = tl.load(mean + plane * SIZE + channel, mask=channel < SIZE, other=0.0)
         values = tl.where((token >= 0)[:, None], values - centre[None, :], 0.0)
-    if LARGEST:
+    if LARGEST > 0:
         amax = tl.max(tl.max(tl.abs(values), 1), 0)
         scale = tl.where(amax > 0, tl.div_rn(amax, LARGEST), 1.0)
         tl.store(scales + plane * tl.num_programs(0) + block, scale)
@@ -143,7 +144,7 @@ def pack_columns_kernel(
 ):
     """``PART`` places of the values, transposed; the grid is ``(stride of the places / PART, heads, batch)``.
 
-    ``x`` as in :func:`pack_rows_kernel`, ``mean`` and ``scales`` float32 ``[batch, heads, SIZE]`` (read where ``CODED``) to
+    ``x`` as in :func:`pack_rows_kernel`, ``mean`` and ``scales`` float32 ``[batch, heads, SIZE]`` (``None`` if not ``CODED``) to
     ``codes [batch, heads, WIDTH, stride]``. ``BLOCK`` is that of the keys.
     """
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -196,6 +197,10 @@ class Widths:
         """Channels of packed values."""
         return self.main + self.rest_pv
 
+    def channels(self, size: int) -> dict[str, int]:
+        """Compile-time arguments of both kernels that pack heads of ``size`` channels."""
+        return {"SIZE": size, "CHANNELS": max(map(triton.next_power_of_2, (self.qk, self.pv)))}
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -234,6 +239,11 @@ class Operands:
         return cls(q, k, v, packed.q_scale, packed.k_scale, packed.v_scale[:, :, 0], packed.v_mean[:, :, 0])
 
 
+def stride_of(tiling: Tiling) -> int:
+    """Places of packed values: those of keys, padded."""
+    return -(-(tiling.text_columns + tiling.columns) * tiling.block_k // STRIDE) * STRIDE
+
+
 def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numerics: Numerics) -> Operands:
     """Orders and quantizes, as :func:`qdiff.attention.packing.pack`.
 
@@ -244,8 +254,7 @@ def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numeric
     size = q.shape[-1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     widths = Widths.of(size, numerics)
-    channels = max(triton.next_power_of_2(widths.qk), triton.next_power_of_2(widths.pv))
-    constants = {"SIZE": size, "CHANNELS": channels}
+    constants = widths.channels(size)
     if not numerics.coded:
         dtype = getattr(torch, numerics.scores or "")
         q_codes, _ = _rows(q, None, order, tiling, tiling.block_q, dtype, 0.0, widths.qk, constants)
@@ -283,7 +292,7 @@ def _rows(
     scales = x.new_empty(batch, heads, blocks, dtype=torch.float32)
     pack_rows_kernel[(blocks, heads, batch)](
         x,
-        scales if mean is None else mean,
+        mean,
         order,
         tiling.tokens,
         tiling.text,
@@ -311,14 +320,12 @@ def _columns(
     constants: dict[str, int],
 ) -> Tensor:
     batch, heads = x.shape[:2]
-    part = 64
-    places = (tiling.text_columns + tiling.columns) * tiling.block_k
-    stride = -(-places // STRIDE) * STRIDE
+    stride = stride_of(tiling)
     codes = x.new_empty(batch, heads, width, stride, dtype=dtype)
-    pack_columns_kernel[(stride // part, heads, batch)](
+    pack_columns_kernel[(stride // PART, heads, batch)](
         x,
-        order if mean is None else mean,
-        order if scales is None else scales,
+        mean,
+        scales,
         order,
         tiling.tokens,
         tiling.text,
@@ -326,7 +333,7 @@ def _columns(
         codes,
         WIDTH=width,
         BLOCK=tiling.block_k,
-        PART=part,
+        PART=PART,
         CODED=mean is not None,
         enable_fp_fusion=False,
         **constants,

@@ -64,7 +64,7 @@ def test_what_ships_runs_on_tensor_cores_and_spills_nothing(launch):
     assert made.shared <= aot.SHARED_LIMIT
     assert made.global_scratch == made.profile_scratch == 0
     assert made.threads == 2 * launch.block_q
-    assert made.parameters == len(made.arguments) + aot.HIDDEN == 15
+    assert made.parameters == len(made.arguments) + aot.HIDDEN == 16
     assert made.copies >= 9, "loads are not asynchronous"
     if launch.numerics.coded:
         # Of two parts, the scores of the second go onto those of the first.
@@ -73,16 +73,16 @@ def test_what_ships_runs_on_tensor_cores_and_spills_nothing(launch):
 
 def test_arguments_are_pointers_then_integers_then_the_output():
     arguments = compiled(DEFAULT).arguments
-    assert arguments[:3] == ("q", "k", "v") and arguments[-3:] == ("tokens", "text", "out")
+    assert arguments[:3] == ("q", "k", "v") and arguments[-4:] == ("tokens", "text", "pitch", "out")
 
 
 @pytest.mark.parametrize("size", [72, 128])
 def test_stripped_of_the_hidden_parameters_it_still_assembles(size):
     made = compiled(Launch(size, NUMERICS["int8_fp8"], 128, 128))
     bare = aot.stripped(made)
-    assert bare.parameters == len(made.arguments) == 13
+    assert bare.parameters == len(made.arguments) == 14
     assert (bare.registers, bare.spilled) == (made.registers, made.spilled)
-    assert f"{made.name}_param_12" in bare.ptx and f"{made.name}_param_13" not in bare.ptx
+    assert f"{made.name}_param_13" in bare.ptx and f"{made.name}_param_14" not in bare.ptx
     with pytest.raises(IntegrityError, match="hidden"):
         aot.stripped(bare)
 
@@ -90,7 +90,7 @@ def test_stripped_of_the_hidden_parameters_it_still_assembles(size):
 def test_scratch_memory_is_not_stripped():
     with pytest.raises(InputError, match="384 and 0 bytes"):
         aot.stripped(dataclasses.replace(compiled(DEFAULT), global_scratch=384))
-    reads = compiled(DEFAULT).ptx.replace("ret;", f"ld.param.b64 %rd1, [{compiled(DEFAULT).name}_param_14];\n ret;")
+    reads = compiled(DEFAULT).ptx.replace("ret;", f"ld.param.b64 %rd1, [{compiled(DEFAULT).name}_param_15];\n ret;")
     with pytest.raises(IntegrityError, match="reads the hidden"):
         aot.stripped(dataclasses.replace(compiled(DEFAULT), ptx=reads))
 
