@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from qdiff.errors import InputError, IntegrityError
@@ -68,12 +68,14 @@ def graph_bytes(onnx: Path) -> int:
 
 
 @contextlib.contextmanager
-def inlined(onnx: Path) -> Iterator[Path]:
+def inlined(onnx: Path, kept: Collection[str] = ()) -> Iterator[Path]:
     """The graph with every call of a function in the file replaced by its nodes, beside ``onnx`` (whose weights it reads) until
     the context ends; ``onnx`` itself where there is nothing to replace. For runtimes that know no functions.
 
     Args:
         onnx: checked by :func:`external_files`.
+        kept: names of functions of the domain ``qdiff`` whose calls stay. What they stand for is not in the graph any more: a
+            runtime has to know it.
     """
     import onnx as library
     import onnx.inliner as inliner
@@ -82,7 +84,9 @@ def inlined(onnx: Path) -> Iterator[Path]:
     if not model.functions:
         yield onnx
         return
-    with temporary_beside(onnx, inliner.inline_local_functions(model).SerializeToString()) as graph:
+    model = inliner.inline_selected_functions(model, [("qdiff", name) for name in kept], exclude=True)
+    del model.functions[:]
+    with temporary_beside(onnx, model.SerializeToString()) as graph:
         yield graph
 
 

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdiff.attention.nodes import AttentionNode
+from qdiff.attention.numerics import NUMERICS
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
@@ -145,6 +147,8 @@ class OrtEngine(Engine):
                 settings.add_session_config_entry(
                     "session.model_external_initializers_file_folder_path", str(onnx.parent)
                 )
+                if _pairs_of_fp8(onnx):
+                    settings.add_session_config_entry("session.disable_quant_qdq", "1")
                 graph: Any = _with_zero_points(onnx)
                 session = library.InferenceSession(graph, settings, providers=providers, disabled_optimizers=disabled)
             else:
@@ -155,6 +159,17 @@ class OrtEngine(Engine):
             message = f"ONNX Runtime could not start {provider} (CUDA or cuDNN libraries are missing)"
             raise MissingDependencyError(message, "install CUDA 13 and cuDNN 9, or use --flag provider=cpu")
         return OrtRunner(session)
+
+
+def _pairs_of_fp8(path: Path) -> bool:
+    """Whether two FP8 DequantizeLinear meet in a product: in attention of a file for TensorRT, which is only checked here. ONNX
+    Runtime 1.31 puts its integer product in their place, which then does not take FP8; whether it does depends on what else
+    it folds."""
+    import onnx
+
+    functions = onnx.load(str(path), load_external_data=False).functions
+    found = (AttentionNode.named(function.name) for function in functions)
+    return any(node is not None and node.pairs and NUMERICS[node.numerics].coded for node in found)
 
 
 def _with_zero_points(path: Path) -> bytes:

@@ -81,11 +81,10 @@ def require_sparse(path: Path, plan: Plan) -> None:
     """
     import onnx
 
-    from qdiff.export.function_text import DOMAIN
-    from qdiff.export.sparse_attention import SparseAttention
+    from qdiff.attention.nodes import DOMAIN, WHOLE
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    found = sum(node.domain == DOMAIN and node.op_type.startswith(SparseAttention.KIND) for node in nodes(graph))
+    found = sum(node.domain == DOMAIN and node.op_type.startswith(WHOLE) for node in nodes(graph))
     layers = [] if plan.attention is None else [layer.name for layer in plan.attention.layers]
     wanted = sum(len(in_branches(name, plan.structure.branches)) for name in layers)
     if found != wanted:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-DOMAIN = "qdiff"
+from qdiff.attention.nodes import DOMAIN as DOMAIN
+
 OPSET = 23
 
 
@@ -20,6 +22,15 @@ class Body:
         name = f"v{len(self.lines)}"
         self.lines.append(f"{name} = {call}")
         return name
+
+    def call(self, name: str, inputs: str, outputs: int, attributes: Mapping[str, str | int]) -> list[str]:
+        """A call of another function of the domain, which has to declare the attributes; the names of its results."""
+        names = [f"v{len(self.lines)}_{place}" for place in range(outputs)]
+        given = ", ".join(
+            f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}" for key, value in attributes.items()
+        )
+        self.lines.append(f"{', '.join(names)} = {DOMAIN}.{name} <{given}> ({inputs})")
+        return names
 
     def number(self, value: float) -> str:
         """A float32 constant."""
@@ -49,13 +60,16 @@ class Body:
 
 @dataclass(frozen=True)
 class Function:
-    """Names of inputs and outputs, and the lines between."""
+    """Names of inputs and outputs, the lines between, and names of attributes that a call may have, which no line reads."""
 
     inputs: str
     outputs: str
     body: Body
+    attributes: tuple[str, ...] = ()
 
     def text(self, name: str) -> str:
         """The whole function, called ``name``."""
-        head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n{name} ({self.inputs}) => ({self.outputs})'
+        own = f', "{DOMAIN}" : 1' if any(f" {DOMAIN}." in line for line in self.body.lines) else ""
+        declared = f" <{', '.join(self.attributes)}>" if self.attributes else ""
+        head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}{own}]>\n{name}{declared} ({self.inputs}) => ({self.outputs})'
         return "\n  ".join([head + "\n{", *self.body.lines]) + "\n}"

@@ -32,9 +32,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from qdiff.attention.nodes import AttentionNode
 from qdiff.errors import InputError
 from qdiff.export.function_text import DOMAIN, Body, Function
-from qdiff.export.sparse_attention import SparseAttention
+from qdiff.export.sparse_attention import attention_function
 from qdiff.formats import Element, Format, format_named
 from qdiff.numerics import (
     LARGEST_E4M3,
@@ -58,8 +59,8 @@ def text_of(name: str) -> str:
     kind, _, rest = name.partition("_")
     if kind == "PowerOfTwo":
         made = _power_of_two()
-    elif kind == SparseAttention.KIND:
-        made = SparseAttention.named(name).function()
+    elif (node := AttentionNode.named(name)) is not None:
+        made = attention_function(node)
     elif kind in _KINDS:
         made = _KINDS[kind](format_named(rest))
     else:

@@ -165,13 +165,17 @@ def write_graph(
 
 
 def _add_functions(model: Any) -> None:
-    """Puts the functions of our domain that the graph calls into the file."""
+    """Puts the functions of our domain that the graph calls into the file, and those that they call."""
     import onnx_ir
 
-    for name in sorted({node.op_type for node in model.graph if node.domain == DOMAIN and not is_choice(node)}):
-        added = onnx_ir.from_proto(function(name))
-        model.functions[added.identifier()] = added
-        model.opset_imports[DOMAIN] = 1
+    wanted = {node.op_type for node in model.graph if node.domain == DOMAIN and not is_choice(node)}
+    while wanted:
+        for name in sorted(wanted):
+            added = onnx_ir.from_proto(function(name))
+            model.functions[added.identifier()] = added
+            model.opset_imports[DOMAIN] = 1
+        called = {node.op_type for own in model.functions.values() for node in own if node.domain == DOMAIN}
+        wanted = called - {name for _, name, _ in model.functions}
     assert model.opset_imports[""] == OPSET
 
 

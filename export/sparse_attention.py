@@ -1,11 +1,15 @@
-"""``qdiff::sparse_attention`` as an ONNX local function: plain operators that every target has.
+"""``qdiff::sparse_attention`` as ONNX local functions: plain operators that every target has.
 
-Head by head, the blocks on a head's lists are gathered behind each block of queries, and two matrix products with a softmax
-between them do the rest. Lists are inputs, and how many blocks a head reads is read from ``bounds``: an engine takes other lists
-at the next step without being built anew. What a list does not name is not computed.
+Queries, keys and values are put in the heads' orders; then, head by head, the blocks on a head's lists are gathered behind each
+block of queries, and two matrix products with a softmax between them do the rest. Lists are inputs, and how many blocks a head
+reads is read from ``bounds``: an engine takes other lists at the next step without being built anew. What a list does not name
+is not computed.
 
 Unlike a kernel, a graph holds what it gathers: ``tokens x density x tokens / block_q`` rows of keys for a head. At 75,600 tokens
-that is a job for a plugin; the node's name and its inputs are made so that one can take the call over.
+that is a job for a kernel. So with numerics that have codes the function is cut where kernels are: it calls one function each
+that packs queries, keys and values, and one that attends (:mod:`qdiff.attention.nodes`). Between them, only those two ends know
+what a tensor holds: here the values that codes will stand for and scales that fit them, in an engine with kernels the codes.
+What crosses the outer function, means and the scale of the values, is the same in both.
 
 Codes go through a QuantizeLinear with a *constant* scale, a power of two, behind a division by the block's own scale, which
 comes back after the product: that is what TensorRT makes a true INT8 or FP8 product of, with scales that are only known at run
@@ -17,72 +21,51 @@ the last block.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 from qdiff.attention.lists import Tiling
+from qdiff.attention.nodes import KEYS, PLUGIN_ATTRIBUTES, PRODUCT, QUERIES, VALUES, WHOLE, AttentionNode
 from qdiff.attention.numerics import NUMERICS, PROBABILITY_SCALE
 from qdiff.export.function_text import Body, Function
 from qdiff.formats import format_named
 
-_FLOAT, _INT8, _E4M3 = 1, 3, 17  # onnx.TensorProto's numbers
+_FLOAT, _INT8, _INT32, _INT64, _E4M3 = 1, 3, 6, 7, 17  # onnx.TensorProto's numbers
 _CODES = {"int8": _INT8, "fp8": _E4M3}
 _UNIT = {"int8": 2.0**-7, "fp8": 2.0**-9}  # what a code counts: operands lie between -1 and 1
 _V_UNIT = 2.0**-12  # sums of probabilities times values: 75,600 keys stay below float16's largest number
 
 
-@dataclass(frozen=True)
-class SparseAttention:
-    """One function: sizes are in its name, as in every kernel's.
+def attention_function(node: AttentionNode) -> Function:
+    """The function of that name.
 
-    Args:
-        numerics: ``float``, ``int8_fp8`` or ``fp8``.
-        pairs: whether codes are written as QuantizeLinear / DequantizeLinear pairs (else as Casts and rounding).
+    ============== ==========================================================================================================
+    ``WHOLE``      ``q``, ``k``, ``v [batch, heads, tokens, size]`` (``q`` scaled), ``order [heads, ordered]``,
+                   ``blocks [rows, total]``, ``bounds [heads + 1]`` (of these heads, counted in ``blocks``) to the output
+    ``QUERIES``    ``q``, ``order`` to packed queries and their scales
+    ``KEYS``       ``k``, its float32 mean over tokens, ``order`` to packed keys and their scales
+    ``VALUES``     ``v``, its float32 mean over tokens, its float32 scale by channel, ``order`` to packed values
+    ``PRODUCT``    what was packed (``q``, ``k``, ``v``, the scales of all three), the mean of the values, ``order``, ``bounds``
+                   in int32, ``blocks`` to the output
+    ============== ==========================================================================================================
     """
-
-    KIND: ClassVar[str] = "SparseAttention"
-
-    numerics: str
-    pairs: bool
-    heads: int
-    size: int
-    tiling: Tiling
-
-    @property
-    def name(self) -> str:
-        """Its name in the domain."""
-        tiling = self.tiling
-        return (
-            f"{self.KIND}_{self.numerics}{'_qdq' if self.pairs else ''}_heads{self.heads}_size{self.size}"
-            f"_tokens{tiling.tokens}_text{tiling.text}_block{tiling.block_q}x{tiling.block_k}"
-        )
-
-    @classmethod
-    def named(cls, name: str) -> SparseAttention:
-        """The function of that name."""
-        found = re.fullmatch(
-            rf"{cls.KIND}_(\w+?)(_qdq)?_heads(\d+)_size(\d+)_tokens(\d+)_text(\d+)_block(\d+)x(\d+)", name
-        )
-        assert found is not None, name
-        numbers = [int(group) for group in found.groups()[2:]]
-        return cls(found[1], found[2] is not None, numbers[0], numbers[1], Tiling(*numbers[2:]))
-
-    def function(self) -> Function:
-        """``q``, ``k``, ``v [batch, heads, tokens, size]`` (``q`` scaled), ``order [heads, ordered]``, ``blocks [rows, total]``,
-        ``bounds [heads + 1]`` (of these heads, counted in ``blocks``) to the output."""
-        writer = _Writer(self)
-        return Function("q, k, v, order, blocks, bounds", writer.result(), writer.body)
+    writer = _Writer(node)
+    return {
+        WHOLE: writer.whole,
+        QUERIES: writer.queries,
+        KEYS: writer.keys,
+        VALUES: writer.values,
+        PRODUCT: writer.product,
+    }[node.kind]()
 
 
 class _Writer:
     """Writes the body. Comments give shapes; ``r`` and ``c`` are blocks of queries and of keys, text included."""
 
-    def __init__(self, made: SparseAttention) -> None:
+    def __init__(self, made: AttentionNode) -> None:
         numerics = NUMERICS[made.numerics]
         self.made, self.tiling, self.body = made, made.tiling, Body()
         self.scores, self.output = (numerics.scores, numerics.output) if numerics.coded else (None, None)
+        self.like = "q" if made.kind in (WHOLE, PRODUCT) else "x"  # a tensor of the dtype that the graph computes in
 
     def do(self, call: str) -> str:
         return self.body.do(call)
@@ -92,74 +75,146 @@ class _Writer:
 
     def number(self, value: float) -> str:
         """A scalar in the dtype that the graph computes in."""
-        return self.do(f"CastLike({self.body.number(value)}, q)")
+        return self.cast_like(self.body.number(value))
 
-    def result(self) -> str:
-        k, v, mean = "k", "v", None
-        if self.scores:
-            k = self.do(f"Sub(k, {self.do(f'ReduceMean<keepdims = 1>(k, {self.axes(2)})')})")
-            mean = self.do(f"ReduceMean<keepdims = 1>(v, {self.axes(2)})")
-            v = self.do(f"Sub(v, {mean})")
-        heads = [self.head(head, k, v) for head in range(self.made.heads)]
-        joined = self.do(f"Concat<axis = 1>({', '.join(heads)})")
-        return joined if mean is None else self.do(f"Add({joined}, {mean})")
+    def cast_like(self, x: str) -> str:
+        return self.do(f"CastLike({x}, {self.like})")
 
-    def head(self, head: int, k: str, v: str) -> str:
-        tiling, number = self.tiling, self.do(f"Constant<value = int64 {{{head}}}>()")
-        order = self.do(f"Gather<axis = 0>(order, {number})")
-        queries = self.placed("q", number, order, tiling.block_q)  # [batch, r, block_q, size]
-        keys = self.placed(k, number, order, tiling.block_k)  # [batch, c, block_k, size]
-        values = self.placed(v, number, order, tiling.block_k)
-        q_scale = k_scale = v_scale = None
-        if self.scores and self.output:
-            queries, q_scale = self.normalised(queries, (2, 3), self.scores, _UNIT[self.scores])  # [batch, r, 1, 1]
-            keys, k_scale = self.normalised(keys, (2, 3), self.scores, _UNIT[self.scores])
-            values, v_scale = self.normalised(values, (1, 2), self.output, _V_UNIT)  # [batch, 1, 1, size]
-        empty = self.empty_places()
-        listed = self.listed(head)  # [rows, blocks]
-        rows = tiling.rows
-        own = self.rows_of(queries, tiling.text_rows, tiling.text_rows + rows)
-        own_scale = None if q_scale is None else self.rows_of(q_scale, tiling.text_rows, tiling.text_rows + rows)
-        found = self.attend(
-            own,
-            own_scale,
-            self.gathered(keys, listed),
-            self.gathered(values, listed),
-            self.gathered_scale(k_scale, listed),
-            v_scale,
-            None if empty is None else self.gathered_empty(empty, listed),
-        )
-        flat = self.do(f"Reshape({found}, {self.axes(0, rows * tiling.block_q, self.made.size)})")
-        result = self.do(f"Gather<axis = 1>({flat}, {self.positions(order)})")  # [batch, ordered, size]
-        if tiling.text:
-            text = self.text(queries, q_scale, keys, values, k_scale, v_scale, empty)
-            result = self.do(f"Concat<axis = 1>({text}, {result})")
-        return self.do(f"Unsqueeze({result}, {self.axes(1)})")
+    def whole(self) -> Function:
+        inputs, tiling = "q, k, v, order, blocks, bounds", self.tiling
+        if not self.output:
+            packed = (
+                self.laid(x, block)
+                for x, block in (("q", tiling.block_q), ("k", tiling.block_k), ("v", tiling.block_k))
+            )
+            return Function(inputs, self.attended(*packed, None, None, "bounds"), self.body)
+        k_mean = self.mean(self.body.cast("k", _FLOAT))
+        floats = self.body.cast("v", _FLOAT)
+        v_mean = self.mean(floats)
+        centred = self.do(f"Sub({floats}, {v_mean})")
+        amax = self.do(f"ReduceMax<keepdims = 1>({self.do(f'Abs({centred})')}, {self.axes(2)})")
+        fitting = self.do(f"Div({amax}, {self.body.number(format_named(self.output).element.largest)})")
+        some = self.do(f"Greater({amax}, {self.body.number(0.0)})")
+        v_scale = self.do(f"Where({some}, {fitting}, {self.body.number(1.0)})")  # [batch, heads, 1, size]
+        q, q_scale = self.call(QUERIES, "q, order", 2)
+        k, k_scale = self.call(KEYS, f"k, {k_mean}, order", 2)
+        (v,) = self.call(VALUES, f"v, {v_mean}, {v_scale}, order", 1)
+        bounds = self.body.cast("bounds", _INT32)
+        scales = f"{q_scale}, {k_scale}, {v_scale}, {v_mean}"
+        (result,) = self.call(PRODUCT, f"{q}, {k}, {v}, {scales}, order, {bounds}, blocks", 1)
+        return Function(inputs, result, self.body)
 
-    def placed(self, x: str, head: str, order: str, block: int) -> str:
-        """One head's tokens where they lie, in blocks. Where none lies there is zero."""
-        tiling = self.tiling
-        lying = self.do(f"Add({order}, {self.int32(tiling.text)})") if tiling.text else order
+    def call(self, kind: str, inputs: str, outputs: int) -> list[str]:
+        return self.body.call(self.made.part(kind).name, inputs, outputs, PLUGIN_ATTRIBUTES)
+
+    def mean(self, x: str) -> str:
+        return self.do(f"ReduceMean<keepdims = 1>({x}, {self.axes(2)})")
+
+    def queries(self) -> Function:
+        assert self.scores
+        codes = self.normalised(self.laid("x", self.tiling.block_q), self.scores, _UNIT[self.scores])
+        return Function("x, order", ", ".join(codes), self.body, tuple(PLUGIN_ATTRIBUTES))
+
+    def keys(self) -> Function:
+        assert self.scores
+        centred = self.do(f"Sub(x, {self.cast_like('mean')})")
+        codes = self.normalised(self.laid(centred, self.tiling.block_k), self.scores, _UNIT[self.scores])
+        return Function("x, mean, order", ", ".join(codes), self.body, tuple(PLUGIN_ATTRIBUTES))
+
+    def values(self) -> Function:
+        centred = self.do(f"Sub(x, {self.cast_like('mean')})")
+        codes = self.laid(self.do(f"Div({centred}, {self.in_units('scale')})"), self.tiling.block_k)
+        return Function("x, mean, scale, order", codes, self.body, tuple(PLUGIN_ATTRIBUTES))
+
+    def in_units(self, scale: str) -> str:
+        """What values are divided by so that a code counts :data:`_V_UNIT`."""
+        return self.cast_like(self.do(f"Mul({scale}, {self.body.number(1 / _V_UNIT)})"))
+
+    def product(self) -> Function:
+        joined = self.attended("q", "k", "v", "q_scale", "k_scale", self.body.cast("bounds", _INT64))
+        scaled = self.do(f"Mul({joined}, {self.in_units('v_scale')})")
+        result = self.do(f"Add({scaled}, {self.cast_like('v_mean')})")
+        inputs = "q, k, v, q_scale, k_scale, v_scale, v_mean, order, bounds, blocks"
+        return Function(inputs, result, self.body, tuple(PLUGIN_ATTRIBUTES))
+
+    def laid(self, x: str, block: int) -> str:
+        """All heads' tokens where they lie, in blocks: ``[batch, heads, blocks, block, size]``. Where none lies there is zero."""
+        tiling, heads, size = self.tiling, self.made.heads, self.made.size
         text, rest = -tiling.text % block, -tiling.ordered % block
-        parts = [self.int32s(range(tiling.text)), self.int32s([0] * text), lying, self.int32s([0] * rest)]
-        kept = [part for part, there in zip(parts, (tiling.text, text, 1, rest), strict=True) if there]
-        places = self.do(f"Concat<axis = 0>({', '.join(kept)})") if len(kept) > 1 else kept[0]
-        own = self.do(f"Gather<axis = 1>({x}, {head})")
+        parts = [self.do(f"Add(order, {self.by_head(tiling.tokens, tiling.text)})")]
+        if tiling.text:
+            parts.insert(
+                0, self.do(f"Add({self.row([*range(tiling.text), *[0] * text])}, {self.by_head(tiling.tokens)})")
+            )
+        if rest:
+            parts.append(self.do(f"Add({self.row([0] * rest)}, {self.by_head(tiling.tokens)})"))
+        places = self.do(f"Concat<axis = 1>({', '.join(parts)})") if len(parts) > 1 else parts[0]
+        flat = self.do(f"Reshape({x}, {self.axes(0, heads * tiling.tokens, size)})")
         blocks = -(-tiling.text // block) + -(-tiling.ordered // block)
-        shape = self.axes(0, blocks, block, self.made.size)
-        laid = self.do(f"Reshape({self.do(f'Gather<axis = 1>({own}, {places})')}, {shape})")
+        gathered = self.do(f"Gather<axis = 1>({flat}, {places})")  # [batch, heads, places, size]
+        laid = self.do(f"Reshape({gathered}, {self.axes(0, heads, blocks, block, size)})")
         if not text and not rest:
             return laid
-        filled = self.table([float(place) for place in _filled(tiling, block)], (blocks, block, 1))
-        return self.do(f"Mul({laid}, {filled})")
+        return self.do(
+            f"Mul({laid}, {self.table([float(place) for place in _filled(tiling, block)], (blocks, block, 1))})"
+        )
 
-    def normalised(self, x: str, axes: tuple[int, int], format: str, unit: float) -> tuple[str, str]:
-        """``x`` over its scale, between -largest and largest in units of ``unit``, and the scale."""
-        amax = self.do(f"ReduceMax<keepdims = 1>({self.do(f'Abs({x})')}, {self.axes(*axes)})")
+    def normalised(self, x: str, format: str, unit: float) -> tuple[str, str]:
+        """``x`` over its scale, between -largest and largest in units of ``unit``, and the scale
+        ``[batch, heads, blocks, 1, 1]``."""
+        amax = self.do(f"ReduceMax<keepdims = 1>({self.do(f'Abs({x})')}, {self.axes(3, 4)})")
         whole = self.number(1 / (format_named(format).element.largest * unit))
         some = self.do(f"Greater({amax}, {self.number(0.0)})")
         scale = self.do(f"Where({some}, {self.do(f'Mul({amax}, {whole})')}, {self.number(1.0)})")
         return self.do(f"Div({x}, {scale})"), scale
+
+    def attended(self, q: str, k: str, v: str, q_scale: str | None, k_scale: str | None, bounds: str) -> str:
+        """What was laid, and scales of it, to ``[batch, heads, tokens, size]`` in units of the values."""
+        tiling, heads, size = self.tiling, self.made.heads, self.made.size
+        empty = self.empty_places()
+        found = [
+            self.head(head, *(self.of_head(x, head) for x in (q, k, v, q_scale, k_scale)), empty, bounds)  # type: ignore[arg-type]
+            for head in range(heads)
+        ]
+        places = tiling.rows * tiling.block_q
+        rows = self.do(f"Concat<axis = 1>({', '.join(own for own, _ in found)})")  # [batch, heads * places, size]
+        result = self.do(f"Gather<axis = 1>({rows}, {self.positions(places)})")  # [batch, heads, ordered, size]
+        if not tiling.text:
+            return result
+        text = self.do(f"Concat<axis = 1>({', '.join(text for _, text in found)})")
+        text = self.do(f"Reshape({text}, {self.axes(0, heads, tiling.text, size)})")
+        return self.do(f"Concat<axis = 2>({text}, {result})")
+
+    def of_head(self, x: str | None, head: int) -> str | None:
+        return (
+            None if x is None else self.do(f"Gather<axis = 1>({x}, {self.do(f'Constant<value = int64 {{{head}}}>()')})")
+        )
+
+    def head(
+        self,
+        head: int,
+        q: str,
+        k: str,
+        v: str,
+        q_scale: str | None,
+        k_scale: str | None,
+        empty: str | None,
+        bounds: str,
+    ) -> tuple[str, str]:
+        """What one head's queries get: those that have an order ``[batch, rows * block_q, size]``, and the text's."""
+        tiling, size = self.tiling, self.made.size
+        listed = self.listed(head, bounds)  # [rows, blocks]
+        ends = tiling.text_rows, tiling.text_rows + tiling.rows
+        found = self.attend(
+            self.rows_of(q, *ends),
+            None if q_scale is None else self.rows_of(q_scale, *ends),
+            self.gathered(k, listed, tiling.rows),
+            self.gathered(v, listed, tiling.rows),
+            self.gathered_scale(k_scale, listed, tiling.rows),
+            None if empty is None else self.gathered_empty(empty, listed, tiling.rows),
+        )
+        flat = self.do(f"Reshape({found}, {self.axes(0, tiling.rows * tiling.block_q, size)})")
+        return flat, self.text(q, q_scale, k, v, k_scale, empty) if tiling.text else ""
 
     def codes(self, x: str, format: str, unit: float) -> str:
         """``x`` on the grid of ``format`` in units of ``unit``."""
@@ -171,7 +226,7 @@ class _Writer:
         least = self.do(f"Neg({largest})")
         within = self.do(f"Clip({self.do(f'Div({x}, {step})')}, {least}, {largest})")
         coded = self.body.cast(within, _CODES[format])
-        return self.do(f"Mul({self.do(f'CastLike({coded}, q)')}, {step})")
+        return self.do(f"Mul({self.cast_like(coded)}, {step})")
 
     def empty_places(self) -> str | None:
         """What is added to the scores of places of keys: ``[c, block_k]``, or ``None`` where all are filled."""
@@ -182,14 +237,14 @@ class _Writer:
             [0.0 if place else -60000.0 for place in filled], (len(filled) // self.tiling.block_k, self.tiling.block_k)
         )
 
-    def listed(self, head: int) -> str:
+    def listed(self, head: int, bounds: str) -> str:
         """The blocks that each block of queries reads, text first: ``[rows, blocks]``."""
-        start, end = (self.do(f"Gather<axis = 0>(bounds, {self.axes(place)})") for place in (head, head + 1))
+        start, end = (self.do(f"Gather<axis = 0>({bounds}, {self.axes(place)})") for place in (head, head + 1))
         own = self.do(f"Slice(blocks, {start}, {end}, {self.axes(1)})")
         text, rows = self.tiling.text_columns, self.tiling.rows
         if not text:
             return own
-        prefix = self.do(f"Reshape({self.int32s(list(range(text)) * rows)}, {self.axes(rows, text)})")
+        prefix = self.do(f"Reshape({self.row(list(range(text)) * rows)}, {self.axes(rows, text)})")
         return self.do(f"Concat<axis = 1>({prefix}, {self.do(f'Add({own}, {self.int32(text)})')})")
 
     def rows_of(self, x: str, start: int, end: int) -> str:
@@ -197,23 +252,23 @@ class _Writer:
             return x
         return self.do(f"Slice({x}, {self.axes(start)}, {self.axes(end)}, {self.axes(1)})")
 
-    def gathered(self, x: str, listed: str) -> str:
+    def gathered(self, x: str, listed: str, rows: int) -> str:
         """``[batch, c, block_k, size]`` to ``[batch, rows, keys, size]``."""
         blocks = self.do(f"Gather<axis = 1>({x}, {listed})")
-        return self.do(f"Reshape({blocks}, {self.axes(0, self.tiling.rows, -1, self.made.size)})")
+        return self.do(f"Reshape({blocks}, {self.axes(0, rows, -1, self.made.size)})")
 
-    def gathered_scale(self, scale: str | None, listed: str) -> str | None:
+    def gathered_scale(self, scale: str | None, listed: str, rows: int) -> str | None:
         """``[batch, c, 1, 1]`` to ``[batch, rows, 1, keys]``."""
         if scale is None:
             return None
         blocks = self.do(f"Gather<axis = 1>({self.do(f'Squeeze({scale}, {self.axes(3)})')}, {listed})")
         spread = self.do(f"Mul({blocks}, {self.table([1.0] * self.tiling.block_k, (self.tiling.block_k,))})")
-        return self.do(f"Reshape({spread}, {self.axes(0, self.tiling.rows, 1, -1)})")
+        return self.do(f"Reshape({spread}, {self.axes(0, rows, 1, -1)})")
 
-    def gathered_empty(self, empty: str, listed: str) -> str:
+    def gathered_empty(self, empty: str, listed: str, rows: int) -> str:
         """``[c, block_k]`` to ``[rows, 1, keys]``."""
         blocks = self.do(f"Gather<axis = 0>({empty}, {listed})")
-        return self.do(f"Reshape({blocks}, {self.axes(self.tiling.rows, 1, -1)})")
+        return self.do(f"Reshape({blocks}, {self.axes(rows, 1, -1)})")
 
     def attend(
         self,
@@ -222,7 +277,6 @@ class _Writer:
         k: str,
         v: str,
         k_scale: str | None,
-        v_scale: str | None,
         empty: str | None,
     ) -> str:
         """``[batch, r, block_q, size]`` and ``[batch, r, keys, size]`` to ``[batch, r, block_q, size]``."""
@@ -240,52 +294,47 @@ class _Writer:
         total = self.do(f"ReduceSum<keepdims = 1>({self.body.cast(shares, _FLOAT)}, {self.axes(-1)})")
         product = self.do(f"MatMul({self.codes(shares, self.output, 1 / PROBABILITY_SCALE)}, {v})")
         mean = self.do(f"Div({self.body.cast(product, _FLOAT)}, {total})")
-        return self.do(f"Mul({self.do(f'CastLike({mean}, q)')}, {v_scale})")
+        return self.cast_like(mean)
 
-    def text(
-        self,
-        queries: str,
-        q_scale: str | None,
-        keys: str,
-        values: str,
-        k_scale: str | None,
-        v_scale: str | None,
-        empty: str | None,
-    ) -> str:
+    def text(self, q: str, q_scale: str | None, k: str, v: str, k_scale: str | None, empty: str | None) -> str:
         """What the text's queries get, who read everything: ``[batch, text, size]``."""
-        tiling, rows = self.tiling, self.tiling.text_rows
-        every = self.axes(0, 1, -1, self.made.size)
-        k, v = (self.do(f"Reshape({x}, {every})") for x in (keys, values))
-        if k_scale is not None:
-            spread = self.do(
-                f"Mul({self.do(f'Squeeze({k_scale}, {self.axes(3)})')}, {self.table([1.0] * tiling.block_k, (tiling.block_k,))})"
-            )
-            k_scale = self.do(f"Reshape({spread}, {self.axes(0, 1, 1, -1)})")
-        hidden = None if empty is None else self.do(f"Reshape({empty}, {self.axes(1, 1, -1)})")
-        scale = None if q_scale is None else self.rows_of(q_scale, 0, rows)
-        found = self.attend(self.rows_of(queries, 0, rows), scale, k, v, k_scale, v_scale, hidden)
-        flat = self.do(f"Reshape({found}, {self.axes(0, rows * tiling.block_q, self.made.size)})")
+        tiling, ends = self.tiling, (0, self.tiling.text_rows)
+        everything = self.row(list(range(tiling.text_columns + tiling.columns)))
+        found = self.attend(
+            self.rows_of(q, *ends),
+            None if q_scale is None else self.rows_of(q_scale, *ends),
+            self.gathered(k, everything, 1),
+            self.gathered(v, everything, 1),
+            self.gathered_scale(k_scale, everything, 1),
+            None if empty is None else self.gathered_empty(empty, everything, 1),
+        )
+        flat = self.do(f"Reshape({found}, {self.axes(0, ends[1] * tiling.block_q, self.made.size)})")
         return self.do(f"Slice({flat}, {self.axes(0)}, {self.axes(tiling.text)}, {self.axes(1)})")
 
-    def positions(self, order: str) -> str:
-        """Where each token lies: the inverse of a permutation."""
-        count = self.tiling.ordered
-        zeros = self.do(f"ConstantOfShape<value = int32[1] {{0}}>({self.axes(count)})")
+    def positions(self, places: int) -> str:
+        """Where each head's tokens lie among the queries of all heads, of which each has ``places``: the inverse of its order."""
+        heads, count = self.made.heads, self.tiling.ordered
+        zeros = self.do(f"ConstantOfShape<value = int32[1] {{0}}>({self.axes(heads, count)})")
         numbers = self.do(f"Range({self.int32(0)}, {self.int32(count)}, {self.int32(1)})")
-        return self.do(f"ScatterElements<axis = 0>({zeros}, {order}, {numbers})")
+        own = self.do(f"Add({numbers}, {self.by_head(places)})")
+        return self.do(f"ScatterElements<axis = 1>({zeros}, order, {own})")
+
+    def by_head(self, step: int, first: int = 0) -> str:
+        """int32 ``[heads, 1]``: ``first``, and ``step`` more for each head."""
+        numbers = ", ".join(str(first + head * step) for head in range(self.made.heads))
+        return self.do(f"Constant<value = int32[{self.made.heads},1] {{{numbers}}}>()")
+
+    def row(self, values: Sequence[int]) -> str:
+        """int32 ``[1, n]``."""
+        return self.do(f"Constant<value = int32[1,{len(values)}] {{{', '.join(map(str, values))}}}>()")
 
     def int32(self, value: int) -> str:
         return self.do(f"Constant<value = int32 {{{value}}}>()")
 
-    def int32s(self, values: Sequence[int]) -> str:
-        if not values:
-            return ""
-        return self.do(f"Constant<value = int32[{len(values)}] {{{', '.join(map(str, values))}}}>()")
-
     def table(self, values: Sequence[float], shape: tuple[int, ...]) -> str:
         """Numbers of that shape, in the dtype that the graph computes in."""
         flat = self.body.table(tuple(values))
-        return self.do(f"CastLike({self.do(f'Reshape({flat}, {self.axes(*shape)})')}, q)")
+        return self.cast_like(self.do(f"Reshape({flat}, {self.axes(*shape)})"))
 
 
 def _filled(tiling: Tiling, block: int) -> list[bool]:

@@ -10,12 +10,12 @@ import math
 from typing import Any
 
 from qdiff.attention.lists import Tiling
+from qdiff.attention.nodes import DOMAIN, WHOLE, AttentionNode
 from qdiff.errors import InputError
-from qdiff.export.function_text import DOMAIN
-from qdiff.export.sparse_attention import SparseAttention
 from qdiff.export.translations import translates
 from qdiff.export.translations.quantizers import call
 
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 WRITTEN = ("float", "int8_fp8", "fp8")
 
 
@@ -29,7 +29,7 @@ def _call(
             f"attention in {numerics} has no ONNX form", f"export it as one of {', '.join(WRITTEN)}, or run it in torch"
         )
     heads, size = int(order.shape[0]), int(v.shape[3])
-    made = SparseAttention(numerics, pairs, heads, size, tiling)
+    made = AttentionNode(WHOLE, numerics, pairs, heads, size, tiling, _DTYPES[v.dtype.name])
     start, end, axis = (op.Constant(value_ints=[value]) for value in (first, first + heads + 1, 0))
     return call(DOMAIN, made.name, [q, k, v, order, blocks, op.Slice(bounds, start, end, axis)], ["same"])
 
