@@ -5,13 +5,14 @@ tensor has the element type that the graph says, Q/DQ pairs mean what they say, 
 precision behind the plan's back. TensorRT-RTX compiles for a *named* architecture without any GPU in the machine.
 
 Timing caches are not kept: they are no-ops in TensorRT-RTX, which chooses its kernels on the user's GPU (:mod:`.trt_run`
-keeps *that* cache). Plug-ins are not serialised into plans: a plan with host code would be a program.
+keeps *that* cache). Plug-ins are not serialised into plans: a plan with host code would be a program. (An ahead-of-time quick
+plugin is none: what is in the plan is its kernel.)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,14 @@ def capability(trt: Any, text: str) -> Any:
     return known[text]
 
 
-def _parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
-    flags = 0
-    if "STRONGLY_TYPED" in trt.NetworkDefinitionCreationFlag.__members__:  # later releases have no other kind
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+def _parse(trt: Any, builder: Any, logger: Any, onnx: Path, plugins: Collection[str]) -> Any:
+    wanted = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if plugins else [])]
+    known = trt.NetworkDefinitionCreationFlag.__members__  # later releases have no other kind than strongly typed
+    flags = sum(1 << int(known[name]) for name in wanted if name in known)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     # Functions are written out: their nodes have no names, and the parser's own are equal in every call of one.
-    with inlined(onnx) as graph:
+    with inlined(onnx, plugins) as graph:
         parsed = parser.parse_from_file(str(graph.resolve()))
     if parsed:
         return network
@@ -135,8 +136,20 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             raise UsageError(f"profile {profile.name!r} does not fit the graph's inputs: {profile.to_json()['ranges']}")
 
 
+def _fix_sizes(network: Any, profile: Profile) -> None:
+    """Gives the network's inputs the sizes of a profile without ranges: there is nothing dynamic left."""
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        if -1 in tuple(tensor.shape) and tensor.name in profile.ranges:
+            tensor.shape = profile.ranges[tensor.name][1]
+
+
 def build_plan(
-    trt: Any, onnx: Path, profiles: Sequence[Profile], target: str | None, level: int
+    trt: Any,
+    onnx: Path,
+    profiles: Sequence[Profile],
+    target: str | None,
+    level: int,
+    plugins: Collection[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """Parses and compiles.
 
@@ -146,6 +159,8 @@ def build_plan(
         profiles: one optimisation profile each.
         target: compute capability such as ``"12.0"``; ``None``: the GPU that is there.
         level: TensorRT's builder optimisation level, 0 to 5.
+        plugins: functions of the graph that registered plugins compute (:mod:`.trt_plugin`). Then ``profiles`` is one without
+            ranges, and the network has its sizes.
 
     Returns:
         The serialised plan (an object with a buffer) and facts: layer counts by kind and by element type.
@@ -156,14 +171,16 @@ def build_plan(
     """
     logger = make_logger(trt)
     builder = trt.Builder(logger)
-    network = _parse(trt, builder, logger, onnx)
+    network = _parse(trt, builder, logger, onnx, plugins)
+    if plugins:
+        _fix_sizes(network, profiles[0])
     config = builder.create_builder_config()
     config.builder_optimization_level = level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for profilers; costs no speed
     if target is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability(trt, target), 0)
-    _add_profiles(builder, config, network, profiles)
+    _add_profiles(builder, config, network, () if plugins else profiles)
     config.progress_monitor = _monitor(trt)
     logger.errors.clear()
     plan = builder.build_serialized_network(network, config)

@@ -59,13 +59,18 @@ class TensorRTEngine(Engine):
             raise MissingDependencyError(message, "build on the machine that will run the engine")
         return None
 
+    def _plugins(self, trt: Any, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
+        """Registers plugins for functions of the graph, and names those functions. Here: none."""
+        return ()
+
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
         trt = self.backend()
         level = int(self.flag(options, "level"))
         wanted = self._capability(options)
         target = self._target(trt, wanted)
         external_files(onnx)  # links and names that lead elsewhere are refused before the backend follows them
-        plan, facts = build_plan(trt, onnx, options.profiles, target, level)
+        plugins = self._plugins(trt, onnx, options, wanted)
+        plan, facts = build_plan(trt, onnx, options.profiles, target, level, plugins)
         with disk_errors(str(folder)):
             (folder / "model.plan").write_bytes(memoryview(plan))
         profiles = [profile.to_json() for profile in options.profiles]

@@ -35,14 +35,24 @@ def make_options(
             "TensorRT-RTX 1.7 crashes on sparse attention inside an If, so it builds no blocks with branches that follow lists",
             "quantize without --density or without routing, or build for onnxruntime or openvino",
         )
-    fixed = engine.target == "tensorrt" and _switches_blocks(plan)
-    batch = f"batch={1 if FAMILIES[plan.family].branches_apart else 2}" if fixed else DEFAULT_BATCH
-    made = tuple(_profile(plan, text, run.entry("calibrate")["shapes"], batch) for text in (profiles or [""]))
-    if fixed:
+    one_batch = engine.target == "tensorrt" and _switches_blocks(plan)
+    one_size = engine.name == "tensorrt" and flags.get("attention") != "plain" and _has_kernel(plan)
+    batch = f"batch={1 if FAMILIES[plan.family].branches_apart else 2}" if one_batch or one_size else DEFAULT_BATCH
+    shapes = run.entry("calibrate")["shapes"]
+    made = tuple(_profile(plan, text, shapes, batch, one_size) for text in (profiles or [""]))
+    if one_batch:
         _require_one_batch(made)
     if compute_capability is None and engine.target == "tensorrt" and engine.missing() is not None:
         compute_capability = DEFAULT_COMPUTE_CAPABILITY
     return BuildOptions(profiles=made, compute_capability=compute_capability, flags=dict(flags))
+
+
+def _has_kernel(plan: Any) -> bool:
+    """Whether the plan's attention has numerics of the kernel that the data-centre engine takes in as a plugin, which is for one
+    size (:mod:`qdiff.engines.trt_plugin`)."""
+    from qdiff.attention.numerics import numerics_named
+
+    return plan.attention is not None and numerics_named(plan.attention.numerics).coded
 
 
 def _switches_blocks(plan: Any) -> bool:
@@ -66,11 +76,14 @@ def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
             )
 
 
-def _profile(plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DEFAULT_BATCH) -> Profile:
+def _profile(
+    plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DEFAULT_BATCH, one_size: bool = False
+) -> Profile:
     """A profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors).
 
     Args:
         batch: the words for it where ``text`` has none.
+        one_size: whether prompts and lists, too, have one size where ``text`` does not say otherwise.
     """
     from qdiff.engines.profiles import make_profile, parse_profile
     from qdiff.models import FAMILIES
@@ -87,7 +100,7 @@ def _profile(plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DE
     if "sample_size" in config:
         cells = int(config["sample_size"])
         sizes |= {"height": (cells, cells, cells), "width": (cells, cells, cells)}
-    if "tokens" in sizes:
+    if "tokens" in sizes and not one_size:
         tokens = sizes["tokens"][0]
         sizes["tokens"] = (2, tokens, max(tokens, LONGEST_PROMPT))
     sizes |= parse_profile(batch)
@@ -100,7 +113,7 @@ def _profile(plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DE
             "calibrate with other --weights settings, or leave the size out of the profile",
         )
     if plan.attention is not None:
-        profile = _with_lists(plan.attention, text, axes, sizes)
+        profile = _with_lists(plan.attention, text, axes, sizes, one_size)
     else:
         profile = make_profile(text or "default", axes, sizes)
     return profile if plan.routing is None or plan.routing.reuse is None else _with_deltas(plan, profile, specs[0].name)
@@ -121,8 +134,11 @@ def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:
     return dataclasses.replace(profile, ranges={**profile.ranges, DELTAS: ranges})
 
 
-def _with_lists(attention: AttentionPlan, text: str, axes: dict[str, Any], sizes: dict[str, Any]) -> Profile:
-    """A profile of a graph that takes lists (:mod:`qdiff.export.list_inputs`): for one size of pictures, and any lists."""
+def _with_lists(
+    attention: AttentionPlan, text: str, axes: dict[str, Any], sizes: dict[str, Any], one_size: bool = False
+) -> Profile:
+    """A profile of a graph that takes lists (:mod:`qdiff.export.list_inputs`): for one size of pictures, and any lists, or with
+    ``one_size`` lists as wide as the widest."""
     import dataclasses
     import math
 
@@ -138,7 +154,7 @@ def _with_lists(attention: AttentionPlan, text: str, axes: dict[str, Any], sizes
     heads, columns = attention.heads, -(-math.prod(attention.grid) // attention.block_k)
     rows = -(-math.prod(attention.grid) // attention.block_q)
     usual = max(heads, round(heads * columns * attention.density))
-    every = (heads, usual, heads * columns)
+    every = (heads * columns,) * 3 if one_size else (heads, usual, heads * columns)
     profile = make_profile(text or "default", axes, sizes)
     listed, bounds = _triple((rows, total) for total in every), (heads + 1,)
     ends = _triple(tuple(round(total * head / heads) for head in range(heads + 1)) for total in every)

@@ -11,9 +11,11 @@ import os
 import pytest
 import torch
 
-from qdiff.attention import emulator, kernel, oracle, pack_kernel, packing
+from qdiff.attention import aot, emulator, kernel, oracle, pack_kernel, packing
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
+from qdiff.attention.nodes import KEYS, PRODUCT, QUERIES, VALUES, WHOLE, AttentionNode
 from qdiff.attention.numerics import NUMERICS
+from qdiff.engines import trt_plugin
 from qdiff.errors import InputError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -149,6 +151,106 @@ def test_the_kernel_takes_entries_in_any_order():
         entries[start:end] = entries[start:end].flip(0)
     second = kernel.attend_rows(q, k, v, order, (offsets.to(DEVICE), entries.to(DEVICE)), tiling, NUMERICS["bf16"])
     assert 0 < error(second, first) < 2e-3
+
+
+def even(tiling, width=2):
+    """Lists as graphs have them, every row of a head equally long, and of one head longer than of the other."""
+    generator = torch.Generator().manual_seed(tiling.tokens)
+    masks = torch.zeros(HEADS, tiling.rows, tiling.columns, dtype=torch.bool)
+    for head, masked in enumerate(masks):
+        ranked = torch.rand(tiling.rows, tiling.columns, generator=generator).argsort(dim=1)
+        masked.scatter_(1, ranked[:, : min(width + head, tiling.columns)], True)
+    return masks
+
+
+def on_device(packed, numerics):
+    operands = vars(pack_kernel.Operands.of(packed, NUMERICS[numerics])).values()
+    return pack_kernel.Operands(*(None if x is None else x.to(DEVICE) for x in operands))
+
+
+@pytest.mark.parametrize("numerics", KERNEL)
+@pytest.mark.parametrize("name", ["no text", "short text", "whole blocks"])
+def test_lists_as_a_graph_has_them(numerics, name):
+    """Bounds and blocks of these heads among those of others give what offsets and entries give, bit for bit."""
+    tiling = TILINGS[name]
+    q, k, v = heads_of(tiling, 64)
+    order, _ = lists_of(tiling)
+    lists = BlockLists.of_masks(even(tiling))
+    everyone = BlockLists.joined([lists, lists])
+    moved = on_device(packing.pack(q, k, v, order, tiling, NUMERICS[numerics]), numerics)
+    found = []
+    for matrix, rows in ((False, lists.by_row(tiling)), (True, (everyone.bounds[HEADS:].int(), everyone.blocks))):
+        launch = kernel.Launch(64, NUMERICS[numerics], tiling.block_q, tiling.block_k, matrix=matrix)
+        out = torch.full_like(q, torch.nan, device=DEVICE)
+        given = tuple(x.to(DEVICE) for x in rows)
+        found.append(kernel.attend_packed(moved, order.int().to(DEVICE), given, tiling, launch, out).cpu())
+    assert torch.equal(*found) and bool(torch.isfinite(found[0]).all())
+
+
+def test_no_list_leads_outside_the_keys():
+    """What it computes from them is nothing to rely on; on a GPU, reading elsewhere would end the process."""
+    tiling = TILINGS["text"]
+    q, k, v = heads_of(tiling, 64)
+    order, _ = lists_of(tiling)
+    moved = on_device(packing.pack(q, k, v, order, tiling, NUMERICS["int8_fp8"]), "int8_fp8")
+    launch = kernel.Launch(64, NUMERICS["int8_fp8"], tiling.block_q, tiling.block_k, matrix=True)
+    blocks = torch.tensor([NOTHING, 2**30, -(2**31)], dtype=torch.int32).expand(tiling.rows, -1).contiguous()
+    rows = (torch.tensor([-5, 2**30, 2], dtype=torch.int32).to(DEVICE), blocks.to(DEVICE))
+    out = torch.full_like(q, torch.nan, device=DEVICE)
+    found = kernel.attend_packed(moved, order.int().to(DEVICE), rows, tiling, launch, out)
+    assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize(
+    ("numerics", "size", "name", "dtype"),
+    [
+        ("int8_fp8", 64, "short text", torch.float16),
+        ("int8_fp8", 72, "text", torch.bfloat16),
+        ("fp8", 128, "no text", torch.float32),
+    ],
+)
+def test_the_plugins_of_an_engine(numerics, size, name, dtype):
+    """The four kernels with the tensors and the integers that TensorRT is told of, codes under the name of INT8, one after the
+    other as in an exported graph; the emulator is given the same queries, keys and values."""
+    tiling, batch, row = TILINGS[name], 2, NUMERICS[numerics]
+    whole = AttentionNode(WHOLE, numerics, True, HEADS, size, tiling, str(dtype).removeprefix("torch."))
+    types = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+    types |= {"INT8": torch.int8, "INT32": torch.int32}
+
+    def run(kind, launched, constants, fp8, *given):
+        told = trt_plugin.interface(whole.part(kind))
+        for (argument, wanted), x in zip(told.inputs, given, strict=True):
+            assert x.dtype == types[wanted] and x.is_contiguous(), argument
+        made = [torch.empty(batch, *shape, dtype=types[wanted], device=DEVICE) for _, wanted, shape in told.outputs]
+        sizes = {"tokens": tiling.tokens, "text": tiling.text, "pitch": given[-1].shape[-1]}
+        values = (*given, *(sizes[scalar] for scalar in told.scalars), *made)
+        named = dict(zip(told.arguments, values, strict=True))
+        named |= {argument: named[argument].view(torch.float8_e4m3fn) for argument in fp8}
+        launched[(*told.grid, batch)](**named, **constants)
+        return made
+
+    q, k, v = (x.to(DEVICE) for x in heads_of(tiling, size, batch=batch, dtype=dtype))
+    q = q * size**-0.5
+    order, _ = lists_of(tiling)
+    lists = BlockLists.of_masks(even(tiling))
+    places, blocks, bounds = (x.to(DEVICE) for x in (order.int(), lists.blocks, lists.bounds.int()))
+    k_mean, v_mean = (x.float().mean(dim=2, keepdim=True) for x in (k, v))
+    v_scale = (v.float() - v_mean).abs().amax(dim=2, keepdim=True) / 448
+    sizes, rows = (row, tiling, HEADS, size), pack_kernel.pack_rows_kernel
+    coded = ["codes"] if row.scores == "fp8" else []
+    q8, q_scale = run(QUERIES, rows, aot.rows_constants(*sizes, False), coded, q, places)
+    k8, k_scale = run(KEYS, rows, aot.rows_constants(*sizes, True), coded, k, k_mean, places)
+    columns = aot.columns_constants(*sizes)
+    (v8,) = run(VALUES, pack_kernel.pack_columns_kernel, columns, ["codes"], v, v_mean, v_scale, places)
+    launch = kernel.Launch(size, row, tiling.block_q, tiling.block_k, kernel.is_partial(tiling), 1.0, matrix=True)
+    coded = ["q", "k", "v"] if row.scores == "fp8" else ["v"]
+    operands = (q8, k8, v8, q_scale, k_scale, v_scale, v_mean, places, bounds, blocks)
+    constants = launch.constants | launch.options
+    (ours,) = run(PRODUCT, kernel.sparse_attention_kernel, constants, coded, *operands)
+    packed = packing.pack(q.cpu(), k.cpu(), v.cpu(), order, tiling, row)
+    same = emulator.attend(packed, order, lists, tiling, row, 1.0, tile=launch.keys)
+    assert ours.dtype == dtype
+    assert error(ours.cpu(), same) < (2e-3 if dtype != torch.bfloat16 else 5e-3)
 
 
 @pytest.mark.parametrize("numerics", KERNEL)
