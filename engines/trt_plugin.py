@@ -28,6 +28,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import GenericAlias
 from typing import TYPE_CHECKING, Any
 
 from qdiff.attention.nodes import DOMAIN, KEYS, PARTS, PRODUCT, QUERIES, VALUES, AttentionNode
@@ -254,7 +255,7 @@ def _define(trt: Any, plugins: Any, name: str, node: AttentionNode) -> None:
     """Registers one plugin. Signatures are made here, for TensorRT reads them: a tensor for each input and nothing else."""
     made, tensor = interface(node), plugins.TensorDesc
     members = {"FP32": "FLOAT", "FP16": "HALF"}
-    results = tuple[(tensor,) * len(made.outputs)]  # type: ignore[misc]
+    results: Any = GenericAlias(tuple, (tensor,) * len(made.outputs))
     kernel = tuple[str, str, plugins.KernelLaunchParams, plugins.SymIntExprs]
 
     def describe(*inputs: Any) -> Any:

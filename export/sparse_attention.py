@@ -83,11 +83,8 @@ class _Writer:
     def whole(self) -> Function:
         inputs, tiling = "q, k, v, order, blocks, bounds", self.tiling
         if not self.output:
-            packed = (
-                self.laid(x, block)
-                for x, block in (("q", tiling.block_q), ("k", tiling.block_k), ("v", tiling.block_k))
-            )
-            return Function(inputs, self.attended(*packed, None, None, "bounds"), self.body)
+            q, k, v = (self.laid("q", tiling.block_q), self.laid("k", tiling.block_k), self.laid("v", tiling.block_k))
+            return Function(inputs, self.attended(q, k, v, None, None, "bounds"), self.body)
         k_mean = self.mean(self.body.cast("k", _FLOAT))
         floats = self.body.cast("v", _FLOAT)
         v_mean = self.mean(floats)
@@ -172,10 +169,12 @@ class _Writer:
         """What was laid, and scales of it, to ``[batch, heads, tokens, size]`` in units of the values."""
         tiling, heads, size = self.tiling, self.made.heads, self.made.size
         empty = self.empty_places()
-        found = [
-            self.head(head, *(self.of_head(x, head) for x in (q, k, v, q_scale, k_scale)), empty, bounds)  # type: ignore[arg-type]
-            for head in range(heads)
-        ]
+        found = []
+        for head in range(heads):
+            own_q, own_k, own_v = self.of_head(q, head), self.of_head(k, head), self.of_head(v, head)
+            own_q_scale = None if q_scale is None else self.of_head(q_scale, head)
+            own_k_scale = None if k_scale is None else self.of_head(k_scale, head)
+            found.append(self.head(head, own_q, own_k, own_v, own_q_scale, own_k_scale, empty, bounds))
         places = tiling.rows * tiling.block_q
         rows = self.do(f"Concat<axis = 1>({', '.join(own for own, _ in found)})")  # [batch, heads * places, size]
         result = self.do(f"Gather<axis = 1>({rows}, {self.positions(places)})")  # [batch, heads, ordered, size]
@@ -185,10 +184,8 @@ class _Writer:
         text = self.do(f"Reshape({text}, {self.axes(0, heads, tiling.text, size)})")
         return self.do(f"Concat<axis = 2>({text}, {result})")
 
-    def of_head(self, x: str | None, head: int) -> str | None:
-        return (
-            None if x is None else self.do(f"Gather<axis = 1>({x}, {self.do(f'Constant<value = int64 {{{head}}}>()')})")
-        )
+    def of_head(self, x: str, head: int) -> str:
+        return self.do(f"Gather<axis = 1>({x}, {self.do(f'Constant<value = int64 {{{head}}}>()')})")
 
     def head(
         self,

@@ -292,6 +292,19 @@ class Graph:
         self.inputs = dict(zip(names, values, strict=True))
         self.profile = Profile("one", {name: (tuple(value.shape),) * 3 for name, value in self.inputs.items()})
 
+    def as_good_as_torch(self, got):
+        """Whether ``got`` is as near to exact attention as torch with the same numerics. To one another they are not: noise has
+        the largest errors of codes there are, 4 %, and 16 bit around them turns some of the roundings."""
+        from qdiff.attention import gathered, oracle
+
+        floats = (self.q.float(), self.k.float(), self.v.float(), self.order, self.lists, self.tiling)
+        exact = oracle.attend(*floats)
+        ours, theirs = (
+            float((x.double() - exact).norm() / exact.norm())
+            for x in (got, gathered.attend(*floats, NUMERICS[self.numerics]))
+        )
+        return 0 < ours < 1.05 * theirs
+
 
 def test_the_file_asks_the_parser_for_plugins_and_runs_without(tmp_path):
     """One file: four nodes that a plugin may compute, in a function whose plain form the ONNX checker, ONNX Runtime and OpenVINO
@@ -329,12 +342,7 @@ def test_openvino_takes_the_file(tmp_path):
             openvino.Core().read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
         )
     given = {name: value.numpy() for name, value in graph.inputs.items()}
-    got = torch.from_numpy(model(given)[0]).float()
-    from qdiff.attention import gathered
-
-    floats = (graph.q.float(), graph.k.float(), graph.v.float(), graph.order)
-    wanted = gathered.attend(*floats, graph.lists, graph.tiling, NUMERICS[graph.numerics])
-    assert float((got - wanted).norm() / wanted.norm()) < 0.01
+    assert graph.as_good_as_torch(torch.from_numpy(model(given)[0]))
 
 
 def test_numerics_without_a_kernel_stay_one_function(tmp_path):
@@ -406,7 +414,6 @@ def test_the_usual_profile_of_such_an_engine_has_one_size(monkeypatch):
 def test_an_engine_on_a_gpu(numerics, size, tmp_path):
     """Parser, launcher, shared memory above 48 KiB, INT8 names of FP8 codes: whatever the tests above take from documents."""
     pytest.importorskip("tensorrt", reason="needs TensorRT: pip install 'qdiff-deploy[tensorrt]'")
-    from qdiff.attention import gathered
     from qdiff.engines import choose
 
     engine, graph = choose("tensorrt"), Graph(tmp_path / "model.onnx", numerics, size, Tiling(1000, 20, 128, 128))
@@ -414,12 +421,9 @@ def test_an_engine_on_a_gpu(numerics, size, tmp_path):
     options = BuildOptions((graph.profile,))
     facts = engine.build(graph.path, tmp_path / "engine", options)
     assert sum(count for kind, count in facts["layers"].items() if "plugin" in kind) == 4
-    floats = (graph.q.float(), graph.k.float(), graph.v.float(), graph.order)
-    wanted = gathered.attend(*floats, graph.lists, graph.tiling, NUMERICS[numerics])
     with engine.load(tmp_path / "engine", options) as runner:
         for _ in range(3):
-            got = runner(graph.inputs).cpu()
-            assert float((got - wanted).norm() / wanted.norm()) < 0.01
+            assert graph.as_good_as_torch(runner(graph.inputs).cpu())
         runner(graph.inputs)
         before = torch.cuda.mem_get_info()[0]
         for _ in range(100):
