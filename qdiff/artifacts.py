@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import json
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,18 @@ def _command(stage: str, path: Path) -> str:
     return f"qdiff {verb} -o {path}" if verb == "calibrate" else f"qdiff {verb} {path}{option}"
 
 
+def _given() -> str:
+    """The command line of this process."""
+    return shlex.join(["qdiff", *sys.argv[1:]])
+
+
+def _again(entry: dict[str, Any], stage: str) -> str | None:
+    """The command that goes on with a stage that was cut off, with its options; ``None`` where that was no command line."""
+    words = str(entry.get("command", "")).split(" ")
+    made_by = (stage.partition(":")[0], "run")
+    return " ".join(word for word in words if word != "--force") if words[1:2] and words[1] in made_by else None
+
+
 class StageRun:
     """One stage at work, between its beginning and its end. Made by :meth:`Run.stage`."""
 
@@ -94,7 +107,7 @@ class StageRun:
             "outputs": {str(path.relative_to(self.run.path)): sha256_file(path) for path in self._outputs},
             "seconds": round(self.usage.seconds, 3),
             "peak_memory_bytes": self.usage.peak_bytes,
-            "command": " ".join(["qdiff", *sys.argv[1:]]),
+            "command": _given(),
             "versions": versions(),
             **self._facts,
         }
@@ -173,7 +186,8 @@ class Run:
         entry = self.manifest["stages"].get(stage)
         if not entry or entry.get("status") != "done":
             state = "was cut off" if entry else "has not been done"
-            raise InputError(f"stage {stage!r} {state} in {self.path}", f"run: {_command(stage, self.path)}")
+            again = _again(entry or {}, stage) or _command(stage, self.path)
+            raise InputError(f"stage {stage!r} {state} in {self.path}", f"run: {again}")
         return entry
 
     def done(self, stage: str) -> bool:
@@ -226,6 +240,10 @@ class Run:
         self.verify(stage)
         return True
 
+    def _verify_all(self, stages: Iterable[str]) -> None:
+        for stage in stages:
+            self.verify(stage)
+
     def _fix(self, stage: str) -> str:
         """What to do about a stage that was made from other inputs, and what that costs."""
         later = self._made_from(stage)
@@ -253,6 +271,7 @@ class Run:
         force: bool = False,
         replace: bool = False,
         leftovers: Iterable[str] = (),
+        needs: Iterable[str] = (),
     ) -> Iterator[StageRun | None]:
         """Does a stage unless it is done already.
 
@@ -265,6 +284,7 @@ class Run:
             force: forget what is there (``leftovers`` are deleted) and begin anew.
             replace: other inputs than the recorded ones are no error: the stage is done anew, its files are keyed by its inputs.
             leftovers: paths in the run folder that belong to this stage.
+            needs: stages whose files this one reads: they are verified (:meth:`verify`) before anything is deleted or begun.
         """
         assert name.partition(":")[0] in UPSTREAM
         self.path.mkdir(parents=True, exist_ok=True)
@@ -274,6 +294,7 @@ class Run:
             self._sweep()
             before, later, deleted = dict(self.manifest["stages"]), self._made_from(name), False
             if force:
+                self._verify_all(needs)
                 self._forget(name)
                 finished = before.get(name, {}).get("outputs", {})
                 for leftover in leftovers:
@@ -290,9 +311,12 @@ class Run:
                 log.info("%s: done already in %s", name, self.path)
                 yield None
                 return
+            if not force:
+                self._verify_all(needs)
             work = StageRun(self, name, json.loads(json.dumps(inputs)))
             work.resumed = name in self.manifest["stages"]
-            self.manifest["stages"][name] = {"status": "begun", "inputs": work.inputs, "outputs": {}}
+            begun = {"status": "begun", "inputs": work.inputs, "outputs": {}, "command": _given()}
+            self.manifest["stages"][name] = begun
             self._write()
             release_memory()
             try:

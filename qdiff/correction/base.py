@@ -44,7 +44,7 @@ class Moment:
 class Correction(BaseModel, ABC):
     """Changes what goes into a scheduler's step. Without a reason to, a method leaves a part as it is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     method: str
     absorbs_noise: ClassVar[bool] = False
@@ -77,13 +77,15 @@ Score = Callable[[Correction], float]
 CORRECTIONS: Registry[type[Correction]] = Registry("correction", InputError)
 
 
-def load_correction(value: dict[str, Any]) -> Correction:
+def load_correction(value: Any) -> Correction:
     """A correction from its JSON values.
 
     Raises:
-        IntegrityError: unknown method or fields.
+        IntegrityError: unknown method or fields, or numbers that are none.
     """
     try:
+        if not isinstance(value, dict):
+            raise InputError("no group of settings")
         return CORRECTIONS[str(value.get("method"))].model_validate(value)
     except (ValidationError, InputError) as error:
         raise IntegrityError(f"not a correction: {str(error)[:200]}", "run: qdiff correct RUN --force") from None

@@ -34,9 +34,8 @@ def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
 
     options = AttentionOptions()
     inputs = {"calibrate": run.outputs_hash("calibrate"), **asdict(options)}
-    with run.stage(STAGE, inputs, force=force, leftovers=["attention"]) as work:
+    with run.stage(STAGE, inputs, force=force, leftovers=["attention"], needs=["calibrate"]) as work:
         if work is not None:
-            run.verify("calibrate")
             scratch = Scratch(run.file(SCRATCH), sha256_json(inputs))
             model = reload_model(run)
             statistics = AttentionCalibration(model, Trajectory(run.file("calibration")), options, scratch).run()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qdiff.calib.record import Recording
     from qdiff.models.base import Model
 
-DEFAULT_SAMPLES = 32
+DEFAULT_SAMPLES, MOST_SAMPLES = 32, 10_000
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def load_prompts(options: CalibrateOptions) -> list[str]:
     from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
 
-    if options.samples is not None and options.samples < 1:
-        raise UsageError(f"--samples {options.samples} is not a positive number")
+    if options.samples is not None and not 1 <= options.samples <= MOST_SAMPLES:
+        raise UsageError(f"--samples {options.samples} is not between 1 and {MOST_SAMPLES}", "16 to 128 are usual")
     if options.prompts is None:
         return default_prompts(options.samples or DEFAULT_SAMPLES, options.seed, FAMILIES[options.model].media)
     return choose(read_prompts(options.prompts), options.samples)

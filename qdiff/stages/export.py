@@ -62,11 +62,9 @@ def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = F
             "layers": len(plan.layers),
             "opset": target.opset,
         }
-    stage = f"export:{target.name}"
-    with run.stage(stage, inputs, force=force, leftovers=[f"onnx/{target.name}"]) as work:
+    stage, needs = f"export:{target.name}", ("quantize", "calibrate")  # parity replays the trajectory
+    with run.stage(stage, inputs, force=force, leftovers=[f"onnx/{target.name}"], needs=needs) as work:
         if work is not None:
-            run.verify("quantize")
-            run.verify("calibrate")  # parity replays its trajectory
             _work(run, target, work)
     entry = run.entry(stage)
     return {

@@ -61,9 +61,8 @@ def quantize(
         inputs["attention"] = run.outputs_hash(ATTENTION)
     if dry_run:
         return _dry_run(run, decided)
-    with run.stage("quantize", inputs, force=force, leftovers=[SCRATCH]) as work:
+    with run.stage("quantize", inputs, force=force, leftovers=[SCRATCH], needs=["calibrate"]) as work:
         if work is not None:
-            run.verify("calibrate")
             _work(run, decided, work, Scratch(run.file(SCRATCH), sha256_json(inputs)))
     return _summary(run)
 

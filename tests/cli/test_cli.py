@@ -71,6 +71,7 @@ USAGE = {
     "scheduler": ([*CALIBRATE, "--scheduler", "dpmsolver+"], ["'dpmsolver+'", "dpmsolver++"]),
     "steps": ([*CALIBRATE[:3], "--samples", "2", "--steps", "0"], ["--steps 0"]),
     "samples": ([*CALIBRATE[:3], "--samples", "-1"], ["--samples -1"]),
+    "huge samples": ([*CALIBRATE[:3], "--samples", "999999999"], ["--samples 999999999"]),
     "batch": ([*CALIBRATE, "--batch", "0"], ["--batch 0"]),
     "guidance": ([*CALIBRATE, "--guidance", "nan"], ["--guidance nan"]),
     "seed": ([*CALIBRATE, "--seed", "-1"], ["--seed -1"]),

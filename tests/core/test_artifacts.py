@@ -165,6 +165,42 @@ def test_making_a_stage_anew_forgets_what_was_made_from_it(tmp_path):
     assert f"qdiff export {run.path} --target tensorrt" in str(caught.value)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_nothing_is_deleted_for_a_stage_whose_sources_were_changed(tmp_path, force):
+    run = Run(tmp_path / "run")
+    work(run, "calibrate", {})
+    work(run, "quantize", {})
+    (tmp_path / "run" / "old").write_text("kept")
+    run.file("calibrate.txt").write_text("changed")
+    with (
+        pytest.raises(IntegrityError, match="calibrate.txt"),
+        run.stage(
+            "quantize", {"other": 1} if force else {}, force=force, leftovers=["old"], needs=["calibrate"]
+        ) as stage,
+    ):
+        assert stage is None, "a finished stage reads nothing"
+        raise IntegrityError("calibrate.txt")
+    assert Run(run.path).done("quantize") and run.file("old").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [
+        (["quantize", "RUN", "--force", "--set", "a=[1, 2]"], "qdiff quantize RUN --set 'a=[1, 2]'"),
+        (["run", "--model", "pixart"], "qdiff run --model pixart"),
+        (["demo"], "qdiff quantize {path}"),
+    ],
+)
+def test_the_way_on_is_the_command_that_was_cut_off(tmp_path, monkeypatch, given, again):
+    run = Run(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["/bin/qdiff", *given])
+    with pytest.raises(KeyboardInterrupt), run.stage("quantize", {}):
+        raise KeyboardInterrupt
+    with pytest.raises(InputError) as caught:
+        Run(run.path).entry("quantize")
+    assert caught.value.fix == f"run: {again.format(path=run.path)}"
+
+
 def test_a_stage_that_was_cut_off_goes_on_and_refuses_others(tmp_path):
     run = Run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), run.stage("calibrate", {"seed": 0}) as stage:

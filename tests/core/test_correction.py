@@ -200,7 +200,11 @@ def test_between_and_shares():
 def test_a_correction_is_read_as_it_was_written():
     for correction in identities([3.0, 1.0]):
         assert load_correction(correction.model_dump(mode="json")) == correction
-    for damaged in ({"method": "magic"}, {"method": "q_drift", "timesteps": [1.0]}, {}):
+        for key, entry in correction.model_dump(mode="json").items():
+            if isinstance(entry, list) and entry and isinstance(entry[0], float):
+                with pytest.raises(IntegrityError, match="not a correction"):
+                    load_correction({**correction.model_dump(mode="json"), key: [float("nan"), *entry[1:]]})
+    for damaged in ({"method": "magic"}, {"method": "q_drift", "timesteps": [1.0]}, {}, [], None, 3):
         with pytest.raises(IntegrityError, match="not a correction"):
             load_correction(damaged)
 
