@@ -20,8 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.attention.nodes import AttentionNode
-from qdiff.attention.numerics import NUMERICS
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
@@ -168,6 +166,9 @@ def _pairs_of_fp8(path: Path) -> bool:
     import onnx
 
     functions = onnx.load(str(path), load_external_data=False).functions
+    from qdiff.attention.nodes import AttentionNode
+    from qdiff.attention.numerics import NUMERICS
+
     found = (AttentionNode.named(function.name) for function in functions)
     return any(node is not None and node.pairs and NUMERICS[node.numerics].coded for node in found)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdiff.engines import trt_plugin
 from qdiff.engines.base import ENGINES, BuildOptions
 from qdiff.engines.trt_engine import TensorRTEngine
 
@@ -29,6 +28,8 @@ class DataCentreTensorRTEngine(TensorRTEngine):
     known_flags = {**TensorRTEngine.known_flags, "attention": ("kernel", "plain")}
 
     def _plugins(self, trt: Any, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
+        from qdiff.engines import trt_plugin  # it needs torch, which importing engines must not
+
         names = trt_plugin.taken_over(onnx) if self.flag(options, "attention") == "kernel" else ()
         if names:
             trt_plugin.require_static(options.profiles)
