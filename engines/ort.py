@@ -165,10 +165,10 @@ def _pairs_of_fp8(path: Path) -> bool:
     it folds."""
     import onnx
 
-    functions = onnx.load(str(path), load_external_data=False).functions
     from qdiff.attention.nodes import AttentionNode
     from qdiff.attention.numerics import NUMERICS
 
+    functions = onnx.load(str(path), load_external_data=False).functions
     found = (AttentionNode.named(function.name) for function in functions)
     return any(node is not None and node.pairs and NUMERICS[node.numerics].coded for node in found)
 
