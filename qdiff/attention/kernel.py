@@ -9,6 +9,9 @@ One program computes one block of queries of one head: it walks the list of key 
   about 22 bits (:mod:`qdiff.attention.emulator`). BF16 sums in full precision, there the compiler fuses the two.
 - **Addresses are multiples of a constant**: strides are whole blocks, so that they are known to be aligned at compile time, and
   loads become asynchronous copies whatever the number of tokens is.
+- **Probabilities stay in their registers.** In FP8 the second product takes its first operand with other columns in a thread than
+  the scores come in; the keys of each 16 are summed in an order in which they are the same (:func:`interleaved`), and the
+  values are packed in that order. Otherwise a tile's probabilities would be shuffled between threads.
 - **Exponentials are of base 2**, the scales and log2 e are one factor, and the step of the probabilities, 2^-8, is part of
   the exponent.
 - **Numbers of blocks are read one step ahead**, so that the addresses of what is to be copied wait for nothing.
@@ -145,6 +148,8 @@ def sparse_attention_kernel(
         probabilities = tl.exp2(scores * factor - (grown - OFFSET)[:, None])
         fade = tl.exp2(largest - grown)
         total = total * fade + tl.sum(probabilities, 1)
+        if CODED:
+            probabilities = interleaved(probabilities)
         codes = cast(probabilities, v.dtype.element_ty)
         acc = acc * fade[:, None] + product(codes, tl.load(v + channel[None, :] * stride + place[:, None]))
         if REST_PV:
@@ -161,6 +166,13 @@ def sparse_attention_kernel(
     _finish(acc * share[:, None], to, token, channel, plane, v_scale, v_mean, listed, SIZE, CODED)
     if REST_PV:
         _finish(acc_rest * share[:, None], to, token, rest_pv, plane, v_scale, v_mean, listed, SIZE, CODED)
+
+
+@triton.jit
+def interleaved(x):
+    """``[queries, keys]`` with the keys in the order of packed FP8 values, :func:`qdiff.attention.pack_kernel.place_of`."""
+    split = tl.reshape(x, [x.shape[0], x.shape[1] // 16, 2, 4, 2])
+    return tl.reshape(tl.permute(split, (0, 1, 3, 2, 4)), [x.shape[0], x.shape[1]])
 
 
 @triton.jit

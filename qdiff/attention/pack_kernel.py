@@ -72,6 +72,15 @@ def token_at(order, head, place, tokens, text, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def place_of(column, CODED: tl.constexpr):
+    """Which place of the keys lies in a column of the packed values. FP8 ones are put so that a thread's probabilities, columns
+    ``8 b + 2 t + e`` of 16 as a tensor core returns scores, are what it hands in: columns ``4 t + 2 b + e``."""
+    if CODED:
+        column = (column & -16) + (column & 2) * 4 + ((column >> 2) & 3) * 2 + (column & 1)
+    return column
+
+
+@triton.jit
 def _tokens(x, token, channel, stride_token, SIZE: tl.constexpr):
     """Rows of ``x`` as float32 ``[tokens, channels]``, zeros where nothing is."""
     there = (token >= 0)[:, None] & (channel < SIZE)[None, :]
@@ -142,15 +151,15 @@ def pack_columns_kernel(
     PART: tl.constexpr,
     CODED: tl.constexpr,
 ):
-    """``PART`` places of the values, transposed; the grid is ``(stride of the places / PART, heads, batch)``.
+    """``PART`` places of the values, transposed and put in the order of :func:`place_of`; the grid is ``(stride of the places / PART, heads, batch)``.
 
     ``x`` as in :func:`pack_rows_kernel`, ``mean`` and ``scales`` float32 ``[batch, heads, SIZE]`` (``None`` if not ``CODED``) to
     ``codes [batch, heads, WIDTH, stride]``. ``BLOCK`` is that of the keys.
     """
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     plane = sample * tl.num_programs(1) + head
-    channel, place = tl.arange(0, CHANNELS), tl.program_id(0) * PART + tl.arange(0, PART)
-    token = token_at(order, head, place, tokens, text, BLOCK)
+    channel, column = tl.arange(0, CHANNELS), tl.program_id(0) * PART + tl.arange(0, PART)
+    token = token_at(order, head, place_of(column, CODED), tokens, text, BLOCK)
     values = _tokens(x + sample * stride_batch + head.to(tl.int64) * stride_head, token, channel, stride_token, SIZE)
     if CODED:
         centre = tl.load(mean + plane * SIZE + channel, mask=channel < SIZE, other=0.0)
@@ -160,7 +169,7 @@ def pack_columns_kernel(
     result = cast(values, codes.dtype.element_ty)
     stride = tl.num_programs(0) * PART
     codes += plane * stride * WIDTH
-    tl.store(codes + channel[:, None] * stride + place[None, :], tl.trans(result), mask=(channel < WIDTH)[:, None])
+    tl.store(codes + channel[:, None] * stride + column[None, :], tl.trans(result), mask=(channel < WIDTH)[:, None])
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,8 @@ class Operands:
 
     Args:
         q, k: ``[batch, heads, places, width]``, channels padded with zeros (:class:`Widths`).
-        v: ``[batch, heads, width, stride]``: places of keys, padded to a multiple of :data:`STRIDE`.
+        v: ``[batch, heads, width, stride]``: places of keys, padded to a multiple of :data:`STRIDE`; FP8 ones in the order of
+            :func:`place_of`.
         q_scale, k_scale: float32 ``[batch, heads, blocks]``.
         v_scale, v_mean: float32 ``[batch, heads, size]``.
     """
@@ -236,7 +246,8 @@ class Operands:
         )
         if packed.v_scale is None or packed.v_mean is None:
             return cls(q, k, v)
-        return cls(q, k, v, packed.q_scale, packed.k_scale, packed.v_scale[:, :, 0], packed.v_mean[:, :, 0])
+        v = v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)  # place_of
+        return cls(q, k, v.contiguous(), packed.q_scale, packed.k_scale, packed.v_scale[:, :, 0], packed.v_mean[:, :, 0])
 
 
 def stride_of(tiling: Tiling) -> int:
