@@ -3,7 +3,8 @@
     python -m bench.attention [--json] [--rounds 20] [--shape HEADS TOKENS SIZE]
 
 All contenders of a shape take turns, round by round; times are medians, speeds are over cuDNN's dense attention in BF16 of the
-same rounds. On a GPU the L2 cache is overwritten before every call, and events measure the GPU's time. ``ATTENTION`` leaves out
+same rounds. On a GPU every contender is a recorded graph, so that nothing waits for Python, the L2 cache is overwritten before
+every call, and events measure the GPU's time. ``ATTENTION`` leaves out
 what qdiff spends on ordering and quantizing, ``ALL`` does not. TFLOP/s count the block pairs that are read.
 
 Data are white noise, which no format likes: there is nothing in it that a mean or a neighbourhood would take out. An error is
@@ -18,6 +19,7 @@ over torch's dense attention.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -135,8 +137,13 @@ def flex(case: Case, density: float) -> Callable[[], Tensor]:
         seq_lengths=(case.tiling.tokens, case.tiling.tokens),
     )
     q, k, v = case.ordered()
-    call = torch.compile(flex_attention)
+    call = _compiled(flex_attention)
     return lambda: call(q, k, v, block_mask=mask)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False)
 
 
 def dense(case: Case, backend: Any) -> Callable[[], Tensor]:
@@ -167,19 +174,22 @@ def flash3(case: Case) -> Callable[[], Tensor]:
 
 def by_kernel(case: Case, density: float, numerics: str) -> Contender:
     """qdiff's Triton kernel."""
-    from qdiff.attention import kernel, pack_kernel
+    from qdiff.attention import gpu, pack_kernel
+    from qdiff.attention.kernel import Launch, is_partial
 
     row, device = NUMERICS[numerics], case.q.device
-    rows = kernel.on_device(case.lists[density], case.tiling, device)
+    rows = gpu.on_device(case.lists[density], case.tiling, device)
     order = case.order.to(device, torch.int32).contiguous()
-    launch = kernel.Launch(case.q.shape[-1], row, case.block, case.block, kernel.is_partial(case.tiling))
+    size, blocks = case.q.shape[-1], (case.block, case.block)
+    constants = gpu.tuned(size, row, case.tiling, torch.cuda.get_device_capability(device))
+    launch = Launch(size, row, *blocks, is_partial(case.tiling), **constants)
     packed = pack_kernel.pack(case.q, case.k, case.v, order, case.tiling, row)
     out = torch.empty_like(case.q)
     return Contender(
         f"qdiff {numerics}",
         density,
-        lambda: kernel.attend_rows(case.q, case.k, case.v, order, rows, case.tiling, row),
-        lambda: kernel.attend_packed(packed, order, rows, case.tiling, launch, out),
+        lambda: gpu.attend_rows(case.q, case.k, case.v, order, rows, case.tiling, row),
+        lambda: gpu.attend_packed(packed, order, rows, case.tiling, launch, out),
     )
 
 
@@ -318,6 +328,25 @@ def timed_on_cpu(run: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
+def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Any]:
+    """``run`` as a CUDA graph; what cannot be one as it is."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+    except RuntimeError as error:
+        print(f"not recorded: {str(error).splitlines()[0]}", file=sys.stderr)
+        torch.cuda.synchronize()
+        return run
+
+    def replay() -> Any:
+        graph.replay()
+        return run  # which keeps alive what the graph reads and writes
+
+    return replay
+
+
 def timed_on_gpu(run: Callable[[], Tensor], flush: Tensor) -> float:
     """Seconds that the GPU spends on one call, its cache overwritten."""
     flush.zero_()
@@ -332,6 +361,13 @@ def timed_on_gpu(run: Callable[[], Tensor], flush: Tensor) -> float:
 def measure(rows: list[Contender], rounds: int, on_gpu: bool) -> None:
     """Times all rows in turn, ``rounds`` times after one that does not count."""
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else torch.empty(0)
+    if on_gpu:
+        pool = (
+            torch.cuda.graph_pool_handle()
+        )  # one for all: graphs run one after the other, and nobody reads the results
+        for row in rows:
+            row.run = recorded(row.run, pool)
+            row.bare = None if row.bare is None else recorded(row.bare, pool)
     for turn in range(rounds + 1):
         for row in rows:
             seconds = timed_on_gpu(row.run, flush) if on_gpu else timed_on_cpu(row.run)

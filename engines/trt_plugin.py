@@ -77,10 +77,11 @@ class Interface:
 
 def interface(node: AttentionNode) -> Interface:
     """Inputs, outputs and grid of a node."""
-    from qdiff.attention.pack_kernel import PART, Widths, stride_of
+    from qdiff.attention.kernel import PROGRAM
+    from qdiff.attention.pack_kernel import PART, Widths
 
     tiling, heads, widths = node.tiling, node.heads, Widths.of(node.size, NUMERICS[node.numerics])
-    rows, columns, stride = tiling.text_rows + tiling.rows, tiling.text_columns + tiling.columns, stride_of(tiling)
+    rows, columns = tiling.text_rows + tiling.rows, tiling.text_columns + tiling.columns
     x, order, sizes = ("x", _TYPES[node.dtype]), ("order", "INT32"), ("tokens", "text")
     if node.kind in (QUERIES, KEYS):
         keys = node.kind == KEYS
@@ -88,13 +89,14 @@ def interface(node: AttentionNode) -> Interface:
         packed = ("codes", "INT8", (heads, blocks * block, widths.qk)), ("scales", "FP32", (heads, blocks))
         return Interface((x, ("mean", "FP32"), order) if keys else (x, order), sizes, packed, (blocks, heads))
     if node.kind == VALUES:
-        codes = ("codes", "INT8", (heads, widths.pv, stride))
-        return Interface((x, ("mean", "FP32"), ("scales", "FP32"), order), sizes, (codes,), (stride // PART, heads))
+        codes = ("codes", "INT8", (heads, columns, widths.pv, tiling.block_k))
+        programs = columns * tiling.block_k // min(PART, tiling.block_k)
+        return Interface((x, ("mean", "FP32"), ("scales", "FP32"), order), sizes, (codes,), (programs, heads))
     given = [(name, "INT8") for name in ("q", "k", "v")]
     given += [(name, "FP32") for name in ("q_scale", "k_scale", "v_scale", "v_mean")]
     given += [(name, "INT32") for name in ("order", "ends", "entries")]
     out = ("out", _TYPES[node.dtype], (heads, tiling.tokens, node.size))
-    return Interface(tuple(given), (*sizes, "pitch"), (out,), (rows, heads))
+    return Interface(tuple(given), (*sizes, "pitch"), (out,), (rows * tiling.block_q // PROGRAM, heads))
 
 
 def launches(node: AttentionNode, capability: int) -> tuple[Launch, ...]:
@@ -121,7 +123,9 @@ def launches(node: AttentionNode, capability: int) -> tuple[Launch, ...]:
         for one in aot.SHIPPED
         if (one.size, one.numerics, one.block_q, one.block_k) == (own.size, own.numerics, own.block_q, own.block_k)
     ]
-    found = list(dict.fromkeys(shipped or [replace(own, tile=own.keys)]))
+    limit = aot.SHARED_LIMITS[capability]
+    made = dict.fromkeys(shipped or [replace(own, tile=own.keys)])
+    found = [one for one in made if _attention(one, capability, node.dtype).shared <= limit]
     if all(_attention(one, capability, node.dtype).shared > PLAIN_LAUNCH for one in found):
         found.append(replace(own, tile=TILE // 2))
     return tuple(found)

@@ -34,15 +34,15 @@ from triton.runtime.jit import JITFunction
 from qdiff.attention.kernel import Launch, sparse_attention_kernel
 from qdiff.attention.lists import Tiling
 from qdiff.attention.numerics import NUMERICS, Numerics
-from qdiff.attention.pack_kernel import PART, Widths, pack_columns_kernel, pack_rows_kernel
+from qdiff.attention.pack_kernel import PART, WARPS, Widths, pack_columns_kernel, pack_rows_kernel
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.formats import format_named
 
 CAPABILITIES = (90, 89, 120)
-SHARED_LIMIT = 227 * 1024  # of a Hopper's block
+SHARED_LIMITS = {90: 227 * 1024, 89: 99 * 1024, 120: 99 * 1024}  # bytes of a block, by compute capability
 ALIGNMENT = ("tt.divisibility", 16)
 HIDDEN = 2
-PACKING = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}  # as pack_kernel's launches: triton's defaults
+PACKING = {"num_stages": 3, "enable_fp_fusion": False}  # as pack_kernel's launches
 ELEMENTS = {
     "int8": "i8",
     "fp8": "fp8e4nv",
@@ -56,7 +56,7 @@ SHIPPED = tuple(
     for numerics in ("int8_fp8", "fp8", "bf16")
     for tiling in ((128, 128), (64, 64))
 ) + tuple(
-    Launch(size, NUMERICS[numerics], 128, 128, tile=128) for size in (64, 128) for numerics in ("int8_fp8", "fp8")
+    Launch(size, NUMERICS[numerics], 128, 128, tile=128) for size in (64, 72, 128) for numerics in ("int8_fp8", "fp8")
 )
 
 
@@ -146,7 +146,7 @@ def compile_rows(
     element = ELEMENTS[numerics.scores or ""]
     pointers = {"x": _float(x), "mean": "fp32", "order": "i32", "codes": element, "scales": "fp32"}
     constants = rows_constants(numerics, tiling, heads, size, keys)
-    return _compile(pack_rows_kernel, pointers, constants, PACKING, capability, ptx_version)
+    return _compile(pack_rows_kernel, pointers, constants, PACKING | {"num_warps": WARPS}, capability, ptx_version)
 
 
 def rows_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int, keys: bool) -> dict[str, object]:
@@ -170,7 +170,7 @@ def compile_columns(
     pointers = {"x": _float(x), "order": "i32", "codes": ELEMENTS[numerics.output or ""]}
     pointers |= dict.fromkeys(("mean", "scales"), "fp32")
     constants = columns_constants(numerics, tiling, heads, size)
-    return _compile(pack_columns_kernel, pointers, constants, PACKING, capability, ptx_version)
+    return _compile(pack_columns_kernel, pointers, constants, PACKING | {"num_warps": 4}, capability, ptx_version)
 
 
 def columns_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int) -> dict[str, object]:
@@ -179,7 +179,7 @@ def columns_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int)
     return {
         "WIDTH": widths.pv,
         "BLOCK": tiling.block_k,
-        "PART": PART,
+        "PART": min(PART, tiling.block_k),
         "CODED": True,
         **_strides(tiling, heads, size),
         **widths.channels(size),

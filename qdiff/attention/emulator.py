@@ -5,7 +5,8 @@ Where :mod:`qdiff.attention.gathered` sees a whole row of scores, a kernel sees 
 no difference; with rounded probabilities it does, because they are rounded relative to the maximum so far.
 
 Hopper's FP8 tensor cores add products of 32 pairs at a time into a register that keeps about 22 bits (DeepSeek-V3,
-arXiv 2412.19437 §3.3.2). ``accumulator_bits`` models it: after every 32 keys the sum is cut to that many bits of mantissa.
+arXiv 2412.19437 §3.3.2). ``accumulator_bits`` models it (:func:`aligned_sum`), in FP8 scores and in the output: 32 products and
+what the register holds are aligned to the largest of them, and what falls below that many bits of it is lost.
 ``flush`` says whether the sum goes to a float32 accumulator after each tile, as the kernel does, or lives in the short one to
 the end, which at 75,600 keys costs several percent.
 """
@@ -41,11 +42,15 @@ def attend(
     Args:
         packed: operands (:func:`qdiff.attention.packing.pack`), as the kernel is given them.
         tile: keys that the kernel takes at a time, a divisor of the block; ``None``: a block.
-        accumulator_bits: mantissa of the accumulator of probabilities and values; ``None``: float32's.
+        accumulator_bits: mantissa of the accumulator of FP8 products; ``None``: float32's.
         flush: whether each tile has an accumulator of its own.
     """
     queries, keys, values = packed.values(tiling)
-    scores = queries @ keys.mT * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    scores = queries @ keys.mT
+    if accumulator_bits is not None and numerics.scores == "fp8":
+        scores = _in_steps(packed.q.float(), packed.k.float().mT, torch.zeros_like(scores), accumulator_bits)
+        scores = scores * packed.score_scale(tiling)
+    scores = scores * (queries.shape[-1] ** -0.5 if scale is None else scale)
     result = torch.zeros_like(queries)
     offsets, entries = lists.by_row(tiling)
     step = tile or tiling.block_k
@@ -105,13 +110,22 @@ def _row(
 
 
 def _accumulated(codes: Tensor, values: Tensor, before: Tensor, bits: int, flush: bool) -> Tensor:
-    register = torch.zeros_like(before) if flush else before
-    for start in range(0, codes.shape[1], STEP):
-        register = shortened(register + codes[:, start : start + STEP] @ values[start : start + STEP], bits)
+    register = _in_steps(codes, values, torch.zeros_like(before) if flush else before, bits)
     return before + register if flush else register
 
 
-def shortened(x: Tensor, bits: int) -> Tensor:
-    """float32 ``x`` with its mantissa cut to ``bits`` bits (towards zero)."""
-    dropped = torch.finfo(torch.float32).bits - 9 - bits
-    return (x.view(torch.int32) >> dropped << dropped).view(torch.float32)
+def _in_steps(a: Tensor, b: Tensor, register: Tensor, bits: int) -> Tensor:
+    """``register + a @ b``, one instruction's products at a time."""
+    for start in range(0, a.shape[-1], STEP):
+        span = slice(start, start + STEP)
+        products = a[..., :, None, span] * b[..., span, :].mT[..., None, :, :]
+        register = aligned_sum(torch.cat([products, register[..., None]], dim=-1), bits)
+    return register
+
+
+def aligned_sum(x: Tensor, bits: int) -> Tensor:
+    """Sum over the last axis of float32 ``x`` as a tensor core adds: every addend is cut, towards zero, to multiples of the
+    largest one's power of two over ``2 ** bits``."""
+    exponent = torch.frexp(x.abs().amax(dim=-1, keepdim=True)).exponent - 1
+    unit = torch.ldexp(torch.ones_like(x[..., :1]), exponent - bits)
+    return ((x / unit).trunc() * unit).sum(dim=-1)

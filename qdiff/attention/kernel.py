@@ -32,19 +32,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qdiff.attention.lists import BlockLists, Tiling
+from qdiff.attention.lists import Tiling
 from qdiff.attention.numerics import PROBABILITY_SCALE, Numerics
-from qdiff.attention.pack_kernel import Operands, Widths, cast, pack, product, token_at
-from qdiff.errors import InputError, MissingDependencyError
+from qdiff.attention.pack_kernel import Operands, Widths, cast, product, token_at
+from qdiff.errors import InputError
 
 OFFSET = tl.constexpr(math.log2(PROBABILITY_SCALE))
+PROGRAM = 64  # queries
 TILE = 64
-STAGES = 3
 
 
 @triton.jit(do_not_specialize=["tokens", "text", "pitch"])
@@ -70,12 +69,13 @@ def sparse_attention_kernel(
     REST_PV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    QUERIES: tl.constexpr,
     TILE: tl.constexpr,
     CODED: tl.constexpr,
     PARTIAL: tl.constexpr,
     MATRIX: tl.constexpr,
 ):
-    """One block of queries. The grid is ``(blocks of queries, heads, batch)``.
+    """``QUERIES`` queries of a block. The grid is ``(blocks of queries times BLOCK_Q / QUERIES, heads, batch)``.
 
     Pointers are those of :class:`qdiff.attention.pack_kernel.Operands`, of the order ``[heads, ordered]`` and of the lists, all
     int32 where integers; ``out [batch, heads, tokens, SIZE]``. ``SCALE`` contains log2 e. ``MAIN`` and the rests are
@@ -87,19 +87,20 @@ def sparse_attention_kernel(
     what text adds to the lists follows from the numbers of tokens. There they may not hold ``NOTHING``; no bound and no number
     of a block, however wrong, makes an address outside the lists or the keys.
     """
-    row, head = tl.program_id(0), tl.program_id(1)
-    rows = tl.num_programs(0)
+    SHARE: tl.constexpr = BLOCK_Q // QUERIES
+    row, head = tl.program_id(0) // SHARE, tl.program_id(1)
+    rows = tl.num_programs(0) // SHARE
     plane = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head
     text_columns = tl.cdiv(text, BLOCK_K)
     columns = text_columns + tl.cdiv(tokens - text, BLOCK_K)
-    stride = tl.cdiv(columns * BLOCK_K, 128) * 128
     WIDTH: tl.constexpr = MAIN + REST_QK
+    PV: tl.constexpr = MAIN + REST_PV
     channel, key = tl.arange(0, MAIN), tl.arange(0, TILE)
-    query = tl.arange(0, BLOCK_Q)
+    query = tl.arange(0, QUERIES)
 
-    q += (plane * rows + row) * (BLOCK_Q * WIDTH)
+    q += (plane * tl.num_programs(0) + tl.program_id(0)) * (QUERIES * WIDTH)
     k += plane * columns * (BLOCK_K * WIDTH)
-    v += plane * stride * (MAIN + REST_PV)
+    v += plane * columns * (BLOCK_K * PV)
     queries = tl.load(q + query[:, None] * WIDTH + channel[None, :])
     if REST_QK:
         rest_qk = MAIN + tl.arange(0, REST_QK)
@@ -107,12 +108,12 @@ def sparse_attention_kernel(
     if CODED:
         factor_q = tl.load(q_scale + plane * rows + row) * SCALE
         k_scale += plane * columns
-    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, MAIN], tl.float32)
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, MAIN], tl.float32)
     if REST_PV:
         rest_pv = MAIN + tl.arange(0, REST_PV)
-        acc_rest = tl.zeros([BLOCK_Q, REST_PV], tl.float32)
+        acc_rest = tl.zeros([QUERIES, REST_PV], tl.float32)
 
     PARTS: tl.constexpr = BLOCK_K // TILE
     if MATRIX:
@@ -131,15 +132,16 @@ def sparse_attention_kernel(
     for step in tl.range(first * PARTS, last * PARTS):
         following = (step + 1) // PARTS
         upcoming = _block(entries, following, last, ahead, text_columns, columns, MATRIX)
-        place = block * BLOCK_K + (step % PARTS) * TILE + key
-        scores = product(queries, tl.load(k + place[None, :] * WIDTH + channel[:, None]))
+        part = (step % PARTS) * TILE
+        keys = k + (block.to(tl.int64) * BLOCK_K + part) * WIDTH
+        scores = product(queries, tl.load(keys + (key[None, :] * WIDTH + channel[:, None])))
         if REST_QK:
-            scores = product(queries_rest, tl.load(k + place[None, :] * WIDTH + rest_qk[:, None]), scores)
+            scores = product(queries_rest, tl.load(keys + (key[None, :] * WIDTH + rest_qk[:, None])), scores)
         scores = scores.to(tl.float32)
         if PARTIAL:
             if (block == text_columns - 1) | (block == columns - 1):
                 end = tl.where(block < text_columns, text, text_columns * BLOCK_K + tokens - text)
-                scores = tl.where((place < end)[None, :], scores, float("-inf"))
+                scores = tl.where((key < end - block * BLOCK_K - part)[None, :], scores, float("-inf"))
         if CODED:
             factor = factor_q * tl.load(k_scale + block)
         else:
@@ -151,16 +153,17 @@ def sparse_attention_kernel(
         if CODED:
             probabilities = interleaved(probabilities)
         codes = cast(probabilities, v.dtype.element_ty)
-        acc = acc * fade[:, None] + product(codes, tl.load(v + channel[None, :] * stride + place[:, None]))
+        values = v + (block.to(tl.int64) * (BLOCK_K * PV) + part)
+        acc = acc * fade[:, None] + product(codes, tl.load(values + (channel[None, :] * BLOCK_K + key[:, None])))
         if REST_PV:
-            values = tl.load(v + rest_pv[None, :] * stride + place[:, None])
-            acc_rest = acc_rest * fade[:, None] + product(codes, values)
+            rest = tl.load(values + (rest_pv[None, :] * BLOCK_K + key[:, None]))
+            acc_rest = acc_rest * fade[:, None] + product(codes, rest)
         largest = grown
         block = upcoming
 
     listed = first < last
     share = 1.0 / tl.where(listed, total, 1.0)
-    place = row * BLOCK_Q + query
+    place = tl.program_id(0) * QUERIES + query
     token = token_at(order, head, place, tokens, text, BLOCK_Q)
     to = out + (plane * tokens + token)[:, None] * SIZE
     _finish(acc * share[:, None], to, token, channel, plane, v_scale, v_mean, listed, SIZE, CODED)
@@ -200,7 +203,7 @@ def _finish(result, to, token, channel, plane, v_scale, v_mean, listed, SIZE: tl
 
 @dataclass(frozen=True)
 class Launch:
-    """Constants of one compiled kernel.
+    """Constants of one compiled kernel. What is left open is such that every GPU has the shared memory for it.
 
     Args:
         size: of a head.
@@ -208,9 +211,10 @@ class Launch:
         block_q, block_k: of the tiling.
         partial: whether there are places of keys without a token.
         scale: of the scores; ``None``: ``size ** -0.5``.
+        queries: of a program, a divisor of ``block_q``; ``None``: 64.
         tile: keys taken at a time, a divisor of ``block_k``; ``None``: 64, or the block if that is smaller.
         warps: of a program; ``None``: one for each 16 queries.
-        stages: of the pipeline of loads.
+        stages: of the pipeline of loads; ``None``: 3, or 2 in BF16, whose tiles are twice as large.
         matrix: whether the lists are given as a graph has them, bounds and blocks, instead of row by row.
 
     Raises:
@@ -223,9 +227,10 @@ class Launch:
     block_k: int
     partial: bool = True
     scale: float | None = None
+    queries: int | None = None
     tile: int | None = None
     warps: int | None = None
-    stages: int = STAGES
+    stages: int | None = None
     matrix: bool = False
 
     def __post_init__(self) -> None:
@@ -244,8 +249,15 @@ class Launch:
             raise InputError(
                 f"a block of {self.block_k} keys has no tiles of {self.keys}", "take 32, 64 or 128, a divisor"
             )
+        if self.rows not in (64, 128) or self.block_q % self.rows:
+            raise InputError(f"a block of {self.block_q} queries has no parts of {self.rows}", "take 64 or 128")
         if self.scale is not None and not self.scale > 0:
             raise InputError(f"the attention kernel needs a scale of the scores above 0, not {self.scale}")
+
+    @property
+    def rows(self) -> int:
+        """Queries of a program."""
+        return PROGRAM if self.queries is None else self.queries
 
     @property
     def keys(self) -> int:
@@ -265,6 +277,7 @@ class Launch:
             "REST_PV": widths.rest_pv,
             "BLOCK_Q": self.block_q,
             "BLOCK_K": self.block_k,
+            "QUERIES": self.rows,
             "TILE": self.keys,
             "CODED": self.numerics.coded,
             "PARTIAL": self.partial,
@@ -274,71 +287,14 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """The compiler's options."""
-        warps = self.warps or self.block_q // 16
-        return {"num_warps": warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        warps = self.warps or self.rows // 16
+        stages = self.stages or (3 if self.numerics.coded else 2)
+        return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def is_partial(tiling: Tiling) -> bool:
     """Whether blocks of keys have places without a token."""
     return bool(tiling.text % tiling.block_k or tiling.ordered % tiling.block_k)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: Tensor,
-    lists: BlockLists,
-    tiling: Tiling,
-    numerics: Numerics,
-    scale: float | None = None,
-    *,
-    tile: int | None = None,
-) -> Tensor:
-    """Shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype.
-
-    Args:
-        q, k, v: on a GPU, or in host memory in the interpreter.
-        tile: keys that are taken at a time, a divisor of the block; ``None``: at most 64.
-
-    Raises:
-        InputError: numerics ``float``, or sizes that the kernel does not have.
-        MissingDependencyError: a GPU without the number formats.
-    """
-    return attend_rows(q, k, v, order, on_device(lists, tiling, q.device), tiling, numerics, scale, tile=tile)
-
-
-def attend_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: Tensor,
-    rows: tuple[Tensor, Tensor],
-    tiling: Tiling,
-    numerics: Numerics,
-    scale: float | None = None,
-    *,
-    tile: int | None = None,
-) -> Tensor:
-    """:func:`attend` with the lists as :func:`on_device` gives them, which callers keep from call to call."""
-    launch = Launch(q.shape[-1], numerics, tiling.block_q, tiling.block_k, is_partial(tiling), scale, tile)
-    order = order.to(q.device, torch.int32).contiguous()
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if not q.is_cuda:
-        return attend_packed(pack(q, k, v, order, tiling, numerics), order, rows, tiling, launch, out)
-    needed = (8, 9) if numerics.coded else (8, 0)
-    if torch.cuda.get_device_capability(q.device) < needed:
-        name = torch.cuda.get_device_name(q.device)
-        raise MissingDependencyError(f"{name} does not compute {numerics.name!r}", "take bf16, or another GPU")
-    with torch.cuda.device(q.device):
-        return attend_packed(pack(q, k, v, order, tiling, numerics), order, rows, tiling, launch, out)
-
-
-def on_device(lists: BlockLists, tiling: Tiling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """:meth:`qdiff.attention.lists.BlockLists.by_row`, computed in host memory."""
-    host = BlockLists(lists.blocks.cpu(), lists.bounds.cpu())
-    offsets, entries = host.by_row(tiling)
-    return offsets.to(device), entries.to(device)
 
 
 def attend_packed(
@@ -355,7 +311,8 @@ def attend_packed(
     ends, entries = rows
     nothing = operands.q  # a pointer that a kernel without scales does not read
     scales = operands.q_scale, operands.k_scale, operands.v_scale, operands.v_mean
-    sparse_attention_kernel[(tiling.text_rows + tiling.rows, heads, batch)](
+    programs = (tiling.text_rows + tiling.rows) * (launch.block_q // launch.rows)
+    sparse_attention_kernel[(programs, heads, batch)](
         operands.q,
         operands.k,
         operands.v,

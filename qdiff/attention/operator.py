@@ -81,7 +81,7 @@ def _(
         with q.device:  # where the executor makes its workspace
             return gathered.attend(q, k, v, order, _lists(blocks, bounds, first, q.shape[1]), tiling, row, scale)
     rows = _rows(blocks, bounds, first, q.shape[1], tiling, q.device)
-    return _kernel().attend_rows(q, k, v, order, rows, tiling, row, scale)
+    return _gpu().attend_rows(q, k, v, order, rows, tiling, row, scale)
 
 
 def _tiling(q: Tensor, order: Tensor, text: int, block_q: int, block_k: int) -> Tiling:
@@ -98,20 +98,20 @@ def _lists(blocks: Tensor, bounds: Tensor, first: int, heads: int) -> BlockLists
     return BlockLists(blocks[:, int(own[0]) : int(own[-1])], own - own[0])
 
 
-def _kernel() -> ModuleType:
-    """:mod:`qdiff.attention.kernel`, imported where a GPU asks for it.
+def _gpu() -> ModuleType:
+    """:mod:`qdiff.attention.gpu`, imported where a GPU asks for it.
 
     Raises:
         MissingDependencyError: there is no triton.
     """
     try:
-        from qdiff.attention import kernel
+        from qdiff.attention import gpu
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "triton":
             raise
         message = "block-sparse attention on a GPU needs triton"
         raise MissingDependencyError(message, "pip install 'qdiff-deploy[kernel]'") from None
-    return kernel
+    return gpu
 
 
 # By the tensor of the blocks, as long as it lives: its version, and what was made of that version.
@@ -124,7 +124,7 @@ def _rows(
     """The lists as the kernel reads them, kept from call to call. What was made in inference mode cannot be told from its own
     later content, and is not kept."""
     if blocks.is_inference() or bounds.is_inference():
-        return _kernel().on_device(_lists(blocks, bounds, first, heads), tiling, device)
+        return _gpu().on_device(_lists(blocks, bounds, first, heads), tiling, device)
     version, kept = _KEPT.get(blocks, (None, {}))
     if version != blocks._version:
         kept = {}
@@ -132,7 +132,7 @@ def _rows(
     key = id(bounds), bounds._version, first, heads, tiling, device
     known, rows = kept.get(key, (None, None))
     if known is None or known() is not bounds:
-        rows = _kernel().on_device(_lists(blocks, bounds, first, heads), tiling, device)
+        rows = _gpu().on_device(_lists(blocks, bounds, first, heads), tiling, device)
         kept[key] = weakref.ref(bounds), rows
     return rows
 

@@ -1,8 +1,8 @@
 """What :func:`qdiff.attention.packing.pack` makes, on a GPU and laid out for the attention kernel.
 
 One pass writes queries or keys: a program takes the tokens of one block wherever they lie, subtracts the mean, and has the
-block's scale before anything is written. Another writes the values, transposed. Before them come the means of keys and values
-and the range of the values, which are torch's reductions; all together read the three tensors twice. Codes and scales are
+block's scale before anything is written. Another writes the values, transposed. Before them one pass finds the means of keys and
+values and the range of the values (:func:`moments_of`), so queries are read once, keys and values twice. Codes and scales are
 packing's, bit for bit where the means are: division is IEEE's, and both round to the nearest, ties to even.
 
 The largest magnitude of the values without their mean is found without writing those: rounding is monotonic, so it is at the
@@ -23,10 +23,13 @@ from qdiff.attention.numerics import Numerics
 from qdiff.attention.packing import Packed
 from qdiff.formats import format_named
 
-STRIDE = 128  # places of values are padded to a multiple
-PART = 64  # places of values that one program transposes
+PART = 64  # places of values, at most, that one program transposes
+SPAN, LINES = 128, 16  # tokens that one program adds up, and how many at a time
+JOINED = 64  # parts of sums that are added up at a time
+WARPS = 8  # of a program that packs a block of queries or keys
 # The interpreter's casts to FP8 and BF16 cut or lose a carry into the exponent, and its products take BF16 for integers.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+TINY = tl.constexpr(2.0**-100)
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it to a float32 of less than 2^22 leaves no bits for a fraction
 
 
@@ -50,6 +53,24 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def inverse_of(x):
+    """``1 / x`` for :func:`divided`; 0 where that is near the end of float32's range, and what is divided comes to nothing."""
+    return tl.where(x > TINY, tl.div_rn(1.0, x), 0.0)
+
+
+@triton.jit
+def divided(x, by, inverse):
+    """``x / by``, rounded as IEEE's division, in three operations, given :func:`inverse_of` (Markstein, Computation of
+    elementary functions on the IBM RISC System/6000 processor, 1990, theorem 8). The interpreter's ``fma`` rounds twice."""
+    if INTERPRETED:
+        result = tl.where(inverse > 0, tl.div_rn(x, by + 0 * x), 0.0)
+    else:
+        quotient = x * inverse
+        result = tl.fma(tl.fma(-quotient, by, x), inverse, quotient)
+    return result
+
+
+@triton.jit
 def product(a, b, acc=None):
     """``a @ b``, onto ``acc`` where there is one. Without, FP8 products have an accumulator of their own: for other GPUs than a
     Hopper the compiler would fuse what is added to it afterwards."""
@@ -57,6 +78,8 @@ def product(a, b, acc=None):
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     elif a.dtype == tl.float8e4nv and acc is None:
         result = tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
+    elif a.dtype == tl.int8:
+        result = tl.dot(a, b, acc, out_dtype=tl.int32)
     else:
         result = tl.dot(a, b, acc)
     return result
@@ -87,6 +110,97 @@ def _tokens(x, token, channel, stride_token, SIZE: tl.constexpr):
     return tl.load(x + token.to(tl.int64)[:, None] * stride_token + channel[None, :], mask=there, other=0.0).to(
         tl.float32
     )
+
+
+@triton.jit
+def _cells(x, token, tokens, channel, stride_token, SIZE: tl.constexpr, other):
+    there = (token < tokens)[:, None] & (channel < SIZE)[None, :]
+    return tl.load(x + token.to(tl.int64)[:, None] * stride_token + channel[None, :], mask=there, other=other).to(
+        tl.float32
+    )
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def moments_kernel(
+    k,
+    v,
+    parts,
+    tokens,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """Sum of the keys, and sum, largest and smallest of the values, of ``SPAN`` tokens; the grid is ``(spans, heads, batch)``.
+
+    ``k`` and ``v [batch, heads, tokens, SIZE]`` with any strides but the last to float32 ``parts [batch, heads, spans, 4,
+    CHANNELS]``.
+    """
+    span, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, CHANNELS)
+    k += sample * k_batch + head.to(tl.int64) * k_head
+    v += sample * v_batch + head.to(tl.int64) * v_head
+    k_sum = tl.zeros([LINES, CHANNELS], tl.float32)
+    v_sum = tl.zeros([LINES, CHANNELS], tl.float32)
+    high = tl.full([LINES, CHANNELS], float("-inf"), tl.float32)
+    low = tl.full([LINES, CHANNELS], float("inf"), tl.float32)
+    for start in tl.range(0, SPAN, LINES):
+        token = span * SPAN + start + tl.arange(0, LINES)
+        k_sum += _cells(k, token, tokens, channel, k_token, SIZE, 0.0)
+        values = _cells(v, token, tokens, channel, v_token, SIZE, 0.0)
+        v_sum += values
+        there = (token < tokens)[:, None]
+        high = tl.maximum(high, tl.where(there, values, float("-inf")))
+        low = tl.minimum(low, tl.where(there, values, float("inf")))
+    parts += ((sample * tl.num_programs(1) + head) * tl.num_programs(0) + span) * (4 * CHANNELS) + channel
+    tl.store(parts, tl.sum(k_sum, 0))
+    tl.store(parts + CHANNELS, tl.sum(v_sum, 0))
+    tl.store(parts + 2 * CHANNELS, tl.max(high, 0))
+    tl.store(parts + 3 * CHANNELS, tl.min(low, 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "spans"])
+def join_moments_kernel(
+    parts,
+    k_mean,
+    v_mean,
+    v_scale,
+    tokens,
+    spans,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LINES: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """The parts of :func:`moments_kernel` together; the grid is ``(heads times batch,)``. Results are float32 ``[batch, heads,
+    SIZE]``; ``LARGEST`` is that of the values' format."""
+    plane = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, CHANNELS)
+    k_sum = tl.zeros([LINES, CHANNELS], tl.float32)
+    v_sum = tl.zeros([LINES, CHANNELS], tl.float32)
+    high = tl.full([LINES, CHANNELS], float("-inf"), tl.float32)
+    low = tl.full([LINES, CHANNELS], float("inf"), tl.float32)
+    for start in tl.range(0, spans, LINES):
+        span = start + tl.arange(0, LINES)
+        there = (span < spans)[:, None]
+        at = parts + ((plane * spans + span) * (4 * CHANNELS))[:, None] + channel[None, :]
+        k_sum += tl.load(at, mask=there, other=0.0)
+        v_sum += tl.load(at + CHANNELS, mask=there, other=0.0)
+        high = tl.maximum(high, tl.load(at + 2 * CHANNELS, mask=there, other=float("-inf")))
+        low = tl.minimum(low, tl.load(at + 3 * CHANNELS, mask=there, other=float("inf")))
+    count = tokens.to(tl.float32)
+    mean = tl.div_rn(tl.sum(v_sum, 0), count)
+    amax = tl.maximum(tl.max(high, 0) - mean, mean - tl.min(low, 0))
+    to, stored = plane * SIZE + channel, channel < SIZE
+    tl.store(k_mean + to, tl.div_rn(tl.sum(k_sum, 0), count), mask=stored)
+    tl.store(v_mean + to, mean, mask=stored)
+    tl.store(v_scale + to, tl.where(amax > 0, tl.div_rn(amax, LARGEST), 1.0), mask=stored)
 
 
 @triton.jit(do_not_specialize=["tokens", "text"])
@@ -126,7 +240,8 @@ def pack_rows_kernel(
         amax = tl.max(tl.max(tl.abs(values), 1), 0)
         scale = tl.where(amax > 0, tl.div_rn(amax, LARGEST), 1.0)
         tl.store(scales + plane * tl.num_programs(0) + block, scale)
-        values = tl.minimum(tl.maximum(tl.div_rn(values, scale), -LARGEST), LARGEST)
+        values = divided(values, scale, inverse_of(scale))
+        values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
     result = cast(values, codes.dtype.element_ty)
     codes += plane * tl.num_programs(0) * (BLOCK * WIDTH)
     tl.store(codes + place.to(tl.int64)[:, None] * WIDTH + channel[None, :], result, mask=(channel < WIDTH)[None, :])
@@ -151,10 +266,11 @@ def pack_columns_kernel(
     PART: tl.constexpr,
     CODED: tl.constexpr,
 ):
-    """``PART`` places of the values, transposed and put in the order of :func:`place_of`; the grid is ``(stride of the places / PART, heads, batch)``.
+    """``PART`` places of the values, transposed and put in the order of :func:`place_of`; the grid is ``(places / PART, heads,
+    batch)``.
 
     ``x`` as in :func:`pack_rows_kernel`, ``mean`` and ``scales`` float32 ``[batch, heads, SIZE]`` (``None`` if not ``CODED``) to
-    ``codes [batch, heads, WIDTH, stride]``. ``BLOCK`` is that of the keys.
+    ``codes [batch, heads, blocks, WIDTH, BLOCK]``. ``BLOCK`` is that of the keys.
     """
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     plane = sample * tl.num_programs(1) + head
@@ -164,12 +280,13 @@ def pack_columns_kernel(
     if CODED:
         centre = tl.load(mean + plane * SIZE + channel, mask=channel < SIZE, other=0.0)
         scale = tl.load(scales + plane * SIZE + channel, mask=channel < SIZE, other=1.0)
-        values = tl.div_rn(tl.where((token >= 0)[:, None], values - centre[None, :], 0.0), scale[None, :])
+        values = tl.where((token >= 0)[:, None], values - centre[None, :], 0.0)
+        values = divided(values, scale[None, :], inverse_of(scale)[None, :])
         values = tl.minimum(tl.maximum(values, -448.0), 448.0)
     result = cast(values, codes.dtype.element_ty)
-    stride = tl.num_programs(0) * PART
-    codes += plane * stride * WIDTH
-    tl.store(codes + channel[:, None] * stride + column[None, :], tl.trans(result), mask=(channel < WIDTH)[:, None])
+    codes += (plane * (tl.num_programs(0) * PART) + tl.program_id(0) * PART // BLOCK * BLOCK) * WIDTH
+    to = codes + channel[:, None] * BLOCK + (column % BLOCK)[None, :]
+    tl.store(to, tl.trans(result), mask=(channel < WIDTH)[:, None])
 
 
 @dataclass(frozen=True)
@@ -217,8 +334,7 @@ class Operands:
 
     Args:
         q, k: ``[batch, heads, places, width]``, channels padded with zeros (:class:`Widths`).
-        v: ``[batch, heads, width, stride]``: places of keys, padded to a multiple of :data:`STRIDE`; FP8 ones in the order of
-            :func:`place_of`.
+        v: ``[batch, heads, blocks, width, block_k]``: every block transposed; FP8 ones in the order of :func:`place_of`.
         q_scale, k_scale: float32 ``[batch, heads, blocks]``.
         v_scale, v_mean: float32 ``[batch, heads, size]``.
     """
@@ -232,35 +348,71 @@ class Operands:
     v_mean: Tensor | None = None
 
     @classmethod
-    def of(cls, packed: Packed, numerics: Numerics) -> Operands:
+    def of(cls, packed: Packed, tiling: Tiling, numerics: Numerics) -> Operands:
         """The same operands, laid out anew."""
-        size, places = packed.k.shape[-1], packed.k.shape[2]
+        size = packed.k.shape[-1]
         widths = Widths.of(size, numerics)
         q, k, v = (
-            torch.nn.functional.pad(x.view(torch.uint8) if x.itemsize == 1 else x, edges).view(x.dtype).contiguous()
-            for x, edges in (
-                (packed.q, (0, widths.qk - size)),
-                (packed.k, (0, widths.qk - size)),
-                (packed.v.mT.contiguous(), (0, -places % STRIDE, 0, widths.pv - size)),
-            )
+            torch.nn.functional.pad(x.view(torch.uint8) if x.itemsize == 1 else x, (0, width - size)).view(x.dtype)
+            for x, width in ((packed.q, widths.qk), (packed.k, widths.qk), (packed.v, widths.pv))
         )
+        v = v.unflatten(2, (-1, tiling.block_k)).mT
         if packed.v_scale is None or packed.v_mean is None:
-            return cls(q, k, v)
-        v = v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)  # place_of
-        return cls(q, k, v.contiguous(), packed.q_scale, packed.k_scale, packed.v_scale[:, :, 0], packed.v_mean[:, :, 0])
+            return cls(q.contiguous(), k.contiguous(), v.contiguous())
+        v = v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4).contiguous()  # place_of
+        scales = packed.q_scale, packed.k_scale, packed.v_scale[:, :, 0], packed.v_mean[:, :, 0]
+        return cls(q.contiguous(), k.contiguous(), v, *scales)
 
 
-def stride_of(tiling: Tiling) -> int:
-    """Places of packed values: those of keys, padded."""
-    return -(-(tiling.text_columns + tiling.columns) * tiling.block_k // STRIDE) * STRIDE
+@dataclass(frozen=True)
+class Moments:
+    """What of keys and values has to be known before a code is written, each float32 ``[batch, heads, size]``."""
+
+    k_mean: Tensor
+    v_mean: Tensor
+    v_scale: Tensor
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numerics: Numerics) -> Operands:
+def moments_of(k: Tensor, v: Tensor, numerics: Numerics) -> Moments:
+    """One pass over ``k`` and ``v [batch, heads, tokens, size]``, of any float dtype and any strides of the first three axes."""
+    batch, heads, tokens, size = k.shape
+    channels, spans = triton.next_power_of_2(size), -(-tokens // SPAN)
+    parts = k.new_empty(batch, heads, spans, 4, channels, dtype=torch.float32)
+    made = Moments(*k.new_empty(3, batch, heads, size, dtype=torch.float32))
+    sizes = {"SIZE": size, "CHANNELS": channels}
+    grid = (spans, heads, batch)
+    moments_kernel[grid](k, v, parts, tokens, *k.stride()[:3], *v.stride()[:3], SPAN=SPAN, LINES=LINES, **sizes)
+    largest = float(format_named(numerics.output or "").element.largest)
+    join_moments_kernel[(batch * heads,)](
+        parts,
+        made.k_mean,
+        made.v_mean,
+        made.v_scale,
+        tokens,
+        spans,
+        LINES=JOINED,
+        LARGEST=largest,
+        num_warps=WARPS,
+        **sizes,
+    )
+    return made
+
+
+def pack(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    tiling: Tiling,
+    numerics: Numerics,
+    moments: Moments | None = None,
+) -> Operands:
     """Orders and quantizes, as :func:`qdiff.attention.packing.pack`.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``, any float dtype and any strides of the first three axes.
         order: int32 ``[heads, ordered]``, contiguous, on the same device.
+        moments: of ``k`` and ``v``, if they are known.
     """
     size = q.shape[-1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -273,17 +425,12 @@ def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numeric
         return Operands(q_codes, k_codes, _columns(v, None, None, order, tiling, dtype, widths.pv, constants))
     element = format_named(numerics.scores or "").element
     dtype, largest = getattr(torch, element.storage), float(element.largest)
-    k_mean = k.mean(dim=2, dtype=torch.float32)
-    v_mean = v.mean(dim=2, dtype=torch.float32)
-    low, high = v.aminmax(dim=2)
-    amax = torch.maximum(high.float() - v_mean, v_mean - low.float())
-    v_element = format_named(numerics.output or "").element
-    v_scale = torch.where(amax > 0, amax / v_element.largest, 1.0)
-    v_type = getattr(torch, v_element.storage)
+    known = moments_of(k, v, numerics) if moments is None else moments
+    v_type = getattr(torch, format_named(numerics.output or "").element.storage)
     q_codes, q_scale = _rows(q, None, order, tiling, tiling.block_q, dtype, largest, widths.qk, constants)
-    k_codes, k_scale = _rows(k, k_mean, order, tiling, tiling.block_k, dtype, largest, widths.qk, constants)
-    v_codes = _columns(v, v_mean, v_scale, order, tiling, v_type, widths.pv, constants)
-    return Operands(q_codes, k_codes, v_codes, q_scale, k_scale, v_scale, v_mean)
+    k_codes, k_scale = _rows(k, known.k_mean, order, tiling, tiling.block_k, dtype, largest, widths.qk, constants)
+    v_codes = _columns(v, known.v_mean, known.v_scale, order, tiling, v_type, widths.pv, constants)
+    return Operands(q_codes, k_codes, v_codes, q_scale, k_scale, known.v_scale, known.v_mean)
 
 
 def _rows(
@@ -314,6 +461,7 @@ def _rows(
         BLOCK=block,
         LARGEST=largest,
         CENTRED=mean is not None,
+        num_warps=WARPS,
         enable_fp_fusion=False,
         **constants,
     )
@@ -331,9 +479,9 @@ def _columns(
     constants: dict[str, int],
 ) -> Tensor:
     batch, heads = x.shape[:2]
-    stride = stride_of(tiling)
-    codes = x.new_empty(batch, heads, width, stride, dtype=dtype)
-    pack_columns_kernel[(stride // PART, heads, batch)](
+    blocks, part = tiling.text_columns + tiling.columns, min(PART, tiling.block_k)
+    codes = x.new_empty(batch, heads, blocks, width, tiling.block_k, dtype=dtype)
+    pack_columns_kernel[(blocks * tiling.block_k // part, heads, batch)](
         x,
         mean,
         scales,
@@ -344,7 +492,7 @@ def _columns(
         codes,
         WIDTH=width,
         BLOCK=tiling.block_k,
-        PART=PART,
+        PART=part,
         CODED=mean is not None,
         enable_fp_fusion=False,
         **constants,

@@ -47,6 +47,17 @@ class Packed:
         k = k * self.k_scale.repeat_interleave(tiling.block_k, dim=2)[..., None]
         return q, k, v * self.v_scale
 
+    def score_scale(self, tiling: Tiling) -> Tensor:
+        """What a product of codes stands for: float32 ``[batch, heads, places of queries, places of keys]``.
+
+        Raises:
+            ValueError: there are no codes.
+        """
+        if self.q_scale is None or self.k_scale is None:
+            raise ValueError("operands without codes have no scales")
+        rows = self.q_scale.repeat_interleave(tiling.block_q, dim=2)
+        return rows[..., None] * self.k_scale.repeat_interleave(tiling.block_k, dim=2)[:, :, None]
+
 
 def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numerics: Numerics) -> Packed:
     """Orders and quantizes.

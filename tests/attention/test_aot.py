@@ -61,9 +61,9 @@ def test_what_ships_runs_on_tensor_cores_and_spills_nothing(launch):
     assert made.wgmma == wanted
     assert made.mma_sync == 0 and made.spilled == 0
     assert made.registers <= 255 and made.registers * made.threads <= 65536
-    assert made.shared <= aot.SHARED_LIMIT
+    assert made.shared <= aot.SHARED_LIMITS[90]
     assert made.global_scratch == made.profile_scratch == 0
-    assert made.threads == 2 * launch.block_q
+    assert made.threads == 2 * launch.rows
     assert made.parameters == len(made.arguments) + aot.HIDDEN == 16
     assert made.copies >= 9, "loads are not asynchronous"
     if launch.numerics.coded:

@@ -17,6 +17,8 @@ pytest.importorskip("triton", reason="triton has no wheel for this system")
 from qdiff.attention import operator
 from qdiff.attention.lists import BlockLists, Tiling
 
+# On white noise; probabilities are rounded against another maximum than in host memory, which sees whole rows.
+TOLERANCES = {"float": 1e-5, "bf16": 0.01, "int8_fp8": 0.03, "fp8": 0.03}
 CASES = Path(__file__).with_name("kernel_cases.py")
 
 
@@ -53,7 +55,7 @@ def test_the_operator_on_a_gpu(numerics):
     reference = operator.sparse_attention(*host, *settings)
     for _ in range(2):
         ours = operator.sparse_attention(*device, *settings).cpu()
-        assert float((ours - reference).norm() / reference.norm()) < 0.01
+        assert float((ours - reference).norm() / reference.norm()) < TOLERANCES[numerics]
 
 
 def test_the_kernels_lists_are_kept_while_they_are_the_same():
@@ -103,7 +105,7 @@ lists, x = BlockLists.full(1, tiling), torch.ones(1, 1, 100, 32)
 out = operator.sparse_attention(x, x, x, torch.arange(100)[None], lists.blocks, lists.bounds, 0, 0, 64, 64, "float", 1.0)
 assert torch.allclose(out, x)
 try:
-    operator._kernel()
+    operator._gpu()
 except MissingDependencyError as error:
     print(error)
 """
