@@ -29,8 +29,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
+from qdiff.attention import hopper_kernel
 from qdiff.attention.kernel import Launch, sparse_attention_kernel
 from qdiff.attention.lists import Tiling
 from qdiff.attention.numerics import NUMERICS, Numerics
@@ -125,6 +127,25 @@ def compile_kernel(
     )
 
 
+def compile_hopper(launch: Launch, capability: int = 90, out: str = "bfloat16") -> Compiled:
+    """The kernel of :mod:`qdiff.attention.hopper_kernel` with these constants. Arguments as of :func:`compile_kernel`.
+
+    Raises:
+        InputError: another GPU than a Hopper.
+    """
+    if capability != 90:
+        raise InputError(f"there is no Hopper kernel for compute capability {capability}", "it is for 90 alone")
+    scores, output = launch.numerics.scores or "", launch.numerics.output or ""
+    types = {"out": _float(out)} | dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_mean"), "fp32")
+    types |= dict.fromkeys(("order", "ends", "entries"), "i32")
+    for name, box in hopper_kernel.boxes_of(launch).items():
+        element = output if name == "v" else scores
+        layout = hopper_kernel.layout_of(box[1], 16 if element == "bfloat16" else 8)
+        types[name] = f"tensordesc<{ELEMENTS[element]}[{box[0]}, {box[1]}],{layout!r}>"
+    constants, options = hopper_kernel.constants_of(launch), hopper_kernel.options_of(launch)
+    return _compile(hopper_kernel.sparse_attention_hopper, types, constants, options, capability, None)
+
+
 def compile_rows(
     numerics: Numerics,
     tiling: Tiling,
@@ -207,7 +228,7 @@ def _compile(
     ptx_version: int | None,
     aligned: bool = True,
 ) -> Compiled:
-    """A kernel whose parameters are pointers, constants, and otherwise int32."""
+    """A kernel whose parameters are pointers or descriptors, constants, and otherwise int32."""
     if capability not in CAPABILITIES:
         raise InputError(
             f"no kernel for compute capability {capability}", f"known: {', '.join(map(str, CAPABILITIES))}"
@@ -216,8 +237,9 @@ def _compile(
         raise UsageError("triton runs in its interpreter here", "unset TRITON_INTERPRET to compile")
     names: list[str] = kernel.arg_names
     types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
+    types |= {name: kind for name, kind in pointers.items() if kind.startswith("tensordesc")}
     types |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         types,
         {(names.index(name),): value for name, value in constants.items()},

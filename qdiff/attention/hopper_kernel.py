@@ -70,8 +70,8 @@ def _copy(
     k_place,
     v_channel,
     GROUPS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
     SIZE: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -80,8 +80,8 @@ def _copy(
     GROUP: gl.constexpr = q_tiles.shape[1]
     if last > first:  # else nobody would wait for it
         mbarrier.expect(q_full, GROUPS * q.block_type.nbytes)
-        for half in gl.static_range(GROUPS):
-            _load(q, [q_place + half * GROUP, 0], q_full, q_tiles.index(half))
+        for number in gl.static_range(GROUPS):
+            _load(q, [q_place + number * GROUP, 0], q_full, q_tiles.index(number))
     block = _block(entries, first, last)
     for step in range((last - first) * PARTS):
         upcoming = _block(entries, first + (step + 1) // PARTS, last)
@@ -121,7 +121,7 @@ def _compute(
     head,
     plane,
     out,
-    HALF: gl.constexpr,
+    GROUP_NUMBER: gl.constexpr,
     SCALE: gl.constexpr,
     SIZE: gl.constexpr,
     BLOCK_Q: gl.constexpr,
@@ -131,7 +131,7 @@ def _compute(
     CODED: gl.constexpr,
     PARTIAL: gl.constexpr,
 ):
-    """One warpgroup: :func:`qdiff.attention.kernel.sparse_attention_kernel` for half of the queries."""
+    """One warpgroup: :func:`qdiff.attention.kernel.sparse_attention_kernel` for its 64 queries."""
     PARTS: gl.constexpr = BLOCK_K // TILE
     GROUP: gl.constexpr = q_tiles.shape[1]
     BITS: gl.constexpr = q_tiles.dtype.primitive_bitwidth
@@ -148,7 +148,7 @@ def _compute(
     total = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([GROUP, SIZE], gl.float32, OUTPUT)
     steps = (last - first) * PARTS
-    queries = q_tiles.index(HALF)
+    queries = q_tiles.index(GROUP_NUMBER)
     if CODED:
         factor_q = gl.load(q_scale) * SCALE
     if steps > 0:
@@ -197,7 +197,9 @@ def _compute(
         mean = gl.load(v_mean + plane * SIZE + channel)
         result = result * scale[None, :] + gl.where(listed, mean, 0.0)[None, :]
     place = (
-        gl.program_id(0) * (q_tiles.shape[0] * GROUP) + HALF * GROUP + gl.arange(0, GROUP, gl.SliceLayout(1, OUTPUT))
+        gl.program_id(0) * (q_tiles.shape[0] * GROUP)
+        + GROUP_NUMBER * GROUP
+        + gl.arange(0, GROUP, gl.SliceLayout(1, OUTPUT))
     )
     rank = place - gl.cdiv(text, BLOCK_Q) * BLOCK_Q
     ordered = (rank >= 0) & (rank < tokens - text)
@@ -234,10 +236,10 @@ def sparse_attention_hopper(
     COMPUTING: gl.constexpr,
     COPYING: gl.constexpr,
 ):
-    """One block of queries. The grid is ``(blocks of queries, heads, batch)``.
+    """``GROUPS`` times 64 queries of a block. The grid is ``(blocks of queries times BLOCK_Q / (64 GROUPS), heads, batch)``.
 
     ``q``, ``k`` and ``v`` are descriptors: ``[all places, SIZE]`` in boxes of a warpgroup's queries and of ``TILE`` keys, and
-    ``[all channels, stride]`` in boxes of ``[SIZE, TILE]``. The rest is as in
+    ``[all blocks' channels, BLOCK_K]`` in boxes of ``[SIZE, TILE]``. The rest is as in
     :func:`qdiff.attention.kernel.sparse_attention_kernel`.
     """
     SHARE: gl.constexpr = BLOCK_Q // (GROUPS * 64)
@@ -269,182 +271,38 @@ def sparse_attention_hopper(
     q_place = (plane * gl.num_programs(0) + gl.program_id(0)).to(gl.int32) * (GROUPS * 64)
     k_place = plane.to(gl.int32) * columns * BLOCK_K
     v_channel = plane.to(gl.int32) * columns * SIZE
+    # Gluon takes these tuples as they stand: put into a variable, constants would be values of the run.
+    # fmt: off
     if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _compute,
-                    (
-                        q_tiles,
-                        k_tiles,
-                        v_tiles,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        q_scale,
-                        k_scale,
-                        v_scale,
-                        v_mean,
-                        order,
-                        entries,
-                        first,
-                        last,
-                        tokens,
-                        text,
-                        row,
-                        head,
-                        plane,
-                        out,
-                        0,
-                        SCALE,
-                        SIZE,
-                        BLOCK_Q,
-                        BLOCK_K,
-                        TILE,
-                        STAGES,
-                        CODED,
-                        PARTIAL,
-                    ),
-                ),
-                (
-                    _compute,
-                    (
-                        q_tiles,
-                        k_tiles,
-                        v_tiles,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        q_scale,
-                        k_scale,
-                        v_scale,
-                        v_mean,
-                        order,
-                        entries,
-                        first,
-                        last,
-                        tokens,
-                        text,
-                        row,
-                        head,
-                        plane,
-                        out,
-                        1,
-                        SCALE,
-                        SIZE,
-                        BLOCK_Q,
-                        BLOCK_K,
-                        TILE,
-                        STAGES,
-                        CODED,
-                        PARTIAL,
-                    ),
-                ),
-                (
-                    _copy,
-                    (
-                        q,
-                        k,
-                        v,
-                        q_tiles,
-                        k_tiles,
-                        v_tiles,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        entries,
-                        first,
-                        last,
-                        q_place,
-                        k_place,
-                        v_channel,
-                        GROUPS,
-                        BLOCK_K,
-                        SIZE,
-                        TILE,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [COMPUTING, COPYING],
-        )
+        gl.warp_specialize([
+            (_compute, (
+                q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
+                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, row, head, plane, out,
+                0, SCALE, SIZE, BLOCK_Q, BLOCK_K, TILE, STAGES, CODED, PARTIAL,
+            )),
+            (_compute, (
+                q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
+                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, row, head, plane, out,
+                1, SCALE, SIZE, BLOCK_Q, BLOCK_K, TILE, STAGES, CODED, PARTIAL,
+            )),
+            (_copy, (
+                q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
+                entries, first, last, q_place, k_place, v_channel, GROUPS, SIZE, BLOCK_K, TILE, STAGES,
+            )),
+        ], [4, 1], [COMPUTING, COPYING])
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _compute,
-                    (
-                        q_tiles,
-                        k_tiles,
-                        v_tiles,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        q_scale,
-                        k_scale,
-                        v_scale,
-                        v_mean,
-                        order,
-                        entries,
-                        first,
-                        last,
-                        tokens,
-                        text,
-                        row,
-                        head,
-                        plane,
-                        out,
-                        0,
-                        SCALE,
-                        SIZE,
-                        BLOCK_Q,
-                        BLOCK_K,
-                        TILE,
-                        STAGES,
-                        CODED,
-                        PARTIAL,
-                    ),
-                ),
-                (
-                    _copy,
-                    (
-                        q,
-                        k,
-                        v,
-                        q_tiles,
-                        k_tiles,
-                        v_tiles,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        entries,
-                        first,
-                        last,
-                        q_place,
-                        k_place,
-                        v_channel,
-                        GROUPS,
-                        BLOCK_K,
-                        SIZE,
-                        TILE,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [1],
-            [COPYING],
-        )
+        gl.warp_specialize([
+            (_compute, (
+                q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
+                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, row, head, plane, out,
+                0, SCALE, SIZE, BLOCK_Q, BLOCK_K, TILE, STAGES, CODED, PARTIAL,
+            )),
+            (_copy, (
+                q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
+                entries, first, last, q_place, k_place, v_channel, GROUPS, SIZE, BLOCK_K, TILE, STAGES,
+            )),
+        ], [1], [COPYING])
+    # fmt: on
 
 
 def is_faster(launch: Launch) -> bool:
@@ -464,13 +322,14 @@ def attend_packed(
     the launch gives a program."""
     batch, heads = out.shape[:2]
     ends, entries = rows
-    size, tile, groups = launch.size, launch.keys, launch.rows // GROUP
+    boxes = boxes_of(launch)
     nothing = order  # a pointer that a kernel without scales does not read
     scales = operands.q_scale, operands.k_scale, operands.v_scale, operands.v_mean
-    sparse_attention_hopper[((tiling.text_rows + tiling.rows) * (launch.block_q // launch.rows), heads, batch)](
-        _described(operands.q, GROUP, size),
-        _described(operands.k, tile, size),
-        _described(operands.v.flatten(0, 2), size, tile),
+    programs = (tiling.text_rows + tiling.rows) * (launch.block_q // launch.rows)
+    sparse_attention_hopper[(programs, heads, batch)](
+        _described(operands.q, boxes["q"]),
+        _described(operands.k, boxes["k"]),
+        _described(operands.v, boxes["v"]),
         *(nothing if scale is None else scale for scale in scales),
         order,
         ends,
@@ -478,25 +337,40 @@ def attend_packed(
         tiling.tokens,
         tiling.text,
         out,
-        SCALE=launch.constants["SCALE"],
-        SIZE=size,
-        BLOCK_Q=launch.block_q,
-        BLOCK_K=launch.block_k,
-        TILE=tile,
-        STAGES=launch.options["num_stages"],
-        CODED=launch.numerics.coded,
-        PARTIAL=launch.partial,
-        GROUPS=groups,
-        COMPUTING=COMPUTING,
-        COPYING=COPYING,
-        num_warps=4,
-        maxnreg=REGISTERS[groups],
+        **constants_of(launch),
+        **options_of(launch),
     )
     return out
 
 
-def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """``x [batch, heads, rows, columns]`` as a matrix, in boxes of ``rows`` by ``columns``."""
-    matrix = x.flatten(0, -2)
-    layout = gl.NVMMASharedLayout(min(128, columns * x.itemsize), 8 * x.itemsize, 2)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+def constants_of(launch: Launch) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    names = ("SCALE", "SIZE", "BLOCK_Q", "BLOCK_K", "TILE", "CODED", "PARTIAL")
+    return {
+        **{name: launch.constants[name] for name in names},
+        "STAGES": launch.options["num_stages"],
+        "GROUPS": launch.rows // GROUP,
+        "COMPUTING": COMPUTING,
+        "COPYING": COPYING,
+    }
+
+
+def options_of(launch: Launch) -> dict[str, int | bool]:
+    """The compiler's options."""
+    return {"num_warps": 4, "maxnreg": REGISTERS[launch.rows // GROUP], "enable_fp_fusion": True}
+
+
+def boxes_of(launch: Launch) -> dict[str, tuple[int, int]]:
+    """Rows and columns of what is copied at once, by the operand's name."""
+    size, tile = launch.size, launch.keys
+    return {"q": (GROUP, size), "k": (tile, size), "v": (size, tile)}
+
+
+def layout_of(columns: int, bits: int) -> gl.NVMMASharedLayout:
+    """How a box with rows of ``columns`` elements lies in shared memory."""
+    return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 2)
+
+
+def _described(x: Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """``x [..., columns]`` as a matrix that is copied in boxes."""
+    return TensorDescriptor.from_tensor(x.flatten(0, -2), list(box), layout_of(box[1], 8 * x.itemsize))
