@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from qdiff.attention import aot, emulator, gpu, kernel, oracle, pack_kernel, packing
+from qdiff.attention import aot, emulator, gpu, kernel, moments_kernel, oracle, pack_kernel, packing
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.nodes import KEYS, PRODUCT, QUERIES, VALUES, WHOLE, AttentionNode
 from qdiff.attention.numerics import NUMERICS
@@ -331,7 +331,7 @@ def test_packs_as_packing_does(numerics, size, dtype, name):
     moments = None
     if numerics in CODED:
         means = k.mean(dim=2, dtype=torch.float32), theirs.v_mean, theirs.v_scale
-        moments = pack_kernel.Moments(*(x.to(DEVICE).contiguous() for x in means))
+        moments = moments_kernel.Moments(*(x.to(DEVICE).contiguous() for x in means))
     ours = pack_kernel.pack(*moved, order.int().to(DEVICE), tiling, NUMERICS[numerics], moments)
     for part, reference in vars(theirs).items():
         found = getattr(ours, part)
@@ -353,7 +353,7 @@ def test_packs_as_packing_does(numerics, size, dtype, name):
 def test_moments_are_those_of_torch(size, tokens):
     k, v = (torch.randn(2, tokens, 3, size).transpose(1, 2).bfloat16() + shift for shift in (0.5, -2.0))
     v[0, 1, :, 7] = 0.75  # a channel without deviation
-    found = pack_kernel.moments_of(k.to(DEVICE), v.to(DEVICE), NUMERICS["fp8"])
+    found = moments_kernel.moments_of(k.to(DEVICE), v.to(DEVICE), NUMERICS["fp8"])
     mean = v.mean(dim=2, dtype=torch.float32)
     amax = (v.float() - mean[:, :, None]).abs().amax(dim=2)
     torch.testing.assert_close(found.k_mean.cpu(), k.mean(dim=2, dtype=torch.float32), rtol=1e-6, atol=1e-6)
