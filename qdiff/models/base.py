@@ -292,6 +292,13 @@ class Family(ABC):
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
         """Calls the pipeline."""
 
+    def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
+        """Before a backbone of one size is traced: makes what it would otherwise make anew in every call.
+
+        Args:
+            latent: shape of the first input.
+        """
+
     def for_export(self, backbone: nn.Module) -> nn.Module:
         """The backbone in a form that exports with dynamic axes, equal in its numbers. May share modules with it."""
         return NamedInputs(self, backbone)

@@ -32,7 +32,19 @@ _CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "sample_frames": 49,
         "max_text_seq_length": 226,
     },
-    # Small enough for a unit test; with rotary positions, as the 5B has them.
+    # Small enough for unit tests; with a table of positions, as the 2B has it, for another size than that of its clips.
+    "cogvideox-tiny-table": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "num_layers": 2,
+        "time_embed_dim": 32,
+        "text_embed_dim": 48,
+        "sample_width": 12,
+        "sample_height": 10,
+        "sample_frames": 13,
+        "max_text_seq_length": 16,
+    },
+    # The same with rotary positions, as the 5B has them.
     "cogvideox-tiny": {
         "num_attention_heads": 2,
         "attention_head_dim": 32,
@@ -48,6 +60,7 @@ _CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "cogvideox-2b": {"height": 256, "width": 256, "num_frames": 9},
+    "cogvideox-tiny-table": {"height": 64, "width": 64, "num_frames": 9},
     "cogvideox-tiny": {"height": 64, "width": 64, "num_frames": 9},
 }
 
@@ -102,6 +115,17 @@ class CogVideoX(Family):
     def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
         patch = config["patch_size"]
         return latent[1], latent[-2] // patch, latent[-1] // patch
+
+    def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
+        """The table of positions, which diffusers computes in the forward for all sizes but the one in its configuration."""
+        patches: Any = backbone.patch_embed
+        if not patches.use_positional_embeddings:
+            return
+        ratio = patches.temporal_compression_ratio
+        size = latent[-2], latent[-1], (latent[1] - 1) * ratio + 1
+        table = patches._get_positional_embeddings(*size)
+        patches.pos_embedding = table.to(patches.pos_embedding)
+        patches.sample_height, patches.sample_width, patches.sample_frames = size
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         return clips.capture(args, kwargs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 from qdiff.files import read_json
 from qdiff.trajectory import Trajectory
 from qdiff.video import read_metadata
@@ -64,10 +66,11 @@ def test_the_graph_computes_what_torch_computes(filmed, cli, tmp_path):
     assert compared["engines"][0]["psnr_db_mean"] > 20
 
 
-def test_a_model_whose_text_and_video_are_one_sequence_goes_the_whole_way(cli, fails, tmp_path):
-    """CogVideoX: rotary positions that the pipeline hands over, modulation by the timestep that leaves the loop, one size."""
+@pytest.mark.parametrize("positions", ["", "-table"], ids=["rotary", "table"])
+def test_a_model_whose_text_and_video_are_one_sequence_goes_the_whole_way(cli, fails, tmp_path, positions):
+    """CogVideoX: positions by rotation or from a table of another size, modulation by the timestep that leaves the loop."""
     path = tmp_path / "run"
-    settings = ("--weights", "random:cogvideox-tiny", "--samples", 1, "--steps", 2)
+    settings = ("--weights", f"random:cogvideox-tiny{positions}", "--samples", 1, "--steps", 2)
     for command in (
         ("calibrate", "--model", "cogvideox", *settings, "-o", path),
         ("quantize", path, "--recipe", "int8"),
