@@ -1,14 +1,15 @@
 """Block-sparse attention as a Triton kernel, for GPUs of compute capability 8.9 and above; written for Hopper.
 
-One program computes one block of queries of one head: it walks the list of key blocks and keeps a running maximum and sum, as
+One program computes 64 queries of a block of one head: it walks the block's list of keys and keeps a running maximum and sum, as
 :mod:`qdiff.attention.emulator` does. Nothing that is off the list is loaded. What decides its speed on tensor cores:
 
-- **Both products are asynchronous** (wgmma). FP8 takes its second operand only with the summed axis contiguous, so the values lie
-  transposed, ``[size, places]`` (:mod:`qdiff.attention.pack_kernel`); otherwise they would pass through registers.
+- **Programs are small enough for two to share a multiprocessor**: while one multiplies, the other takes its exponentials.
+- **Both products are asynchronous** (wgmma). FP8 takes its second operand only with the summed axis contiguous, so every block of
+  values lies transposed (:mod:`qdiff.attention.pack_kernel`); otherwise they would pass through registers.
 - **Every tile has an accumulator of its own**, ``acc * fade + dot(p, v)``, never ``dot(p, v, acc)``: Hopper sums FP8 products in
   about 22 bits (:mod:`qdiff.attention.emulator`). BF16 sums in full precision, there the compiler fuses the two.
-- **Addresses are multiples of a constant**: strides are whole blocks, so that they are known to be aligned at compile time, and
-  loads become asynchronous copies whatever the number of tokens is.
+- **Addresses are multiples of a constant**: inside a block all strides are known at compile time, so that loads become
+  asynchronous copies whatever the number of tokens is, and differ by constants.
 - **Probabilities stay in their registers.** In FP8 the second product takes its first operand with other columns in a thread than
   the scores come in; the keys of each 16 are summed in an order in which they are the same (:func:`interleaved`), and the
   values are packed in that order. Otherwise a tile's probabilities would be shuffled between threads.
