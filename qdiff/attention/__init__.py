@@ -7,7 +7,8 @@ trajectory; the operator only follows them. A list that names every block is den
 - :mod:`~qdiff.attention.lists`: the lists, and where tokens lie (:class:`Tiling`).
 - :mod:`~qdiff.attention.packing`: queries, keys and values in that order and in the formats of a numerics.
 - Executors that agree: :mod:`~qdiff.attention.oracle` (float64), :mod:`~qdiff.attention.emulator` (what the kernel computes, tile
-  by tile), :mod:`~qdiff.attention.gathered` (blocks gathered, in torch), :mod:`~qdiff.attention.kernel` (Triton), and the plain
-  ONNX of ``export/translations/sparse_attention.py``.
+  by tile), :mod:`~qdiff.attention.gathered` (blocks gathered, in torch), two kernels for GPUs
+  (:mod:`~qdiff.attention.kernel`, :mod:`~qdiff.attention.hopper_kernel`; :mod:`~qdiff.attention.gpu` packs and chooses), and the
+  plain ONNX of ``export/translations/sparse_attention.py``.
 - :mod:`~qdiff.attention.operator`: the custom op ``qdiff::sparse_attention`` that modules are written with.
 """
