@@ -31,7 +31,7 @@ import qdiff
 from qdiff.differences import differences
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
 from qdiff.events import log
-from qdiff.files import read_json, safe_child, sha256_file, sha256_json, write_json
+from qdiff.files import read_json, require_writable, safe_child, sha256_file, sha256_json, write_json
 from qdiff.resources import Usage, measure, release_memory
 
 MANIFEST_VERSION = 1
@@ -287,7 +287,7 @@ class Run:
             needs: stages whose files this one reads: they are verified (:meth:`verify`) before anything is deleted or begun.
         """
         assert name.partition(":")[0] in UPSTREAM
-        self.path.mkdir(parents=True, exist_ok=True)
+        require_writable(self.path, make=True)
         with self._lock():
             if (self.path / "run.json").exists():
                 self._read()

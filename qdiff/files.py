@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError
+from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, UsageError
 
 
 @contextlib.contextmanager
@@ -27,6 +27,28 @@ def disk_errors(what: str) -> Iterator[None]:
                 "free some space and run the same command again: finished parts are kept",
             ) from error
         raise
+
+
+def require_writable(folder: Path, *, make: bool = False) -> None:
+    """Before work whose result goes into ``folder``: tries whether it can.
+
+    Args:
+        make: whether the folder, and those above it, may have to be made.
+
+    Raises:
+        UsageError: it cannot be made or written to.
+        MemoryExhaustedError: the disk is full.
+    """
+    try:
+        with disk_errors(str(folder)):
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise UsageError(
+            f"nothing can be written into the folder {folder}: {error.strerror}", "choose another place with -o"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qdiff.artifacts import Run
 from qdiff.errors import UsageError
 from qdiff.events import Progress
+from qdiff.files import require_writable
 from qdiff.resources import measure, release_memory
 from qdiff.stages.build import default_engine, load_runner
 from qdiff.stages.calibrate import check_sampling, options_of, reload_model
@@ -255,6 +256,7 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
         raise UsageError(f"--frames {request.frames}: {family.title} makes pictures", "leave --frames out")
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
+    require_writable(output.parent)
     session = Session(run, engine)
     try:
         made = session.pictures(request, batch)

@@ -109,6 +109,7 @@ RUN_USAGE = {
     "generate's scheduler": (["generate", "--prompt", "x", "--scheduler", "eulr"], 2, "euler"),
     "not a png": (["generate", "--prompt", "x", "-o", "out.jpg"], 2, ".png"),
     "no folder": (["generate", "--prompt", "x", "-o", "none/out.png"], 2, "none"),
+    "nothing can be written": (["generate", "--prompt", "x", "-o", "/proc/out.png"], 2, "nothing can be written into"),
     "no prompt": (["generate"], 2, "--prompt"),
     "long prompt": (["generate", "--prompt", "x" * 100_000], 2, "100,000 characters"),
     "pictures": (["compare", "--pictures", "0"], 2, ""),
