@@ -3,9 +3,9 @@
     python -m bench.attention [--json] [--rounds 20] [--shape HEADS TOKENS SIZE]
 
 All contenders of a shape take turns, round by round; times are medians, speeds are over cuDNN's dense attention in BF16 of the
-same rounds. On a GPU every contender is a recorded graph, so that nothing waits for Python, the L2 cache is overwritten before
-every call, and events measure the GPU's time. ``ATTENTION`` leaves out
-what qdiff spends on ordering and quantizing, ``ALL`` does not. TFLOP/s count the block pairs that are read.
+same rounds. On a GPU every contender is a recorded CUDA graph (or its row says so), so that nothing waits for Python, the L2
+cache is overwritten before every call, and events measure the GPU's time. ``ATTENTION`` leaves out what qdiff spends on ordering
+and quantizing, ``ALL`` does not. TFLOP/s count the block pairs that are read.
 
 Data are white noise, which no format likes: there is nothing in it that a mean or a neighbourhood would take out. An error is
 the relative one against float64 over the same blocks, on :data:`SAMPLED` query rows of two heads. Block lists are random, every
@@ -56,6 +56,7 @@ class Contender:
     density: float
     run: Callable[[], Tensor]
     bare: Callable[[], Tensor] | None = None  # the attention alone, of operands that are packed already
+    recorded: bool = False  # whether what is timed is a CUDA graph
     seconds: list[float] = field(default_factory=list)
     bare_seconds: list[float] = field(default_factory=list)
     error: float | None = None
@@ -173,7 +174,7 @@ def flash3(case: Case) -> Callable[[], Tensor]:
 
 
 def by_kernel(case: Case, density: float, numerics: str) -> Contender:
-    """qdiff's Triton kernel."""
+    """qdiff on a GPU: the kernel that it takes there."""
     from qdiff.attention import gpu, pack_kernel
     from qdiff.attention.kernel import Launch, is_partial
 
@@ -328,8 +329,8 @@ def timed_on_cpu(run: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Any]:
-    """``run`` as a CUDA graph; what cannot be one as it is."""
+def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Any] | None:
+    """``run`` as a CUDA graph, or ``None`` where it cannot be one."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
@@ -338,7 +339,7 @@ def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Any]:
     except RuntimeError as error:
         print(f"not recorded: {str(error).splitlines()[0]}", file=sys.stderr)
         torch.cuda.synchronize()
-        return run
+        return None
 
     def replay() -> Any:
         graph.replay()
@@ -366,8 +367,9 @@ def measure(rows: list[Contender], rounds: int, on_gpu: bool) -> None:
             torch.cuda.graph_pool_handle()
         )  # one for all: graphs run one after the other, and nobody reads the results
         for row in rows:
-            row.run = recorded(row.run, pool)
-            row.bare = None if row.bare is None else recorded(row.bare, pool)
+            graphs = [None if call is None else recorded(call, pool) for call in (row.run, row.bare)]
+            row.recorded = graphs[0] is not None
+            row.run, row.bare = graphs[0] or row.run, graphs[1] or row.bare
     for turn in range(rounds + 1):
         for row in rows:
             seconds = timed_on_gpu(row.run, flush) if on_gpu else timed_on_cpu(row.run)
@@ -394,6 +396,7 @@ def result_of(rows: list[Contender], case: Case) -> list[dict[str, Any]]:
                 "tflops": work / median / 1e12,
                 "speedup": statistics.median(reference.seconds) / median if reference else None,
                 "error": row.error,
+                "recorded": row.recorded,
             }
         )
     return made
@@ -438,7 +441,7 @@ def show(result: dict[str, Any]) -> str:
             alone, speed = row["attention_seconds"], row["speedup"]
             lines.append(
                 (
-                    row["name"],
+                    row["name"] if row["recorded"] or not result["gpu"] else f"{row['name']} (not recorded)",
                     f"{row['density']:g}",
                     f"{1000 * row['median_seconds']:.2f}",
                     f"{1000 * alone:.2f}" if alone is not None else "",

@@ -1,4 +1,4 @@
-"""One denoising step of full-size transformers on a GPU: dense attention in BF16 beside block-sparse attention.
+"""One forward of full-size transformers on a GPU: dense attention in BF16 beside block-sparse attention.
 
     python -m bench.gpu_step [--config wan2.1-1.3b-480p …] [--density 1 0.5 0.3 0.2] [--rounds 3] [--json]
 
@@ -6,7 +6,7 @@ Weights, inputs and block lists are random (all rows of a head equally long, in 
 ones, a batch is one sample. All layers but the self-attentions are BF16 as diffusers runs them, without compilation, in every
 row. The reference has dense attention in all, by cuDNN. In the others the first and the last self-attention stay dense, as qdiff
 leaves them, and the rest follow lists of that density; ordering and quantizing are in the time. Rows take turns; times are
-medians of the GPU's.
+medians of the GPU's. A step with guidance is two such forwards.
 """
 
 from __future__ import annotations

@@ -29,10 +29,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from qdiff.attention import hopper_kernel
 from qdiff.attention.kernel import Launch, sparse_attention_kernel
 from qdiff.attention.lists import Tiling
 from qdiff.attention.numerics import NUMERICS, Numerics
@@ -133,6 +131,8 @@ def compile_hopper(launch: Launch, capability: int = 90, out: str = "bfloat16") 
     Raises:
         InputError: another GPU than a Hopper.
     """
+    from qdiff.attention import hopper_kernel
+
     if capability != 90:
         raise InputError(f"there is no Hopper kernel for compute capability {capability}", "it is for 90 alone")
     scores, output = launch.numerics.scores or "", launch.numerics.output or ""
@@ -239,7 +239,7 @@ def _compile(
     types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
     types |= {name: kind for name, kind in pointers.items() if kind.startswith("tensordesc")}
     types |= dict.fromkeys(constants, "constexpr")
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+    source = _source_of(kernel)(
         kernel,
         types,
         {(names.index(name),): value for name, value in constants.items()},
@@ -267,6 +267,14 @@ def _compile(
         global_scratch=metadata.global_scratch_size,
         profile_scratch=metadata.profile_scratch_size,
     )
+
+
+def _source_of(kernel: JITFunction) -> type[ASTSource]:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def assemble(ptx: str) -> tuple[int, int]:

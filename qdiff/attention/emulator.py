@@ -47,8 +47,9 @@ def attend(
     """
     queries, keys, values = packed.values(tiling)
     scores = queries @ keys.mT
-    if accumulator_bits is not None and numerics.scores == "fp8":
-        scores = _in_steps(packed.q.float(), packed.k.float().mT, torch.zeros_like(scores), accumulator_bits)
+    bits = accumulator_bits if numerics.output == "fp8" else None
+    if bits is not None and numerics.scores == "fp8":
+        scores = _in_steps(packed.q.float(), packed.k.float().mT, torch.zeros_like(scores), bits)
         scores = scores * packed.score_scale(tiling)
     scores = scores * (queries.shape[-1] ** -0.5 if scale is None else scale)
     result = torch.zeros_like(queries)
@@ -70,7 +71,7 @@ def attend(
                     columns,
                     packed.filled,
                     numerics,
-                    accumulator_bits,
+                    bits,
                     flush,
                 )
     if packed.v_mean is not None:

@@ -1,8 +1,9 @@
 """Sparse attention on a GPU: orders and quantizes, and starts the kernel that was measured to be the fastest there.
 
-On a Hopper, constants are those of a sweep on an H200 (docs/log.md, 2026-11-26): programs of 64 queries, so that two of them
-share a multiprocessor and one multiplies while the other takes its exponentials. With heads of 128 channels
-:mod:`qdiff.attention.hopper_kernel` is faster in BF16 and INT8 / FP8 and takes its place.
+On a Hopper, constants are those of a sweep on an H200 at 64, 72 and 128 channels (docs/log.md, 2026-11-26); other sizes take
+their neighbour's. With 8-bit operands programs have 64 queries, so that two of them share a multiprocessor and one multiplies
+while the other takes its exponentials. With heads of 128 channels :mod:`qdiff.attention.hopper_kernel` is faster in BF16 and
+INT8 / FP8 and takes this kernel's place. It is imported where it runs: Gluon is the younger part of Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.attention import hopper_kernel, kernel
+from qdiff.attention import kernel
 from qdiff.attention.kernel import Launch, is_partial
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import Numerics
@@ -79,13 +80,22 @@ def attend_packed(
         order: int32 ``[heads, ordered]``.
         rows: as :func:`on_device` gives them.
     """
-    on_hopper = out.is_cuda and torch.cuda.get_device_capability(out.device) == HOPPER
-    best = hopper_kernel if on_hopper and hopper_kernel.is_faster(launch) else kernel
-    return best.attend_packed(operands, order, rows, tiling, launch, out)
+    given = operands, order, rows, tiling, launch, out
+    if out.is_cuda and torch.cuda.get_device_capability(out.device) == HOPPER and in_gluon(launch):
+        from qdiff.attention import hopper_kernel
+
+        return hopper_kernel.attend_packed(*given)
+    return kernel.attend_packed(*given)
+
+
+def in_gluon(launch: Launch) -> bool:
+    """Whether :mod:`qdiff.attention.hopper_kernel` was measured to be faster with these constants."""
+    rows = {"bf16": 128, "int8_fp8": kernel.PROGRAM}.get(launch.numerics.name)
+    return launch.size == launch.keys == 128 and launch.rows == rows and not launch.matrix
 
 
 def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, int]) -> dict[str, int]:
-    """Constants of a :class:`qdiff.attention.kernel.Launch` that were measured to be fast; none where nothing was."""
+    """Constants of a :class:`qdiff.attention.kernel.Launch` for a Hopper; none for other GPUs, on which nothing was measured."""
     if capability != HOPPER:
         return {}
     if not numerics.coded:

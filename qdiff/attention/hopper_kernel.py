@@ -117,7 +117,6 @@ def _compute(
     last,
     tokens,
     text,
-    row,
     head,
     plane,
     out,
@@ -142,8 +141,8 @@ def _compute(
     text_columns = gl.cdiv(text, BLOCK_K)
     columns = text_columns + gl.cdiv(tokens - text, BLOCK_K)
     key = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
-    nothing = gl.zeros([GROUP, TILE], SUM, SCORES)
-    none = gl.zeros([GROUP, SIZE], gl.float32, OUTPUT)
+    no_scores = gl.zeros([GROUP, TILE], SUM, SCORES)
+    no_output = gl.zeros([GROUP, SIZE], gl.float32, OUTPUT)
     largest = gl.full([GROUP], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([GROUP, SIZE], gl.float32, OUTPUT)
@@ -160,7 +159,7 @@ def _compute(
             upcoming = _block(entries, first + (step + 1) // PARTS, last)
             mbarrier.wait(k_full.index(stage), phase)
             keys = k_tiles.index(stage).permute((1, 0))
-            scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma(queries, keys, no_scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, [scores]).to(gl.float32)
             mbarrier.arrive(k_empty.index(stage), count=1)
             if PARTIAL:
@@ -183,7 +182,7 @@ def _compute(
             codes = gl.convert_layout(probabilities.to(v_tiles.dtype), OPERAND)
             mbarrier.wait(v_full.index(stage), phase)
             values = v_tiles.index(stage).permute((1, 0))
-            part = warpgroup_mma(codes, values, none, use_acc=False, is_async=True)
+            part = warpgroup_mma(codes, values, no_output, use_acc=False, is_async=True)
             part = warpgroup_mma_wait(0, [part])
             mbarrier.arrive(v_empty.index(stage), count=1)
             acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, OUTPUT))[:, None] + part
@@ -206,7 +205,7 @@ def _compute(
     token = gl.load(order + head.to(gl.int64) * (tokens - text) + rank, mask=ordered, other=0) + text
     token = gl.where(ordered, token, gl.where(place < text, place, -1))
     to = out + (plane * tokens + token)[:, None] * SIZE + channel[None, :]
-    gl.store(to, result.to(out.dtype.element_ty), mask=(token >= 0)[:, None] & (channel < SIZE)[None, :])
+    gl.store(to, result.to(out.dtype.element_ty), mask=(token >= 0)[:, None])
 
 
 @gluon.jit(do_not_specialize=["tokens", "text"])
@@ -277,12 +276,12 @@ def sparse_attention_hopper(
         gl.warp_specialize([
             (_compute, (
                 q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
-                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, row, head, plane, out,
+                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, head, plane, out,
                 0, SCALE, SIZE, BLOCK_Q, BLOCK_K, TILE, STAGES, CODED, PARTIAL,
             )),
             (_compute, (
                 q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
-                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, row, head, plane, out,
+                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, head, plane, out,
                 1, SCALE, SIZE, BLOCK_Q, BLOCK_K, TILE, STAGES, CODED, PARTIAL,
             )),
             (_copy, (
@@ -294,7 +293,7 @@ def sparse_attention_hopper(
         gl.warp_specialize([
             (_compute, (
                 q_tiles, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
-                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, row, head, plane, out,
+                q_scale, k_scale, v_scale, v_mean, order, entries, first, last, tokens, text, head, plane, out,
                 0, SCALE, SIZE, BLOCK_Q, BLOCK_K, TILE, STAGES, CODED, PARTIAL,
             )),
             (_copy, (
@@ -303,11 +302,6 @@ def sparse_attention_hopper(
             )),
         ], [1], [COPYING])
     # fmt: on
-
-
-def is_faster(launch: Launch) -> bool:
-    """Whether it was measured to be faster than :mod:`qdiff.attention.kernel` with these constants."""
-    return launch.size == launch.keys == 128 and launch.numerics.name in ("bf16", "int8_fp8") and not launch.matrix
 
 
 def attend_packed(
@@ -323,14 +317,14 @@ def attend_packed(
     batch, heads = out.shape[:2]
     ends, entries = rows
     boxes = boxes_of(launch)
-    nothing = order  # a pointer that a kernel without scales does not read
+    unused = order  # a pointer that a kernel without scales does not read
     scales = operands.q_scale, operands.k_scale, operands.v_scale, operands.v_mean
     programs = (tiling.text_rows + tiling.rows) * (launch.block_q // launch.rows)
     sparse_attention_hopper[(programs, heads, batch)](
         _described(operands.q, boxes["q"]),
         _described(operands.k, boxes["k"]),
         _described(operands.v, boxes["v"]),
-        *(nothing if scale is None else scale for scale in scales),
+        *(unused if scale is None else scale for scale in scales),
         order,
         ends,
         entries,

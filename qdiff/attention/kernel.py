@@ -1,7 +1,7 @@
 """Block-sparse attention as a Triton kernel, for GPUs of compute capability 8.9 and above; written for Hopper.
 
-One program computes 64 queries of a block of one head: it walks the block's list of keys and keeps a running maximum and sum, as
-:mod:`qdiff.attention.emulator` does. Nothing that is off the list is loaded. What decides its speed on tensor cores:
+One program computes 64 queries (or 128) of a block of one head: it walks the block's list of keys and keeps a running maximum
+and sum, as :mod:`qdiff.attention.emulator` does. Nothing that is off the list is loaded. What decides its speed on tensor cores:
 
 - **Programs are small enough for two to share a multiprocessor**: while one multiplies, the other takes its exponentials.
 - **Both products are asynchronous** (wgmma). FP8 takes its second operand only with the summed axis contiguous, so every block of

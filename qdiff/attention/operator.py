@@ -3,7 +3,7 @@
 The lists of all attentions of a model are one matrix (:mod:`qdiff.attention.lists`), so that a graph takes them as two inputs.
 ``first`` says where this attention's heads begin in it.
 
-In host memory :mod:`qdiff.attention.gathered` computes it, on a GPU the Triton kernel, which has no numerics ``float``: those go
+In host memory :mod:`qdiff.attention.gathered` computes it, on a GPU a Triton kernel, which has no numerics ``float``: those go
 through torch there too. The kernel's own form of the lists is made at the first call and kept as long as the lists are the
 same tensors with the same content.
 """

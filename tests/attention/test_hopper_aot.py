@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
-from qdiff.attention import aot, gpu, hopper_kernel
+from qdiff.attention import aot, gpu
 from qdiff.attention.kernel import Launch
 from qdiff.attention.lists import Tiling
 from qdiff.attention.numerics import NUMERICS
@@ -26,7 +26,7 @@ def launch_of(numerics: str) -> Launch:
 def test_a_warp_copies_and_warpgroups_multiply(numerics, threads, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launch = launch_of(numerics)
-    assert hopper_kernel.is_faster(launch)
+    assert gpu.in_gluon(launch)
     made = aot.compile_hopper(launch)
     kinds = {"int8_fp8": {"s32.s8.s8", "f32.e4m3.e4m3"}, "bf16": {"f32.bf16.bf16"}}[numerics]
     assert {name.split(".", 1)[1] for name in made.wgmma} == kinds and made.mma_sync == 0
@@ -38,9 +38,11 @@ def test_a_warp_copies_and_warpgroups_multiply(numerics, threads, monkeypatch, t
 
 
 def test_elsewhere_the_other_kernel_runs():
-    assert not hopper_kernel.is_faster(launch_of("fp8"))
-    assert not hopper_kernel.is_faster(Launch(64, NUMERICS["bf16"], 128, 128, tile=128))
-    assert not hopper_kernel.is_faster(Launch(128, NUMERICS["bf16"], 128, 128, tile=64))
+    assert not gpu.in_gluon(launch_of("fp8"))
+    assert not gpu.in_gluon(Launch(64, NUMERICS["bf16"], 128, 128, queries=128, tile=128))
+    assert not gpu.in_gluon(Launch(128, NUMERICS["bf16"], 128, 128, queries=128, tile=64))
+    assert not gpu.in_gluon(Launch(128, NUMERICS["bf16"], 64, 128, tile=128))
+    assert not gpu.in_gluon(Launch(128, NUMERICS["int8_fp8"], 128, 128, tile=128, matrix=True))
     assert gpu.tuned(128, NUMERICS["fp8"], TILING, (12, 0)) == {}, "nothing was measured there"
 
 
