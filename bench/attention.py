@@ -463,6 +463,8 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("HEADS", "TOKENS", "SIZE"))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or min(map(min, arguments.shape or SHAPES)) < 1:
+        parser.error("--rounds and the sizes of a --shape are at least 1")
     on_gpu = torch.cuda.is_available()
     shapes = [tuple(shape) for shape in arguments.shape] if arguments.shape else list(SHAPES if on_gpu else [CPU_SHAPE])
     result = benchmark(shapes, arguments.rounds, on_gpu)

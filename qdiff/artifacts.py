@@ -22,7 +22,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -198,14 +198,16 @@ class Run:
         """One hash over the outputs of a finished stage: an input of the next one."""
         return sha256_json(self.entry(stage)["outputs"])
 
-    def verify(self, stage: str) -> None:
-        """Compares the outputs of a finished stage with the hashes in the manifest.
+    def verify(self, stage: str, only: Container[str] | None = None) -> None:
+        """Compares the outputs of a finished stage, or ``only`` some of them, with the hashes in the manifest.
 
         Raises:
             InputError: an output is missing, or the stage is not finished.
             IntegrityError: an output was changed after it was made.
         """
         for name, digest in self.entry(stage)["outputs"].items():
+            if only is not None and name not in only:
+                continue
             path = safe_child(self.path, name)
             if not path.is_file():
                 raise InputError(

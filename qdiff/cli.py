@@ -169,6 +169,10 @@ def calibrate(
         model, weights, revision, prompts, samples, steps, guidance, scheduler, timesteps, keep, batch, seed
     )
     run = Run(output or Path("runs") / model)
+    if attention:
+        from qdiff.stages.attention import require_sparse
+
+        require_sparse(model)
     result = stage.calibrate(run, options, force=force, dry_run=dry_run)
     if attention and not dry_run:
         from qdiff.stages.attention import calibrate_attention

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import torch
 from torch import Tensor
+
+from qdiff.errors import InputError
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of tokens; a picture has one frame."""
@@ -22,7 +25,15 @@ _AXES = "fhw"
 
 def order_named(name: str, grid: Grid) -> Tensor:
     """The permutation ``[frames * rows * columns]`` of tokens that the model numbers with columns innermost: int64, the token
-    that lies at each place."""
+    that lies at each place.
+
+    Raises:
+        InputError: no such order.
+    """
+    if not re.fullmatch(r"morton|box[1-9]\d*x[1-9]\d*x[1-9]\d*", name) and sorted(name) != sorted(_AXES):
+        raise InputError(
+            f"unknown order of tokens {name!r}", "orders are those of the axes, such as fhw or hwf, box2x4x4 and morton"
+        )
     places = torch.stack([axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij")])
     if name == "morton":
         return torch.argsort(_interleaved(places), stable=True)

@@ -12,6 +12,7 @@ paper's. Schedulers of higher order get the longer prediction too; their history
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from torch import Tensor
@@ -38,7 +39,7 @@ class QDrift(Correction):
 
     def lengthening(self, moment: Moment) -> float:
         """``c``."""
-        if not moment.level > 0:
+        if not 0 < moment.level < math.inf:  # nothing but noise is seen: a prediction of any length names the same noise
             return 0.0
         alpha, sigma = moment.alpha, moment.alpha * moment.level
         to_noise = {"epsilon": 1.0, "flow": 1.0, "v_prediction": alpha**2, "sample": (alpha / sigma) ** 2}
@@ -48,6 +49,8 @@ class QDrift(Correction):
 
 def scale_noise(prediction: Tensor, seen: Tensor, moment: Moment, factor: float) -> Tensor:
     """The prediction whose noise is ``factor`` times that of ``prediction`` (of flow matching: whose velocity is)."""
+    if factor == 1:
+        return prediction
     alpha, sigma = moment.alpha, moment.alpha * moment.level
     if moment.predicts == "v_prediction":
         return factor * prediction + (factor - 1) * (sigma / alpha) * seen

@@ -50,17 +50,28 @@ def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
     return {"run": str(run.path), **{name: run.entry(STAGE)[name] for name in ("layers", "heads", "tokens", "seconds")}}
 
 
+def require_sparse(model: str) -> None:
+    """Refuses sparse attention for a family that has none, before any work.
+
+    Raises:
+        InputError: its self-attentions are not known.
+    """
+    from qdiff.models import FAMILIES
+
+    family = FAMILIES[model]
+    if not family.can_be_sparse:
+        raise InputError(
+            f"attentions of {family.title} cannot follow block lists", "leave --density and --attention out"
+        )
+
+
 def require_statistics(run: Run) -> None:
     """Refuses to go on without them.
 
     Raises:
         InputError: with the command that makes them; or the family has no self-attentions that are known.
     """
-    from qdiff.models import FAMILIES
-
-    family = FAMILIES[options_of(run).model]
-    if not family.can_be_sparse:
-        raise InputError(f"attentions of {family.title} cannot follow block lists", "leave --density out")
+    require_sparse(options_of(run).model)
     if not run.done(STAGE):
         raise InputError(
             f"sparse attention needs to know what {run.path} looks at, which was not calibrated",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
+from qdiff.artifacts import EDITABLE, Run
 from qdiff.errors import InputError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
@@ -363,9 +363,10 @@ def scheduled(run: Run, runner: Runner) -> Runner:
 
     plan = Plan.load(run.file("plan.json"))
     if plan.attention is not None:
-        from qdiff.attention.sparse import load_schedule
+        from qdiff.attention.sparse import SIDECAR, load_schedule
         from qdiff.engines.scheduled import ScheduledRunner
 
+        run.verify("quantize", only={SIDECAR, EDITABLE})
         runner = ScheduledRunner(runner, load_schedule(plan.attention, run.path))
     if plan.routing is not None:
         from qdiff.engines.routed import RoutedRunner

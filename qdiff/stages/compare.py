@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
-from qdiff.errors import QualityGateError
+from qdiff.errors import QualityGateError, UsageError
 from qdiff.events import log
 from qdiff.files import write_json
 from qdiff.stages.build import default_engine, require_runner
@@ -41,6 +41,7 @@ def compare(
 
     calibrated = options_of(run)
     chosen = engines or [default_engine(run)]
+    require_comparable(chosen)
     for name in chosen:
         require_runner(run, name)
     first_seed = SEED_OFFSET + calibrated.seed if seed is None else seed
@@ -66,6 +67,18 @@ def compare(
             f"see {run.file('images')}; keep more layers in 16 bit (ignore), or lower the gate",
         )
     return result
+
+
+def require_comparable(engines: list[str]) -> None:
+    """Refuses the reference as something to compare with it.
+
+    Raises:
+        UsageError: with what to name instead.
+    """
+    if "float" in engines:
+        raise UsageError(
+            "float is what engines are compared with", "name an engine (qdiff doctor lists them), or eager for torch"
+        )
 
 
 def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:

@@ -9,10 +9,10 @@ from qdiff.artifacts import Run
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import duration, log
 from qdiff.recipes import load_recipe
-from qdiff.stages.attention import calibrate_attention
+from qdiff.stages.attention import calibrate_attention, require_sparse
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
-from qdiff.stages.compare import DEFAULT_PICTURES, compare
+from qdiff.stages.compare import DEFAULT_PICTURES, compare, require_comparable
 from qdiff.stages.export import export
 from qdiff.stages.quantize import quantize
 from qdiff.stages.report import report
@@ -53,6 +53,7 @@ def run_all(
         log.info("%s: done%s", name, f" ({duration(seconds)})" if seconds is not None else "")
         return result
 
+    require_comparable(engines or [])
     wanted = [choose(name) for name in (engines or DEFAULT_ENGINES)]
     skipped = {}
     buildable = []
@@ -66,8 +67,11 @@ def run_all(
             skipped[engine.name] = missing
             log.info("build:%s: left out, %s", engine.name, missing)
 
+    sparse = load_recipe(recipe, overrides).attention is not None
+    if sparse:
+        require_sparse(options.model)
     stage("calibrate", lambda: calibrate(run, options, force=force))
-    if load_recipe(recipe, overrides).attention is not None:
+    if sparse:
         stage("attention", lambda: calibrate_attention(run, force=force))
     stage("quantize", lambda: quantize(run, recipe, overrides, force=force))
     for engine in list(buildable):

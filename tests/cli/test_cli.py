@@ -113,6 +113,7 @@ RUN_USAGE = {
     "no prompt": (["generate"], 2, "--prompt"),
     "long prompt": (["generate", "--prompt", "x" * 100_000], 2, "100,000 characters"),
     "pictures": (["compare", "--pictures", "0"], 2, ""),
+    "float with itself": (["compare", "--engine", "float"], 2, "float is what engines are compared with"),
     "no prompts file": (["compare", "--prompts", "none.txt"], 3, "none.txt"),
 }
 
