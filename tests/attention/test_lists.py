@@ -160,3 +160,9 @@ def test_masks_are_kept_as_bits(tmp_path):
 def test_nothing_is_no_block():
     lists = BlockLists(torch.tensor([[0, NOTHING]], dtype=torch.int32), torch.tensor([0, 2]))
     assert lists.masks(3).tolist() == [[[True, False, False]]]
+
+
+@pytest.mark.parametrize("name", ["zigzag", "fh", "ffh", "box0x2x2", "box2x2", ""])
+def test_orders_that_do_not_exist_are_refused(name):
+    with pytest.raises(InputError, match="unknown order of tokens"):
+        order_named(name, (2, 4, 4))

@@ -227,3 +227,12 @@ def test_a_scheduler_that_comes_to_a_timestep_twice_is_corrected_at_every_step(k
         corrected.scale_model_input(x, t)
         x = corrected.step(toy(x, float(t)), t, x).prev_sample
     assert len(seen) == len(made.timesteps) > 4 and all(each > 0 for each in seen[advancing])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_where_nothing_but_noise_is_seen_nothing_is_corrected(kind):
+    """The first step of schedules with zero terminal signal, as CogVideoX has them: the level is infinite."""
+    moment = Moment(999.0, 0.0, float("inf"), 50.0, kind)
+    drift = QDrift(timesteps=[999.0, 1.0], variances=[0.1, 0.1])
+    prediction, seen = torch.randn(1, 4), torch.randn(1, 4)
+    assert torch.equal(drift.prediction(prediction, seen, moment), prediction)
