@@ -363,9 +363,8 @@ def measure(rows: list[Contender], rounds: int, on_gpu: bool) -> None:
     """Times all rows in turn, ``rounds`` times after one that does not count."""
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else torch.empty(0)
     if on_gpu:
-        pool = (
-            torch.cuda.graph_pool_handle()
-        )  # one for all: graphs run one after the other, and nobody reads the results
+        # One pool for all: graphs run one after the other, and nobody reads the results.
+        pool = torch.cuda.graph_pool_handle()
         for row in rows:
             graphs = [None if call is None else recorded(call, pool) for call in (row.run, row.bare)]
             row.recorded = graphs[0] is not None

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdiff.models import wan
+
 BLOCK = 128
 TOKENS_OF_TEXT = 512
 
@@ -43,15 +45,8 @@ class Configuration:
     latent: tuple[int, ...]
 
 
-WAN = {
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-}
-SMALL = {**WAN, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-LARGE = {**WAN, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+SMALL = wan.CONFIGURATIONS["wan2.1-1.3b"]
+LARGE = {**SMALL, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 CONFIGURATIONS = {
     "wan2.1-1.3b-480p": Configuration("wan", "WanTransformer3DModel", SMALL, (16, 21, 60, 104)),
     "wan2.1-1.3b-720p": Configuration("wan", "WanTransformer3DModel", SMALL, (16, 21, 90, 160)),

@@ -77,8 +77,7 @@ def export_onnx(
         InputError: an op of the module has no translation for this target.
     """
     specs = family.inputs(backbone.config)  # type: ignore[arg-type]
-    if family.one_size:
-        family.fix_size(backbone, example[specs[0].name].shape)
+    family.fix_size(backbone, example[specs[0].name].shape)
     named = family.for_export(backbone)
     # A batch of one would be taken for a constant; two of everything keeps the axis dynamic.
     values = tuple(_at_least_two(example[spec.name]) for spec in specs)

@@ -293,7 +293,7 @@ class Family(ABC):
         """Calls the pipeline."""
 
     def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
-        """Before a backbone of one size is traced: makes what it would otherwise make anew in every call.
+        """Before a backbone is traced: makes for this size what it would otherwise make anew in every call. Most make nothing.
 
         Args:
             latent: shape of the first input.

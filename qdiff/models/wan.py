@@ -18,7 +18,7 @@ from qdiff.models import clips
 from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback
 from qdiff.video import Clip
 
-_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # Wan2.1-T2V-1.3B as published: 30 blocks, 12 heads of 128, UMT5-XXL states of width 4096.
     "wan2.1-1.3b": {
         "num_attention_heads": 12,
@@ -56,7 +56,7 @@ class Wan(Family):
     title = "Wan 2.1 (text to video)"
     media = "video"
     pipelines = ("WanPipeline",)
-    configurations = tuple(_CONFIGURATIONS)
+    configurations = tuple(CONFIGURATIONS)
     default_guidance = 5.0
     block_list = "blocks"
     branches_apart = True
@@ -116,7 +116,7 @@ class Wan(Family):
 
         from qdiff.models.loading import bundled_tokenizer, stand_in_text_encoder
 
-        config = _CONFIGURATIONS[configuration]
+        config = CONFIGURATIONS[configuration]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             transformer = WanTransformer3DModel(**config)
