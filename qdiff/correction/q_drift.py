@@ -39,7 +39,7 @@ class QDrift(Correction):
 
     def lengthening(self, moment: Moment) -> float:
         """``c``."""
-        if not 0 < moment.level < math.inf:  # nothing but noise is seen: a prediction of any length names the same noise
+        if not 0 < moment.level < math.inf:  # only noise is seen: a prediction of any length names the same
             return 0.0
         alpha, sigma = moment.alpha, moment.alpha * moment.level
         to_noise = {"epsilon": 1.0, "flow": 1.0, "v_prediction": alpha**2, "sample": (alpha / sigma) ** 2}
