@@ -6,6 +6,7 @@ stdout is the result (``--json``: one JSON object), stderr is progress and log. 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from qdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from qdiff.artifacts import Run
+    from qdiff.stages.calibrate import CalibrateOptions
 
 app = typer.Typer(
     name="qdiff",
@@ -47,6 +49,9 @@ SchedulerOption = Annotated[str | None, typer.Option(help="scheduler, e.g. dpmso
 TimestepsOption = Annotated[str, typer.Option(help="steps to keep: uniform (Q-Diffusion), normal (PTQ4DM) or all")]
 KeepOption = Annotated[int, typer.Option(help="how many steps of a trajectory to keep")]
 BatchOption = Annotated[int, typer.Option(help="prompts denoised together")]
+HeightOption = Annotated[int | None, typer.Option(help="pixels [default: the model's]")]
+WidthOption = Annotated[int | None, typer.Option(help="pixels [default: the model's]")]
+FramesOption = Annotated[int | None, typer.Option(help="of a clip [default: the model's]")]
 SeedOption = Annotated[int, typer.Option(help="picture i starts from the noise of SEED + i")]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or a YAML file")]
 BudgetOption = Annotated[
@@ -136,6 +141,13 @@ def models(json: JsonOption = False) -> None:
     _show(inspection.models(), json, present.models)
 
 
+def _calibrate_options(given: dict[str, Any]) -> CalibrateOptions:
+    """Those of a command's parameters that a calibration takes."""
+    from qdiff.stages.calibrate import CalibrateOptions
+
+    return CalibrateOptions(**{field.name: given[field.name] for field in dataclasses.fields(CalibrateOptions)})
+
+
 @app.command()
 def calibrate(
     model: ModelOption = "pixart",
@@ -146,6 +158,9 @@ def calibrate(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     scheduler: SchedulerOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
     timesteps: TimestepsOption = "uniform",
     keep: KeepOption = 25,
     batch: BatchOption = 4,
@@ -162,12 +177,10 @@ def calibrate(
 
     Example: qdiff calibrate --model pixart --samples 32 -o runs/pixart
     """
+    options = _calibrate_options(locals())
     from qdiff.artifacts import Run
     from qdiff.stages import calibrate as stage
 
-    options = stage.CalibrateOptions(
-        model, weights, revision, prompts, samples, steps, guidance, scheduler, timesteps, keep, batch, seed
-    )
     run = Run(output or Path("runs") / model)
     if attention:
         from qdiff.stages.attention import require_sparse
@@ -299,9 +312,9 @@ def generate(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     seed: SeedOption = 0,
-    height: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels [default: the model's]")] = None,
-    frames: Annotated[int | None, typer.Option(help="of a clip [default: the model's]")] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
     scheduler: SchedulerOption = None,
     batch: BatchOption = 4,
     engine: EngineOption = None,
@@ -376,6 +389,9 @@ def run_all(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     scheduler: SchedulerOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
     timesteps: TimestepsOption = "uniform",
     keep: KeepOption = 25,
     batch: BatchOption = 4,
@@ -399,13 +415,10 @@ def run_all(
 
     Example: qdiff run --model pixart
     """
+    options = _calibrate_options(locals())
     from qdiff.artifacts import Run
     from qdiff.stages import run as stage
-    from qdiff.stages.calibrate import CalibrateOptions
 
-    options = CalibrateOptions(
-        model, weights, revision, prompts, samples, steps, guidance, scheduler, timesteps, keep, batch, seed
-    )
     result = stage.run_all(
         Run(output or Path("runs") / model),
         options,

@@ -156,6 +156,16 @@ class Routing(BaseModel):
     pictures: int = Field(8, ge=1, le=256)
     reuse: Reuse | None = None
 
+    @property
+    def predicts(self) -> bool:
+        """Whether routes may follow what blocks changed the step before."""
+        return len(self.recipes) == 2 and self.rule in ("best", "predicted")
+
+    @property
+    def follows_changes(self) -> bool:
+        """Whether anything depends on how blocks change from step to step."""
+        return self.predicts or self.reuse is not None
+
     @model_validator(mode="after")
     def _sensible(self) -> Routing:
         if len(set(self.recipes)) != len(self.recipes):

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -42,25 +43,37 @@ class Trajectory:
         if not self.paths:
             raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate")
 
+    def timesteps(self, shard: int) -> list[float]:
+        """Of the recorded calls of one shard, in sampling order.
+
+        Raises:
+            IntegrityError: when the shard is damaged or not ours.
+        """
+        with open_tensors(self.paths[shard], "trajectory shard") as file:
+            return self._header(shard, file)[0]
+
     def steps(self, shard: int) -> Iterator[Step]:
         """The recorded calls of one shard, in sampling order.
 
         Raises:
             IntegrityError: when the shard is damaged or not ours.
         """
-        path = self.paths[shard]
-        with open_tensors(path, "trajectory shard") as file:
-            try:
-                header = json.loads(file.metadata()["qdiff"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                timesteps, varying = header["timesteps"], set(header["varying"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise IntegrityError(
-                    f"{path} is not a trajectory of qdiff ({error})", "calibrate again with --force"
-                ) from None
+        with open_tensors(self.paths[shard], "trajectory shard") as file:
+            timesteps, varying = self._header(shard, file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         for index, timestep in enumerate(timesteps):
             inputs = {name: tensor[index] if name in varying else tensor for name, tensor in tensors.items()}
             yield Step(shard, timestep, inputs)
+
+    def _header(self, shard: int, file: Any) -> tuple[list[float], set[str]]:
+        """Timesteps, and the names of what changes with them."""
+        try:
+            header = json.loads(file.metadata()["qdiff"])
+            return header["timesteps"], set(header["varying"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(
+                f"{self.paths[shard]} is not a trajectory of qdiff ({error})", "calibrate again with --force"
+            ) from None
 
     def __iter__(self) -> Iterator[Step]:
         for shard in range(len(self.paths)):

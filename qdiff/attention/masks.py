@@ -7,6 +7,8 @@ for all heads, layers and groups of timesteps together, by what the prediction l
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def allot(errors: Tensor, options: list[int], columns: int, density: float) -> T
     if options[0] / columns > density:
         raise InputError(
             f"a density of {density:g} is below {options[0] / columns:.3f}, one block of {columns} in a row",
-            "raise the density, or calibrate with smaller blocks",
+            f"at least {math.ceil(1000 * options[0] / columns) / 1000:g} can be had",
         )
     flat = errors.reshape(-1, len(options))
     monotone = flat.flip(1).cummax(dim=1).values.flip(1)  # reading more is never worse: what says so is noise

@@ -88,7 +88,7 @@ def _tiling(q: Tensor, order: Tensor, text: int, block_q: int, block_k: int) -> 
     if q.shape[2] != text + order.shape[1]:
         raise InputError(
             f"sparse attention was calibrated for {text + order.shape[1]:,} tokens and is given {q.shape[2]:,}",
-            "make pictures of the calibrated size and number of frames, or calibrate again for this one",
+            "leave the size as it was calibrated, or calibrate with --height, --width or --frames",
         )
     return Tiling(q.shape[2], text, block_q, block_k)
 

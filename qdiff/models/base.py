@@ -66,6 +66,7 @@ class Request:
     frames: int | None = None
 
 
+MOST_FRAMES = 1_000
 StepCallback = Callable[[int, float, Tensor], None]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values ``[batch, heads, tokens, size]`` to what attention makes of them."""
@@ -128,6 +129,16 @@ class Model:
             )
         self.pipeline.scheduler = usable[name].from_config(current.config)
 
+    def use_size(self, height: int | None, width: int | None, frames: int | None) -> None:
+        """Makes pictures or clips of that size where a request names none; ``None`` leaves the weights' own.
+
+        Raises:
+            UsageError: a size that the model does not make.
+        """
+        check_size(self, height, width, frames)
+        given = {"height": height, "width": width, "num_frames": frames}
+        self.defaults = {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
+
     def arguments(self, request: Request) -> dict[str, Any]:
         """Arguments of a request that every pipeline takes, over these weights' own settings."""
         given = {
@@ -135,6 +146,7 @@ class Model:
             "guidance_scale": self.guidance(request.guidance),
             "height": request.height,
             "width": request.width,
+            "num_frames": request.frames,
             "prompt": list(request.prompts),
             "generator": [torch.Generator().manual_seed(seed) for seed in request.seeds],
         }
@@ -349,16 +361,38 @@ def default_prompts(count: int, seed: int, media: str = "image") -> list[str]:
     return (motion if media == "video" else prompt_accuracy).default_prompts(count, seed)
 
 
-def check_pixels(family: Family, height: int | None, width: int | None) -> None:
-    """Refuses picture sizes that the backbone cannot cut into patches.
+def check_size(model: Model, height: int | None, width: int | None, frames: int | None) -> None:
+    """Refuses sizes that the backbone cannot cut into patches or the VAE into frames.
 
     Raises:
-        UsageError: with the nearest sizes that work.
+        UsageError: with the nearest sizes that work; or frames are asked of a picture.
     """
+    family = model.family
     for label, value in (("height", height), ("width", width)):
         if value is not None and (value <= 0 or value % family.size_divisor):
             nearest_size = max(1, round(value / family.size_divisor)) * family.size_divisor
             raise UsageError(f"{label} {value} does not divide by {family.size_divisor}", f"use {nearest_size}")
+    if frames is None:
+        return
+    check_frames(family, frames)
+    factor = model.pipeline.vae_scale_factor_temporal
+    if (frames - 1) % factor:
+        usable = max(1, round((frames - 1) / factor)) * factor + 1
+        raise UsageError(f"{frames} frames are not 1 and a multiple of {factor}", f"use {usable}")
+
+
+def check_frames(family: Family, frames: int | None) -> None:
+    """What is known of a number of frames before a model is loaded.
+
+    Raises:
+        UsageError: frames of a picture, or a number that no clip has.
+    """
+    if frames is None:
+        return
+    if family.media != "video":
+        raise UsageError(f"--frames {frames}: {family.title} makes pictures", "leave --frames out")
+    if not 2 <= frames <= MOST_FRAMES:
+        raise UsageError(f"--frames {frames} is not between 2 and {MOST_FRAMES}", "81 are usual")
 
 
 def require_steps(timesteps: Sequence[float]) -> None:

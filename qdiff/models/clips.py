@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.errors import UsageError
-from qdiff.models.base import Family, Model, Request, StepCallback, check_pixels
+from qdiff.models.base import Family, Model, Request, StepCallback, check_size
 from qdiff.video import Clip
 
 
@@ -34,14 +33,8 @@ def generate(
     Raises:
         UsageError: a size or a number of frames that the model does not make.
     """
-    check_pixels(family, request.height, request.width)
+    check_size(model, request.height, request.width, request.frames)
     arguments = {**model.arguments(request), **further}
-    if request.frames is not None:
-        factor = model.pipeline.vae_scale_factor_temporal
-        if request.frames < 1 + factor or (request.frames - 1) % factor:
-            usable = max(1, round((request.frames - 1) / factor)) * factor + 1
-            raise UsageError(f"{request.frames} frames are not 1 and a multiple of {factor}", f"use {usable}")
-        arguments["num_frames"] = request.frames
     if on_step is not None:
 
         def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qdiff.models.base import (
     NamedInputs,
     Request,
     StepCallback,
-    check_pixels,
+    check_size,
 )
 
 if TYPE_CHECKING:
@@ -120,14 +120,14 @@ class PixArt(Family):
         )[0]
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
-        check_pixels(self, request.height, request.width)
+        check_size(model, request.height, request.width, request.frames)
         sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
         arguments = {
             "use_resolution_binning": sample_size in (32, 64, 128, 256),
             "max_sequence_length": min(300, model.pipeline.tokenizer.model_max_length),
             **model.arguments(request),
         }
-        if request.height or request.width:
+        if arguments.get("height") or arguments.get("width"):
             arguments["use_resolution_binning"] = False
         if on_step is not None:
             arguments |= {"callback": lambda step, t, latents: on_step(step, float(t), latents), "callback_steps": 1}

@@ -197,7 +197,8 @@ def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Co
     if most and len(measured.timesteps) > 1:
         table = solve(measured.predictions, costs, budget, most)
         found["table"] = _of_table(routing, "table", blocks, measured, table, costs)
-        found["predicted"] = _of_predictors(found["table"], measured, costs, budget)
+        if routing.predicts:
+            found["predicted"] = _of_predictors(found["table"], measured, costs, budget)
     return found
 
 

@@ -22,7 +22,7 @@ from qdiff.trajectory import Step, Trajectory
 
 @dataclass
 class Measured:
-    """``samples`` are the recorded prompts, with guidance twice.
+    """``samples`` are the recorded prompts, with guidance twice; none where nothing follows what blocks change.
 
     Args:
         timesteps: falling.
@@ -57,6 +57,7 @@ def measure(
     branches: Sequence[Sequence[nn.Module]],
     trajectory: Trajectory,
     guided: bool,
+    changes: bool = True,
 ) -> Measured:
     """Replays the trajectory.
 
@@ -66,15 +67,28 @@ def measure(
         blocks: names, in the order of the chain.
         branches: of each block, the cheap one last.
         guided: whether each prompt is twice in a batch.
+        changes: whether to watch all calls for what blocks change, which predictors and reuse are made from.
 
     Raises:
         InputError: a recording whose shards have other timesteps than each other.
     """
+    timesteps = trajectory.timesteps(0)
+    if any(trajectory.timesteps(shard) != timesteps for shard in range(len(trajectory.paths))):
+        raise InputError(
+            "the recorded trajectories have different timesteps, and changes from step to step cannot be compared",
+            "calibrate with --timesteps uniform",
+        )
     with torch.inference_mode():
-        local, timesteps, prompts = _local(model, trial, blocks, branches, trajectory, guided)
+        nothing = torch.zeros(len(blocks), len(timesteps), 0, dtype=torch.float64)
+        local: _Local = (nothing, nothing, nothing), []
+        if changes:
+            local = _local(model, trial, blocks, branches, trajectory, guided)
         predictions, reused, together = _predictions(model, trial, blocks, branches, trajectory)
-    changes, errors, drifts = (torch.cat(parts, dim=2) for parts in local)
-    return Measured(timesteps, changes, drifts, errors, predictions, reused, together, torch.tensor(prompts))
+    (changed, errors, drifts), prompts = local
+    return Measured(timesteps, changed, drifts, errors, predictions, reused, together, torch.tensor(prompts))
+
+
+_Local = tuple[tuple[Tensor, ...], list[int]]  # changes, errors and drifts [blocks, steps, samples]; prompts of samples
 
 
 def _local(
@@ -84,7 +98,7 @@ def _local(
     branches: Sequence[Sequence[nn.Module]],
     trajectory: Trajectory,
     guided: bool,
-) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor]], list[float], list[int]]:
+) -> _Local:
     watch = _Watch([each[-1] for each in branches])
     handles = [
         trial.get_submodule(name).register_forward_hook(watch.hook(index), with_kwargs=True)
@@ -92,22 +106,13 @@ def _local(
     ]
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     prompts: list[int] = []
-    timesteps: list[float] = []
     try:
         with Progress("changes of blocks", len(trajectory.paths)) as progress:
             for shard in range(len(trajectory.paths)):
                 watch.begin()
-                found = []
                 for step in trajectory.steps(shard):
                     model.family.call(trial, step.inputs)
                     watch.step()
-                    found.append(step.timestep)
-                if timesteps and found != timesteps:
-                    raise InputError(
-                        "the recorded trajectories have different timesteps, and changes from step to step cannot be compared",
-                        "calibrate with --strategy uniform",
-                    )
-                timesteps = found
                 for kept, values in zip(parts, watch.taken(), strict=True):
                     kept.append(values)
                 batch = parts[0][-1].shape[2]
@@ -117,7 +122,7 @@ def _local(
     finally:
         for handle in handles:
             handle.remove()
-    return parts, timesteps, prompts
+    return tuple(torch.cat(each, dim=2) for each in parts), prompts
 
 
 class _Watch:

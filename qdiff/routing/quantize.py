@@ -15,7 +15,7 @@ from qdiff.events import log
 from qdiff.models.base import Model
 from qdiff.plan import Plan
 from qdiff.quantize import carry_out
-from qdiff.recipe import Recipe
+from qdiff.recipe import Recipe, Routing
 from qdiff.recipes import versions_of
 from qdiff.routing.assemble import Version, assemble, branches_of, costs_of, joined_plan, share_clock
 from qdiff.routing.decide import Court, Decision, decide, reduced
@@ -62,7 +62,7 @@ def quantize_routed(
     blocks = model.family.blocks(model.backbone)
     trial = shared_copy(model.backbone)
     install_clock(trial, clock, torch.tensor(statistics.timesteps))
-    found = _measured(model, trial, blocks, versions, trajectory, scratch, guided)
+    found = _measured(model, recipe.routing, trial, blocks, versions, trajectory, scratch, guided)
     del trial
     costs = costs_of(versions, blocks)
     everything = {name: list(range(len(versions))) for name in blocks}
@@ -100,6 +100,7 @@ def _version(model: Model, recipe: Recipe, statistics: Statistics, trajectory: T
 
 def _measured(
     model: Model,
+    routing: Routing,
     trial: nn.Module,
     blocks: list[str],
     versions: list[Version],
@@ -110,6 +111,7 @@ def _measured(
     kept = scratch.load(MEASURED)
     if kept is not None:
         return Measured(timesteps=kept[1], **kept[0])
-    found = measure(model, trial, blocks, [branches_of(versions, name) for name in blocks], trajectory, guided)
+    branches = [branches_of(versions, name) for name in blocks]
+    found = measure(model, trial, blocks, branches, trajectory, guided, changes=routing.follows_changes)
     scratch.save(MEASURED, found.tensors(), found.timesteps)
     return found

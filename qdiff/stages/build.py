@@ -97,9 +97,6 @@ def _profile(
         for axis, size in zip(named, shapes[name], strict=True)
         if isinstance(axis, str)
     }
-    if "sample_size" in config:
-        cells = int(config["sample_size"])
-        sizes |= {"height": (cells, cells, cells), "width": (cells, cells, cells)}
     if "tokens" in sizes and not one_size:
         tokens = sizes["tokens"][0]
         sizes["tokens"] = (2, tokens, max(tokens, LONGEST_PROMPT))
@@ -107,10 +104,12 @@ def _profile(
     recorded = dict(sizes)
     if text:
         sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))
-    if FAMILIES[plan.family].one_size and any(sizes[a] != recorded[a] for a in ("frames", "height", "width")):
+    one_graph = FAMILIES[plan.family].one_size or plan.attention is not None
+    if one_graph and any(sizes.get(axis) != recorded.get(axis) for axis in ("frames", "height", "width")):
+        what = "the lists of sparse attention are" if plan.attention else f"a graph of {FAMILIES[plan.family].title} is"
         raise UsageError(
-            f"profile {text!r}: a graph of {FAMILIES[plan.family].title} is for the size that was calibrated",
-            "calibrate with other --weights settings, or leave the size out of the profile",
+            f"profile {text!r}: {what} for the size that was calibrated",
+            "leave the size out of the profile, or calibrate with --height, --width or --frames",
         )
     if plan.attention is not None:
         profile = _with_lists(plan.attention, text, axes, sizes, one_size)
@@ -145,12 +144,6 @@ def _with_lists(
     from qdiff.attention.plan import BLOCKS, BOUNDS
     from qdiff.engines.profiles import make_profile
 
-    for axis in ("frames", "height", "width"):
-        if len(set(sizes.get(axis, (0,)))) > 1:
-            raise UsageError(
-                f"profile {text!r}: the lists of sparse attention are for one size, {axis} is a range",
-                "give one size, or quantize without --density",
-            )
     heads, columns = attention.heads, -(-math.prod(attention.grid) // attention.block_k)
     rows = -(-math.prod(attention.grid) // attention.block_q)
     usual = max(heads, round(heads * columns * attention.density))

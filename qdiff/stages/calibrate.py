@@ -30,6 +30,9 @@ class CalibrateOptions:
     steps: int | None = None
     guidance: float | None = None
     scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
     timesteps: str = "uniform"
     keep: int = 25
     batch: int = 4
@@ -50,11 +53,12 @@ def load_prompts(options: CalibrateOptions) -> list[str]:
 
 
 def load_model(options: CalibrateOptions) -> Model:
-    """The float model, and its scheduler replaced if one was named."""
+    """The float model, with the scheduler and the size that were named."""
     from qdiff.models import FAMILIES
 
     model = FAMILIES[options.model].load(options.weights, revision=options.revision, seed=options.seed)
     model.use_scheduler(options.scheduler)
+    model.use_size(options.height, options.width, options.frames)
     return model
 
 
@@ -105,8 +109,9 @@ def calibrate(run: Run, options: CalibrateOptions, *, force: bool = False, dry_r
         JSON facts: where, how much was recorded, and the estimate that was made before it began.
     """
     from qdiff.models import FAMILIES
+    from qdiff.models.base import check_frames
 
-    FAMILIES[options.model]
+    check_frames(FAMILIES[options.model], options.frames)
     prompts = load_prompts(options)
     recording = recording_of(options, prompts)
     model = load_model(options)
@@ -121,6 +126,9 @@ def calibrate(run: Run, options: CalibrateOptions, *, force: bool = False, dry_r
         "steps": options.steps,
         "guidance": options.guidance,
         "scheduler": options.scheduler,
+        "height": options.height,
+        "width": options.width,
+        "frames": options.frames,
         "timesteps": options.timesteps,
         "keep": options.keep,
         "batch": options.batch,
@@ -207,6 +215,9 @@ def options_of(run: Run) -> CalibrateOptions:
         steps=inputs["steps"],
         guidance=inputs["guidance"],
         scheduler=inputs["scheduler"],
+        height=inputs.get("height"),
+        width=inputs.get("width"),
+        frames=inputs.get("frames"),
         batch=inputs["batch"],
         seed=inputs["seed"],
     )

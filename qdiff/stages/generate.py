@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CORRECTION = "correction.json"  # of the trajectory, where the stage `correct` was done
 LONGEST_PROMPT = 2_000
-MOST_PICTURES, MOST_FRAMES = 256, 1_000
+MOST_PICTURES = 256
 
 
 @dataclass
@@ -172,7 +172,8 @@ def make_request(
     Raises:
         UsageError: empty or overlong prompts, too many pictures, numbers out of range.
     """
-    from qdiff.models.base import Request
+    from qdiff.models import FAMILIES
+    from qdiff.models.base import Request, check_frames
 
     calibrated = options_of(run)
     if not prompts:
@@ -183,8 +184,7 @@ def make_request(
     if len(prompts) > MOST_PICTURES:
         raise UsageError(f"{len(prompts)} pictures were asked for", f"at most {MOST_PICTURES} in one call")
     check_sampling(steps, guidance)
-    if frames is not None and not 2 <= frames <= MOST_FRAMES:
-        raise UsageError(f"--frames {frames} is not between 2 and {MOST_FRAMES}")
+    check_frames(FAMILIES[calibrated.model], frames)
     if not 0 <= seed < 2**63 - MOST_PICTURES:
         raise UsageError(f"--seed {seed} is not between 0 and 2^63")
     return Request(
@@ -252,8 +252,6 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
     )
     if output.suffix.lower() != suffix:
         raise UsageError(f"{output} does not end in {suffix}", f"{what}, with their settings inside")
-    if request.frames is not None and family.media != "video":
-        raise UsageError(f"--frames {request.frames}: {family.title} makes pictures", "leave --frames out")
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
     require_writable(output.parent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -54,13 +56,24 @@ def test_plan_and_report_tell_routes_and_what_they_cost(routed):
         if len(block.branches) == 2:
             assert f"{block.name}.branches.1.attn1.to_q" in names and len(set(block.table)) == 2
     tried = read_json(routed / "routing.json", "the routes")
-    rules = {"static", "table", "predicted", "table, weighed", "predicted, weighed"}
-    assert {row["name"] for row in tried["rules"]} == rules and len(tried["influence"]) == 6
+    assert [row["name"] for row in tried["rules"]] == ["static", "table", "table, weighed"] and len(
+        tried["influence"]
+    ) == 6
     assert [row["name"] for row in tried["uniform"]] == ["int8", "nvfp4"]
     report = read_json(routed / "report.json", "the report")["routing"]
     assert len(report["routes"]) == 6 and report["resident_bits"] == routing.resident_bits
     page = (routed / "report.html").read_text()
     assert 'id="routing"' in page and "left out" in page
+
+
+def test_predictors_are_made_where_no_rule_is_named(cli, calibrated, tmp_path):
+    path = shutil.copytree(calibrated, tmp_path / "run")
+    best = [*ROUTED[:-2], "--budget", "bits=7", "--force"]
+    assert cli("quantize", path, *best).code == 0
+    tried = read_json(path / "routing.json", "the routes")
+    rules = ["static", "table", "predicted", "table, weighed", "predicted, weighed"]
+    assert [row["name"] for row in tried["rules"]] == rules
+    assert set(tried["r2"]) == {"transformer_blocks.0", "transformer_blocks.1"}
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
