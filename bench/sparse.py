@@ -85,9 +85,11 @@ def benchmark(run: Any, densities: list[float], clips: int, numerics: str) -> di
     from qdiff import metrics, motion, prompt_accuracy
     from qdiff.attention.sparse import install, schedule_of
     from qdiff.models.base import Request, default_prompts
-    from qdiff.stages.calibrate import reload_model
+    from qdiff.stages.attention import require_sparse
+    from qdiff.stages.calibrate import options_of, reload_model
     from qdiff.stages.generate import simulate
 
+    require_sparse(options_of(run).model)
     model = reload_model(run)
     video = model.family.media == "video"
     request = Request(default_prompts(clips, SEED, model.family.media), list(range(SEED, SEED + clips)))

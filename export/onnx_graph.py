@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.attention.numerics import numerics_named, require_exported
 from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.attention.schedule import Board
 from qdiff.attention.sparse import board_of
@@ -48,11 +49,13 @@ LONGEST_LISTS = 2**28  # entries in a row of all lists
 
 
 def check_target(plan: Plan, target: Target) -> None:
-    """Refuses a plan with a layer that the target cannot run.
+    """Refuses a plan with a layer that the target cannot run, or an attention that no graph can say.
 
     Raises:
         InputError: naming the layer and its formats.
     """
+    if plan.attention is not None:
+        require_exported(numerics_named(plan.attention.numerics))
     for layer in plan.quantized:
         if not target.takes(layer.weights, layer.activations, layer.by_token):
             scales = " with scales by token" if layer.by_token else ""

@@ -64,7 +64,12 @@ def _looked(result: dict[str, Any]) -> str:
 
 
 def _reads(result: dict[str, Any]) -> str:
-    return "" if result["density"] is None else f", attention reads {100 * result['density']:.0f} % of its blocks"
+    if result["density"] is None:
+        return ""
+    overall = result.get("overall_density")  # runs of an earlier version have none
+    return f", sparse attention reads {100 * result['density']:.0f} % of its blocks" + (
+        "" if overall is None else f", all attention {100 * overall:.0f} %"
+    )
 
 
 def quantize(result: dict[str, Any]) -> str:
@@ -216,6 +221,12 @@ def inspect(result: dict[str, Any]) -> str:
             f"plan {plan['recipe']}: {plan['quantized']} layers quantized, {plan['kept']} kept, "
             f"{plan['smoothed']} smoothed, {plan['timestep_scales']} with scales by timestep"
         )
+        if plan["attention"]:
+            seen = plan["attention"]
+            lines.append(
+                f"attention {seen['numerics']}: {seen['layers']} layers follow block lists over {seen['tokens']:,} tokens, "
+                f"which read {100 * seen['density']:.0f} % of their blocks, all attention {100 * seen['overall']:.0f} %"
+            )
     for engine in result.get("engines", []):
         state = engine["problem"] or "trusted"
         role = engine["role"] or "not in use"

@@ -11,12 +11,11 @@ from typing import Any
 
 from qdiff.attention.lists import Tiling
 from qdiff.attention.nodes import DOMAIN, WHOLE, AttentionNode
-from qdiff.errors import InputError
+from qdiff.attention.numerics import numerics_named, require_exported
 from qdiff.export.translations import translates
 from qdiff.export.translations.quantizers import call
 
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
-WRITTEN = ("float", "int8_fp8", "fp8")
 
 
 def _call(
@@ -24,10 +23,7 @@ def _call(
 ) -> Any:
     from onnxscript import opset23 as op
 
-    if numerics not in WRITTEN:
-        raise InputError(
-            f"attention in {numerics} has no ONNX form", f"export it as one of {', '.join(WRITTEN)}, or run it in torch"
-        )
+    require_exported(numerics_named(numerics))
     heads, size = int(order.shape[0]), int(v.shape[3])
     made = AttentionNode(WHOLE, numerics, pairs, heads, size, tiling, _DTYPES[v.dtype.name])
     start, end, axis = (op.Constant(value_ints=[value]) for value in (first, first + heads + 1, 0))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdiff.errors import unknown_name
+from qdiff.errors import InputError, unknown_name
 
 PROBABILITY_SCALE = 256.0
 
@@ -30,11 +30,13 @@ class Numerics:
     Args:
         scores: of queries and keys.
         output: of probabilities and values.
+        exported: whether a graph can say it; what cannot runs in torch alone.
     """
 
     name: str
     scores: str | None
     output: str | None
+    exported: bool = True
 
     @property
     def coded(self) -> bool:
@@ -46,11 +48,25 @@ NUMERICS = {
     row.name: row
     for row in (
         Numerics("float", None, None),
-        Numerics("bf16", "bfloat16", "bfloat16"),
+        Numerics("bf16", "bfloat16", "bfloat16", exported=False),
         Numerics("int8_fp8", "int8", "fp8"),
         Numerics("fp8", "fp8", "fp8"),
     )
 }
+
+
+def require_exported(numerics: Numerics) -> None:
+    """Refuses what no graph can say.
+
+    Raises:
+        InputError: naming those that a graph can.
+    """
+    if not numerics.exported:
+        known = ", ".join(row.name for row in NUMERICS.values() if row.exported)
+        raise InputError(
+            f"attention in {numerics.name} has no ONNX form, so no engine runs it",
+            f"quantize with --set attention.numerics of {known}; the engine `eager` runs it in torch",
+        )
 
 
 def numerics_named(name: str) -> Numerics:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from qdiff.errors import InputError, UsageError, nearest, unknown_name
 from qdiff.recipe import Recipe
@@ -66,9 +66,12 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         fix = "docs/guide/recipes.md says what it takes"
-        if first["type"] == "extra_forbidden":
-            close = nearest(str(first["loc"][-1]), Recipe.model_fields)
-            fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(Recipe.model_fields)}"
+        if first["type"] == "missing":
+            fix = f"give it, for example with --set {where}=…"
+        elif first["type"] == "extra_forbidden":
+            known = _entries(Recipe, first["loc"][:-1])
+            close = nearest(str(first["loc"][-1]), known)
+            fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
         raise InputError(f"recipe {name}: {where}: {message}", fix) from None
     from qdiff.methods import check_options, check_reconstruction
 
@@ -77,6 +80,15 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     if recipe.sequential is not None and recipe.sequential.reconstruct is not None:
         check_reconstruction(recipe.sequential.reconstruct)
     return recipe
+
+
+def _entries(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names of the entries of a recipe's group, by its path."""
+    for name in path:
+        field = model.model_fields.get(str(name))
+        groups = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        model = next((each for each in groups if isinstance(each, type) and issubclass(each, BaseModel)), model)
+    return list(model.model_fields)
 
 
 def members_of(recipe: Recipe) -> list[Recipe | None]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
 from qdiff.errors import InputError
+from qdiff.events import log
 from qdiff.files import sha256_json
 from qdiff.scratch import Scratch
 from qdiff.stages.calibrate import options_of, reload_model
@@ -81,10 +82,13 @@ def require_statistics(run: Run) -> None:
 
 def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[AttentionPlan, Tensor]:
     """Which blocks every head reads, for a recipe's wish: :func:`qdiff.attention.sparse.decide`."""
+    from qdiff.attention.numerics import numerics_named
     from qdiff.attention.sparse import decide
     from qdiff.attention.statistics import AttentionStatistics
 
     run.verify(STAGE)
+    if not numerics_named(wish.numerics).exported:
+        log.warning("attention in %s runs in torch alone: no engine takes it (docs/guide/attention.md)", wish.numerics)
     statistics = AttentionStatistics.load(run.file(STATISTICS))
     dense = len(model.family.self_attentions(model.backbone)) - len(statistics.layers)
     timesteps = run.entry("calibrate")["timesteps"]

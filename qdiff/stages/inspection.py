@@ -40,6 +40,14 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
             "kept": len(plan.layers) - len(plan.quantized),
             "smoothed": sum(layer.smoothing is not None for layer in plan.layers),
             "timestep_scales": sum(layer.timestep_scales for layer in plan.layers),
+            "attention": plan.attention
+            and {
+                "numerics": plan.attention.numerics,
+                "density": plan.attention.density,
+                "overall": plan.attention.overall,
+                "tokens": plan.attention.tokens,
+                "layers": len(plan.attention.layers),
+            },
         }
         if layers:
             result["layers"] = [layer.model_dump(mode="json") for layer in plan.layers]

@@ -92,7 +92,13 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
     if plan.attention is not None:
         from qdiff.attention.sparse import SIDECAR, load_masks
 
-        masks = load_masks(plan.attention, plan_file.parent / SIDECAR)
+        sidecar = plan_file.parent / SIDECAR
+        if not sidecar.exists():
+            raise InputError(
+                f"{plan_file} has sparse attention, and its masks ({SIDECAR}) do not lie beside it",
+                f"copy {SIDECAR} from the run that the plan is of, too",
+            )
+        masks = load_masks(plan.attention, sidecar)
     return ByPlan(plan, before, plan_file, masks)
 
 
@@ -141,6 +147,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
         packed_bytes=packed,
         worst_sqnr_db=min(error["sqnr_db"] for error in errors),
         density=plan.attention and plan.attention.density,
+        overall_density=plan.attention and plan.attention.overall,
     )
     scratch.clear()
 
@@ -196,6 +203,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "packed_bytes",
         "worst_sqnr_db",
         "density",
+        "overall_density",
         "budget",
         "cost",
         "plan_psnr_db",
@@ -223,5 +231,12 @@ def _dry_run(run: Run, decided: Decisions) -> dict[str, Any]:
         }
         for entry in decided.draft(model, statistics).entries.values()
     ]
-    density = sparse and sparse[0].density
-    return {"dry_run": True, "run": str(run.path), "recipe": decided.name, "density": density, "layers": rows}
+    attention = sparse and sparse[0]
+    return {
+        "dry_run": True,
+        "run": str(run.path),
+        "recipe": decided.name,
+        "density": attention and attention.density,
+        "overall_density": attention and attention.overall,
+        "layers": rows,
+    }

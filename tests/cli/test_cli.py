@@ -67,6 +67,8 @@ USAGE = {
     "not a number": (["calibrate", "--steps", "many"], ["--steps"]),
     "model": (["calibrate", "--model", "pixrt"], ["unknown model 'pixrt'", "did you mean pixart"]),
     "model of run": (["run", "--model", "pixrt"], ["did you mean pixart"]),
+    "height": ([*CALIBRATE, "--height", "50"], ["height 50 does not divide by 16", "use 48"]),
+    "frames": ([*CALIBRATE, "--frames", "5"], ["--frames 5", "makes pictures"]),
     "strategy": ([*CALIBRATE, "--timesteps", "unifrom"], ["'unifrom'", "did you mean uniform"]),
     "scheduler": ([*CALIBRATE, "--scheduler", "dpmsolver+"], ["'dpmsolver+'", "dpmsolver++"]),
     "steps": ([*CALIBRATE[:3], "--samples", "2", "--steps", "0"], ["--steps 0"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -77,8 +79,6 @@ def test_what_is_left_out_is_what_masks_say(sparse):
 
 
 def test_an_edited_plan_keeps_its_attention(sparse, cli, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(sparse, copy)
     result = cli("quantize", copy, "--plan", copy / "plan.json", "--force")
@@ -91,8 +91,6 @@ def test_an_edited_plan_keeps_its_attention(sparse, cli, tmp_path):
 @pytest.fixture(scope="module")
 def routed(sparse, cli, tmp_path_factory):
     """The same calibration, with blocks that change between INT8 and NVFP4 and are left out, in an ONNX Runtime engine."""
-    import shutil
-
     path = tmp_path_factory.mktemp("routed") / "run"
     shutil.copytree(sparse, path)
     wish = ["routing.pictures=1", "routing.rule=table", "routing.reuse={loss_db: 20, in_a_row: 1}"]
@@ -231,8 +229,37 @@ def test_what_cannot_be_is_refused(sparse, fails, filmed, tmp_path):
     fails(3, ["--attention", "not calibrated"], "quantize", filmed, "--density", 0.5, "--force")
     for wrong in (0, -1, 1.5, "nan"):
         fails(2, "--density", "quantize", sparse, f"--density={wrong}", "--force")
-    fails(3, "one block", "quantize", sparse, "--density", 0.01, "--force", "--dry-run")
+    fails(3, ["one block", "at least 0.334 can be had"], "quantize", sparse, "--density", 0.01, "--force", "--dry-run")
     fails(3, "numerics", "quantize", sparse, "--density", 0.5, "--set", "attention.numerics=fp9", "--force")
+    fails(3, "known: density, numerics", "quantize", sparse, "--density", 0.5, "--set", "attention.foo=1", "--force")
+    fails(3, "--set attention.density=", "quantize", sparse, "--set", "attention.numerics=fp8", "--force")
+    fails(
+        2,
+        ["for the size that was calibrated", "--frames"],
+        "build",
+        sparse,
+        "--engine",
+        "onnxruntime",
+        "--profile",
+        "128",
+    )
+    alone = shutil.copy(sparse / "plan.json", tmp_path / "plan.json")
+    fails(3, ["plan.json", SIDECAR], "quantize", sparse, "--plan", alone, "--force")
+
+
+def test_attention_that_no_graph_can_say_is_announced_and_refused(sparse, cli, fails, tmp_path):
+    copy = shutil.copytree(sparse, tmp_path / "run")
+    wish = ("--recipe", "int8", "--density", 0.5, "--set", "attention.numerics=bf16", "--force")
+    result = cli("quantize", copy, *wish)
+    assert result.code == 0 and "runs in torch alone" in result.err
+    fails(3, ["bf16 has no ONNX form", "float, int8_fp8, fp8"], "export", copy, "--target", "onnxruntime", "--force")
+
+
+def test_densities_are_told_at_once_and_later(sparse, cli):
+    plan = Plan.load(sparse / "plan.json").attention
+    told = f"reads {100 * plan.density:.0f} % of its blocks, all attention {100 * plan.overall:.0f} %"
+    assert told in cli("quantize", sparse, "--density", 0.5).out
+    assert f"all attention {100 * plan.overall:.0f} %" in cli("inspect", sparse).out
 
 
 def test_another_size_is_refused_and_never_a_wrong_clip(sparse, fails, tmp_path):
@@ -242,8 +269,6 @@ def test_another_size_is_refused_and_never_a_wrong_clip(sparse, fails, tmp_path)
 
 
 def test_masks_of_another_plan_are_refused(sparse, cli, fails, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(sparse, copy)
     (copy / SIDECAR).write_bytes((copy / SIDECAR).read_bytes()[:-1])
