@@ -141,7 +141,13 @@ ROWS: tuple[Row, ...] = (
         ("recipe int8, q k float", ["outputs={}"]),
         ("recipe int8", []),
     ),
-    *_qdiff(INT8, "int8-gptq", ("recipe int8-gptq", [])),
+    *_qdiff(
+        INT8,
+        "int8-gptq",
+        ("recipe int8-gptq, q k float", ["outputs={}"]),
+        ("recipe int8-gptq", []),
+        ("recipe int8-gptq, by token", ["outputs={}", "scheme.by_token=true"]),
+    ),
     *_qdiff(INT8, "int8-token", ("recipe int8-token", [])),
     *_modelopt(
         INT8,
