@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
 from qdiff.errors import UsageError
-from qdiff.events import Progress
+from qdiff.events import Progress, log
 from qdiff.files import require_writable
 from qdiff.resources import measure, release_memory
 from qdiff.stages.build import default_engine, load_runner
@@ -256,6 +256,8 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
         raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
     require_writable(output.parent)
     session = Session(run, engine)
+    if request.negative_prompt and session.model.guidance(request.guidance) <= 1:
+        log.warning("the negative prompt has no effect: there is no guidance away from it at a scale of 1 and below")
     try:
         made = session.pictures(request, batch)
     finally:

@@ -139,6 +139,12 @@ def test_what_works_with_the_float_pipeline_works_with_an_engine(draw, engine):
         assert got.read_bytes() != plain.read_bytes(), f"{name} changed nothing"
 
 
+def test_a_negative_prompt_that_has_no_effect_is_announced(cli, finished, tmp_path):
+    given = ("generate", finished.path, "--prompt", "x", "--negative-prompt", "grey", "-o", tmp_path / "x.png")
+    assert "no effect" in cli(*given, "--guidance", 1.0).err
+    assert "no effect" not in cli(*given, "--guidance", 3.0).err
+
+
 def test_the_default_engine_is_the_fastest_that_is_there(cli, finished, tmp_path):
     made = cli("generate", finished.path, "--prompt", "x", "-o", tmp_path / "x.png", "--json").json
     assert made["engine"] == "openvino" and made["weights"].startswith("random weights")
