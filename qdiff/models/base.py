@@ -154,7 +154,12 @@ class Model:
 
     def generate(self, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
         """Makes the pictures or clips of ``request``. ``on_step(step, timestep, latents)`` is called after every step; an
-        exception that it raises stops the pipeline."""
+        exception that it raises stops the pipeline.
+
+        Raises:
+            UsageError: a size, a number of frames or a scheduler that is not the model's.
+        """
+        check_size(self, request.height, request.width, request.frames)
         before = self.pipeline.scheduler
         try:
             self.use_scheduler(request.scheduler)

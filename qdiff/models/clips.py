@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.models.base import Family, Model, Request, StepCallback, check_size
+from qdiff.models.base import Model, Request, StepCallback
 from qdiff.video import Clip
 
 
@@ -22,18 +22,12 @@ def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tenso
     }
 
 
-def generate(
-    family: Family, model: Model, request: Request, on_step: StepCallback | None, **further: Any
-) -> list[Clip]:
+def generate(model: Model, request: Request, on_step: StepCallback | None, **further: Any) -> list[Clip]:
     """The clips of a request.
 
     Args:
         further: arguments of the pipeline besides those that all have.
-
-    Raises:
-        UsageError: a size or a number of frames that the model does not make.
     """
-    check_size(model, request.height, request.width, request.frames)
     arguments = {**model.arguments(request), **further}
     if on_step is not None:
 

@@ -141,7 +141,7 @@ class CogVideoX(Family):
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
         config: Any = model.backbone.config
-        return clips.generate(self, model, request, on_step, max_sequence_length=config.max_text_seq_length)
+        return clips.generate(model, request, on_step, max_sequence_length=config.max_text_seq_length)
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         return dict(_SIZES[configuration])

@@ -24,7 +24,6 @@ from qdiff.models.base import (
     NamedInputs,
     Request,
     StepCallback,
-    check_size,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +119,6 @@ class PixArt(Family):
         )[0]
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
-        check_size(model, request.height, request.width, request.frames)
         sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
         arguments = {
             "use_resolution_binning": sample_size in (32, 64, 128, 256),

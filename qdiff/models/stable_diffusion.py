@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback, check_size
+from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,7 +174,6 @@ class StableDiffusion(Family):
         return [name for name, _ in backbone.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
-        check_size(model, request.height, request.width, request.frames)
         arguments = model.arguments(request)
         if on_step is not None:
 

@@ -105,7 +105,7 @@ class Wan(Family):
         )[0]
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
-        return clips.generate(self, model, request, on_step)
+        return clips.generate(model, request, on_step)
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         return {"max_sequence_length": 32, **_SIZES[configuration]}
