@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import resources
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_plan_and_report_tell_routes_and_what_they_cost(routed):
     assert len(report["routes"]) == 6 and report["resident_bits"] == routing.resident_bits
     page = (routed / "report.html").read_text()
     assert 'id="routing"' in page and "left out" in page
+
+
+def test_weights_alone_change_where_activations_have_scales_by_token(cli, fails, calibrated, tmp_path):
+    path, narrow = shutil.copytree(calibrated, tmp_path / "run"), tmp_path / "narrow.yaml"
+    own = resources.files("qdiff.recipes").joinpath("w4a8.yaml").read_text()
+    narrow.write_text(own.replace("int4_g64", "int4_g32"))  # this model's 32 columns are no 64
+    wish = (f"routing.recipes=[int8-token, {narrow}]", *ROUTED[3::2])
+    arguments = [part for one in wish for part in ("--set", one)]
+    assert cli("quantize", path, "--recipe", "routed-token", *arguments, "--budget", "bits=6.5", "--force").code == 0
+    plan = Plan.load(path / "plan.json")
+    assert plan.routing is not None and 4.5 < plan.routing.used_bits <= 6.5
+    inside = [layer for layer in plan.quantized if ".branches." in layer.name]
+    assert {layer.weights for layer in inside} == {"int8", "int4_g32"} and {layer.activations for layer in inside} == {
+        "int8"
+    }
+    assert cli("export", path, "--target", "onnxruntime", "--force").code == 0, "parity with torch, call by call"
+    fails(3, "scales by token", "export", path, "--target", "tensorrt", "--force")
 
 
 def test_predictors_are_made_where_no_rule_is_named(cli, calibrated, tmp_path):
