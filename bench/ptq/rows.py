@@ -204,6 +204,16 @@ ROWS: tuple[Row, ...] = (
     ),
     # FP8
     *_qdiff(FP8, "fp8", ("to nearest", ["methods={}"]), ("recipe fp8", [])),
+    *_qdiff(
+        FP8,
+        "fp8-gptq",
+        ("gptq", ["methods={}", "methods.gptq.damping=0.1"]),
+        (
+            "scales mse, gptq",
+            ["methods={}", "methods.scales.rules=[mse]", "methods.gptq.damping=0.1", "methods.bias={}"],
+        ),
+        ("recipe fp8-gptq", []),
+    ),
     *_modelopt(
         FP8,
         ("max", FP8_BY_CHANNEL),
