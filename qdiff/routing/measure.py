@@ -30,7 +30,8 @@ class Measured:
         drifts: the same; infinite at the first step.
         errors: ``[blocks, steps, samples]``: the cheap branch's output against float, L1, relative.
         predictions: ``[blocks, steps, branches]``: squared relative error of the prediction.
-        reused: ``[blocks, steps]``: the same when the block adds what it added the step before; infinite at the first.
+        reused: ``[blocks, steps]``: the same when the block adds what it added the step before; infinite at the first, and
+            everywhere where that was not tried.
         together: ``[steps]``: the same when all blocks err a little (:data:`qdiff.routing.follow.NOISE`).
         prompts: ``[samples]``: of which prompt.
     """
@@ -58,6 +59,7 @@ def measure(
     trajectory: Trajectory,
     guided: bool,
     changes: bool = True,
+    reuse: bool = True,
 ) -> Measured:
     """Replays the trajectory.
 
@@ -68,6 +70,7 @@ def measure(
         branches: of each block, the cheap one last.
         guided: whether each prompt is twice in a batch.
         changes: whether to watch all calls for what blocks change, which predictors and reuse are made from.
+        reuse: whether to try every block with what it added the step before.
 
     Raises:
         InputError: a recording whose shards have other timesteps than each other.
@@ -83,7 +86,7 @@ def measure(
         local: _Local = (nothing, nothing, nothing), []
         if changes:
             local = _local(model, trial, blocks, branches, trajectory, guided)
-        predictions, reused, together = _predictions(model, trial, blocks, branches, trajectory)
+        predictions, reused, together = _predictions(model, trial, blocks, branches, trajectory, reuse)
     (changed, errors, drifts), prompts = local
     return Measured(timesteps, changed, drifts, errors, predictions, reused, together, torch.tensor(prompts))
 
@@ -172,6 +175,7 @@ def _predictions(
     blocks: Sequence[str],
     branches: Sequence[Sequence[nn.Module]],
     trajectory: Trajectory,
+    reuse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors of the prediction by branch, of reuse, and of noise in all blocks. One call for every timestep, from one shard
     after the other."""
@@ -189,7 +193,7 @@ def _predictions(
     with Progress("errors of blocks", len(pairs)) as progress:
         for place, (before, step) in sorted(pairs.items()):
             reference, outputs = _watched(model, trial, blocks, step, lambda states, out: out)
-            kept = None if before is None else _deltas(model, trial, blocks, before)
+            kept = None if before is None or not reuse else _deltas(model, trial, blocks, before)
             float_blocks: list[nn.Module] = []
             for index, name in enumerate(blocks):
                 block = trial.get_submodule(name)

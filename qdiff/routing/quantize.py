@@ -112,6 +112,7 @@ def _measured(
     if kept is not None:
         return Measured(timesteps=kept[1], **kept[0])
     branches = [branches_of(versions, name) for name in blocks]
-    found = measure(model, trial, blocks, branches, trajectory, guided, changes=routing.follows_changes)
+    changes, reuse = routing.follows_changes, routing.reuse is not None
+    found = measure(model, trial, blocks, branches, trajectory, guided, changes, reuse)
     scratch.save(MEASURED, found.tensors(), found.timesteps)
     return found

@@ -272,9 +272,6 @@ def test_the_bundled_wan_makes_a_clip_that_moves():
     assert sum(file.stat().st_size for file in bundled_folder("wan").rglob("*") if file.is_file()) < 20e6
 
 
-@pytest.mark.skipif(
-    not (bundled_folder("pixart") / "model_index.json").is_file(), reason="the bundled PixArt is not trained yet"
-)
 def test_the_bundled_model_loads_and_makes_a_picture():
     model = FAMILIES["pixart"].load()
     image = model.generate(Request(["a rocket on a blue background"], [0], steps=2))[0]
