@@ -5,6 +5,7 @@ both sides that is most of it (docs/log.md). What is left to gain is that layers
 biases of all quantized layers are trained together, through the quantized graph itself (straight-through where it rounds), on
 the recorded calls and against the float model's own predictions: no data and no labels, as in QAD (arXiv 2601.20088) and
 EfficientDM (arXiv 2310.03270). Scales, transforms and low-rank branches stay, so the result is a checkpoint like any other.
+Attentions that follow block lists do so here as well, and layers learn to make up for what is not read.
 
 - **Loss**: squared error of the prediction, relative to what it was at that timestep before. Late steps have the smallest signal
   and the largest relative error; without the division they would be all that counts.

@@ -65,8 +65,14 @@ def carry_out(
     drafted: Draft,
     trajectory: Trajectory | None = None,
     scratch: Scratch | None = None,
+    complete: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """:func:`quantize` from the draft on. Raises as there."""
+    """:func:`quantize` from the draft on. Raises as there.
+
+    Args:
+        complete: puts in place what the finished backbone has besides its layers (sparse attention), so that a recipe that trains
+            the whole trains that too. Called once, when all layers are quantized.
+    """
 
     def solve(problem: Problem, members: list[LayerPlan]) -> Solution:
         own = drafted.recipes.get(members[0].group or "", recipe)
@@ -91,6 +97,7 @@ def carry_out(
     else:
         work.block_by_block(trajectory, recipe.sequential, scratch)
     plan = work.plan(recipe.name, drafted.structure)
+    complete()
     if recipe.distil is None or trajectory is None:
         return plan
     return distilled(plan, distil(model, trajectory, targets, recipe.distil, scratch))

@@ -228,8 +228,8 @@ class Recipe(BaseModel):
         if len(sources) != 1:
             raise ValueError("a recipe has either a scheme, or mixed, or routing")
         if self.scheme is None:
-            own = ["convolutions", "methods", "outputs", "distil", "targets"]
-            own += ["sequential"] if self.routing is not None else []
+            own = ["convolutions", "methods", "outputs", "targets"]
+            own += ["sequential", "distil"] if self.routing is not None else []
             beside = [name for name in own if name in self.model_fields_set and getattr(self, name)]
             if beside:
                 raise ValueError(f"{beside[0]}: beside {sources[0]}, its recipes say that")

@@ -5,19 +5,21 @@ The lists of all attentions of a model are one matrix (:mod:`qdiff.attention.lis
 
 In host memory :mod:`qdiff.attention.gathered` computes it, on a GPU a Triton kernel, which has no numerics ``float``: those go
 through torch there too. The kernel's own form of the lists is made at the first call and kept as long as the lists are the
-same tensors with the same content.
+same tensors with the same content. Gradients: :mod:`qdiff.attention.gradient`.
 """
 
 from __future__ import annotations
 
 import weakref
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qdiff.attention import gathered
+from qdiff.attention.gradient import gradients
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import numerics_named
 from qdiff.errors import InputError, MissingDependencyError
@@ -153,3 +155,19 @@ def _(
     scale: float,
 ) -> Tensor:
     return torch.empty_like(q)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.first, ctx.text, ctx.block_q, ctx.block_k, _, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, order, blocks, bounds = ctx.saved_tensors
+    tiling = _tiling(q, order, ctx.text, ctx.block_q, ctx.block_k)
+    lists = _lists(blocks, bounds, ctx.first, q.shape[1])
+    found = gradients(q, k, v, order, lists, tiling, ctx.scale, of_output)
+    return (*found, *[None] * 9)
+
+
+sparse_attention.register_autograd(_backward, setup_context=_keep)

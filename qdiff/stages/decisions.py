@@ -3,6 +3,7 @@ formats or routes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,8 +54,17 @@ class Decisions(Protocol):
         """What is known before the float model has run; refuses what cannot be carried out."""
         ...
 
-    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
-        """Quantizes the model in place; further files go through ``work``."""
+    def apply(
+        self,
+        model: Model,
+        drafted: Draft,
+        trajectory: Trajectory,
+        scratch: Scratch,
+        work: Any,
+        complete: Callable[[], None],
+    ) -> Plan:
+        """Quantizes the model in place, then calls ``complete`` (:func:`qdiff.quantize.carry_out`); further files go through
+        ``work``."""
         ...
 
 
@@ -80,10 +90,18 @@ class ByRecipe:
 
         return draft(model, self.recipe, statistics)
 
-    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
+    def apply(
+        self,
+        model: Model,
+        drafted: Draft,
+        trajectory: Trajectory,
+        scratch: Scratch,
+        work: Any,
+        complete: Callable[[], None],
+    ) -> Plan:
         from qdiff.quantize import carry_out
 
-        return carry_out(model, self.recipe, drafted, trajectory, scratch)
+        return carry_out(model, self.recipe, drafted, trajectory, scratch, complete)
 
 
 @dataclass(frozen=True)
@@ -122,11 +140,21 @@ class ByPlan:
         settled = settle(self.plan, model, statistics, self.before, self.source)
         return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})
 
-    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
+    def apply(
+        self,
+        model: Model,
+        drafted: Draft,
+        trajectory: Trajectory,
+        scratch: Scratch,
+        work: Any,
+        complete: Callable[[], None],
+    ) -> Plan:
         from qdiff.quantize import quantize_as_planned
 
         plan = self.plan.model_copy(update={"layers": list(drafted.entries.values())})
-        return quantize_as_planned(model, plan, drafted.statistics)
+        plan = quantize_as_planned(model, plan, drafted.statistics)
+        complete()
+        return plan
 
 
 @dataclass(frozen=True)
@@ -170,12 +198,20 @@ class ByBudget:
         }
         return Draft(structure, statistics, open_entries)
 
-    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
+    def apply(
+        self,
+        model: Model,
+        drafted: Draft,
+        trajectory: Trajectory,
+        scratch: Scratch,
+        work: Any,
+        complete: Callable[[], None],
+    ) -> Plan:
         from qdiff.quantize import carry_out
 
         # what was chosen from is let go before the model is made: it holds every layer in every format
         drafted, table, made = self._chosen(model, drafted, trajectory, scratch)
-        plan = carry_out(model, self.recipe, drafted, trajectory, scratch)
+        plan = carry_out(model, self.recipe, drafted, trajectory, scratch, complete)
         # written last: a budget or a layer that is refused leaves an earlier quantization whole
         table.save(work.output(self.run.file(TABLE)))
         write_json(work.output(self.run.file(ALLOCATION)), made.to_json())
@@ -251,7 +287,15 @@ class ByRouting:
             )
         return [draft(model, version, statistics) for version in versions_of(self.recipe)][0]
 
-    def apply(self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch, work: Any) -> Plan:
+    def apply(
+        self,
+        model: Model,
+        drafted: Draft,
+        trajectory: Trajectory,
+        scratch: Scratch,
+        work: Any,
+        complete: Callable[[], None],
+    ) -> Plan:
         from qdiff.routing.quantize import quantize_routed
 
         assert self.recipe.routing is not None
@@ -265,6 +309,7 @@ class ByRouting:
             lambda backbone: self._judge(model, backbone),
             guided=model.guidance(calibrated.guidance) > 1,
         )
+        complete()
         write_json(work.output(self.run.file(ROUTING)), made.decision.to_json())
         return made.plan
 

@@ -119,12 +119,18 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     if not any(bool(prediction.any()) for _, prediction in expected):
         raise InputError("the float model predicts nothing but zeros", "are these the right weights?")
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-    plan = decided.apply(model, drafted, trajectory, scratch, work)
+
+    def complete() -> None:
+        if sparse is not None:
+            from qdiff.attention.sparse import install, schedule_of
+
+            install(model.family, model.backbone, sparse[0], schedule_of(*sparse))
+
+    plan = decided.apply(model, drafted, trajectory, scratch, work, complete)
     if sparse is not None:
-        from qdiff.attention.sparse import SIDECAR, install, save_masks, schedule_of
+        from qdiff.attention.sparse import SIDECAR, save_masks
 
         plan = plan.model_copy(update={"attention": sparse[0]})
-        install(model.family, model.backbone, sparse[0], schedule_of(*sparse))
         save_masks(sparse[1], work.output(run.file(SIDECAR)))
     errors = _errors(expected, _predictions(model, trajectory))
     _refuse_idle(plan, errors)

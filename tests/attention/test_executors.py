@@ -75,6 +75,27 @@ def test_reading_everything_is_dense_attention(shape):
     assert apart(case.gathered(lists=BlockLists.full(HEADS, case.tiling)), dense) < 1e-6
 
 
+@pytest.mark.parametrize("numerics", ["float", "fp8"])
+@pytest.mark.parametrize("partial", [False, True], ids=["even rows", "uneven rows"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_those_of_the_definition(shape, partial, numerics):
+    case = Case(shape, partial)
+    operands = [x.double().requires_grad_() for x in (case.q, case.k, case.v)]
+    q, k, v = operands
+    read = oracle.token_mask(case.order, case.lists, case.tiling)
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~read, -1e9)  # a row that reads nothing: no NaN, no gradient
+    exact = scores.softmax(dim=-1) * read @ v
+    weights = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad((exact * weights).sum(), operands)
+
+    given = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    tiling = case.tiling
+    cut = (0, tiling.text, tiling.block_q, tiling.block_k, numerics, q.shape[-1] ** -0.5)
+    output = torch.ops.qdiff.sparse_attention(*given, case.order, case.lists.blocks, case.lists.bounds, *cut)
+    got = torch.autograd.grad((output * weights).sum(), given)
+    assert all(apart(one, other) < 1e-5 for one, other in zip(got, wanted, strict=True))
+
+
 def test_the_order_of_a_list_and_its_gaps_do_not_matter():
     case = Case("whole")
     shuffled = [case.lists.of(head)[:, torch.randperm(case.lists.of(head).shape[1])] for head in range(HEADS)]

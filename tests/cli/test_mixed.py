@@ -87,6 +87,15 @@ def test_a_killed_run_goes_on_with_the_plan_that_it_had_chosen(spoilt, cli, wish
     assert made["budget"] == 7 and made["solutions"][made["chosen"]]["psnr_db"] is not None
 
 
+def test_formats_by_budget_are_trained_as_one(spoilt, cli, fails, wish):
+    training = ("--set", "distil.iterations=8", "--set", "distil.rate=0.02")
+    assert cli("quantize", spoilt, *wish, "--budget", "bits=6.6", "--force", *training).code == 0
+    plan = Plan.load(spoilt / "plan.json")
+    assert len({layer.weights for layer in plan.quantized}) > 1
+    assert all("distillation" in layer.why for layer in plan.quantized)
+    assert cli("generate", spoilt, "--prompt", "x", "--engine", "eager", "-o", spoilt / "x.png").code == 0
+
+
 def test_a_refusal_leaves_the_finished_quantization_whole(spoilt, fails, wish, cli):
     before = {name: (spoilt / name).read_bytes() for name in ("plan.json", "model.safetensors", "run.json")}
     for _ in range(2):  # the second time there are parts of the first

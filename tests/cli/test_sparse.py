@@ -88,6 +88,26 @@ def test_an_edited_plan_keeps_its_attention(sparse, cli, tmp_path):
     assert (copy / "model.safetensors").read_bytes() == (sparse / "model.safetensors").read_bytes()
 
 
+def test_a_whole_model_is_trained_with_its_attention_sparse(sparse, cli, tmp_path, monkeypatch):
+    from qdiff.attention import operator
+
+    run = tmp_path / "run"
+    shutil.copytree(sparse, run)
+    calls, gradients = [], operator.gradients
+
+    def watched(*arguments: object) -> object:
+        calls.append(arguments)
+        return gradients(*arguments)
+
+    monkeypatch.setattr(operator, "gradients", watched)
+    training = ("--set", "distil.iterations=6", "--set", "distil.rate=0.02")
+    assert cli("quantize", run, "--recipe", "int8", "--density", 0.4, *training, "--force").code == 0
+    plan = Plan.load(run / "plan.json")
+    read = [int(lists.bounds[-1]) for _, _, _, _, lists, *_ in calls]
+    assert len(read) == 6 * 2 and min(read) < max(read), "both attentions of six calls, some of them sparse"
+    assert all("distillation" in layer.why for layer in plan.quantized) and plan.attention.asked == 0.4
+
+
 @pytest.fixture(scope="module")
 def routed(sparse, cli, tmp_path_factory):
     """The same calibration, with blocks that change between INT8 and NVFP4 and are left out, in an ONNX Runtime engine."""
