@@ -91,8 +91,9 @@ def inlined(onnx: Path, kept: Collection[str] = ()) -> Iterator[Path]:
 
 
 def simulates(onnx: Path) -> bool:
-    """Whether quantizers of the graph are written out in float arithmetic (functions of the domain ``qdiff``), which has to run
-    in float32: in 16 bit the scales themselves would be rounded."""
+    """Whether quantizers of the graph are written out in float arithmetic (functions of the domain ``qdiff``, but for those that
+    unpack codes), which has to run in float32: in 16 bit the scales themselves would be rounded."""
     import onnx as library
 
-    return any(function.domain == "qdiff" for function in library.load(onnx, load_external_data=False).functions)
+    functions = library.load(onnx, load_external_data=False).functions
+    return any(each.domain == "qdiff" and not each.name.startswith("Unpack_") for each in functions)

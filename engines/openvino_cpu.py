@@ -62,6 +62,25 @@ def _threads(library: Any, core: Any, settings: Mapping[str, Any]) -> int:
     return int(core.compile_model(model, "CPU", dict(settings)).get_property("INFERENCE_NUM_THREADS"))
 
 
+def _fold_codes(library: Any, model: Any) -> None:
+    """Puts INT8 constants in the place of what computes them from constants: codes of 6 bits that the graph unpacks. OpenVINO
+    looks for constants when it chooses integer kernels, and would take the whole way to a float weight together."""
+
+    fixed: set[str] = set()  # names of what follows from constants alone
+    for op in model.get_ordered_ops():
+        sources = [port.get_source_output().get_node().get_name() for port in op.inputs()]
+        if op.get_type_name() == "Constant" or (sources and fixed.issuperset(sources)):
+            fixed.add(op.get_name())
+            if not sources or op.get_output_size() > 1 or op.get_output_element_type(0) != library.Type.i8:
+                continue
+            values = library.compile_model(library.Model([op.output(0)], []), "CPU")([])[0]
+            made = library.opset13.constant(values.copy(), dtype=library.Type.i8)
+            made.set_friendly_name(op.get_friendly_name())
+            for port in op.output(0).get_target_inputs():
+                port.replace_source_output(made.output(0))
+            fixed.add(made.get_name())
+
+
 class OpenVinoRunner(Runner):
     """The model and its compiled variants.
 
@@ -142,6 +161,7 @@ class OpenVinoEngine(Engine):
         try:
             with inlined(onnx) as graph:
                 model = library.Core().read_model(str(graph))
+                _fold_codes(library, model)
                 model.set_rt_info("yes" if simulates(onnx) else "no", list(_SIMULATED))
                 library.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
             if not options.profiles:

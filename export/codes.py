@@ -3,8 +3,9 @@
 torch has no tensors of INT4, and ONNX's exporter writes what it gets. So codes of 4 bits are traced as bytes (two codes each,
 the layout of ONNX as of ours: :mod:`qdiff.packing`) and get their type and shape here, without being unpacked.
 
-ONNX Runtime has no FP4; its graphs hold the same bits as UINT4, which ``qdiff.Dequantize_nvfp4`` looks up. E8M0 scales are
-bytes for every target.
+Codes of 6 bits, for which no runtime has a type, stay bytes, which the graph unpacks in nodes that a runtime folds when it
+loads the file. ONNX Runtime has no FP4; its graphs hold the same bits as UINT4, which ``qdiff.Dequantize_nvfp4`` looks up. E8M0
+scales are bytes for every target.
 """
 
 from __future__ import annotations
@@ -78,11 +79,20 @@ def _transpose(graph: Any, codes: Any, format: Format) -> None:
     import onnx_ir
 
     (dequantize,) = (use.node for use in codes.uses())
+    unpacked = dequantize.outputs[0] if dequantize.op_type.startswith("Unpack_") else None
+    if unpacked is not None:
+        (dequantize,) = (use.node for use in unpacked.uses())
     users = [use.node for use in dequantize.outputs[0].uses()]
     simple = dequantize.op_type == "DequantizeLinear" and format.scale == "float16"
     if not simple or any(user.op_type != "Transpose" for user in users):
         return
-    if format.bits == 4:
+    if unpacked is not None:
+        turn = onnx_ir.node("Transpose", [unpacked], {"perm": [1, 0]}, name=f"{codes.name}.transposed")
+        turn.outputs[0].shape = onnx_ir.Shape([*reversed(dequantize.outputs[0].shape)])
+        turn.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT8)
+        graph.insert_before(dequantize, turn)
+        dequantize.replace_input_with(0, turn.outputs[0])
+    elif format.bits == 4:
         rows, columns = codes.shape.numpy()
         _set(codes, _transposed(codes.const_value.tobytes(), rows, columns), (columns, rows), codes.dtype)
     else:
@@ -95,7 +105,7 @@ def _transpose(graph: Any, codes: Any, format: Format) -> None:
             dequantize.replace_input_with(1, scale)
         _transpose_value(scale)
     dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 0 if format.block else 1)
-    dequantize.outputs[0].shape = onnx_ir.Shape(codes.shape)
+    dequantize.outputs[0].shape = onnx_ir.Shape(dequantize.inputs[0].shape)
     for user in users:
         user.outputs[0].replace_all_uses_with(dequantize.outputs[0])
         graph.remove(user, safe=True)

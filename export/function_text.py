@@ -40,6 +40,10 @@ class Body:
         """A 1-D int64 constant."""
         return self._constant(f"Constant<value_ints = [{', '.join(map(str, values))}]>()")
 
+    def small_integers(self, *values: int) -> str:
+        """A 1-D int32 constant."""
+        return self._constant(f"Constant<value = int32[{len(values)}] {{{', '.join(map(str, values))}}}>()")
+
     def table(self, values: tuple[float, ...]) -> str:
         """A 1-D float32 constant."""
         return self._constant(f"Constant<value = float[{len(values)}] {{{', '.join(map(repr, values))}}}>()")

@@ -20,7 +20,8 @@ bit for bit (the tests compare them). Two things differ from how torch gets ther
 ``QuantizeDequantize_F``        ``x``, ``scale []``: a static scale
 ``BlockQuantize_F``             ``x [..., n]``, ``tensor_scale []`` to ``codes [..., n]`` (values, in float32) and E4M3 scales
 ``ScaleBlocks_F``               undoes it: ``values [..., n]``, ``scale [..., n / block]`` to the product, in the scale's dtype
-``Dequantize_F``                the same for a weight's packed ``codes [out, in]`` (UINT4)
+``Dequantize_F``                the same for a weight's codes: UINT4 ``[out, in]``, or packed codes of 6 bits
+``Unpack_F``                    codes of a 6-bit integer, packed as UINT8 ``[out, 3/4 in]``, to INT8 ``[out, in]``
 ``PowerOfTwo``                  E8M0 codes (UINT8, biased by 127) to float32
 =============================== ==================================================================
 
@@ -46,7 +47,7 @@ from qdiff.numerics import (
     SMALLEST_SCALE,
 )
 
-_FLOAT, _INT32, _INT64, _FLOAT16, _E4M3, _E5M2 = 1, 6, 7, 10, 17, 19  # onnx.TensorProto's numbers
+_FLOAT, _INT8, _INT32, _INT64, _FLOAT16, _E4M3, _E5M2 = 1, 3, 6, 7, 10, 17, 19  # onnx.TensorProto's numbers
 _CASTS = {"e4m3": _E4M3, "e5m2": _E5M2}
 
 
@@ -118,9 +119,25 @@ def _dynamic_inputs(format: Format) -> str:
 
 def _weight(format: Format) -> Function:
     body = Body()
-    index = body.cast("codes", _INT32)
+    index = body.cast("codes", _INT32) if format.bits == 4 else _fields(body)
     values = body.do(f"Gather<axis = 0>({body.table(format.element.values())}, {index})")
     return Function("codes, scale", _times_blocks(body, values, format.block), body)
+
+
+def _unpack(format: Format) -> Function:
+    body = Body()
+    half = body.small_integers(2 ** (format.bits - 1))
+    around = body.do(f"Mod({body.do(f'Add({_fields(body)}, {half})')}, {body.small_integers(2**format.bits)})")
+    return Function("codes", body.cast(body.do(f"Sub({around}, {half})"), _INT8), body)
+
+
+def _fields(body: Body) -> str:
+    """The bit patterns in ``codes``, four of 6 bits in three bytes (:mod:`qdiff.packing`), by arithmetic that runtimes fold."""
+    three = body.do(f"Reshape({body.cast('codes', _INT32)}, {body.integers(0, -1, 3)})")
+    parts = body.do(f"Mul({three}, {body.small_integers(1, 2**8, 2**16)})")
+    word = body.do(f"ReduceSum<keepdims = 1>({parts}, {body.integers(2)})")
+    shifted = body.do(f"Div({word}, {body.small_integers(1, 2**6, 2**12, 2**18)})")
+    return body.do(f"Reshape({body.do(f'Mod({shifted}, {body.small_integers(2**6)})')}, {body.integers(0, -1)})")
 
 
 def _scale_blocks(format: Format) -> Function:
@@ -148,6 +165,7 @@ _KINDS: dict[str, Callable[[Format], Function]] = {
     "BlockQuantize": _codes_and_scales,
     "Dequantize": _weight,
     "ScaleBlocks": _scale_blocks,
+    "Unpack": _unpack,
 }
 
 

@@ -74,7 +74,7 @@ class Graph:
             raise IntegrityError(
                 f"the graph holds no codes of layer {name}", "a constant was folded; this is a bug of the export"
             )
-        value, weights = codes.name, ""
+        value, weights, element = codes.name, "", _type(codes.data_type)
         while True:
             users = self.consumers.get(value, [])
             if len(users) != 1:
@@ -84,19 +84,22 @@ class Graph:
                 break
             function = node.domain == DOMAIN and node.op_type.startswith("Dequantize_")
             if function or node.op_type == "DequantizeLinear":
-                weights = self._weight_format(codes, node)
+                weights = self._weight_format(element, node)
+            elif node.domain == DOMAIN and node.op_type.startswith("Unpack_"):
+                element = node.op_type.partition("_")[2]
             elif node.op_type not in _THROUGH:
                 raise IntegrityError(f"the weight of layer {name} goes into {node.op_type}, not into a product")
             value = node.output[0]
         other = next(name for name in node.input if name != value)
         return Realised(weights, *self._activation(other), self._output(node))
 
-    def _weight_format(self, codes: Any, node: Any) -> str:
+    def _weight_format(self, element: str, node: Any) -> str:
         """The row whose element, block and scale are those of a weight; else a description of what is there."""
-        element, block = _type(codes.data_type), _attribute(node, "block_size", 0)
+        block = _attribute(node, "block_size", 0)
         if node.domain == DOMAIN:
             row = format_named(node.op_type.partition("_")[2])
-            element, block = row.element.name if element == "UINT4" else element, row.block
+            looked_up = {4: "UINT4", 6: "UINT8"}.get(row.bits)
+            element, block = row.element.name if element == looked_up else element, row.block
         else:
             element = _ELEMENTS.get(element, element)
         scale = self._scale(node.input[1])
@@ -153,7 +156,7 @@ class Graph:
     def _is_a_weight(self, value: str) -> bool:
         """Whether a product's operand comes from codes."""
         node = self.producer.get(value)
-        while node is not None and (node.op_type in _THROUGH or node.op_type.startswith("Dequantize")):
+        while node is not None and (node.op_type in _THROUGH or node.op_type.startswith(("Dequantize", "Unpack"))):
             value = node.input[0]
             node = self.producer.get(value)
         return value in self.initializers and value.endswith(".codes")

@@ -104,6 +104,7 @@ ELEMENTS: dict[str, Element] = {
     element.name: element
     for element in (
         _integer(8),
+        _integer(6),
         _integer(4),
         _float(4, 3, 448, "float8_e4m3fn"),
         _float(5, 2, 57344, "float8_e5m2"),
@@ -272,6 +273,12 @@ FORMATS: dict[str, Format] = {
         Format("mxfp6_e2m3", E["e2m3"], 32, "e8m0", about="OCP MX v1.0"),
         Format("mxfp4", E["e2m1"], 32, "e8m0", about="OCP MX v1.0"),
         Format("nvint4", E["int4"], 16, "e4m3", True, "study: NVFP4's scales on integers (arXiv 2510.25602)"),
+        Format(
+            "int6",
+            E["int6"],
+            about="weights between INT8 and INT4; on a CPU integer kernels compute with them as with INT8",
+        ),
+        Format("int6_g64", E["int6"], 64, about="the same with a scale for each group"),
         Format("int4", E["int4"], about="one scale a channel or token; the baseline that groups improve on"),
         Format("int4_g32", E["int4"], 32, about="weights; TensorRT has no block of 32"),
         Format("int4_g64", E["int4"], 64, about="weights alone in TensorRT"),

@@ -52,17 +52,21 @@ TARGETS: Registry[Target] = Registry("target")
 _TABLE: dict[str, dict[str, Translation]] = {}
 
 _INT4 = ("int4", "int4_g32", "int4_g64", "int4_g128")
-# A CPU computes in float between the quantizers, so any weights go with any activations. Formats of 6 bits have no packed form
-# in ONNX, and E3M0's ties none in ONNX's operators.
+# A CPU computes in float between the quantizers, so any weights go with any activations. E3M0's ties have no form in ONNX's
+# operators.
 _CPU_WEIGHTS = (
     "int8",
     "fp8",
     "fp8_e5m2",
+    "int6",
+    "int6_g64",
     *_INT4,
     "nvfp4",
     "nvint4",
     "mxfp8",
     "mxint8",
+    "mxfp6_e3m2",
+    "mxfp6_e2m3",
     "mxfp4",
     "fp4_e2m1_g128",
     "fp4_e1m2_g128",

@@ -2,7 +2,8 @@ r"""``qdiff::*`` quantizers in ONNX, for each target.
 
 Weights stay packed: the codes are an initializer of the format's own element type, behind a DequantizeLinear that engines fold
 into their kernels. Zero points are absent (zero): TensorRT takes symmetric quantization only. Formats of 4 bits are traced as
-the bytes they are packed in; :func:`qdiff.export.onnx_graph` gives their initializers type and shape.
+the bytes they are packed in; :func:`qdiff.export.onnx_graph` gives their initializers type and shape. Those of 6 bits stay
+bytes in the file, which a runtime unpacks when it loads it.
 
 ============ ==================================== ===============================================================
 \             ``tensorrt``                         ``onnxruntime``
@@ -30,7 +31,7 @@ from qdiff.formats import Format, format_named
 
 TRT = "trt"
 _FLOAT, _INT8, _FLOAT8E4M3FN = 1, 3, 17  # onnx.TensorProto's numbers
-_TENSORS = [f"tensor({name})" for name in ("float", "float16", "uint8", "float8e4m3fn", "int32", "int64")]
+_TENSORS = [f"tensor({name})" for name in ("float", "float16", "int8", "uint8", "float8e4m3fn", "int32", "int64")]
 _PAIRS = {"int8": _INT8, "fp8": _FLOAT8E4M3FN}  # formats with a QuantizeLinear / DequantizeLinear pair
 
 
@@ -101,8 +102,10 @@ def dequantize_weight_on_cpu(codes: Any, scale: Any, tensor_scale: Any, format: 
     """A weight ``[out, in]``."""
     row = format_named(format)
     scale = _block_scale(row, scale, tensor_scale)
-    if row.bits == 4 and row.kind == "float":
+    if row.bits < 8 and row.kind == "float":
         return call(DOMAIN, f"Dequantize_{format}", [codes, scale])
+    if row.bits == 6:
+        codes = call(DOMAIN, f"Unpack_{row.element.name}", [codes], ["tensor(int8)"])
     return _dequantize(row, codes, scale)
 
 

@@ -89,6 +89,7 @@ def cells_of(target: Target) -> list[Cell]:
     else:
         cells = [Cell(weights, PLAIN) for weights in sorted({weights for weights, _ in target.runs})]
         cells += [Cell("int8", name) for name in sorted({name for _, name in target.runs if name})]
+        cells += [Cell("int6", "int8"), Cell("int6", "int8", True)]
         cells += [Cell("int4_g64", name, True) for name in sorted({name for _, name in target.tokens if name})]
         cells += [Cell("nvfp4", "nvfp4"), Cell("fp8", "fp8"), Cell("mxfp8", "mxfp8")]
     pieces = [("rank",), ("rotation",), ("outliers",), ("smooth", "shift", "rotation", "rank")]
@@ -181,6 +182,22 @@ def test_openvino_computes_what_torch_computes(tmp_path):
     ):
         floor = 100 if cell.activations == PLAIN else 33
         assert sqnr_db(ours, theirs) > floor, cell.name
+
+
+def test_openvino_gets_codes_of_six_bits_as_constants(tmp_path):
+    """Else it folds them with their scales to float weights, and computes no integer products."""
+    import openvino
+
+    cells = [Cell("int6", "int8"), Cell("int6", "int8", True), Cell("int6_g64", "int8", True)]
+    path = written(TARGETS["onnxruntime"], cells, tmp_path)
+    codes = [each for each in onnx.load(path).graph.initializer if each.name.endswith(".codes")]
+    assert {tuple(each.dims) for each in codes} == {(ROWS, COLUMNS * 6 // 8)}, "packed in the file"
+    (tmp_path / "engine").mkdir()
+    outputs(path, "openvino", tmp_path / "engine", len(cells))
+    operations = openvino.Core().read_model(str(tmp_path / "engine" / "model.xml")).get_ordered_ops()
+    assert "FloorMod" not in {op.get_type_name() for op in operations}
+    kinds = {op.get_output_element_type(0) for op in operations if op.get_type_name() == "Constant"}
+    assert openvino.Type.i8 in kinds and openvino.Type.u8 not in kinds
 
 
 @pytest.mark.parametrize(
