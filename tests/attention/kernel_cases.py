@@ -37,6 +37,17 @@ TILINGS = {
 }
 
 
+def with_every_numerics(*cases):
+    return [(numerics, *case) for case in cases for numerics in KERNEL]
+
+
+def with_some_numerics(*cases):
+    """All of them on a GPU; one for each case in the interpreter, which takes seconds for each."""
+    if not INTERPRETED:
+        return with_every_numerics(*cases)
+    return [(KERNEL[number % len(KERNEL)], *case) for number, case in enumerate(cases)]
+
+
 def heads_of(tiling, size, batch=1, dtype=torch.float32):
     """Queries, keys and values of heads that look at the neighbourhood: positions as waves, a few strong channels, some noise."""
     generator = torch.Generator().manual_seed(size + tiling.tokens)
@@ -82,19 +93,19 @@ def error(ours, reference):
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
 
-@pytest.mark.parametrize("numerics", KERNEL)
 @pytest.mark.parametrize(
-    ("size", "name"),
+    ("numerics", "size", "name"),
     [
-        (64, "no text"),
-        (64, "short text"),
-        (72, "text"),
-        (72, "whole blocks"),
-        (128, "no text"),
-        (128, "text"),
-        (128, "wide text"),
-        (128, "wide whole blocks"),
-        (128, "narrow queries"),
+        *with_every_numerics((64, "short text"), (72, "text")),
+        *with_some_numerics(
+            (64, "no text"),
+            (72, "whole blocks"),
+            (128, "no text"),
+            (128, "text"),
+            (128, "wide text"),
+            (128, "wide whole blocks"),
+            (128, "narrow queries"),
+        ),
     ],
 )
 def test_agrees_with_the_emulator_and_the_oracle(numerics, size, name):
@@ -198,8 +209,7 @@ def on_device(packed, tiling, numerics):
     return pack_kernel.Operands(*(None if x is None else x.to(DEVICE) for x in operands))
 
 
-@pytest.mark.parametrize("numerics", KERNEL)
-@pytest.mark.parametrize("name", ["no text", "short text", "whole blocks"])
+@pytest.mark.parametrize(("numerics", "name"), with_some_numerics(("no text",), ("short text",), ("whole blocks",)))
 def test_lists_as_a_graph_has_them(numerics, name):
     """Bounds and blocks of these heads among those of others give what offsets and entries give, bit for bit."""
     tiling = TILINGS[name]
@@ -284,8 +294,7 @@ def test_the_plugins_of_an_engine(numerics, size, name, dtype):
     assert error(ours.cpu(), same) < (CLOSE[numerics] if dtype != torch.bfloat16 else 5e-3)
 
 
-@pytest.mark.parametrize("numerics", KERNEL)
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("numerics", "size"), [*with_every_numerics((64,)), *with_some_numerics((128,))])
 def test_rows_that_read_nothing_are_zero(numerics, size):
     tiling = TILINGS["no text"]
     q, k, v = heads_of(tiling, size)
@@ -300,8 +309,7 @@ def test_rows_that_read_nothing_are_zero(numerics, size):
     assert torch.equal(attend(q, k, v, order, nobody, tiling, numerics), torch.zeros_like(q))
 
 
-@pytest.mark.parametrize("numerics", KERNEL)
-@pytest.mark.parametrize("size", [72, 128])
+@pytest.mark.parametrize(("numerics", "size"), [*with_every_numerics((72,)), *with_some_numerics((128,))])
 def test_what_is_skipped_is_not_read(numerics, size):
     """NaN in a block of keys and values that no row lists, and in the memory that the output is written to."""
     tiling = TILINGS["no text"]
