@@ -50,7 +50,7 @@ MAKERS = {
 }
 
 INT8, FP8, NVFP4 = "INT8 W8A8", "FP8 W8A8", "NVFP4 W4A4"
-W4A16, W4A8 = "INT4 W4A16", "INT4 W4A8"
+W4A16, W4A8, W6A8 = "INT4 W4A16", "INT4 W4A8", "INT6 W6A8"
 
 
 def _qdiff(format: str, recipe: str, *variants: tuple[str, list[str]]) -> list[Row]:
@@ -159,6 +159,14 @@ ROWS: tuple[Row, ...] = (
         ("awq_lite", {"preset": "INT8_DEFAULT_CFG", "algorithm": "awq_lite"}),
         ("gptq layerwise", {"preset": "INT8_DEFAULT_CFG", "algorithm": LAYERWISE_GPTQ}),
         ("smoothquant 0.5, gptq", {"preset": "INT8_SMOOTHQUANT_CFG", "algorithm": [SMOOTH_05, "gptq"]}),
+    ),
+    # INT6 weights, 8-bit activations
+    *_qdiff(
+        W6A8,
+        "w6a8",
+        ("to nearest", PLAIN),
+        ("a scale a channel", ["scheme.weights=int6"]),
+        ("recipe w6a8", []),
     ),
     # INT4 weights, 8-bit activations
     *_qdiff(
