@@ -33,6 +33,21 @@ ALLOCATION, TABLE, ROUTING = "allocation.json", "sensitivity.json", "routing.jso
 MEASURED = "calibration/sensitivity"  # what was measured for mixed recipes, by fingerprint
 
 
+@dataclass(frozen=True)
+class Given:
+    """What every source carries its decisions out with.
+
+    Args:
+        work: what further files go through.
+        complete: as of :func:`qdiff.quantize.carry_out`; every source sees to it that it is called once.
+    """
+
+    trajectory: Trajectory
+    scratch: Scratch
+    work: Any
+    complete: Callable[[], None]
+
+
 class Decisions(Protocol):
     """One source."""
 
@@ -54,17 +69,8 @@ class Decisions(Protocol):
         """What is known before the float model has run; refuses what cannot be carried out."""
         ...
 
-    def apply(
-        self,
-        model: Model,
-        drafted: Draft,
-        trajectory: Trajectory,
-        scratch: Scratch,
-        work: Any,
-        complete: Callable[[], None],
-    ) -> Plan:
-        """Quantizes the model in place, then calls ``complete`` (:func:`qdiff.quantize.carry_out`); further files go through
-        ``work``."""
+    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
+        """Quantizes the model in place and completes it."""
         ...
 
 
@@ -90,18 +96,10 @@ class ByRecipe:
 
         return draft(model, self.recipe, statistics)
 
-    def apply(
-        self,
-        model: Model,
-        drafted: Draft,
-        trajectory: Trajectory,
-        scratch: Scratch,
-        work: Any,
-        complete: Callable[[], None],
-    ) -> Plan:
+    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
         from qdiff.quantize import carry_out
 
-        return carry_out(model, self.recipe, drafted, trajectory, scratch, complete)
+        return carry_out(model, self.recipe, drafted, given.trajectory, given.scratch, given.complete)
 
 
 @dataclass(frozen=True)
@@ -140,20 +138,12 @@ class ByPlan:
         settled = settle(self.plan, model, statistics, self.before, self.source)
         return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})
 
-    def apply(
-        self,
-        model: Model,
-        drafted: Draft,
-        trajectory: Trajectory,
-        scratch: Scratch,
-        work: Any,
-        complete: Callable[[], None],
-    ) -> Plan:
+    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
         from qdiff.quantize import quantize_as_planned
 
         plan = self.plan.model_copy(update={"layers": list(drafted.entries.values())})
         plan = quantize_as_planned(model, plan, drafted.statistics)
-        complete()
+        given.complete()
         return plan
 
 
@@ -198,25 +188,17 @@ class ByBudget:
         }
         return Draft(structure, statistics, open_entries)
 
-    def apply(
-        self,
-        model: Model,
-        drafted: Draft,
-        trajectory: Trajectory,
-        scratch: Scratch,
-        work: Any,
-        complete: Callable[[], None],
-    ) -> Plan:
+    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
         from qdiff.quantize import carry_out
 
         # what was chosen from is let go before the model is made: it holds every layer in every format
-        drafted, table, made = self._chosen(model, drafted, trajectory, scratch)
-        plan = carry_out(model, self.recipe, drafted, trajectory, scratch, complete)
+        drafted, table, made = self._chosen(model, drafted, given.trajectory, given.scratch)
+        plan = carry_out(model, self.recipe, drafted, given.trajectory, given.scratch, given.complete)
         # written last: a budget or a layer that is refused leaves an earlier quantization whole
-        table.save(work.output(self.run.file(TABLE)))
-        write_json(work.output(self.run.file(ALLOCATION)), made.to_json())
+        table.save(given.work.output(self.run.file(TABLE)))
+        write_json(given.work.output(self.run.file(ALLOCATION)), made.to_json())
         taken = made.solutions[made.chosen]
-        work.fact(budget={made.measure: made.budget}, cost=taken.cost, plan_psnr_db=taken.psnr_db)
+        given.work.fact(budget={made.measure: made.budget}, cost=taken.cost, plan_psnr_db=taken.psnr_db)
         return plan
 
     def _chosen(
@@ -287,15 +269,7 @@ class ByRouting:
             )
         return [draft(model, version, statistics) for version in versions_of(self.recipe)][0]
 
-    def apply(
-        self,
-        model: Model,
-        drafted: Draft,
-        trajectory: Trajectory,
-        scratch: Scratch,
-        work: Any,
-        complete: Callable[[], None],
-    ) -> Plan:
+    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
         from qdiff.routing.quantize import quantize_routed
 
         assert self.recipe.routing is not None
@@ -304,13 +278,13 @@ class ByRouting:
             model,
             self.recipe,
             drafted.statistics,
-            trajectory,
-            scratch,
+            given.trajectory,
+            given.scratch,
             lambda backbone: self._judge(model, backbone),
             guided=model.guidance(calibrated.guidance) > 1,
         )
-        complete()
-        write_json(work.output(self.run.file(ROUTING)), made.decision.to_json())
+        given.complete()
+        write_json(given.work.output(self.run.file(ROUTING)), made.decision.to_json())
         return made.plan
 
     def _judge(self, model: Model, backbone: nn.Module) -> Judge:

@@ -18,7 +18,7 @@ from qdiff.scratch import Scratch
 from qdiff.stages.attention import STAGE as ATTENTION
 from qdiff.stages.attention import decide_attention, require_statistics
 from qdiff.stages.calibrate import reload_model
-from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, ByRouting, Decisions
+from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, ByRouting, Decisions, Given
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
 
             install(model.family, model.backbone, sparse[0], schedule_of(*sparse))
 
-    plan = decided.apply(model, drafted, trajectory, scratch, work, complete)
+    plan = decided.apply(model, drafted, Given(trajectory, scratch, work, complete))
     if sparse is not None:
         from qdiff.attention.sparse import SIDECAR, save_masks
 
