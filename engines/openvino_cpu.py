@@ -65,9 +65,11 @@ def _threads(library: Any, core: Any, settings: Mapping[str, Any]) -> int:
 def _fold_codes(library: Any, model: Any) -> None:
     """Puts INT8 constants in the place of what computes them from constants: codes of 6 bits that the graph unpacks. OpenVINO
     looks for constants when it chooses integer kernels, and would take the whole way to a float weight together."""
-
     fixed: set[str] = set()  # names of what follows from constants alone
     for op in model.get_ordered_ops():
+        if op.get_type_name() == "If":  # branches of routed blocks
+            for branch in range(2):
+                _fold_codes(library, op.get_function(branch))
         sources = [port.get_source_output().get_node().get_name() for port in op.inputs()]
         if op.get_type_name() == "Constant" or (sources and fixed.issuperset(sources)):
             fixed.add(op.get_name())

@@ -184,6 +184,25 @@ def test_openvino_computes_what_torch_computes(tmp_path):
         assert sqnr_db(ours, theirs) > floor, cell.name
 
 
+def in_a_branch(path: Path, made: Path) -> Path:
+    """The graph as what is computed where an input ``chosen`` says so, as routed blocks are."""
+    model = onnx.load(path)
+    graph, (output,) = model.graph, model.graph.output
+    then = onnx.helper.make_graph(list(graph.node), "then", [], [output], list(graph.initializer))
+    other = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", [graph.input[0].name], ["other"])],
+        "other",
+        [],
+        [onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, None)],
+    )
+    either = onnx.helper.make_node("If", ["chosen"], ["y"], then_branch=then, else_branch=other)
+    inputs = [*graph.input, onnx.helper.make_tensor_value_info("chosen", onnx.TensorProto.BOOL, [])]
+    results = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
+    model.graph.CopyFrom(onnx.helper.make_graph([either], "chosen", inputs, results))
+    onnx.save(model, made)
+    return made
+
+
 def test_openvino_gets_codes_of_six_bits_as_constants(tmp_path):
     """Else it folds them with their scales to float weights, and computes no integer products."""
     import openvino
@@ -194,10 +213,19 @@ def test_openvino_gets_codes_of_six_bits_as_constants(tmp_path):
     assert {tuple(each.dims) for each in codes} == {(ROWS, COLUMNS * 6 // 8)}, "packed in the file"
     (tmp_path / "engine").mkdir()
     outputs(path, "openvino", tmp_path / "engine", len(cells))
-    operations = openvino.Core().read_model(str(tmp_path / "engine" / "model.xml")).get_ordered_ops()
-    assert "FloorMod" not in {op.get_type_name() for op in operations}
-    kinds = {op.get_output_element_type(0) for op in operations if op.get_type_name() == "Constant"}
-    assert openvino.Type.i8 in kinds and openvino.Type.u8 not in kinds
+    whole = openvino.Core().read_model(str(tmp_path / "engine" / "model.xml"))
+    branch = tmp_path / "branch"
+    branch.mkdir()
+    choose("openvino").build(in_a_branch(path, tmp_path / "branch.onnx"), branch, BuildOptions())
+    (chooses,) = (
+        op
+        for op in openvino.Core().read_model(str(branch / "model.xml")).get_ordered_ops()
+        if op.get_type_name() == "If"
+    )
+    for operations in (whole.get_ordered_ops(), chooses.get_function(0).get_ordered_ops()):
+        assert "FloorMod" not in {op.get_type_name() for op in operations}
+        kinds = {op.get_output_element_type(0) for op in operations if op.get_type_name() == "Constant"}
+        assert openvino.Type.i8 in kinds and openvino.Type.u8 not in kinds
 
 
 @pytest.mark.parametrize(
