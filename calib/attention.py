@@ -117,6 +117,7 @@ class AttentionCalibration:
                 "calibrate with more steps",
             )
         self.orders = {name: order_named(name, self.grid) for name in options.orders} or candidates(self.grid, block)
+        self.orders = {name: order.to(model.device) for name, order in self.orders.items()}
         self.positions = [torch.argsort(order) for order in self.orders.values()]
 
     def run(self) -> AttentionStatistics:
@@ -127,7 +128,7 @@ class AttentionCalibration:
             names = list(self.orders)
             self.heads = chosen["choice"].shape[1]
             orders = [[names[int(head)] for head in layer] for layer in chosen["choice"]]
-            mass = self._kept("mass", lambda: self._add_up(orders))["mass"]
+            mass = self._kept("mass", lambda: self._add_up(orders))["mass"].to(self.model.device)
             options = masks.widths(self.tiling)
             errors = self._kept("errors", lambda: self._errors(orders, mass, options))["errors"]
             weights = self._kept("weights", lambda: self._weights(orders, mass, options, errors))["weights"]
@@ -201,8 +202,8 @@ class AttentionCalibration:
         tiling = self.tiling
         q = q[tiling.text :]
         count = min(SAMPLED_QUERIES, len(q))
-        queries = torch.randperm(len(q), generator=torch.Generator().manual_seed(0))[:count]
-        found = [torch.zeros(tiling.rows, tiling.columns) for _ in self.orders]
+        queries = torch.randperm(len(q), generator=torch.Generator().manual_seed(0))[:count].to(q.device)
+        found = [q.new_zeros(tiling.rows, tiling.columns) for _ in self.orders]
         ends = torch.nn.functional.pad
         for tile in queries.split(max(1, TILE_NUMBERS // len(k))):
             shares = torch.softmax(q[tile] @ k.T * q.shape[1] ** -0.5, dim=1)[:, tiling.text :]
@@ -219,7 +220,8 @@ class AttentionCalibration:
 
     def _add_up(self, orders: list[list[str]]) -> dict[str, Tensor]:
         tiling = self.tiling
-        mass = torch.zeros(self.groups, len(self.layers), self.heads, tiling.rows, tiling.columns)
+        shape = self.groups, len(self.layers), self.heads, tiling.rows, tiling.columns
+        mass = torch.zeros(shape, device=self.model.device)
         for shard in self.shards:
             for group, steps in enumerate(shard):
 
@@ -257,10 +259,10 @@ class AttentionCalibration:
         return torch.cat(rows)
 
     def _stacked(self, names: list[str]) -> Tensor:
-        return torch.stack([order_named(name, self.grid) for name in names])
+        return torch.stack([self.orders[name] for name in names])
 
     def _lists(self, mass: Tensor, order: str, width: int) -> BlockLists:
-        kept = masks.always(order_named(order, self.grid), self.grid, self.tiling)
+        kept = masks.always(self.orders[order], self.grid, self.tiling)
         return BlockLists.of_masks(masks.choose(mass, kept, width)[None])
 
     def _errors(self, orders: list[list[str]], mass: Tensor, options: list[int]) -> dict[str, Tensor]:

@@ -102,15 +102,18 @@ class Collector:
         reached = {name for names in self.groups.values() for name in names}
         for name in layers.keys() - reached:
             log.warning("collect: the pipeline never reached layer %s: it will be kept in 16 bit", name)
-        self.outputs = {name: torch.zeros(len(self.timesteps)) for name in layers}
+        device = model.device
+        self.outputs = {name: torch.zeros(len(self.timesteps), device=device) for name in layers}
         self.layers = layers
         self.observers: dict[str, dict[str, Observer]] = {
-            group: {name: OBSERVERS[name](len(self.timesteps), layer_channels(layers[group])) for name in OBSERVERS}
+            group: {
+                name: OBSERVERS[name](len(self.timesteps), layer_channels(layers[group]), device) for name in OBSERVERS
+            }
             for group in self.groups
         }
         constant = set(model.family.first_token_layers(model.backbone))
         self.firsts = {
-            group: FirstToken(layer_channels(layers[group]))
+            group: FirstToken(layer_channels(layers[group]), device)
             for group, names in self.groups.items()
             if constant.issuperset(names)
         }
@@ -188,15 +191,16 @@ class Collector:
                 raise IntegrityError(
                     f"{partial} belongs to another calibration", "calibrate with --force or into another folder"
                 )
+            device = self.model.device
             state: dict[str, dict[str, Tensor]] = {group: {} for group in self.groups}
             for key in file.keys():
                 group, _, name = key.rpartition("|")
                 if name == "output":
-                    self.outputs[group] = file.get_tensor(key)
+                    self.outputs[group] = file.get_tensor(key).to(device)
                 elif name == "first":
-                    self.firsts[group].restore(file.get_tensor(key))
+                    self.firsts[group].restore(file.get_tensor(key).to(device))
                 else:
-                    state[group][name] = file.get_tensor(key)
+                    state[group][name] = file.get_tensor(key).to(device)
         for group, observers in self.observers.items():
             for observer in observers.values():
                 observer.restore(state[group])

@@ -20,10 +20,10 @@ class FirstToken:
     go back into the tables.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.token, self.low, self.high = torch.zeros(3, channels).unbind()
-        self.constant = torch.ones(1)
-        self.tokens = torch.zeros(1)
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.token, self.low, self.high = torch.zeros(3, channels, device=device).unbind()
+        self.constant = torch.ones(1, device=device)
+        self.tokens = torch.zeros(1, device=device)
 
     def take(self, x: Tensor) -> Tensor:
         """Of ``x [B, tokens, in]`` everything but the first tokens, which it keeps."""

@@ -16,9 +16,10 @@ from qdiff.statistics import HISTOGRAM_BINS, HISTOGRAM_LOW, HISTOGRAM_STEP
 
 
 class Observer(ABC):
-    """One table. ``timesteps`` is the number of calibrated timesteps T, ``channels`` the tensor's last size C."""
+    """One table. ``timesteps`` is the number of calibrated timesteps T, ``channels`` the tensor's last size C, ``device`` that of
+    the tensor (``None``: the host)."""
 
-    def __init__(self, timesteps: int, channels: int) -> None:
+    def __init__(self, timesteps: int, channels: int, device: torch.device | None = None) -> None:
         self.timesteps, self.channels = timesteps, channels
 
     @abstractmethod
@@ -61,10 +62,10 @@ class _Table(Observer):
 class ChannelRange(Observer):
     """Least and largest value by timestep and channel, ``[T, C]`` each; 0 where no value was seen."""
 
-    def __init__(self, timesteps: int, channels: int) -> None:
-        super().__init__(timesteps, channels)
-        self.low = torch.full((timesteps, channels), torch.inf)
-        self.high = torch.full((timesteps, channels), -torch.inf)
+    def __init__(self, timesteps: int, channels: int, device: torch.device | None = None) -> None:
+        super().__init__(timesteps, channels, device)
+        self.low = torch.full((timesteps, channels), torch.inf, device=device)
+        self.high = torch.full((timesteps, channels), -torch.inf, device=device)
 
     def update(self, x: Tensor, timestep: int, generator: torch.Generator) -> None:
         self.low[timestep] = torch.minimum(self.low[timestep], x.amin(dim=0))
@@ -85,10 +86,10 @@ class ChannelRange(Observer):
 class ChannelSquare(Observer):
     """Mean square by timestep and channel, ``[T, C]``; summed in float64."""
 
-    def __init__(self, timesteps: int, channels: int) -> None:
-        super().__init__(timesteps, channels)
-        self.total = torch.zeros(timesteps, channels, dtype=torch.float64)
-        self.count = torch.zeros(timesteps, dtype=torch.int64)
+    def __init__(self, timesteps: int, channels: int, device: torch.device | None = None) -> None:
+        super().__init__(timesteps, channels, device)
+        self.total = torch.zeros(timesteps, channels, dtype=torch.float64, device=device)
+        self.count = torch.zeros(timesteps, dtype=torch.int64, device=device)
 
     def update(self, x: Tensor, timestep: int, generator: torch.Generator) -> None:
         self.total[timestep] += x.square().sum(dim=0, dtype=torch.float64)
@@ -111,9 +112,9 @@ class LogHistogram(_Table):
     name = "histogram"
     MOST_ROWS = 128
 
-    def __init__(self, timesteps: int, channels: int) -> None:
-        super().__init__(timesteps, channels)
-        self.table = torch.zeros(timesteps, HISTOGRAM_BINS, dtype=torch.int64)
+    def __init__(self, timesteps: int, channels: int, device: torch.device | None = None) -> None:
+        super().__init__(timesteps, channels, device)
+        self.table = torch.zeros(timesteps, HISTOGRAM_BINS, dtype=torch.int64, device=device)
 
     def update(self, x: Tensor, timestep: int, generator: torch.Generator) -> None:
         x = x[:: -(-x.shape[0] // self.MOST_ROWS)]
@@ -135,15 +136,15 @@ class RowSample(Observer):
         """Rows to keep of every call."""
         return cls.PER_CALL_OF_WIDE if columns > cls.WIDE else cls.PER_CALL
 
-    def __init__(self, timesteps: int, channels: int) -> None:
-        super().__init__(timesteps, channels)
+    def __init__(self, timesteps: int, channels: int, device: torch.device | None = None) -> None:
+        super().__init__(timesteps, channels, device)
         self.rows: list[Tensor] = []
         self.indices: list[Tensor] = []
 
     def update(self, x: Tensor, timestep: int, generator: torch.Generator) -> None:
         count = min(self.count(x.shape[1]), x.shape[0])
         chosen = torch.randperm(x.shape[0], generator=generator)[:count]
-        self.rows.append(x[chosen].clone())
+        self.rows.append(x[chosen.to(x.device)].cpu())
         self.indices.append(torch.full((count,), timestep, dtype=torch.int64))
 
     def state(self) -> dict[str, Tensor]:
@@ -152,7 +153,7 @@ class RowSample(Observer):
         return {"rows": rows, "rows_timestep": indices}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.rows, self.indices = [state["rows"]], [state["rows_timestep"]]
+        self.rows, self.indices = [state["rows"].cpu()], [state["rows_timestep"].cpu()]
 
     def result(self) -> dict[str, Tensor]:
         return self.state()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff import device
 from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.layers import HalfConv2d, HalfLinear, LinearForm, QuantConv2d, QuantLinear, TimestepClock
@@ -84,7 +85,7 @@ def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
 
 def install_clock(backbone: nn.Module, clock: TimestepClock, timesteps: Tensor) -> None:
     """Sets the clock at the start of every forward of the backbone, from the value of its ``timestep`` argument."""
-    backbone.register_buffer(TIMESTEPS, timesteps.float())
+    backbone.register_buffer(TIMESTEPS, timesteps.float().to(device.of(backbone)))
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
 
     def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

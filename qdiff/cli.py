@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import qdiff
-from qdiff import present, process
+from qdiff import device, present, process
 from qdiff.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +66,14 @@ SetOption = Annotated[
 ]
 PlanOption = Annotated[
     Path | None, typer.Option("--plan", help="a plan.json edited by hand: take its decisions, not a recipe's")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        callback=device.choose,
+        help="where torch computes: cpu, cuda, cuda:1 [default: a GPU if there is one]",
+    ),
 ]
 EngineOption = Annotated[str | None, typer.Option("--engine", help="engine [default: the fastest that is there]")]
 CapabilityOption = Annotated[
@@ -171,6 +179,7 @@ def calibrate(
     output: RunOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Run the float model on prompts; record its trajectory and the statistics of its layers.
@@ -204,6 +213,7 @@ def quantize(
     plan: PlanOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Decide formats, smoothing and scales for every layer; write plan.json and the packed checkpoint.
@@ -289,6 +299,7 @@ def correct(
     ] = "float",
     pictures: PicturesOption = 16,
     force: ForceOption = False,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Correct the sampler's steps for what quantization does to predictions, where pictures gain by it.
@@ -318,6 +329,7 @@ def generate(
     scheduler: SchedulerOption = None,
     batch: BatchOption = 4,
     engine: EngineOption = None,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Make pictures with an engine of the run.
@@ -352,6 +364,7 @@ def compare(
     seed: Annotated[int | None, typer.Option(help="first seed [default: far from calibration's]")] = None,
     min_psnr: PsnrOption = None,
     force: ForceOption = False,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Make the same pictures with the float model and with engines, and measure how far they are apart.
@@ -409,6 +422,7 @@ def run_all(
     min_psnr: PsnrOption = None,
     output: RunOption = None,
     force: ForceOption = False,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Do everything: calibrate, quantize, export, build, compare, report. Finished stages are skipped.

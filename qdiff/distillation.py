@@ -201,5 +201,9 @@ class _Work:
         for i, variable in enumerate(variables):
             variable.data.copy_(tensors[f"{i}|value"])
             mine = {key.partition("|")[2]: value for key, value in tensors.items() if key.startswith(f"{i}|")}
-            optimizer.state[variable] = {name: value for name, value in mine.items() if name != "value"}
+            optimizer.state[variable] = {
+                name: value if name == "step" else value.to(variable.device)
+                for name, value in mine.items()
+                if name != "value"
+            }
         return int(facts["iteration"])

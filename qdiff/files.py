@@ -125,7 +125,7 @@ def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] |
 
     def write(temporary: Path) -> None:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         except Exception as error:  # the library wraps ENOSPC into its own error type
             if "os error 28" in str(error) or "No space left" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device") from error

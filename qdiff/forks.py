@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
+from qdiff import device
 from qdiff.errors import QdiffError
 
 WAIT = 1.0  # seconds between looks at whether a process is still there
 
 
 def workers_for(pieces: int) -> int:
-    """How many processes are of use: one for each of torch's threads; 1 where processes cannot be forked or CUDA has begun."""
-    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():
+    """How many processes are of use: one for each of torch's threads; 1 where processes cannot be forked, or a GPU computes."""
+    if "fork" not in multiprocessing.get_all_start_methods() or device.chosen().type != device.HOST:
         return 1
     return max(1, min(torch.get_num_threads(), pieces))
 

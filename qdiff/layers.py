@@ -52,7 +52,7 @@ class TimestepClock:
 
     def set(self, timestep: Tensor, calibrated: Tensor) -> None:
         """``timestep [batch]`` (or 0-dim), ``calibrated [T]``: both are the sampler's timestep values."""
-        distance = (timestep.reshape(-1, 1).to(calibrated.dtype) - calibrated.reshape(1, -1)).abs()
+        distance = (timestep.reshape(-1, 1).to(calibrated) - calibrated.reshape(1, -1)).abs()
         self._index = distance.argmin(dim=1)
 
     def gather(self, table: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ class _Realisation:
         problem = Problem(
             [entry.name for entry in members],
             weights,
-            inputs.columns(),
+            inputs.to(self.model.device).columns(),
             format_named(members[0].weights),
             format_named(members[0].activations),
             members[0].by_token,
@@ -313,7 +313,7 @@ class _Realisation:
         replaced = self.backbone.get_submodule(plan.name)
         module = empty_layer(plan, len(self.statistics.timesteps), self.clock, self.kept, replaced)
         module.load_state_dict(state, assign=True)
-        self.backbone.set_submodule(plan.name, module)
+        self.backbone.set_submodule(plan.name, module.to(self.model.device))
         self.planned[plan.name] = plan
 
     def _keep_block(self, scratch: Scratch, block: str, names: list[str]) -> None:

@@ -110,22 +110,22 @@ def outlier_rotation(x: Tensor, block: int, steps: int = 32, seed: int = 0) -> R
     generator = torch.Generator().manual_seed(seed)
     blocks = x.float().unflatten(-1, (-1, block)).transpose(0, 1).contiguous()  # [in / block, N, block]
     count = len(blocks)
-    product = torch.eye(block).repeat(count, 1, 1)
+    product = torch.eye(block, device=x.device).repeat(count, 1, 1)
     best, least = product.clone(), blocks.abs().amax(dim=(1, 2))
     for _ in range(steps):
         worst = blocks.abs().amax(dim=1).argmax(dim=1)  # [in / block]
-        swap = torch.eye(block).repeat(count, 1, 1)
-        rows = torch.arange(count)
+        swap = torch.eye(block, device=x.device).repeat(count, 1, 1)
+        rows = torch.arange(count, device=x.device)
         swap[rows, 0, 0], swap[rows, worst, worst] = 0.0, 0.0
         swap[rows, 0, worst], swap[rows, worst, 0] = 1.0, 1.0
-        turn = swap @ _spreading(block, generator)
+        turn = swap @ _spreading(block, generator).to(x.device)
         blocks, product = blocks @ turn, product @ turn
         largest = blocks.abs().amax(dim=(1, 2))
         better = largest < least
         best[better], least = product[better], torch.minimum(largest, least)
     best = best.half().float()
     magnitudes = (x.float().unflatten(-1, (-1, 1, block)) @ best).flatten(-3).abs().amax(dim=0)
-    return Rotation(hadamard(block), best, zigzag(magnitudes, block))
+    return Rotation(hadamard(block).to(x.device), best, zigzag(magnitudes, block))
 
 
 def zigzag(magnitudes: Tensor, block: int) -> Tensor:

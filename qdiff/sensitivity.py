@@ -291,7 +291,8 @@ def proxies_of(model: Model, candidates: Candidates, steps: list[Step]) -> dict[
         with Progress("proxies", len(chosen)) as progress:
             for step in chosen:
                 prediction = model.family.call(model.backbone, step.inputs)
-                prediction.backward(torch.randn(prediction.shape, generator=generator) / prediction.norm())
+                noise = torch.randn(prediction.shape, generator=generator).to(prediction.device)
+                prediction.backward(noise / prediction.norm())
                 progress.advance()
     finally:
         for handle in handles:

@@ -73,7 +73,7 @@ class BlockWalk:
         backbone: nn.Module | None = None,
     ) -> None:
         self.family, self.backbone = model.family, model.backbone if backbone is None else backbone
-        self.clock, self.timesteps = clock, torch.tensor(timesteps)
+        self.clock, self.timesteps = clock, torch.tensor(timesteps, device=model.device)
         self.blocks = self.family.blocks(self.backbone)
         if not self.blocks:
             raise InputError(
@@ -129,8 +129,8 @@ class BlockWalk:
         groups = {name: entry for name, entry in statistics.items() if name.startswith(f"{block}.")}
         rows: dict[str, list[Tensor]] = {name: [] for name in groups}
         indices: dict[str, list[Tensor]] = {name: [] for name in groups}
-        low = {name: entry.low.clone() for name, entry in groups.items()}
-        high = {name: entry.high.clone() for name, entry in groups.items()}
+        low = {name: entry.low.to(self.timesteps.device, copy=True) for name, entry in groups.items()}
+        high = {name: entry.high.to(self.timesteps.device, copy=True) for name, entry in groups.items()}
         current: list[Call] = []
         layers = {name: self.backbone.get_submodule(name) for name in groups}
 
@@ -146,9 +146,9 @@ class BlockWalk:
                 if isinstance(layer, nn.Conv2d):
                     kept = sample_windows(layer, seen, rows_per_call, generator)
                 else:
-                    kept = x[torch.randperm(len(x), generator=generator)[:rows_per_call]].clone()
+                    kept = x[torch.randperm(len(x), generator=generator)[:rows_per_call].to(x.device)].clone()
                 rows[name].append(kept)
-                indices[name].append(torch.full((len(kept),), at))
+                indices[name].append(torch.full((len(kept),), at, device=x.device))
 
             return hook
 
@@ -180,7 +180,7 @@ class BlockWalk:
 
     def run(self, block: str, call: Call) -> Tensor:
         """What the block as it is now makes of a call's states; with gradients where they are on."""
-        self.clock.set(torch.tensor([call.value]), self.timesteps)
+        self.clock.set(self.timesteps.new_tensor([call.value]), self.timesteps)
         result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
 

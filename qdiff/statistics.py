@@ -53,6 +53,11 @@ class InputStatistics:
         """Columns of ``rows`` for each channel."""
         return self.rows.shape[1] // self.low.shape[1]
 
+    def to(self, device: torch.device) -> InputStatistics:
+        """With the tables on that device."""
+        tables = {name: getattr(self, name) for name in (*TABLES, "first")}
+        return replace(self, **{name: table.to(device) for name, table in tables.items() if table is not None})
+
     def columns(self) -> InputStatistics:
         """With one column for every column of ``rows`` in the tables too."""
         wide = {name: getattr(self, name).repeat_interleave(self.taps, dim=1) for name in ("low", "high", "square")}

@@ -104,7 +104,7 @@ class FirstTokenLinear(nn.Module):
     @classmethod
     def of(cls, layer: nn.Linear, state: Tensor) -> FirstTokenLinear:
         """Around a float layer. ``state [in]`` is the constant first token."""
-        return cls(layer, state.clone(), layer.weight.detach() @ state)
+        return cls(layer, state.to(layer.weight, copy=True), layer.weight.detach() @ state.to(layer.weight))
 
 
 def divide(statistics: Statistics, structure: Structure) -> Statistics:

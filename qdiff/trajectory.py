@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qdiff.errors import InputError, IntegrityError
@@ -33,12 +34,15 @@ class Step:
 class Trajectory:
     """The shards in one folder, read lazily, one at a time.
 
+    Args:
+        device: that tensors are moved to; ``None``: they stay in host memory.
+
     Raises:
         InputError: when there is no shard.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
+        self.folder, self.device = folder, device
         self.paths = sorted(folder.glob("trajectory-*.safetensors"))
         if not self.paths:
             raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate")
@@ -60,7 +64,7 @@ class Trajectory:
         """
         with open_tensors(self.paths[shard], "trajectory shard") as file:
             timesteps, varying = self._header(shard, file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).to(self.device) for name in file.keys()}
         for index, timestep in enumerate(timesteps):
             inputs = {name: tensor[index] if name in varying else tensor for name, tensor in tensors.items()}
             yield Step(shard, timestep, inputs)

@@ -67,7 +67,7 @@ def quantize(weight: Tensor, bits: int) -> TwinLog:
     require_finite(weight, "the weight")
     weight = weight.detach().float()
     mean = weight.abs().mean(dim=1).clamp(min=1e-12)
-    least = torch.full((len(weight),), torch.inf)
+    least = torch.full((len(weight),), torch.inf, device=weight.device)
     best: dict[str, Tensor] = {}
     for share in ETAS:
         eta = to_half_grid(mean * share)

@@ -33,7 +33,7 @@ NEGLIGIBLE = 1e-6  # share of the largest gradient below which one has no direct
 def mean_gradient(losses: Sequence[Callable[[], Tensor]], variables: list[nn.Parameter]) -> Tensor:
     """Mean gradient of some losses in a sample of the variables' elements ``[n]``, of which one is computed at a time."""
     places = [_sample(variable) for variable in variables]
-    total = torch.zeros(sum(len(place) for place in places))
+    total = torch.zeros(sum(len(place) for place in places), device=variables[0].device)
     for loss in losses:
         gradients = torch.autograd.grad(loss(), variables, materialize_grads=True)
         total += torch.cat([_part(gradient, place) for gradient, place in zip(gradients, places, strict=True)])
@@ -47,12 +47,13 @@ def agreeing(gradients: Tensor) -> Tensor:
     """
     from scipy.optimize import nnls
 
-    lengths = gradients.double().norm(dim=1)
+    gradients = gradients.double().cpu()
+    lengths = gradients.norm(dim=1)
     weights = torch.ones(len(gradients))
     live = lengths > NEGLIGIBLE * lengths.max()
     if not live.any():
         return weights
-    units = gradients.double()[live] / lengths[live, None]
+    units = gradients[live] / lengths[live, None]
     # min |U'a|^2 + (1 - sum a)^2 over a >= 0 has the simplex's solution but for its length, which is scaled away.
     root = torch.linalg.qr(units.T, mode="r").R
     found, _ = nnls(torch.cat([root, torch.ones(1, len(units))]).numpy(), [0.0] * len(root) + [1.0])
@@ -68,4 +69,4 @@ def _part(gradient: Tensor, places: Tensor) -> Tensor:
 
 def _sample(variable: Tensor) -> Tensor:
     """Places of the elements that stand for a variable, the same at every call."""
-    return torch.randperm(variable.numel(), generator=torch.Generator().manual_seed(0))[:ELEMENTS]
+    return torch.randperm(variable.numel(), generator=torch.Generator().manual_seed(0))[:ELEMENTS].to(variable.device)

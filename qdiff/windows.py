@@ -69,11 +69,11 @@ def sample_windows(layer: nn.Conv2d, x: Tensor, count: int, generator: torch.Gen
         )
     ]
     positions = len(x) * steps[0] * steps[1]
-    chosen = torch.randperm(positions, generator=generator)[:count]
+    chosen = torch.randperm(positions, generator=generator)[:count].to(x.device)
     picture, place = chosen // (steps[0] * steps[1]), chosen % (steps[0] * steps[1])
-    rows = (place // steps[1] * window.stride[0])[:, None] + torch.arange(height) * window.dilation[
+    rows = (place // steps[1] * window.stride[0])[:, None] + torch.arange(height, device=x.device) * window.dilation[
         0
     ]  # [count, height]
-    columns = (place % steps[1] * window.stride[1])[:, None] + torch.arange(width) * window.dilation[1]
+    columns = (place % steps[1] * window.stride[1])[:, None] + torch.arange(width, device=x.device) * window.dilation[1]
     found = padded[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # [count, height, width, in]
     return found.permute(0, 3, 1, 2).flatten(1)

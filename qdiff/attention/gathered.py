@@ -40,7 +40,7 @@ def attend(
     queries, keys, values = packed.values(tiling)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     result = torch.empty_like(queries)
-    space = _Workspace(lists, tiling, q.shape[-1])
+    space = _Workspace(lists, tiling, queries)
     for sample in range(len(q)):
         for head in range(lists.heads):
             operands = queries[sample, head], keys[sample, head], values[sample, head]
@@ -68,11 +68,11 @@ class Follow:
 class _Workspace:
     """Memory for the gathered keys and values and the scores of :data:`TOGETHER` rows of the widest head."""
 
-    def __init__(self, lists: BlockLists, tiling: Tiling, size: int) -> None:
+    def __init__(self, lists: BlockLists, tiling: Tiling, queries: Tensor) -> None:
         width = int(lists.bounds.diff().max()) + tiling.text_columns
-        self.keys = torch.empty(TOGETHER * width * tiling.block_k * size)
+        self.keys = queries.new_empty(TOGETHER * width * tiling.block_k * queries.shape[-1])
         self.values = torch.empty_like(self.keys)
-        self.scores = torch.empty(TOGETHER * tiling.block_q * width * tiling.block_k)
+        self.scores = queries.new_empty(TOGETHER * tiling.block_q * width * tiling.block_k)
 
 
 def _head(
@@ -92,7 +92,7 @@ def _head(
     first = tiling.text_rows * tiling.block_q
     if first:
         _products(q[None, :first], k[None], v[None], scale, numerics, ~filled[None, None], None, result[None, :first])
-    prefix = torch.arange(text).expand(len(blocks), -1)
+    prefix = torch.arange(text, device=blocks.device).expand(len(blocks), -1)
     lists = torch.cat([prefix, blocks.long().add(text).masked_fill(blocks == NOTHING, NOTHING)], dim=1)
     if lists.shape[1] == 0:
         result[first:] = 0
@@ -137,7 +137,7 @@ def _products(
         memory: room for the scores.
     """
     shape = (len(q), q.shape[1], k.shape[1])
-    scores = torch.empty(shape) if memory is None else memory[: shape[0] * shape[1] * shape[2]].view(shape)
+    scores = q.new_empty(shape) if memory is None else memory[: shape[0] * shape[1] * shape[2]].view(shape)
     torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
     if hidden is not None:
         scores.masked_fill_(hidden, -torch.inf)
@@ -158,7 +158,7 @@ def rounded(probabilities: Tensor, numerics: Numerics) -> Tensor:
         return probabilities
     if not numerics.coded:
         return probabilities.to(getattr(torch, numerics.output)).to(probabilities.dtype)
-    step = torch.tensor(1 / PROBABILITY_SCALE)
+    step = torch.tensor(1 / PROBABILITY_SCALE, device=probabilities.device)
     return formats.quantize_dequantize(probabilities, step, format_named(numerics.output))
 
 

@@ -94,7 +94,9 @@ class Tiling:
         """
         if order.shape != (lists.heads, self.ordered):
             raise InputError(f"the token order has the shape {list(order.shape)}, wanted {[lists.heads, self.ordered]}")
-        if not torch.equal(order.long().sort(dim=1).values, torch.arange(self.ordered).expand(lists.heads, -1)):
+        if not torch.equal(
+            order.long().sort(dim=1).values, torch.arange(self.ordered, device=order.device).expand(lists.heads, -1)
+        ):
             raise InputError("a token order names a token twice", "it must be a permutation")
         if len(lists.blocks) != self.rows:
             raise InputError(f"the block lists have {len(lists.blocks)} rows, wanted {self.rows}")
@@ -112,7 +114,7 @@ class BlockLists:
 
     Args:
         blocks: int32 ``[rows, total]``: numbers of key blocks, or :data:`NOTHING`.
-        bounds: int64 ``[heads + 1]``, from 0 to ``total``: the columns of ``blocks`` that belong to each head.
+        bounds: int64 ``[heads + 1]`` in host memory, from 0 to ``total``: the columns of ``blocks`` that belong to each head.
 
     Raises:
         InputError: bounds that fall or do not span ``blocks``.
@@ -143,7 +145,7 @@ class BlockLists:
 
     def masks(self, columns: int) -> Tensor:
         """The same as bits: bool ``[heads, rows, columns]``."""
-        masks = torch.zeros(self.heads, len(self.blocks), columns + 1, dtype=torch.bool)
+        masks = self.blocks.new_zeros(self.heads, len(self.blocks), columns + 1, dtype=torch.bool)
         for head in range(self.heads):
             masks[head].scatter_(
                 1, self.of(head).long().remainder(columns + 1), True
@@ -169,9 +171,9 @@ class BlockLists:
     def of_masks(cls, masks: Tensor) -> BlockLists:
         """Lists of bool masks ``[heads, rows, columns]``, in rising order; short rows end with :data:`NOTHING`."""
         counts = masks.sum(dim=2)
-        widths = counts.amax(dim=1)
+        widths = counts.amax(dim=1).cpu()
         ranked = torch.argsort(masks.int(), dim=2, descending=True, stable=True).int()
-        ranked = ranked.masked_fill(torch.arange(masks.shape[2]) >= counts[..., None], NOTHING)
+        ranked = ranked.masked_fill(torch.arange(masks.shape[2], device=masks.device) >= counts[..., None], NOTHING)
         blocks = torch.cat([ranked[head, :, : int(width)] for head, width in enumerate(widths)], dim=1)
         return cls(blocks, torch.cat([widths.new_zeros(1), widths.cumsum(0)]))
 

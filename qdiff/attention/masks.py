@@ -22,12 +22,12 @@ STEPS = 16  # densities to choose from are multiples of 1 / STEPS
 
 def always(order: Tensor, grid: Grid, tiling: Tiling) -> Tensor:
     """Blocks that a head with that order always keeps: bool ``[rows, columns]``."""
-    places = torch.arange(tiling.ordered)
-    kept = torch.zeros(tiling.rows, tiling.columns, dtype=torch.bool)
+    places = torch.arange(tiling.ordered, device=order.device)
+    kept = order.new_zeros(tiling.rows, tiling.columns, dtype=torch.bool)
     kept[places // tiling.block_q, places // tiling.block_k] = True
     if grid[0] > 1:
         first = (order < grid[1] * grid[2]).float()
-        inside = torch.zeros(tiling.columns).index_add_(0, places // tiling.block_k, first)
+        inside = first.new_zeros(tiling.columns).index_add_(0, places // tiling.block_k, first)
         kept |= inside >= tiling.block_k / 2  # in orders that spread the first frame over all blocks, none is its block
     return kept
 

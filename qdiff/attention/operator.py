@@ -80,8 +80,8 @@ def _(
 ) -> Tensor:
     tiling, row = _tiling(q, order, text, block_q, block_k), numerics_named(numerics)
     if row.output is None:
-        with q.device:  # where the executor makes its workspace
-            return gathered.attend(q, k, v, order, _lists(blocks, bounds, first, q.shape[1]), tiling, row, scale)
+        lists = _lists(blocks.to(q.device), bounds, first, q.shape[1])
+        return gathered.attend(q, k, v, order, lists, tiling, row, scale)
     rows = _rows(blocks, bounds, first, q.shape[1], tiling, q.device)
     return _gpu().attend_rows(q, k, v, order, rows, tiling, row, scale)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff import device
 from qdiff.attention import masks
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.operator import sparse_attention
@@ -180,7 +181,7 @@ def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Sch
                 f"the plan names the attention {layer.name!r}, which the model does not have",
                 "quantize again with --force",
             )
-        orders = torch.stack([order_named(head.order, plan.grid) for head in layer.heads])
+        orders = torch.stack([order_named(head.order, plan.grid) for head in layer.heads]).to(device.of(backbone))
         for name in in_branches(layer.name, branches):
             module: Any = backbone.get_submodule(name)
             module.sparse = SparseSelfAttention(orders, first, tiling_of(plan), plan.numerics, board)

@@ -164,7 +164,7 @@ class Problem:
             ends = (self.inputs(solution, end).abs() for end in (self.statistics.low, self.statistics.high))
             return torch.maximum(*ends).amax(dim=1) * solution.clip
         magnitudes = self.inputs(solution, self.statistics.rows.float()).abs().amax(dim=1)
-        ranges = torch.zeros(len(self.statistics.amax))
+        ranges = magnitudes.new_zeros(len(self.statistics.amax))
         return ranges.scatter_reduce(0, self.statistics.rows_timestep, magnitudes, "amax") * solution.clip
 
     def activation_scale(self, solution: Solution) -> tuple[Tensor | None, Tensor | None]:

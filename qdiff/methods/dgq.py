@@ -100,7 +100,7 @@ def group_ranges(problem: Problem, solution: Solution, groups: int) -> Tensor:
     low = problem.inputs(solution, problem.statistics.low).amin(dim=0)
     high = problem.inputs(solution, problem.statistics.high).amax(dim=0)
     labels = k_means(torch.stack([low, high], dim=1), groups)
-    widest = torch.zeros(groups).scatter_reduce(0, labels, torch.maximum(-low, high), "amax")
+    widest = low.new_zeros(groups).scatter_reduce(0, labels, torch.maximum(-low, high), "amax")
     return widest[labels].clamp(min=SMALLEST)
 
 

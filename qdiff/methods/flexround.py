@@ -26,7 +26,7 @@ class Divided(LearnedWeight):
         super().__init__(weight, start)
         self.ratio = weight / self.scale
         self.elements = nn.Parameter(_start(self.ratio, start))
-        self.channels = nn.Parameter(torch.zeros(len(weight), 1))
+        self.channels = nn.Parameter(weight.new_zeros(len(weight), 1))
 
     def quotient(self) -> Tensor:
         """W / (s1 S2 s3) ``[out, in]``."""

@@ -86,4 +86,6 @@ def _root(problem: Problem, solution: Solution) -> Tensor:
     moved = problem.inputs(solution, x).double()
     moment = moved.T @ moved / max(len(moved), 1)
     mean = moment.diagonal().mean().clamp(min=1e-12)
-    return torch.linalg.cholesky(moment + torch.eye(len(moment), dtype=moment.dtype) * (DAMPING * mean))
+    return torch.linalg.cholesky(
+        moment + torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (DAMPING * mean)
+    )

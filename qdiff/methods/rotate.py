@@ -34,14 +34,15 @@ def fluctuation(x: Tensor) -> float:
 def rotated(problem: Problem, solution: Solution, kind: Kind, block: int) -> Solution:
     """The solution with a rotation of that kind, in place of one that is there."""
     if kind == "hadamard":
-        return solution.decide("rotate", "", rotation=Rotation(hadamard(block)))
+        return solution.decide("rotate", "", rotation=Rotation(hadamard(block).to(problem.weights[0])))
     if kind == "randomised":
         signs = torch.ones(problem.weights[0].shape[1])
         generator = torch.Generator().manual_seed(zlib.crc32(problem.names[0].encode()))
         signs[torch.rand(len(signs), generator=generator) < 0.5] = -1
+        signs, last = signs.to(problem.weights[0]), hadamard(block).to(problem.weights[0])
         multiplier = signs if solution.multiplier is None else solution.multiplier * signs
         shift = None if solution.shift is None else solution.shift * signs
-        return solution.decide("rotate", "", multiplier=multiplier, shift=shift, rotation=Rotation(hadamard(block)))
+        return solution.decide("rotate", "", multiplier=multiplier, shift=shift, rotation=Rotation(last))
     x, _ = problem.rows(held_out=False)
     unrotated = solution.decide("rotate", "", rotation=None)
     return solution.decide("rotate", "", rotation=outlier_rotation(problem.inputs(unrotated, x), block))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qdiff import device
 from qdiff.correction import CorrectedScheduler, Correction
 from qdiff.errors import InputError, UsageError, nearest
 from qdiff.registry import Registry
@@ -98,6 +99,11 @@ class Model:
     @backbone.setter
     def backbone(self, module: nn.Module) -> None:
         setattr(self.pipeline, self.family.backbone_attribute, module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone computes."""
+        return device.of(self.backbone)
 
     def steps(self, asked: int | None = None) -> int:
         """Denoising steps: the number asked for, else what these weights or their family sample with."""
@@ -224,14 +230,17 @@ class Family(ABC):
     default_guidance: ClassVar[float]
 
     def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
-        """Loads a pipeline in float32 on the CPU: ``bundled``, ``random:NAME``, a folder, or a Hub id (pinned to a commit).
+        """Loads a pipeline in float32 onto the process's device (:mod:`qdiff.device`): ``bundled``, ``random:NAME``, a folder, or
+        a Hub id (pinned to a commit).
 
         Raises:
             InputError: nothing there, another family's folder, damaged or NaN weights, no network.
         """
         from qdiff.models import loading
 
-        return loading.load(self, weights, revision=revision, seed=seed)
+        model = loading.load(self, weights, revision=revision, seed=seed)
+        device.place(model.pipeline)
+        return model
 
     def splits(self, backbone: nn.Module) -> dict[str, int]:
         """Layers that read hidden states joined with a skip connection, and at which channel the second part begins."""

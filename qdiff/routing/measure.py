@@ -145,7 +145,7 @@ class _Watch:
             states = args[0] if args else kwargs["hidden_states"]
             delta = out - states
             got = self.branches[index](*args, **kwargs)
-            drift = torch.full((len(states),), torch.inf)
+            drift = torch.full((len(states),), torch.inf, device=states.device)
             if index in self._deltas:
                 drift = _size(delta - self._deltas[index]) / _size(self._deltas[index])
             self._deltas[index] = delta
@@ -160,7 +160,7 @@ class _Watch:
     def taken(self) -> list[Tensor]:
         """Changes, errors and drifts ``[blocks, steps, samples]``."""
         return [
-            torch.stack([torch.stack([block[kind] for block in step]) for step in self._steps], dim=1)
+            torch.stack([torch.stack([block[kind] for block in step]) for step in self._steps], dim=1).cpu()
             for kind in range(3)
         ]
 

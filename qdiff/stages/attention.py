@@ -39,7 +39,9 @@ def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
         if work is not None:
             scratch = Scratch(run.file(SCRATCH), sha256_json(inputs))
             model = reload_model(run)
-            statistics = AttentionCalibration(model, Trajectory(run.file("calibration")), options, scratch).run()
+            statistics = AttentionCalibration(
+                model, Trajectory(run.file("calibration"), model.device), options, scratch
+            ).run()
             statistics.save(work.output(run.file(STATISTICS)))
             work.fact(
                 layers=len(statistics.layers),

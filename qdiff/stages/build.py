@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,6 +318,7 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
         MissingDependencyError: it cannot run here.
         IntegrityError: its files were changed since it was built.
     """
+    from qdiff import device
     from qdiff.checkpoint import load_quantized
     from qdiff.engines import choose
     from qdiff.engines.cache import load_trusted
@@ -331,15 +333,23 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
             return engine.load_module(NamedInputs(model.family, model.backbone))
         run.verify("quantize")
         plan = Plan.load(run.file("plan.json"))
-        return engine.load_module(
-            NamedInputs(FAMILIES[plan.family], load_quantized(plan, run.file("model.safetensors")))
-        )
+        backbone = load_quantized(plan, run.file("model.safetensors")).to(device.chosen())
+        return engine.load_module(NamedInputs(FAMILIES[plan.family], backbone))
     stage = f"build:{engine.name}"
     require_runner(run, engine_name)
     entry = run.entry(stage)
     step, *parts = [load_trusted(engine, run.file(folder), threads) for folder in _folders(entry)]
     outputs = [part["outputs"] for part in built_parts(entry)]
     return scheduled(run, assembled(step, zip(parts, outputs, strict=True)))
+
+
+def beside(run: Run, engines: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+    """Where the float model, text encoder and VAE are while those engines run: beside an engine of the host on the host, unless
+    a device was named."""
+    from qdiff import device
+
+    built = [f"build:{name}" for name in engines]
+    return device.on_host(any(run.done(stage) and run.entry(stage)["device"] == device.HOST for stage in built))
 
 
 def assembled(step: Runner, parts: Iterable[tuple[Runner, Sequence[str]]]) -> Runner:

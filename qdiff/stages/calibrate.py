@@ -165,12 +165,13 @@ def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], 
     owner = sha256_json(work.inputs)
     for path in record(model, recording, folder, owner):
         work.output(path)
-    collector = Collector(model, Trajectory(folder), owner)
+    collector = Collector(model, Trajectory(folder, model.device), owner)
     statistics = collector.collect(folder / PARTIAL)
     statistics.save(work.output(folder / "statistics.safetensors"))
     (folder / PARTIAL).unlink(missing_ok=True)
     work.fact(
         estimate=estimate,
+        device=str(model.device),
         timesteps=statistics.timesteps,
         shapes={name: list(tensor.shape) for name, tensor in next(iter(collector.trajectory)).inputs.items()},
         groups=len(statistics.inputs),

@@ -9,7 +9,7 @@ from qdiff.artifacts import Run
 from qdiff.errors import QualityGateError, UsageError
 from qdiff.events import log
 from qdiff.files import write_json
-from qdiff.stages.build import default_engine, require_runner
+from qdiff.stages.build import beside, default_engine, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.generate import Pictures, Session, make_request, save_pictures
 
@@ -58,7 +58,8 @@ def compare(
         inputs["correct"] = run.outputs_hash("correct")
     with run.stage("compare", inputs, force=force, replace=True, leftovers=["images"]) as work:
         if work is not None:
-            _work(run, request, chosen, work)
+            with beside(run, chosen):
+                _work(run, request, chosen, work)
     result = _summary(run)
     psnr = result["engines"][0]["psnr_db_mean"]
     if minimum_psnr is not None and not psnr >= minimum_psnr:

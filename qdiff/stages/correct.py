@@ -24,7 +24,7 @@ from qdiff.errors import InputError, UsageError
 from qdiff.events import Progress, log
 from qdiff.files import read_json, sha256_json, write_json
 from qdiff.scratch import Scratch
-from qdiff.stages.build import default_engine, require_runner
+from qdiff.stages.build import beside, default_engine, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.generate import CORRECTION, MOST_PICTURES, Session, make_request
 
@@ -99,7 +99,9 @@ def correct(
         if work is not None:
             owner = sha256_json(inputs)
             scratch = Scratch(run.file(SCORES, owner[:12]), owner)
-            write_json(work.output(run.file(CORRECTION)), _Work(run, name, goal, pictures, scratch).try_all(chosen))
+            with beside(run, [name]):
+                found = _Work(run, name, goal, pictures, scratch).try_all(chosen)
+            write_json(work.output(run.file(CORRECTION)), found)
             shutil.rmtree(run.file(SCORES), ignore_errors=True)  # also of earlier tries with other settings
     return {"run": str(run.path), **read_json(run.file(CORRECTION), "the correction")}
 
@@ -172,7 +174,7 @@ class _Work:
         from qdiff.trajectory import Trajectory
 
         family, moments = self.model.family, PairMoments()
-        steps = list(islice(Trajectory(self.run.file("calibration")), MOST_CALLS))
+        steps = list(islice(Trajectory(self.run.file("calibration"), self.model.device), MOST_CALLS))
         with torch.inference_mode(), Progress(f"predict ({session.engine} beside float)", len(steps)) as progress:
             for step in steps:
                 expected = self._guided(family.call(self.float_backbone, step.inputs), step)

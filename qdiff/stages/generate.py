@@ -13,7 +13,7 @@ from qdiff.errors import UsageError
 from qdiff.events import Progress, log
 from qdiff.files import require_writable
 from qdiff.resources import measure, release_memory
-from qdiff.stages.build import default_engine, load_runner
+from qdiff.stages.build import beside, default_engine, load_runner
 from qdiff.stages.calibrate import check_sampling, options_of, reload_model
 
 if TYPE_CHECKING:
@@ -255,7 +255,8 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
     require_writable(output.parent)
-    session = Session(run, engine)
+    with beside(run, [engine or default_engine(run)]):
+        session = Session(run, engine)
     if request.negative_prompt and session.model.guidance(request.guidance) <= 1:
         log.warning("the negative prompt has no effect: there is no guidance away from it at a scale of 1 and below")
     try:

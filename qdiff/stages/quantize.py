@@ -114,7 +114,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
     drafted = decided.draft(model, statistics)  # what cannot be carried out is refused before the float model has run
     sparse = _attention(run, decided, model)
-    trajectory = Trajectory(run.file("calibration"))
+    trajectory = Trajectory(run.file("calibration"), model.device)
     expected = _predictions(model, trajectory)
     if not any(bool(prediction.any()) for _, prediction in expected):
         raise InputError("the float model predicts nothing but zeros", "are these the right weights?")
@@ -145,6 +145,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
         decided.check_size(packed)
     work.fact(
         recipe=plan.recipe,
+        device=str(model.device),
         parameters=parameters,
         quantized_layers=len(plan.quantized),
         kept_layers=len(plan.layers) - len(plan.quantized),

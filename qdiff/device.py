@@ -1,0 +1,95 @@
+"""Where models compute: one device for the process, chosen by ``--device`` or found.
+
+Float models, what is observed of them, methods that search and train, and the simulated quantized model compute on it; files hold
+tensors of the host's. Seeds are drawn in host memory everywhere, so that a picture begins from the same noise on every device;
+what follows rounds differently from device to device, by some units in the last place of float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qdiff.errors import MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+HOST = "cpu"
+_chosen: str | None = None
+
+
+def choose(name: str | None) -> None:
+    """Takes a device by torch's name of it: ``cpu``, ``cuda``, ``cuda:1``; ``None``: the first GPU, or the host where there is
+    none.
+
+    Raises:
+        UsageError: torch knows no such device, or qdiff does not compute there.
+        MissingDependencyError: it is not there.
+    """
+    global _chosen
+    if name is not None:
+        require(name)
+    _chosen = name
+
+
+def require(name: str) -> None:
+    """Refuses a device that is not there. Raises as :func:`choose`."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: torch has no device of that name", "use cpu, cuda or cuda:NUMBER") from None
+    if device.type == HOST:
+        return
+    if device.type != "cuda":
+        raise UsageError(f"--device {name}: qdiff computes on cpu and cuda", "use cpu, cuda or cuda:NUMBER")
+    there = torch.cuda.device_count()
+    if (device.index or 0) >= there:
+        raise MissingDependencyError(
+            f"--device {name}: torch sees {f'{there} GPUs' if there else 'no GPU'}",
+            "use another, or install torch for CUDA and its driver (qdiff doctor shows what is there)",
+        )
+
+
+def chosen() -> torch.device:
+    """The device that was chosen or found."""
+    import torch
+
+    if _chosen is not None:
+        return torch.device(_chosen)
+    return torch.device("cuda" if torch.cuda.is_available() else HOST)
+
+
+def of(backbone: nn.Module) -> torch.device:
+    """Where a backbone computes."""
+    tensors = itertools.chain(backbone.parameters(), backbone.buffers())
+    return next(tensors).device
+
+
+def place(pipeline: Any) -> None:
+    """Moves a pipeline there. Its products and convolutions are of float32 and not of TF32, which has 10 bits of mantissa."""
+    import torch
+
+    device = chosen()
+    if device.type != HOST:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        pipeline.to(device)
+
+
+@contextlib.contextmanager
+def on_host(wanted: bool = True) -> Iterator[None]:
+    """The host in the place of a GPU that was found and not asked for, for the length of a block: what is timed beside engines of
+    the host belongs there."""
+    global _chosen
+    before = _chosen
+    if wanted and _chosen is None:
+        _chosen = HOST
+    try:
+        yield
+    finally:
+        _chosen = before

@@ -1,0 +1,85 @@
+"""Where models compute: the device that is chosen, and that nothing forgets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdiff import device
+from qdiff.artifacts import Run
+from qdiff.errors import MissingDependencyError, UsageError
+from tests.conftest import run_cli
+from tests.elsewhere import watched
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    device.choose(None)
+
+
+def test_no_gpu_is_the_host():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert device.chosen().type == "cpu"
+    with pytest.raises(MissingDependencyError, match="sees no GPU"):
+        device.choose("cuda")
+
+
+@pytest.mark.parametrize("name", ["npu", "mps", "cuda:-1", "cpu:x", ""])
+def test_devices_that_qdiff_does_not_compute_on(name):
+    with pytest.raises(UsageError, match="cpu, cuda or cuda:NUMBER|torch has no|computes on"):
+        device.choose(name)
+
+
+def test_the_command_line_chooses(tmp_path):
+    assert run_cli("calibrate", "--device", "cuda:7", "-o", tmp_path / "run").code == 4
+    assert run_cli("calibrate", "--device", "npu", "-o", tmp_path / "run").code == 2
+    assert (
+        run_cli("calibrate", "--device", "cpu", "--weights", "random:pixart-tiny", "--dry-run", "-o", tmp_path).code
+        == 0
+    )
+    assert device.chosen().type == "cpu"
+
+
+def test_what_is_timed_beside_engines_of_the_host_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.chosen().type == "cuda"
+    with device.on_host():
+        assert device.chosen().type == "cpu"
+    assert device.chosen().type == "cuda"
+    monkeypatch.setattr(device, "_chosen", "cuda:1")  # asked for
+    with device.on_host():
+        assert device.chosen() == torch.device("cuda:1")
+
+
+RECIPES = {
+    "int8": [],
+    "nvfp4-svd": ["sequential.reconstruct.method=flexround", "sequential.reconstruct.iterations=2"],
+    "w4a8": [
+        "scheme.weights=int4_g32",
+        "methods.rotate.kinds=[outlier,randomised]",
+        "distil.iterations=2",
+        "attention.density=0.5",
+    ],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_forgets_the_device(tmp_path: Path, monkeypatch, recipe):
+    """The stages that compute with torch, on a device where a tensor of the host beside one of its own is an error."""
+    from qdiff.stages import calibrate, compare, quantize
+    from qdiff.stages.attention import calibrate_attention
+
+    with watched(monkeypatch) as there:
+        run = Run(tmp_path / "run")
+        options = calibrate.CalibrateOptions(weights="random:pixart-tiny", samples=2, steps=6, batch=1)
+        calibrate.calibrate(run, options)
+        if "attention.density=0.5" in RECIPES[recipe]:
+            calibrate_attention(run)
+        quantize.quantize(run, recipe, RECIPES[recipe])
+        made = compare.compare(run, engines=["eager"], pictures=1)
+    assert run.entry("calibrate")["device"] == run.entry("quantize")["device"] == str(there)
+    assert made["engines"][0]["psnr_db_mean"] > 10
