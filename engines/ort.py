@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
+from qdiff.engines.unpacked import take_out_unpacking
 from qdiff.errors import InputError, IntegrityError, MissingDependencyError
 from qdiff.files import read_json, write_json
 from qdiff.protobuf import graphs
@@ -45,10 +46,14 @@ _DISABLED_OPTIMIZERS = ["QDQPropagationTransformer"]
 
 
 class OrtRunner(Runner):
-    """A session. Tensors are shared with NumPy, not copied; from and to a GPU they are copied (a few MB a step)."""
+    """A session. Tensors are shared with NumPy, not copied; from and to a GPU they are copied (a few MB a step).
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    Args:
+        given: what the session computes with and does not own.
+    """
+
+    def __init__(self, session: Any, given: Any = None) -> None:
+        self._session, self._given = session, given
         for node in session.get_inputs():
             if node.type not in _DTYPES:
                 raise InputError(
@@ -71,7 +76,7 @@ class OrtRunner(Runner):
         return [torch.from_numpy(each).to(home, torch.float32) for each in self._session.run(self._outputs, feed)]
 
     def close(self) -> None:
-        self._session = None
+        self._session = self._given = None
 
 
 @ENGINES.register("onnxruntime")
@@ -140,6 +145,7 @@ class OrtEngine(Engine):
             settings.enable_cpu_mem_arena = False
         provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         providers = [provider] if device == "cpu" else [provider, "CPUExecutionProvider"]
+        given: list[Any] = []
         try:
             if device == "cpu":
                 settings.add_session_config_entry(
@@ -147,7 +153,9 @@ class OrtEngine(Engine):
                 )
                 if _pairs_of_fp8(onnx):
                     settings.add_session_config_entry("session.disable_quant_qdq", "1")
-                graph: Any = _with_zero_points(onnx)
+                graph, codes = _prepared(onnx)
+                given = [library.OrtValue.ortvalue_from_numpy(values) for values in codes.values()]
+                settings.add_external_initializers(list(codes), given)
                 session = library.InferenceSession(graph, settings, providers=providers, disabled_optimizers=disabled)
             else:
                 session = library.InferenceSession(str(onnx), settings, providers=providers)
@@ -156,7 +164,7 @@ class OrtEngine(Engine):
         if session.get_providers()[0] != provider:
             message = f"ONNX Runtime could not start {provider} (CUDA or cuDNN libraries are missing)"
             raise MissingDependencyError(message, "install CUDA 13 and cuDNN 9, or use --flag provider=cpu")
-        return OrtRunner(session)
+        return OrtRunner(session, given)
 
 
 def _pairs_of_fp8(path: Path) -> bool:
@@ -173,12 +181,21 @@ def _pairs_of_fp8(path: Path) -> bool:
     return any(node is not None and node.pairs and NUMERICS[node.numerics].coded for node in found)
 
 
-def _with_zero_points(path: Path) -> bytes:
-    """The graph (its weights stay in their file) with a zero point of 0 at every INT8 activation quantizer."""
-    import numpy
+def _prepared(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The graph as it is handed over, its weights in their file, and codes that the session has to be given."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
+    codes = take_out_unpacking(model, path.parent)
+    _add_zero_points(model)
+    return bytes(model.SerializeToString()), codes
+
+
+def _add_zero_points(model: Any) -> None:
+    """Gives every INT8 activation quantizer a zero point of 0."""
+    import numpy
+    import onnx
+
     for number, graph in enumerate(graphs(model.graph)):
         zero = f"qdiff_zero_point_{number}"
         quantized = set()
@@ -194,4 +211,3 @@ def _with_zero_points(path: Path) -> bytes:
                 node.input.append(zero)
         if quantized:
             graph.initializer.append(onnx.numpy_helper.from_array(numpy.zeros((), numpy.int8), zero))
-    return bytes(model.SerializeToString())

@@ -5,15 +5,19 @@ All cells of a target are layers of one module, so each target is traced once.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
+from qdiff import protobuf
 from qdiff.engines import BuildOptions, Profile, choose
 from qdiff.errors import InputError
 from qdiff.export import support
@@ -25,6 +29,7 @@ from qdiff.export.translations import TARGETS, Target
 from qdiff.formats import FORMATS, format_named
 from qdiff.layers import LinearForm, QuantLinear
 from qdiff.metrics import sqnr_db
+from qdiff.packing import unpack
 from qdiff.rotations import hadamard, outlier_rotation
 from qdiff.weights import quantize_weight
 
@@ -226,6 +231,51 @@ def test_openvino_gets_codes_of_six_bits_as_constants(tmp_path):
         assert "FloorMod" not in {op.get_type_name() for op in operations}
         kinds = {op.get_output_element_type(0) for op in operations if op.get_type_name() == "Constant"}
         assert openvino.Type.i8 in kinds and openvino.Type.u8 not in kinds
+
+
+@pytest.mark.parametrize("branched", [False, True], ids=["whole", "in a branch"])
+def test_onnxruntime_gets_codes_of_six_bits_as_int8(tmp_path, branched):
+    """Else it folds them itself, through integers of 32 bits that it keeps."""
+    from qdiff.engines.unpacked import take_out_unpacking
+
+    cells = [Cell("int6", "int8"), Cell("int6", "int8", True), Cell("int6_g64", "int8", True)]
+    path = written(TARGETS["onnxruntime"], cells, tmp_path)
+    wanted = {cell.name: cell.layer() for cell in cells}
+    if branched:
+        path = in_a_branch(path, tmp_path / "branch.onnx")
+    model = onnx.load(path, load_external_data=False)
+    codes = take_out_unpacking(model, path.parent)
+    assert not [node.op_type for node in protobuf.nodes(model.graph) if node.op_type.startswith("Unpack_")]
+    assert not [each.name for each in protobuf.initializers(model.graph) if each.name.endswith(".codes")]
+    for name, layer in wanted.items():
+        (found,) = (values for key, values in codes.items() if f".{name}." in key)
+        expected = unpack(layer.codes, format_named(layer.form.weights)).numpy()
+        assert found.dtype == np.int8 and np.array_equal(found, expected.T)
+
+
+def test_weights_of_six_bits_take_little_memory_to_load(tmp_path):
+    rows, columns = 6144, 1536
+    layer = QuantLinear(LinearForm(columns, rows, False, "int6", "int8"))
+    layer.codes = torch.randint(0, 256, layer.codes.shape, dtype=torch.uint8)
+    layer.input_scale = torch.tensor(4 / 127).half().float()
+    single = Side([])
+    single.cells["only"] = layer
+    x = torch.randn(1, 4, columns)
+    module = InComputeDtype(single, torch.float32)
+    write_graph(module, (x,), None, TARGETS["onnxruntime"], ["x"]).save(
+        str(tmp_path / "model.onnx"), external_data=True
+    )
+    (tmp_path / "engine").mkdir()
+    program = (
+        "import resource, sys; from pathlib import Path; import onnx, onnxruntime, torch\n"
+        "from qdiff.engines import BuildOptions, choose\n"
+        "engine, options, folder = choose('onnxruntime'), BuildOptions(threads=1), Path(sys.argv[1])\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "engine.version(); before = peak(); engine.build(folder / 'model.onnx', folder / 'engine', options)\n"
+        "print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12 * rows * columns, "it took 37 bytes a weight"
 
 
 @pytest.mark.parametrize(
