@@ -1,6 +1,6 @@
 """What sparse attention does to pictures, and which part of it does it: rows at equal density beside the dense float model.
 
-    python -m bench.sparse RUN [--density 0.5 0.3] [--clips 4] [--numerics float] [--json]
+    python -m bench.sparse RUN [--density 0.5 0.3] [--clips 4] [--numerics float] [--only ROW …] [--device cuda] [--json]
 
 RUN is a calibrated run. Every row makes the same clips (or pictures) of prompts and seeds that nothing was calibrated on, in
 torch, with float layers, and differs from ``qdiff`` in one thing:
@@ -10,6 +10,10 @@ torch, with float layers, and differs from ``qdiff`` in one thing:
 - ``windows``: no calibration at all: boxes of tokens, each reading the nearest boxes (FPSAttention, arXiv 2506.04648, without its
   training).
 - ``dense, fp8`` and ``dense, int8_fp8``: everything is read, in those numerics.
+- ``the run's plan``: where RUN is quantized, its checkpoint, with the attention that it was quantized with.
+
+Accuracies in per cent, and beside them how many clips lost what the dense float model's clip showed and how many won it: of
+few clips a point is less than one.
 
 All sparse rows read everything in the noisiest steps and in the first and last block, as qdiff does: ``overall`` counts that too.
 """
@@ -28,6 +32,8 @@ import torch
 from torch import Tensor
 
 SEED = 40_000  # of the pictures: neither calibration's nor comparison's
+WINDOWS, THE_RUN = "windows", "the run's plan"
+ROWS = ("qdiff", "model's order", "one mask", WINDOWS, "dense, fp8", "dense, int8_fp8", THE_RUN)
 
 
 def nearest_blocks(order: Tensor, grid: tuple[int, int, int], block: int, width: int) -> Tensor:
@@ -55,20 +61,27 @@ def windows(plan: Any, density: float) -> tuple[Any, Tensor]:
     return made, mask.expand(len(plan.edges), plan.heads, -1, -1)
 
 
-def rows(run: Any, model: Any, densities: list[float], numerics: str) -> Iterator[tuple[str, Any, Tensor]]:
-    """Name, plan and masks of every row."""
+def rows(
+    run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
+) -> Iterator[tuple[str, Any, Tensor]]:
+    """Name, plan and masks of every row; of those named ``only``, where there are any."""
     from qdiff.attention.sparse import decide
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
     from qdiff.trajectory import Trajectory
 
-    trajectory = Trajectory(run.file("calibration"))
+    trajectory = Trajectory(run.file("calibration"), model.device)
     timesteps = run.entry("calibrate")["timesteps"]
     ways = {
         "qdiff": AttentionOptions(),
         "model's order": AttentionOptions(orders=("fhw",)),
         "one mask": AttentionOptions(groups=1),
     }
-    found = {name: AttentionCalibration(model, trajectory, options, None).run() for name, options in ways.items()}
+    needed = {"qdiff", *(only or ways)}
+    found = {
+        name: AttentionCalibration(model, trajectory, options, None).run()
+        for name, options in ways.items()
+        if name in needed
+    }
     dense = len(model.family.self_attentions(model.backbone)) - len(found["qdiff"].layers)
     for coded in ("fp8", "int8_fp8"):
         yield f"dense, {coded}", *decide(found["qdiff"], 1.0, coded, timesteps, dense)
@@ -77,52 +90,99 @@ def rows(run: Any, model: Any, densities: list[float], numerics: str) -> Iterato
             plan, masks = decide(statistics, density, numerics, timesteps, dense)
             yield name, plan, masks
             if name == "qdiff":
-                yield "windows", *windows(plan, density)
+                yield WINDOWS, *windows(plan, density)
 
 
-def benchmark(run: Any, densities: list[float], clips: int, numerics: str) -> dict[str, Any]:
+def backbones(
+    run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
+) -> Iterator[tuple[str, dict[str, float], Any]]:
+    """Name, densities and backbone of every row beside dense float; of those named ``only``, where there are any."""
+    from qdiff.attention.sparse import SIDECAR, install, load_masks, schedule_of
+    from qdiff.checkpoint import load_quantized
+    from qdiff.plan import Plan
+
+    def densities_of(plan: Any, masks: Tensor) -> dict[str, float]:
+        return {"density": float(masks.double().mean()), "overall": plan.overall}
+
+    if not only or set(only) - {THE_RUN}:
+        for name, plan, masks in rows(run, model, densities, numerics, only):
+            if not only or name in only:
+                backbone = copy.deepcopy(model.backbone)
+                install(model.family, backbone, plan, schedule_of(plan, masks))
+                yield name, densities_of(plan, masks), backbone
+    if run.done("quantize") and (not only or THE_RUN in only):
+        plan = Plan.load(run.file("plan.json"))
+        attention = plan.attention
+        read = {"density": 1.0, "overall": 1.0}
+        if attention is not None:
+            read = densities_of(attention, load_masks(attention, run.file(SIDECAR)))
+        yield THE_RUN, read, load_quantized(plan, run.file("model.safetensors")).to(model.device)
+
+
+def benchmark(
+    run: Any, densities: list[float], clips: int, numerics: str, only: list[str] | None = None, batch: int = 4
+) -> dict[str, Any]:
     """The whole benchmark as a JSON value."""
+    import numpy as np
+
     from qdiff import metrics, motion, prompt_accuracy
-    from qdiff.attention.sparse import install, schedule_of
     from qdiff.models.base import Request, default_prompts
     from qdiff.stages.attention import require_sparse
     from qdiff.stages.calibrate import options_of, reload_model
     from qdiff.stages.generate import simulate
 
-    require_sparse(options_of(run).model)
+    calibrated = options_of(run)
+    require_sparse(calibrated.model)
     model = reload_model(run)
     video = model.family.media == "video"
-    request = Request(default_prompts(clips, SEED, model.family.media), list(range(SEED, SEED + clips)))
+    prompts = default_prompts(clips, SEED, model.family.media)
+    request = Request(prompts, list(range(SEED, SEED + clips)), steps=calibrated.steps, guidance=calibrated.guidance)
+    recognise: Any = motion.motion_accuracy if video else prompt_accuracy.prompt_accuracy
+    kinds = ("emoji", "motion") if video else ("emoji", "background")
 
     def pictures(backbone: Any) -> Tensor:
-        made: list[Any] = simulate(model, backbone, request, batch=4)
-        import numpy as np
-
+        made: list[Any] = simulate(model, backbone, request, batch=batch)
         return torch.stack([torch.from_numpy(np.asarray(one.frames if video else one)) for one in made])
 
-    def accuracy(made: Tensor) -> dict[str, float]:
-        if video:
-            return motion.motion_accuracy(made.numpy(), list(request.prompts))
-        return prompt_accuracy.prompt_accuracy(made.numpy(), list(request.prompts))
+    def right(seen: dict[str, Any]) -> dict[str, Any]:
+        return {kind: np.array([bool(each[kind]) for each in seen["per_prompt"]]) for kind in kinds}
 
     reference = pictures(model.backbone)
-    result: list[dict[str, Any]] = [{"name": "dense float", "density": 1.0, "overall": 1.0, **accuracy(reference)}]
-    for name, plan, masks in rows(run, model, densities, numerics):
-        backbone = copy.deepcopy(model.backbone)
-        install(model.family, backbone, plan, schedule_of(plan, masks))
+    expected = recognise(reference.numpy(), prompts)
+    shown = right(expected)
+    result: list[dict[str, Any]] = [
+        {"name": "dense float", "density": 1.0, "overall": 1.0, **{kind: expected[kind] for kind in kinds}}
+    ]
+    for name, read, backbone in backbones(run, model, densities, numerics, only or []):
         made = pictures(backbone)
-        row = {
-            "name": name,
-            "density": float(masks.double().mean()),
-            "overall": plan.overall,
-            "psnr_db": float(metrics.psnr(reference, made).mean()),
-            **accuracy(made),
-        }
+        seen = recognise(made.numpy(), prompts)
+        ratios = metrics.psnr(reference, made)
+        row = {"name": name, **read, "psnr_db": float(ratios.mean()), "psnr_db_min": float(ratios.min())}
+        for kind, now in right(seen).items():
+            lost, won = int((shown[kind] & ~now).sum()), int((now & ~shown[kind]).sum())
+            row |= {kind: seen[kind], f"{kind}_lost": lost, f"{kind}_won": won}
         if video:
             row["motion_ratio"] = metrics.motion(reference, made).magnitude_ratio
         print(f"{name} {row['density']:.3f} {row['psnr_db']:.2f} dB", file=sys.stderr, flush=True)
         result.append(row)
-    return {"run": str(run.path), "clips": clips, "numerics": numerics, "rows": result}
+    return {"run": str(run.path), "clips": clips, "numerics": numerics, "device": str(model.device), "rows": result}
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def shown(kind: str) -> str:
+        if f"{kind}_lost" not in row:
+            return f"{100 * row[kind]:.1f}"
+        return f"{100 * row[kind]:.1f} (-{row[f'{kind}_lost']} +{row[f'{kind}_won']})"
+
+    second = "motion" if "motion" in row else "background"
+    numbers = (f"{row[key]:.3f}" if key in row else "" for key in ("density", "overall", "psnr_db", "psnr_db_min"))
+    return (
+        row["name"],
+        *numbers,
+        shown("emoji"),
+        shown(second),
+        f"{row['motion_ratio']:.3f}" if "motion_ratio" in row else "",
+    )
 
 
 def main() -> None:
@@ -132,20 +192,26 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3])
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--numerics", default="float")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--batch", type=int, default=4, help="clips denoised together")
+    parser.add_argument("--device", help="as of qdiff's commands")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    from qdiff import device
     from qdiff.artifacts import Run
     from qdiff.events import TerminalListener, listening
     from qdiff.present import table
 
+    device.choose(options.device)
     with listening(TerminalListener()):
-        result = benchmark(Run.existing(options.run), options.density, options.clips, options.numerics)
+        result = benchmark(
+            Run.existing(options.run), options.density, options.clips, options.numerics, options.only, options.batch
+        )
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    keys = ("density", "overall", "psnr_db", "emoji", "motion", "motion_ratio")
-    cells = [(row["name"], *(f"{row[key]:.3f}" if key in row else "" for key in keys)) for row in result["rows"]]
-    print(table(cells, ("ROW", "DENSITY", "OVERALL", "PSNR dB", "EMOJI", "MOTION", "CHANGE")))
+    header = ("ROW", "DENSITY", "OVERALL", "PSNR dB", "WORST", "EMOJI %", "MOTION %", "CHANGE")
+    print(table([_cells(row) for row in result["rows"]], header))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A CPU gains from skipping only if what is left stays one large product. Gathering for a whole head at once writes more memory
 than the caches hold, and fresh memory costs more than the products; one workspace for :data:`TOGETHER` rows, used again and
-again, does neither. Putting tokens in order and back costs as much as a third of that again; the same in ONNX Runtime is faster
+again, does neither. On a GPU it is launches that cost, so there all samples are computed at once. Putting tokens in order and back costs as much as a third of that again; the same in ONNX Runtime is faster
 (docs/log.md, ``python -m bench.attention``).
 
 The same function computes all numerics: codes are multiplied back to numbers first, so a CPU gains nothing from them, but the
@@ -11,6 +11,7 @@ result is what the codes give.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,16 +41,23 @@ def attend(
     queries, keys, values = packed.values(tiling)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     result = torch.empty_like(queries)
-    space = _Workspace(lists, tiling, queries)
-    for sample in range(len(q)):
+    samples = at_once(queries)
+    space = _Workspace(lists, tiling, queries[:samples])
+    for first in range(0, len(q), samples):
+        some = slice(first, first + samples)
         for head in range(lists.heads):
-            operands = queries[sample, head], keys[sample, head], values[sample, head]
-            _head(*operands, scale, lists.of(head), tiling, numerics, packed.filled, space, result[sample, head])
+            operands = queries[some, head], keys[some, head], values[some, head]
+            _head(*operands, scale, lists.of(head), tiling, numerics, packed.filled, space, result[some, head])
     if packed.v_mean is not None:
         result += packed.v_mean
         if NOTHING in lists.blocks or bool((lists.bounds.diff() == 0).any()):
             _blank_rows(result, lists, tiling)
     return from_places(result, tiling.places(order, tiling.block_q), tiling.tokens).to(q.dtype)
+
+
+def at_once(x: Tensor) -> int:
+    """How many samples of ``x`` are computed at once."""
+    return 1 if x.device.type == "cpu" else max(1, len(x))
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,10 @@ class Follow:
 
 
 class _Workspace:
-    """Memory for the gathered keys and values and the scores of :data:`TOGETHER` rows of the widest head."""
+    """Memory for the gathered keys and values and the scores of :data:`TOGETHER` rows of the widest head, for some samples."""
 
     def __init__(self, lists: BlockLists, tiling: Tiling, queries: Tensor) -> None:
-        width = int(lists.bounds.diff().max()) + tiling.text_columns
+        width = len(queries) * (int(lists.bounds.diff().max()) + tiling.text_columns)
         self.keys = queries.new_empty(TOGETHER * width * tiling.block_k * queries.shape[-1])
         self.values = torch.empty_like(self.keys)
         self.scores = queries.new_empty(TOGETHER * tiling.block_q * width * tiling.block_k)
@@ -87,37 +95,40 @@ def _head(
     space: _Workspace,
     result: Tensor,
 ) -> None:
-    """One head: ``q [places of queries, size]``, ``k``, ``v [places of keys, size]`` into ``result``."""
-    size, text = q.shape[1], tiling.text_columns
+    """One head: ``q [samples, places of queries, size]``, ``k``, ``v [samples, places of keys, size]`` into ``result``."""
+    samples, size, text = len(q), q.shape[2], tiling.text_columns
     first = tiling.text_rows * tiling.block_q
     if first:
-        _products(q[None, :first], k[None], v[None], scale, numerics, ~filled[None, None], None, result[None, :first])
+        _products(q[:, :first], k, v, scale, numerics, ~filled[None, None], None, result[:, :first])
     prefix = torch.arange(text, device=blocks.device).expand(len(blocks), -1)
     lists = torch.cat([prefix, blocks.long().add(text).masked_fill(blocks == NOTHING, NOTHING)], dim=1)
     if lists.shape[1] == 0:
-        result[first:] = 0
+        result[:, first:] = 0
         return
-    rows_q, rows_out = q[first:].view(-1, tiling.block_q, size), result[first:].view(-1, tiling.block_q, size)
-    cells_k, cells_v = k.view(-1, tiling.block_k, size), v.view(-1, tiling.block_k, size)
+    rows_q, rows_out = (x[:, first:].unflatten(1, (-1, tiling.block_q)) for x in (q, result))
+    cells_k, cells_v = (x.unflatten(1, (-1, tiling.block_k)) for x in (k, v))
     partial = not bool(filled.all()) or NOTHING in blocks
     empty = ~filled.view(-1, tiling.block_k)
     for start in range(0, len(lists), TOGETHER):
         these = lists[start : start + TOGETHER]
         chosen = these.clamp_min(0).flatten()
+        shape = (samples, len(chosen), tiling.block_k, size)
         read_k, read_v = (
-            torch.index_select(
-                cells, 0, chosen, out=memory[: chosen.numel() * cells[0].numel()].view(-1, *cells.shape[1:])
+            torch.index_select(cells, 1, chosen, out=memory[: math.prod(shape)].view(shape)).view(
+                samples * len(these), -1, size
             )
             for cells, memory in ((cells_k, space.keys), (cells_v, space.values))
         )
-        shape = (len(these), -1, size)
         hidden = None
         if partial:
             hidden = (empty[chosen].view(*these.shape, -1) | (these == NOTHING)[..., None]).flatten(1)[:, None]
+            hidden = hidden.repeat(samples, 1, 1)
         rows = slice(start, start + TOGETHER)
-        _products(
-            rows_q[rows], read_k.view(shape), read_v.view(shape), scale, numerics, hidden, space.scores, rows_out[rows]
-        )
+        asked, out = rows_q[:, rows].flatten(0, 1), rows_out[:, rows]
+        flat = out.flatten(0, 1)  # of one sample no copy
+        _products(asked, read_k, read_v, scale, numerics, hidden, space.scores, flat)
+        if samples > 1:
+            out.copy_(flat.view_as(out))
 
 
 def _products(

@@ -96,6 +96,16 @@ def test_gradients_are_those_of_the_definition(shape, partial, numerics):
     assert all(apart(one, other) < 1e-5 for one, other in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("partial", [False, True], ids=["even rows", "uneven rows"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_samples_at_once_as_on_a_gpu(monkeypatch, shape, partial):
+    case = Case(shape, partial)
+    one_by_one = {numerics: case.gathered(numerics) for numerics in NUMERICS}
+    monkeypatch.setattr(gathered, "at_once", len)
+    for numerics, wanted in one_by_one.items():
+        assert apart(case.gathered(numerics), wanted) < 1e-5, numerics
+
+
 def test_the_order_of_a_list_and_its_gaps_do_not_matter():
     case = Case("whole")
     shuffled = [case.lists.of(head)[:, torch.randperm(case.lists.of(head).shape[1])] for head in range(HEADS)]
