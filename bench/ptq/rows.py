@@ -50,6 +50,7 @@ MAKERS = {
 }
 
 INT8, FP8, NVFP4 = "INT8 W8A8", "FP8 W8A8", "NVFP4 W4A4"
+ROTATED = "methods={smooth: {strengths: [0.3, 0.4, 0.5]}, rotate: {}, timestep_scales: {minimum_gain_db: 1.0}}"
 W4A16, W4A8, W6A8 = "INT4 W4A16", "INT4 W4A8", "INT6 W6A8"
 
 
@@ -147,6 +148,13 @@ ROWS: tuple[Row, ...] = (
         ("recipe int8-gptq, q k float", ["outputs={}"]),
         ("recipe int8-gptq", []),
         ("recipe int8-gptq, by token", ["outputs={}", "scheme.by_token=true"]),
+    ),
+    *_qdiff(
+        INT8,
+        "int8-rotate",
+        ("recipe int8-rotate, q k float", ["outputs={}"]),
+        ("recipe int8-rotate, no gptq, q k float", ["outputs={}", ROTATED]),
+        ("recipe int8-rotate", []),
     ),
     *_qdiff(INT8, "int8-token", ("recipe int8-token", [])),
     *_modelopt(
