@@ -59,7 +59,8 @@ def check_target(plan: Plan, target: Target) -> None:
     for layer in plan.quantized:
         if not target.takes(layer.weights, layer.activations, layer.by_token):
             scales = " with scales by token" if layer.by_token else ""
-            other = "a constant scale or another format" if layer.by_token else "another format"
+            constant = layer.by_token and target.takes(layer.weights, layer.activations)
+            other = "a constant scale or another format" if constant else "another format"
             raise InputError(
                 f"layer {layer.name} is {layer.weights} x {layer.activations}{scales}, which {target.title} cannot run",
                 f"choose another target, or {other} for this layer; the engine `eager` runs every format in torch",

@@ -179,6 +179,12 @@ def _impossible(layer: LayerPlan, kept: str, before: LayerPlan | None) -> Iterat
             yield f"{layer.name}: smoothing is {_text(layer.smoothing)}; it is null, or above 0 and at most 1"
         if not 0 < layer.clip <= 1:
             yield f"{layer.name}: clip is {_text(layer.clip)}; it is above 0 and at most 1"
+        try:
+            FORMATS[layer.weights].packed_shape(layer.matrix)
+            FORMATS[layer.weights].check_columns(layer.matrix[1])
+            activations.check_columns(layer.matrix[1])
+        except InputError as error:
+            yield f"{layer.name}: {error.message}"
         outputs = (None, layer.activations) if by_token_possible else (None,)
         if layer.output not in outputs:
             yield f"{layer.name}: output is {layer.output}; it can be {' or '.join(map(_text, outputs))}"

@@ -228,8 +228,18 @@ class Format:
         if self.block and columns % self.block:
             raise InputError(
                 f"{self.name} has blocks of {self.block}, and {columns} columns do not divide into them",
-                "keep this layer in another format (recipe: ignore), or choose a format with a smaller block",
+                "keep this layer in another format (recipe: ignore)"
+                + (
+                    f", or take {' or '.join(fitting)} (--set scheme.weights=…)"
+                    if (fitting := self._fitting(columns))
+                    else ""
+                ),
             )
+
+    def _fitting(self, columns: int) -> list[str]:
+        """Names of formats of the same numbers whose blocks divide that many columns."""
+        rows = (row for row in FORMATS.values() if row.element == self.element and row.scale == self.scale)
+        return [row.name for row in rows if not (row.block and columns % row.block)]
 
     def effective_bits(self, elements_per_scale: int, elements: int | None = None) -> float:
         """Bits for one element, its share of the scales included.

@@ -72,7 +72,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
             known = _entries(Recipe, first["loc"][:-1])
             close = nearest(str(first["loc"][-1]), known)
             fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
-        raise InputError(f"recipe {name}: {where}: {message}", fix) from None
+        raise InputError(": ".join(part for part in (f"recipe {name}", where, message) if part), fix) from None
     from qdiff.methods import check_options, check_reconstruction
 
     for method, options in recipe.methods.items():

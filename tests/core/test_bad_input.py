@@ -24,8 +24,11 @@ def recorded(finished):
 def test_a_block_that_does_not_divide_a_layer_is_refused_by_the_layers_name(tiny, recorded):
     """The tiny model is 32 wide."""
     settings = ["scheme.weights=int4_g64", "scheme.activations=float16", "methods={}"]
-    with pytest.raises(InputError, match=r"layer transformer_blocks\.0\.attn1\.to_q of shape \[32, 32\].*blocks of 64"):
+    with pytest.raises(
+        InputError, match=r"layer transformer_blocks\.0\.attn1\.to_q of shape \[32, 32\].*blocks of 64"
+    ) as caught:
         quantize(tiny(), load_recipe("int8", [*settings, "outputs={}"]), recorded[1])
+    assert "int4_g32" in caught.value.fix and "int4_g128" not in caught.value.fix
 
 
 def test_a_rank_that_is_too_large_is_refused_by_the_layers_name(tiny, recorded):

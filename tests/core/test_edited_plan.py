@@ -202,6 +202,10 @@ WISHES: dict[str, tuple[Callable[[Json], Any], str]] = {
         "weights float16 with activations int8: quantize the weights",
     ),
     "format": (lambda plan: change(plan, QKV, weights="int7"), "unknown format 'int7'"),
+    "blocks": (
+        lambda plan: change(plan, QKV, weights="int4_g64"),
+        f"{QKV[0]}: int4_g64 has blocks of 64, and 32 columns",
+    ),
     "another kept": (
         lambda plan: plan.update(kept="bfloat16"),
         "proj_out: weights is float16, but this plan's kept is",
