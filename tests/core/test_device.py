@@ -56,14 +56,8 @@ def test_what_is_timed_beside_engines_of_the_host_is_there(monkeypatch):
 
 
 RECIPES = {
-    "int8": [],
+    "int8": ["methods.rotate.kinds=[outlier,randomised]", "distil.iterations=2", "attention.density=0.5"],
     "nvfp4-svd": ["sequential.reconstruct.method=flexround", "sequential.reconstruct.iterations=2"],
-    "w4a8": [
-        "scheme.weights=int4_g32",
-        "methods.rotate.kinds=[outlier,randomised]",
-        "distil.iterations=2",
-        "attention.density=0.5",
-    ],
 }
 
 
