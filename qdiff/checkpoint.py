@@ -18,6 +18,7 @@ from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.layers import HalfConv2d, HalfLinear, LinearForm, QuantConv2d, QuantLinear, TimestepClock
 from qdiff.plan import Kept, LayerPlan, Plan
+from qdiff.rotations import hadamard
 from qdiff.routing.blocks import install_branches
 from qdiff.structure import restructure
 from qdiff.windows import Window
@@ -99,14 +100,21 @@ def install_clock(backbone: nn.Module, clock: TimestepClock, timesteps: Tensor) 
 
 
 def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
-    """Writes codes, scales and everything that was kept as one safetensors file, really packed."""
+    """Writes codes, scales and everything that was kept as one safetensors file, really packed. Hadamard matrices are left out:
+    their size says all."""
     kept = getattr(torch, plan.kept)
-    parameters = dict(backbone.named_parameters())
+    parameters, known = dict(backbone.named_parameters()), set(_hadamards(plan))
     tensors = {
         name: tensor.detach().to(kept) if name in parameters else tensor.detach()
         for name, tensor in backbone.state_dict().items()
+        if name not in known
     }
     save_tensors(path, tensors, {"qdiff": json.dumps({"recipe": plan.recipe, "fingerprint": plan.fingerprint})})
+
+
+def _hadamards(plan: Plan) -> dict[str, int]:
+    """Names of the Hadamard matrices of a plan's layers, and their sizes."""
+    return {f"{layer.name}.rotation": layer.rotation for layer in plan.layers if layer.rotation}
 
 
 def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module:
@@ -164,6 +172,7 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
         for name, tensor in tensors.items()
         if outputs or not name.endswith(".output_scale")
     }
+    state |= {name: hadamard(size) for name, size in _hadamards(plan).items()}
     try:
         backbone.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

@@ -267,6 +267,12 @@ def low_rank_bits(rows: int, columns: int, rank: int, bits: int = 16) -> float:
     return bits * rank * (rows + columns) / (rows * columns)
 
 
+def rotation_bits(block: int) -> int:
+    """Bits that a rotation fitted to outliers (:class:`qdiff.rotations.Rotation`) stores for each column of a weight: a row
+    of G in float32, and a place. A Hadamard matrix follows from its size and is not stored."""
+    return 32 * block + 64
+
+
 E = ELEMENTS
 FORMATS: dict[str, Format] = {
     row.name: row

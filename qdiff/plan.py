@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qdiff.attention.plan import AttentionPlan
 from qdiff.errors import IntegrityError
 from qdiff.files import read_json, write_json
-from qdiff.formats import FORMATS, low_rank_bits
+from qdiff.formats import FORMATS, low_rank_bits, rotation_bits
 from qdiff.routing.plan import RoutingPlan
 
 Kept = Literal["float16", "bfloat16"]  # storage of every tensor that is not quantized
@@ -83,13 +83,15 @@ class LayerPlan(BaseModel):
         return f"{self.weights} x {self.activations}{' by token' if self.by_token else ''}"
 
     def weight_bits(self) -> float:
-        """Bits of the stored weight with all its scales and its low-rank branch, for each of its elements."""
+        """Bits of the stored weight with all its scales, its low-rank branch and a rotation that was fitted, for each of its
+        elements."""
         rows, columns = self.matrix
         extra = low_rank_bits(rows, columns, self.rank) if self.rank else 0.0
+        extra += rotation_bits(self.rotation) / rows if self.outliers else 0.0
         return FORMATS[self.weights].stored_bits(self.matrix) / (rows * columns) + extra
 
     def weight_bytes(self) -> int:
-        """Bytes of the stored weight with its scales and its low-rank branch, bias left out."""
+        """Bytes of what :meth:`weight_bits` counts, bias left out."""
         rows, columns = self.matrix
         return round(rows * columns * self.weight_bits() / 8)
 

@@ -2,8 +2,9 @@
 
 One rule for every library, whatever it keeps in memory while it simulates: a code has its bits; a scale of a channel or group
 has 16 (integers and FP8), a block scale of NVFP4 or MX has 8, a tensor scale 32, a zero point as many as a code; low-rank
-factors have 16 bits an entry. Biases, and the vectors by which inputs are multiplied by channel (SmoothQuant, AWQ), are left
-out: engines fold them or keep them like biases, and counting them would add 16 / out bits to either side."""
+factors have 16 bits an entry, rotations that were fitted to a layer what they have in its file. Biases, and the vectors by
+which inputs are multiplied by channel (SmoothQuant, AWQ), are left out: engines fold them or keep them like biases, and
+counting them would add 16 / out bits to either side."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ class Storage:
         rank: of the low-rank branch in 16 bit.
         per_tensor: one scale for the whole weight.
         parts: into how many the columns are split, each with scales of its own.
+        column_bits: of what else is stored for each column: rotations that were fitted.
     """
 
     bits: float
@@ -38,6 +40,7 @@ class Storage:
     rank: int = 0
     per_tensor: bool = False
     parts: int = 1
+    column_bits: int = 0
 
     def total(self, shape: tuple[int, int]) -> float:
         """Bits of the whole weight."""
@@ -45,6 +48,7 @@ class Storage:
         scales = 1 if self.per_tensor else rows * (math.ceil(columns / self.block) if self.block else self.parts)
         each = self.scale_bits + (self.bits if self.zero_point else 0)
         total = rows * columns * self.bits + scales * each + (TENSOR_SCALE_BITS if self.tensor_scale else 0)
+        total += columns * self.column_bits
         return total + (rows * columns * low_rank_bits(rows, columns, self.rank) if self.rank else 0)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bench.ptq.bits import Storage
 from bench.ptq.material import Made, Material
-from qdiff.formats import format_named
+from qdiff.formats import format_named, rotation_bits
 from qdiff.plan import LayerPlan, Structure
 from qdiff.quantize import quantize
 from qdiff.recipes import load_recipe
@@ -41,4 +41,13 @@ def original(name: str, structure: Structure) -> str:
 def storage(layer: LayerPlan, parts: int) -> Storage:
     """A planned layer in the terms that all libraries are counted in. Both halves of a split layer have one format."""
     format = format_named(layer.weights)
-    return Storage(format.bits, format.block, format.scale_bits, format.tensor_scale, rank=layer.rank, parts=parts)
+    fitted = rotation_bits(layer.rotation) if layer.outliers else 0
+    return Storage(
+        format.bits,
+        format.block,
+        format.scale_bits,
+        format.tensor_scale,
+        rank=layer.rank,
+        parts=parts,
+        column_bits=fitted,
+    )
