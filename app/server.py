@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import unquote
 
+from qdiff import device
 from qdiff.app.limits import Limits
 from qdiff.errors import InputError, MissingDependencyError, UsageError
 
@@ -297,6 +298,8 @@ def demo(
     from qdiff.app.service import Service
     from qdiff.app.sources import Sources, Weights
 
+    # Its float pictures are timed beside engines of the host, and its budget of memory is the host's.
+    device.choose(device.HOST)
     sources = Sources(runs, output, [Weights.parse(text) for text in allow])
     service = Service(sources, Limits(), None if memory is None else int(memory * 1e9))
     before = signal.signal(signal.SIGTERM, _end)  # also while the model loads, so that what is below runs

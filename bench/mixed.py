@@ -127,6 +127,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the run, kept and reused [default: a temporary one]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    from qdiff import device
+
+    device.choose(device.HOST)
     from qdiff.events import TerminalListener, listening
     from qdiff.present import table
 

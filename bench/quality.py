@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    from qdiff import device
+
+    device.choose(device.HOST)
 
     from qdiff.artifacts import Run
     from qdiff.events import TerminalListener, listening

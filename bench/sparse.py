@@ -203,10 +203,11 @@ def main() -> None:
     from qdiff.present import table
 
     device.choose(options.device)
+    run = Run.existing(options.run)
+    if options.only == [THE_RUN] and not run.done("quantize"):
+        parser.error(f"{options.run} is not quantized")
     with listening(TerminalListener()):
-        result = benchmark(
-            Run.existing(options.run), options.density, options.clips, options.numerics, options.only, options.batch
-        )
+        result = benchmark(run, options.density, options.clips, options.numerics, options.only, options.batch)
     if options.json:
         print(json.dumps(result, indent=2))
         return

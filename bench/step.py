@@ -294,6 +294,9 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave NNCF out")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    from qdiff import device
+
+    device.choose(device.HOST)
     peers = not arguments.no_peers
     if peers:
         import importlib.util

@@ -138,7 +138,7 @@ class AttentionCalibration:
             self.tiling,
             self.edges,
             orders,
-            mass.half(),
+            mass.half().cpu(),
             options,
             errors * weights[:, :, None, None],
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qdiff import device
 from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError
 from qdiff.events import Progress
@@ -70,9 +71,11 @@ def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
         inputs_bytes = sum(
             tensor.numel() * tensor.element_size() for tensor in model.family.capture(args, kwargs).values()
         )
+        device.finish(model.device)
         started = time.perf_counter()
 
     def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        device.finish(model.device)
         seconds.append(time.perf_counter() - started)
         raise _Stop
 

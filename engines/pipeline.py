@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qdiff import device
 from qdiff.engines.base import Runner
 from qdiff.errors import InputError
 
@@ -81,8 +82,7 @@ class EngineBackbone(torch.nn.Module):
         latent = inputs[self.input_names[0]]
         start = time.perf_counter()
         sample = self.runner(inputs)
-        if sample.is_cuda:
-            torch.cuda.synchronize()
+        device.finish(sample.device)
         self.seconds.append(time.perf_counter() - start)
         sample = sample.to(latent.device, latent.dtype)
         if arguments.get("return_dict", True) is False:

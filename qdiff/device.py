@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def choose(name: str | None) -> None:
     none.
 
     Raises:
-        UsageError: torch knows no such device, or qdiff does not compute there.
+        UsageError: no device that qdiff computes on.
         MissingDependencyError: it is not there.
     """
     global _chosen
@@ -38,31 +39,41 @@ def choose(name: str | None) -> None:
 
 def require(name: str) -> None:
     """Refuses a device that is not there. Raises as :func:`choose`."""
+    if name == HOST:
+        return
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: torch has no device of that name", "use cpu, cuda or cuda:NUMBER") from None
-    if device.type == HOST:
-        return
-    if device.type != "cuda":
+    number = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if number is None:
         raise UsageError(f"--device {name}: qdiff computes on cpu and cuda", "use cpu, cuda or cuda:NUMBER")
-    there = torch.cuda.device_count()
-    if (device.index or 0) >= there:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number[1] or 0) >= there:
         raise MissingDependencyError(
-            f"--device {name}: torch sees {f'{there} GPUs' if there else 'no GPU'}",
+            f"--device {name}: torch sees {f'{there} GPUs' if there > 1 else 'one GPU' if there else 'no GPU'}",
             "use another, or install torch for CUDA and its driver (qdiff doctor shows what is there)",
         )
+
+
+def found() -> str:
+    """The first GPU, or the host where there is none."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else HOST
 
 
 def chosen() -> torch.device:
     """The device that was chosen or found."""
     import torch
 
-    if _chosen is not None:
-        return torch.device(_chosen)
-    return torch.device("cuda" if torch.cuda.is_available() else HOST)
+    return torch.device(found() if _chosen is None else _chosen)
+
+
+def finish(device: torch.device) -> None:
+    """Waits until everything that was asked of the device is done: clocks are read then. The host is never behind."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def of(backbone: nn.Module) -> torch.device:

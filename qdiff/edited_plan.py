@@ -185,6 +185,9 @@ def _impossible(layer: LayerPlan, kept: str, before: LayerPlan | None) -> Iterat
             activations.check_columns(layer.matrix[1])
         except InputError as error:
             yield f"{layer.name}: {error.message}"
+        if layer.kind == "Conv2d" and (activations.block or layer.by_token):
+            scales = f"{activations.name}'s blocks" if activations.block else "scales by token"
+            yield f"{layer.name}: a convolution's input cannot have {scales}"
         outputs = (None, layer.activations) if by_token_possible else (None,)
         if layer.output not in outputs:
             yield f"{layer.name}: output is {layer.output}; it can be {' or '.join(map(_text, outputs))}"

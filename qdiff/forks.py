@@ -23,8 +23,10 @@ WAIT = 1.0  # seconds between looks at whether a process is still there
 
 
 def workers_for(pieces: int) -> int:
-    """How many processes are of use: one for each of torch's threads; 1 where processes cannot be forked, or a GPU computes."""
-    if "fork" not in multiprocessing.get_all_start_methods() or device.chosen().type != device.HOST:
+    """How many processes are of use: one for each of torch's threads; 1 where processes cannot be forked, or a GPU computes or
+    has computed."""
+    on_gpu = device.chosen().type != device.HOST or torch.cuda.is_initialized()
+    if "fork" not in multiprocessing.get_all_start_methods() or on_gpu:
         return 1
     return max(1, min(torch.get_num_threads(), pieces))
 

@@ -80,7 +80,8 @@ def _failed(error: Exception) -> int:
         _tell(f"error: {error}")  # with its own fix
         return error.exit_code
     if out_of_memory(error):
-        _tell("error: out of memory", "use a smaller --batch or fewer samples, or a machine with more memory")
+        fix = "use a smaller --batch or fewer samples, a machine with more memory, or --device cpu where a GPU was too small"
+        _tell("error: out of memory", fix)
         return 6
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         _tell(

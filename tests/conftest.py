@@ -37,6 +37,16 @@ def qdiff_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(scope="session", autouse=True)
+def on_the_host() -> Iterator[None]:
+    """Tests are of the host's numbers, also where there is a GPU; those of a GPU say so themselves."""
+    from qdiff import device
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "found", lambda: device.HOST)
+        yield
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command did: exit code, stdout, stderr."""

@@ -176,6 +176,9 @@ def chosen(only: list[str] | None, model: str) -> list[Row]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; see :mod:`bench.ptq`."""
     given = parser().parse_args(arguments)
+    from qdiff import device
+
+    device.choose(device.HOST)
     if given.list:
         print("\n".join(row.name for row in chosen(None, given.model)))
         return

@@ -48,6 +48,7 @@ def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
                 heads=sum(len(heads) for heads in statistics.orders),
                 tokens=statistics.tiling.tokens,
                 edges=statistics.edges,
+                device=str(model.device),
             )
             scratch.clear()
     return {"run": str(run.path), **{name: run.entry(STAGE)[name] for name in ("layers", "heads", "tokens", "seconds")}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from qdiff import device
 from qdiff.artifacts import Run
 from qdiff.errors import QualityGateError, UsageError
 from qdiff.events import log
@@ -54,6 +55,9 @@ def compare(
         "prompts": prompts,
         "seed": first_seed,
     }
+    with beside(run, chosen):
+        if (where := device.chosen()).type != device.HOST:  # what is timed depends on it
+            inputs["device"] = str(where)
     if run.done("correct"):
         inputs["correct"] = run.outputs_hash("correct")
     with run.stage("compare", inputs, force=force, replace=True, leftovers=["images"]) as work:
@@ -104,6 +108,7 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
         "engines": [_judge(name, made, request, model) for name in ["float", *engines]],
     }
     write_json(work.output(run.file("compare.json")), result)
+    work.fact(device=str(model.device))
 
 
 def _judge(name: str, made: dict[str, Pictures], request: Request, model: Model) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+from qdiff import device
 from qdiff.artifacts import Run
 from qdiff.errors import InputError, UsageError
 from qdiff.events import Progress, log
@@ -95,6 +96,9 @@ def correct(
         "goal": goal,
         "pictures": pictures,
     }
+    with beside(run, [name]):
+        if (where := device.chosen()).type != device.HOST:  # pictures of two devices are not to be compared
+            inputs["device"] = str(where)
     with run.stage("correct", inputs, force=force, replace=True, leftovers=[SCORES]) as work:
         if work is not None:
             owner = sha256_json(inputs)

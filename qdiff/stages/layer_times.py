@@ -88,7 +88,7 @@ class LayerTimes:
         from qdiff.export.onnx_graph import InComputeDtype, write_graph
 
         example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        wrapped = InComputeDtype(_OneInput(copy.deepcopy(module)), getattr(torch, self.target.compute)).eval()
+        wrapped = InComputeDtype(_OneInput(copy.deepcopy(module).cpu()), getattr(torch, self.target.compute)).eval()
         bytes_as_codes(wrapped)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qdiff import checkpoint, edited_plan
 from qdiff.checkpoint import load_quantized
 from qdiff.errors import InputError, IntegrityError
-from qdiff.plan import Plan
+from qdiff.plan import LayerPlan, Plan
 from qdiff.quantize import quantize_as_planned
 from qdiff.statistics import Statistics
 
@@ -264,3 +264,14 @@ def test_a_dry_run_shows_the_edit(cli, finished, edit):
     }
     assert rows[f"{BLOCK}.ff.net.2"]["why"].startswith("set by hand: weights float16 (was int8)")
     assert rows[f"{BLOCK}.ff.net.2"]["bytes"] > rows["transformer_blocks.0.ff.net.2"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    "wish", [{"by_token": True}, {"weights": "nvfp4", "activations": "nvfp4"}], ids=["token", "blocks"]
+)
+def test_a_convolution_reads_windows(wish):
+    settings: Json = {"weights": "int8", "activations": "int8", **wish}
+    layer = LayerPlan(name="conv", kind="Conv2d", shape=(32, 32, 3, 3), bias=True, group="conv", **settings)
+    assert any(
+        "a convolution's input cannot have" in fault for fault in edited_plan._impossible(layer, "float16", None)
+    )
