@@ -1,0 +1,50 @@
+"""The stages that compute with torch, on a device where a tensor of the host beside one of its own is an error
+(tests/elsewhere.py). test_device.py runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qdiff.artifacts import Run
+from tests.elsewhere import watched
+
+
+def decide_unsaved(run: Run) -> None:
+    """What was seen of attention is of the host before it went through a file, too."""
+    from qdiff.attention.sparse import decide
+    from qdiff.calib.attention import AttentionCalibration, AttentionOptions
+    from qdiff.stages.calibrate import reload_model
+    from qdiff.trajectory import Trajectory
+
+    model = reload_model(run)
+    trajectory = Trajectory(run.file("calibration"), model.device)
+    statistics = AttentionCalibration(model, trajectory, AttentionOptions(orders=("fhw",)), None).run()
+    decide(statistics, 0.5, "float", run.entry("calibrate")["timesteps"], 0)
+
+
+RECIPES = {
+    "int8": ["methods.rotate.kinds=[outlier,randomised]", "distil.iterations=2", "attention.density=0.5"],
+    "nvfp4-svd": ["sequential.reconstruct.method=flexround", "sequential.reconstruct.iterations=2"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_forgets_the_device(tmp_path: Path, monkeypatch, recipe):
+    from qdiff.stages import calibrate, compare, quantize
+    from qdiff.stages.attention import calibrate_attention
+
+    with watched(monkeypatch) as there:
+        run = Run(tmp_path / "run")
+        options = calibrate.CalibrateOptions(
+            weights="random:pixart-tiny", samples=2, steps=6 if recipe == "int8" else 3, batch=1
+        )
+        calibrate.calibrate(run, options)
+        if recipe == "int8":
+            calibrate_attention(run)
+            decide_unsaved(run)
+        quantize.quantize(run, recipe, RECIPES[recipe])
+        made = compare.compare(run, engines=["eager"], pictures=1)
+    assert run.entry("calibrate")["device"] == run.entry("quantize")["device"] == str(there)
+    assert made["engines"][0]["psnr_db_mean"] > 10
