@@ -158,16 +158,25 @@ def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:
 
 def _check_shape(name: str, entry: LayerPlan, scheme: Scheme) -> None:
     """Refuses, by its name, a layer that the scheme's blocks do not divide, or whose input they cannot be laid over."""
-    weights, activations = format_named(scheme.weights), format_named(scheme.activations)
     try:
-        weights.packed_shape(entry.matrix)
-        weights.check_columns(entry.matrix[1])
-        if entry.kind == "Conv2d" and (activations.block or scheme.by_token):
-            scales = f"{activations.name}'s blocks" if activations.block else "scales by token"
-            raise InputError(
-                f"a convolution's input cannot have {scales}",
-                "give convolutions formats of their own (recipe: convolutions), or keep them (targets: [Linear])",
-            )
-        activations.check_columns(entry.matrix[1])
+        check_formats(entry.kind, entry.matrix, scheme.weights, scheme.activations, scheme.by_token)
     except InputError as error:
         raise InputError(f"layer {name} of shape {list(entry.shape)}: {error.message}", error.fix) from None
+
+
+def check_formats(kind: str, matrix: tuple[int, int], weights: str, activations: str, by_token: bool) -> None:
+    """Refuses formats that a layer of that kind and matrix cannot have.
+
+    Raises:
+        InputError: blocks that do not divide its columns, codes that do not fill bytes, or scales that windows do not have.
+    """
+    of_weights, of_input = format_named(weights), format_named(activations)
+    of_weights.packed_shape(matrix)
+    of_weights.check_columns(matrix[1])
+    if kind == "Conv2d" and (of_input.block or by_token):
+        scales = f"{of_input.name}'s blocks" if of_input.block else "scales by token"
+        raise InputError(
+            f"a convolution's input cannot have {scales}",
+            "give convolutions formats of their own (recipe: convolutions), or keep them (targets: [Linear])",
+        )
+    of_input.check_columns(matrix[1])

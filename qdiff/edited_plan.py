@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from qdiff.differences import shortened
-from qdiff.drafting import groups_of, kind_of
+from qdiff.drafting import check_formats, groups_of, kind_of
 from qdiff.errors import InputError, IntegrityError, QdiffError, nearest
 from qdiff.events import log
 from qdiff.formats import FORMATS
@@ -180,14 +180,9 @@ def _impossible(layer: LayerPlan, kept: str, before: LayerPlan | None) -> Iterat
         if not 0 < layer.clip <= 1:
             yield f"{layer.name}: clip is {_text(layer.clip)}; it is above 0 and at most 1"
         try:
-            FORMATS[layer.weights].packed_shape(layer.matrix)
-            FORMATS[layer.weights].check_columns(layer.matrix[1])
-            activations.check_columns(layer.matrix[1])
+            check_formats(layer.kind, layer.matrix, layer.weights, layer.activations, layer.by_token)
         except InputError as error:
             yield f"{layer.name}: {error.message}"
-        if layer.kind == "Conv2d" and (activations.block or layer.by_token):
-            scales = f"{activations.name}'s blocks" if activations.block else "scales by token"
-            yield f"{layer.name}: a convolution's input cannot have {scales}"
         outputs = (None, layer.activations) if by_token_possible else (None,)
         if layer.output not in outputs:
             yield f"{layer.name}: output is {layer.output}; it can be {' or '.join(map(_text, outputs))}"

@@ -226,14 +226,11 @@ class Format:
             InputError: naming the format and the size.
         """
         if self.block and columns % self.block:
+            fitting = " or ".join(self._fitting(columns))
             raise InputError(
                 f"{self.name} has blocks of {self.block}, and {columns} columns do not divide into them",
                 "keep this layer in another format (recipe: ignore)"
-                + (
-                    f", or take {' or '.join(fitting)} (--set scheme.weights=…)"
-                    if (fitting := self._fitting(columns))
-                    else ""
-                ),
+                + (f", or take {fitting} (--set scheme.weights=…)" if fitting else ""),
             )
 
     def _fitting(self, columns: int) -> list[str]:

@@ -352,6 +352,15 @@ def beside(run: Run, engines: Iterable[str]) -> contextlib.AbstractContextManage
     return device.on_host(any(run.done(stage) and run.entry(stage)["device"] == device.HOST for stage in built))
 
 
+def device_beside(run: Run, engines: Iterable[str]) -> dict[str, str]:
+    """Inputs of a stage whose result depends on where the float model is beside those engines: a GPU by its name."""
+    from qdiff import device
+
+    with beside(run, engines):
+        where = device.chosen()
+    return {} if where.type == device.HOST else {"device": str(where)}
+
+
 def assembled(step: Runner, parts: Iterable[tuple[Runner, Sequence[str]]]) -> Runner:
     """The runner of a step, with the parts that are computed once where there are any."""
     from qdiff.engines.hoisted import HoistedRunner

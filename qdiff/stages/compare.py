@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qdiff import device
 from qdiff.artifacts import Run
 from qdiff.errors import QualityGateError, UsageError
 from qdiff.events import log
 from qdiff.files import write_json
-from qdiff.stages.build import beside, default_engine, require_runner
+from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.generate import Pictures, Session, make_request, save_pictures
 
@@ -55,9 +54,7 @@ def compare(
         "prompts": prompts,
         "seed": first_seed,
     }
-    with beside(run, chosen):
-        if (where := device.chosen()).type != device.HOST:  # what is timed depends on it
-            inputs["device"] = str(where)
+    inputs |= device_beside(run, chosen)
     if run.done("correct"):
         inputs["correct"] = run.outputs_hash("correct")
     with run.stage("compare", inputs, force=force, replace=True, leftovers=["images"]) as work:

@@ -19,13 +19,12 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from qdiff import device
 from qdiff.artifacts import Run
 from qdiff.errors import InputError, UsageError
 from qdiff.events import Progress, log
 from qdiff.files import read_json, sha256_json, write_json
 from qdiff.scratch import Scratch
-from qdiff.stages.build import beside, default_engine, require_runner
+from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.generate import CORRECTION, MOST_PICTURES, Session, make_request
 
@@ -96,9 +95,7 @@ def correct(
         "goal": goal,
         "pictures": pictures,
     }
-    with beside(run, [name]):
-        if (where := device.chosen()).type != device.HOST:  # pictures of two devices are not to be compared
-            inputs["device"] = str(where)
+    inputs |= device_beside(run, [name])
     with run.stage("correct", inputs, force=force, replace=True, leftovers=[SCORES]) as work:
         if work is not None:
             owner = sha256_json(inputs)
