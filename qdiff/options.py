@@ -1,0 +1,66 @@
+"""Options that several commands take: their names, types and one line of help each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qdiff import device
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
+RunOption = Annotated[Path | None, typer.Option("-o", "--output", help="run folder [default: runs/MODEL]")]
+ModelOption = Annotated[str, typer.Option("--model", help="model family (see: qdiff models)")]
+WeightsOption = Annotated[
+    str, typer.Option("--weights", help="bundled, a diffusers folder, a Hub id, or random:CONFIGURATION")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="commit, tag or branch of a Hub id; resolved once and recorded")
+]
+PromptsOption = Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")]
+SamplesOption = Annotated[int | None, typer.Option(help="prompts to calibrate on [default: 32, or all of the file]")]
+StepsOption = Annotated[int | None, typer.Option(help="denoising steps [default: the model's]")]
+GuidanceOption = Annotated[float | None, typer.Option(help="guidance scale [default: the model's]")]
+SchedulerOption = Annotated[str | None, typer.Option(help="scheduler, e.g. dpmsolver++ [default: the model's]")]
+TimestepsOption = Annotated[str, typer.Option(help="steps to keep: uniform (Q-Diffusion), normal (PTQ4DM) or all")]
+KeepOption = Annotated[int, typer.Option(help="how many steps of a trajectory to keep")]
+BatchOption = Annotated[int, typer.Option(help="prompts denoised together")]
+HeightOption = Annotated[int | None, typer.Option(help="pixels [default: the model's]")]
+WidthOption = Annotated[int | None, typer.Option(help="pixels [default: the model's]")]
+FramesOption = Annotated[int | None, typer.Option(help="of a clip [default: the model's]")]
+SeedOption = Annotated[int, typer.Option(help="picture i starts from the noise of SEED + i")]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or a YAML file")]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", help="bits=5.5 (recipes mixed, routed); bytes=4000000 or latency=MILLISECONDS (mixed)"),
+]
+DensityOption = Annotated[
+    float | None, typer.Option("--density", help="share of attention's blocks to read, e.g. 0.3 [default: all]")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry of the recipe")
+]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="a plan.json edited by hand: take its decisions, not a recipe's")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        callback=device.choose,
+        help="where torch computes: cpu, cuda, cuda:1 [default: a GPU if there is one]",
+    ),
+]
+EngineOption = Annotated[str | None, typer.Option("--engine", help="engine [default: the fastest that is there]")]
+CapabilityOption = Annotated[
+    str | None, typer.Option("--compute-capability", help="GPU to build for, e.g. 8.9 or 12.0")
+]
+ProfileOption = Annotated[
+    list[str] | None, typer.Option("--profile", help="sizes to accept, e.g. 512, dyn-256-1024, 512,batch=1-2-8")
+]
+PicturesOption = Annotated[int, typer.Option(help="pictures to compare")]
+PsnrOption = Annotated[float | None, typer.Option("--min-psnr", help="fail (exit 7) when the mean PSNR is lower, dB")]
+ForceOption = Annotated[bool, typer.Option("--force", help="begin this stage anew")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
