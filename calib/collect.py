@@ -4,6 +4,8 @@ Layers that read the very same tensor inside one module (q, k and v of a self-at
 a *group*: they share the tensor's statistics, and later one scale and one smoothing, because an engine quantizes that
 tensor once. Groups are found by watching one forward pass, not from names, so a new family needs no list of them.
 
+Padding of prompts does not count: attention never looks at it, and there is more of it than of text.
+
 After every shard the state is written whole, so a kill loses at most one shard's replay.
 """
 
@@ -141,6 +143,7 @@ class Collector:
     def _replay(self, step: Step) -> None:
         index = self.timesteps.index(step.timestep)
         generator = torch.Generator().manual_seed(step.shard * 100_003 + index)
+        read = self.model.family.read_by(self.model.backbone, step.inputs)
 
         def watch_input(group: str, observers: dict[str, Observer]) -> Any:
             layer, first = self.layers[group], self.firsts.get(group)
@@ -149,7 +152,7 @@ class Collector:
                 seen = args[0].detach().float()
                 if first is not None:
                     seen = first.take(seen)
-                x = tokens(layer, seen)
+                x = tokens(layer, seen, read.get(group))
                 for observer in observers.values():
                     if isinstance(layer, nn.Conv2d) and isinstance(observer, RowSample):
                         columns = layer.weight[0].numel()
@@ -160,14 +163,15 @@ class Collector:
 
             return hook
 
-        def watch_output(table: Tensor) -> Any:
+        def watch_output(name: str, table: Tensor) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                table[index] = torch.maximum(table[index], output.detach().abs().max().float())
+                seen = output.detach() if name not in read else output.detach()[read[name]]
+                table[index] = torch.maximum(table[index], seen.abs().max().float())
 
             return hook
 
         inputs = {group: watch_input(group, observers) for group, observers in self.observers.items()}
-        outputs = {name: watch_output(table) for name, table in self.outputs.items()}
+        outputs = {name: watch_output(name, table) for name, table in self.outputs.items()}
         with _hooks(self.model.backbone, inputs, outputs), torch.no_grad():
             self.model.family.call(self.model.backbone, step.inputs)
 

@@ -37,7 +37,7 @@ class _Stop(Exception):
 @dataclass
 class Call:
     """One recorded call at the door of a block: the hidden states, what else blocks are given, the timestep's index and value,
-    and the shard (its prompts)."""
+    the shard (its prompts), and which tokens of a layer's input count where not all do."""
 
     states: Tensor
     args: tuple[Any, ...]
@@ -46,6 +46,7 @@ class Call:
     number: int
     value: float
     shard: int
+    read: dict[str, Tensor]
 
 
 class BlockWalk:
@@ -86,9 +87,15 @@ class BlockWalk:
 
     def _calls(self, steps: Iterable[Step], timesteps: list[float]) -> list[Call]:
         return [
-            Call(*self._door(self.blocks[0], step), timesteps.index(step.timestep), number, step.timestep, step.shard)
+            self._call(*self._door(self.blocks[0], step), timesteps.index(step.timestep), number, step)
             for number, step in enumerate(steps)
         ]
+
+    def _call(
+        self, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: int, number: int, step: Step
+    ) -> Call:
+        read = self.family.read_by(self.backbone, step.inputs)
+        return Call(states, args, kwargs, timestep, number, step.timestep, step.shard, read)
 
     def _door(self, block: str, step: Step) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         """States and other arguments that the block is called with when the recorded call is replayed up to it."""
@@ -137,7 +144,7 @@ class BlockWalk:
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 call, layer, seen = current[0], layers[name], args[0].detach().float()
-                x, at = tokens_of(layer, seen), call.timestep
+                x, at = tokens_of(layer, seen, call.read.get(name)), call.timestep
                 low[name][at] = torch.minimum(low[name][at], x.amin(dim=0))
                 high[name][at] = torch.maximum(high[name][at], x.amax(dim=0))
                 if call.number in without:
@@ -193,7 +200,7 @@ class ReplayWalk(BlockWalk):
         self._steps = list(steps)
         nothing = torch.zeros(0)
         return [
-            Call(nothing, (), {}, timesteps.index(step.timestep), number, step.timestep, step.shard)
+            self._call(nothing, (), {}, timesteps.index(step.timestep), number, step)
             for number, step in enumerate(self._steps)
         ]
 

@@ -47,8 +47,14 @@ def is_plain(layer: nn.Module) -> bool:
     return not isinstance(layer.padding, str) and (layer.kernel_size != layer.stride or layer.kernel_size == (1, 1))
 
 
-def tokens(layer: nn.Module, x: Tensor) -> Tensor:
-    """The input as ``[N, channels]``: of ``[..., in]`` for a linear layer, of ``[B, in, H, W]`` for a convolution."""
+def tokens(layer: nn.Module, x: Tensor, read: Tensor | None = None) -> Tensor:
+    """The input as ``[N, channels]``: of ``[..., in]`` for a linear layer, of ``[B, in, H, W]`` for a convolution.
+
+    Args:
+        read: bool ``[...]`` of a linear layer's tokens, where only some count (:meth:`qdiff.models.base.Family.read_by`).
+    """
+    if read is not None:
+        return x[read]
     return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).reshape(-1, layer_channels(layer))
 
 

@@ -250,6 +250,19 @@ class Family(ABC):
         """Layers that read text states whose first token is the same for every prompt and dwarfs the others (CLIP's)."""
         return []
 
+    def masked_layers(self, backbone: nn.Module) -> list[str]:
+        """Layers that read text states token by token, of which :meth:`text_mask` says which are ever looked at."""
+        return []
+
+    def text_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Which text tokens of a call attention looks at, bool ``[batch, tokens]``; the others are padding. ``None``: all."""
+        return None
+
+    def read_by(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of layers that are given padding as well: which tokens of the call count, bool ``[batch, tokens]``, by layer."""
+        mask = self.text_mask(inputs)
+        return {} if mask is None or not mask.any() else dict.fromkeys(self.masked_layers(backbone), mask)
+
     def blocks(self, backbone: nn.Module) -> list[str]:
         """Names of the blocks that the hidden states pass one after the other (:mod:`qdiff.sequential`); empty where no block of
         the backbone is known."""

@@ -81,6 +81,13 @@ class PixArt(Family):
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
         return ("batch", config["out_channels"], "height", "width")
 
+    def masked_layers(self, backbone: nn.Module) -> list[str]:
+        inside = [f"{block}.attn2.{name}" for block in self.blocks(backbone) for name in ("to_k", "to_v")]
+        return ["caption_projection.linear_1", "caption_projection.linear_2", *inside]
+
+    def text_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        return inputs["encoder_attention_mask"].bool()
+
     def self_attentions(self, backbone: nn.Module) -> list[str]:
         return [f"{block}.attn1" for block in self.blocks(backbone)]
 

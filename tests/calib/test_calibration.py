@@ -181,19 +181,23 @@ def test_statistics_are_what_a_loop_over_the_trajectory_computes(finished, tiny)
     trajectory = Trajectory(finished.path / "calibration")
     seen: dict[str, dict[float, list[torch.Tensor]]] = {name: {} for name in quantizable_layers(model.backbone)}
     out: dict[str, dict[float, float]] = {name: {} for name in seen}
-    now = 0.0
+    now, real = 0.0, torch.zeros(0)
 
     def watch(name: str):
         def hook(module, args, output):
-            seen[name].setdefault(now, []).append(args[0].reshape(-1, module.in_features))
-            out[name][now] = max(out[name].get(now, 0.0), float(output.abs().max()))
+            # k and v of the prompt, and what makes their input, are given the padding that attention never looks at
+            of_text = name.startswith("caption_projection") or name.endswith(("attn2.to_k", "attn2.to_v"))
+            x, y = (tensor[real] if of_text else tensor.flatten(0, -2) for tensor in (args[0], output))
+            seen[name].setdefault(now, []).append(x)
+            out[name][now] = max(out[name].get(now, 0.0), float(y.abs().max()))
 
         return hook
 
     for name, layer in quantizable_layers(model.backbone).items():
         layer.register_forward_hook(watch(name))
     for step in trajectory:
-        now = step.timestep
+        now, real = step.timestep, step.inputs["encoder_attention_mask"].bool()
+        assert 0 < real.sum() < real.numel(), "prompts are padded"
         with torch.inference_mode():
             model.family.call(model.backbone, step.inputs)
     assert statistics.timesteps == sorted({step.timestep for step in trajectory}, reverse=True)
@@ -207,6 +211,22 @@ def test_statistics_are_what_a_loop_over_the_trajectory_computes(finished, tiny)
                 assert float(statistics.outputs[layer][index]) == out[layer][time_]
                 rows = entry.rows[entry.rows_timestep == index]
                 assert len(rows) == 2 * 4 and (rows[:, None] == x[None]).all(-1).any(-1).all(), "rows are real tokens"
+
+
+def test_padding_of_prompts_is_given_to_layers_and_read_by_nobody(finished, tiny):
+    """What is left out of the statistics may be anything: the prediction does not change."""
+    model, step = tiny(), next(iter(Trajectory(finished.path / "calibration")))
+    read = model.family.read_by(model.backbone, step.inputs)
+    assert len(read) == 2 + 2 * len(model.family.blocks(model.backbone))
+    mask = next(iter(read.values()))
+    states = step.inputs["encoder_hidden_states"]
+    other = torch.where(mask[..., None], states, 100 * torch.randn_like(states))
+    with torch.inference_mode():
+        expected = model.family.call(model.backbone, step.inputs)
+        assert torch.equal(model.family.call(model.backbone, {**step.inputs, "encoder_hidden_states": other}), expected)
+        assert not torch.equal(
+            model.family.call(model.backbone, {**step.inputs, "encoder_hidden_states": 2 * states}), expected
+        )
 
 
 def test_the_shards_do_not_matter(tiny, tmp_path):

@@ -297,6 +297,16 @@ def test_ranges_after_a_shift_are_those_of_all_values_not_of_the_tokens():
     assert torch.equal(given.ranges(found), torch.maximum(low.abs(), high.abs()).amax(1))
 
 
+def test_blocks_scaled_at_run_time_are_shifted_by_means():
+    """Middles of ranges are where rare large values pull them; with scales by block the others are nearer to their mean."""
+    x = randn(4, 64, 32) + 2 * randn(32, seed=3)
+    x[0, 0] += 40
+    given = problem(x, weights="nvfp4", activations="nvfp4")
+    found = apply_method("shift", {}, given, Solution())
+    torch.testing.assert_close(found.shift, x.mean((0, 1)), rtol=1e-3, atol=1e-3)
+    assert "by its mean gain" in found.notes[-1]
+
+
 def test_the_element_is_chosen_among_formats_of_one_size():
     found = apply_method("element", {}, powers_of_two(), Solution())
     assert found.weight_format is not None and found.weight_format.name == "fp4_e3m0_g128", found.notes
