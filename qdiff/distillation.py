@@ -1,4 +1,5 @@
-"""Distillation: the quantized model as a whole, trained for a few hundred steps to predict what the float model predicts.
+"""Distillation: the quantized model as a whole, trained for a few passes over the recorded calls to predict what the float model
+predicts.
 
 Rounding weights better, layer by layer or block by block, ends where the error of the *activations* begins: with NVFP4 on
 both sides that is most of it (docs/log.md). What is left to gain is that layers learn to make up for each other. So codes and
@@ -9,6 +10,8 @@ Attentions that follow block lists do so here as well, and layers learn to make 
 
 - **Loss**: squared error of the prediction, relative to what it was at that timestep before. Late steps have the smallest signal
   and the largest relative error; without the division they would be all that counts.
+- **Length**: two passes. The same number of steps on four times the prompts is worth far more than passes over a few: what a model
+  learns for longer is these prompts, and predictions that are nearer to float on them make pictures of others worse (docs/log.md).
 - **Variables** begin at the codes that exist and are in their units: a code changes when its variable has crossed half of a
   step. Nothing of the float weights is needed, so it works on any plan, also on blocks that were restored after a kill.
 - **Which layers**: all, or those that the recipe names. With the time embedding's layers alone, quantized with scales by
@@ -104,6 +107,7 @@ class _Work:
         self.backbone = model.backbone
         self.energies = [float(target.square().mean().clamp(min=1e-30)) for target in targets]
         self.fitting, self.held_out = split(steps)
+        self.iterations = how.steps(len(self.fitting))
         self.quantized = {n: m for n, m in self.backbone.named_modules() if isinstance(m, QuantLinear)}
         patterns = how.layers.get(model.family.name, [])
         if patterns:
@@ -120,12 +124,12 @@ class _Work:
         groups = [{"params": variables, "rate": self.how.rate}, {"params": biases, "rate": self.how.bias_rate}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
         first = self._restore(scratch, variables + biases, optimizer)
-        with Progress("distil", self.how.iterations) as progress:
+        with Progress("distil", self.iterations) as progress:
             progress.advance(first)
-            for iteration in range(first, self.how.iterations):
+            for iteration in range(first, self.iterations):
                 if scratch is not None and iteration % KEEP_EVERY == 0 and iteration > first:
                     self._keep(scratch, variables + biases, optimizer, iteration)
-                share = 1 - iteration / self.how.iterations
+                share = 1 - iteration / self.iterations
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * share
                 number = self._call(iteration)

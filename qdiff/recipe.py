@@ -64,13 +64,17 @@ class Sequential(BaseModel):
 class Distillation(BaseModel):
     """Train codes and biases of the whole quantized model against the float model's predictions (:mod:`qdiff.distillation`).
 
+    It goes ``passes`` times over the recorded calls, of which each is a step, or for as many ``iterations`` as are given. More than a few
+    passes overfit to the prompts (docs/log.md): calibrate with more of them instead.
+
     ``rate`` is Adam's for the codes, in their own units, ``bias_rate`` that of the biases; 0 leaves them as they are. Both fall
     to zero over the iterations. ``layers`` are patterns of those that are trained, by family; all of them where it names none.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    iterations: int = Field(300, ge=1, le=100_000)
+    passes: float = Field(2.0, gt=0, le=1000, allow_inf_nan=False)
+    iterations: int | None = Field(None, ge=1, le=100_000)
     rate: float = Field(0.004, ge=0, le=1)
     bias_rate: float = Field(0.0001, ge=0, le=1)
     layers: dict[str, list[str]] = {}
@@ -79,7 +83,13 @@ class Distillation(BaseModel):
     def _something(self) -> Distillation:
         if not self.rate and not self.bias_rate:
             raise ValueError("distil: both rates are 0, so nothing would be trained")
+        if {"passes", "iterations"} <= self.model_fields_set and self.iterations is not None:
+            raise ValueError("distil: passes and iterations say the same; leave one out")
         return self
+
+    def steps(self, calls: int) -> int:
+        """Training steps on that many recorded calls."""
+        return self.iterations or max(1, round(self.passes * calls))
 
 
 class Mixed(BaseModel):

@@ -102,7 +102,7 @@ ROWS: tuple[Row, ...] = (
         "nvfp4-svd",
         ("low rank 16", [*PLAIN, "methods.low_rank.rank=16"]),
         ("recipe nvfp4-svd", []),
-        ("recipe nvfp4-svd, distilled", ["distil.iterations=300"]),
+        ("recipe nvfp4-svd, distilled", ["distil.passes=2"]),
     ),
     *_modelopt(
         NVFP4,
@@ -294,7 +294,7 @@ ROWS += tuple(
             ("recipe w4a8, groups of 32, unsplit", [G32, UNSPLIT]),
             ("recipe w4a8, groups of 32, first token quantized", [G32, TOGETHER]),
             ("recipe w4a8, groups of 32", [G32]),
-            ("recipe w4a8, groups of 32, distilled", [G32, "distil.iterations=300"]),
+            ("recipe w4a8, groups of 32, distilled", [G32, "distil.passes=2"]),
             ("adaround", [G32, "methods={}", "sequential.reconstruct={method: adaround}"]),
         ),
         *_qdiff(UNET_NVFP4, "nvfp4", ("recipe nvfp4", [])),
