@@ -10,8 +10,8 @@ Attentions that follow block lists do so here as well, and layers learn to make 
 
 - **Loss**: squared error of the prediction, relative to what it was at that timestep before. Late steps have the smallest signal
   and the largest relative error; without the division they would be all that counts.
-- **Length**: two passes. The same number of steps on four times the prompts is worth far more than passes over a few: what a model
-  learns for longer is these prompts, and predictions that are nearer to float on them make pictures of others worse (docs/log.md).
+- **Length**: two passes. Steps on more prompts are worth far more than passes over few: what a model goes on to learn is these
+  prompts, and predictions that are nearer to float on them make pictures of others worse (docs/log.md).
 - **Variables** begin at the codes that exist and are in their units: a code changes when its variable has crossed half of a
   step. Nothing of the float weights is needed, so it works on any plan, also on blocks that were restored after a kill.
 - **Which layers**: all, or those that the recipe names. With the time embedding's layers alone, quantized with scales by

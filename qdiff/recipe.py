@@ -64,8 +64,8 @@ class Sequential(BaseModel):
 class Distillation(BaseModel):
     """Train codes and biases of the whole quantized model against the float model's predictions (:mod:`qdiff.distillation`).
 
-    It goes ``passes`` times over the recorded calls, of which each is a step, or for as many ``iterations`` as are given. More than a few
-    passes overfit to the prompts (docs/log.md): calibrate with more of them instead.
+    It goes ``passes`` times over the recorded calls, of which each is a step, or for as many ``iterations`` as are given. More
+    than a few passes overfit to the prompts (docs/log.md): calibrate with more of them instead.
 
     ``rate`` is Adam's for the codes, in their own units, ``bias_rate`` that of the biases; 0 leaves them as they are. Both fall
     to zero over the iterations. ``layers`` are patterns of those that are trained, by family; all of them where it names none.
