@@ -64,8 +64,8 @@ class Sequential(BaseModel):
 class Distillation(BaseModel):
     """Train codes and biases of the whole quantized model against the float model's predictions (:mod:`qdiff.distillation`).
 
-    It goes ``passes`` times over the recorded calls, of which each is a step, or for as many ``iterations`` as are given. More
-    than a few passes overfit to the prompts (docs/log.md): calibrate with more of them instead.
+    It goes ``passes`` times over the recorded calls, of which each is a step, or, where ``iterations`` are given, for that many
+    steps. More than a few passes overfit to the prompts (docs/log.md): calibrate with more of them instead.
 
     ``rate`` is Adam's for the codes, in their own units, ``bias_rate`` that of the biases; 0 leaves them as they are. Both fall
     to zero over the iterations. ``layers`` are patterns of those that are trained, by family; all of them where it names none.
@@ -82,9 +82,7 @@ class Distillation(BaseModel):
     @model_validator(mode="after")
     def _something(self) -> Distillation:
         if not self.rate and not self.bias_rate:
-            raise ValueError("distil: both rates are 0, so nothing would be trained")
-        if {"passes", "iterations"} <= self.model_fields_set and self.iterations is not None:
-            raise ValueError("distil: passes and iterations say the same; leave one out")
+            raise ValueError("both rates are 0, so nothing would be trained")
         return self
 
     def steps(self, calls: int) -> int:
