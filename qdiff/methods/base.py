@@ -227,7 +227,7 @@ class Problem:
         given: list[Tensor | None] = [None] * len(self.names)
         if solution.shift is not None:
             shift = solution.shift if solution.rotation is None else solution.rotation.forward(solution.shift)
-            given = list(self._products(solution, shift, shift))
+            given = [row[0] for row in self._products(solution, shift[None], shift[None])]
         if solution.correction is None:
             return given
         return [found if bias is None else bias + found for bias, found in zip(given, solution.correction, strict=True)]
