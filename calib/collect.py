@@ -165,7 +165,7 @@ class Collector:
 
         def watch_output(name: str, table: Tensor) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                seen = output.detach() if name not in read else output.detach()[read[name]]
+                seen = output.detach()[read[name]] if name in read else output.detach()
                 table[index] = torch.maximum(table[index], seen.abs().max().float())
 
             return hook

@@ -20,21 +20,22 @@ from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
 from qdiff.numerics import to_half_grid
 
 
+def _after_multiplier(values: Tensor, solution: Solution) -> Tensor:
+    """``values [in]`` of the input's channels after the solution's multiplier, on the float16 grid."""
+    if solution.multiplier is not None:
+        values = values * solution.multiplier
+    return to_half_grid(values.clamp(min=-65504, max=65504))
+
+
 def means(problem: Problem, solution: Solution) -> Tensor:
     """Mean of every channel over the calibration tokens, after the solution's multiplier: ``[in]`` on the float16 grid."""
-    mean = problem.statistics.rows.float().mean(dim=0)
-    if solution.multiplier is not None:
-        mean = mean * solution.multiplier
-    return to_half_grid(mean.clamp(min=-65504, max=65504))
+    return _after_multiplier(problem.statistics.rows.float().mean(dim=0), solution)
 
 
 def middles(problem: Problem, solution: Solution) -> Tensor:
     """Middle of every channel's range over all timesteps, after the solution's multiplier: ``[in]`` on the float16 grid."""
     low, high = problem.statistics.low.amin(dim=0), problem.statistics.high.amax(dim=0)
-    middle = (low + high) / 2
-    if solution.multiplier is not None:
-        middle = middle * solution.multiplier
-    return to_half_grid(middle.clamp(min=-65504, max=65504))
+    return _after_multiplier((low + high) / 2, solution)
 
 
 @METHODS.register("shift")
