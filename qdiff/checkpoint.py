@@ -54,6 +54,7 @@ def empty_layer(
             by_token=plan.by_token,
             smooth=plan.multiplier,
             shift=plan.shift,
+            centered=plan.centered,
             rotation=plan.rotation,
             outliers=plan.outliers,
             rank=plan.rank,

@@ -8,6 +8,8 @@
 - ``multiplier [in]`` is SmoothQuant's 1/s (arXiv 2211.10438, eq. 3); the weight carries s.
 - ``shift [in]`` moves the middle of asymmetric channels to zero; the bias carries what that takes away (``bias + W shift``).
 - ``R`` is a rotation (:mod:`qdiff.rotations`), a block Hadamard matrix or one fitted to outliers; the weight carries its inverse.
+- ``centered``, tokens are quantized without the mean of their sample, which two more rows of the product give back
+  (:func:`centered`).
 - ``down [rank, in]``, ``up [out, rank]`` is a low-rank branch in 16 bit (SVDQuant, arXiv 2411.05007); Qw holds the rest.
 - ``Q`` is static (one constant scale: INT8, FP8), by token, or by block at run time with a constant tensor scale (NVFP4) or
   none (MX); without Q only weights are quantized.
@@ -17,7 +19,7 @@
 - with an ``output_scale``, y is quantized as well: q and k of an attention, so that their product runs in INT8.
 
 :class:`QuantConv2d` is the same with a convolution as the product: its weight is stored as the matrix that meets the windows
-(:mod:`qdiff.windows`). It has no shift (padding is zero), no rotation and no low-rank branch.
+(:mod:`qdiff.windows`). It has no shift (padding is zero), is not centered, and has no rotation and no low-rank branch.
 
 All of it but the rounding in Q and Qw is exact: without rounding y is the float layer's output.
 
@@ -28,6 +30,7 @@ Between the timesteps that were calibrated the nearest one is used. The table is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +41,8 @@ from qdiff import ops
 from qdiff.formats import format_named
 from qdiff.rotations import rotate
 from qdiff.windows import Window
+
+MEAN_ROWS = 2  # of :func:`centered`
 
 
 class TimestepClock:
@@ -72,6 +77,7 @@ class LinearForm:
         activations: a row; one that is not quantized leaves the input as it is.
         by_token: dynamic scales, one for each token, instead of a static one (formats without blocks).
         smooth, shift: whether there is a ``multiplier`` and a ``shift``.
+        centered: whether tokens are quantized without their sample's mean (formats with run-time blocks).
         rotation: block size of the rotation; 0: none.
         outliers: whether the rotation has factors fitted to outliers before its Hadamard matrix.
         rank: of the low-rank branch; 0: none.
@@ -89,6 +95,7 @@ class LinearForm:
     by_token: bool = False
     smooth: bool = False
     shift: bool = False
+    centered: bool = False
     rotation: int = 0
     outliers: bool = False
     rank: int = 0
@@ -191,7 +198,11 @@ class QuantLinear(nn.Module):
         return x
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(self._quantized(x), self._weight(x.dtype), bias)
+        if not self.form.centered:
+            return F.linear(self._quantized(x), self._weight(x.dtype), bias)
+        y = F.linear(self._quantized(centered(x, self._quantized)), self._weight(x.dtype))
+        y = y[..., :-MEAN_ROWS, :] + y[..., -MEAN_ROWS:, :].sum(dim=-2, keepdim=True)
+        return y if bias is None else y + bias
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         return ops.dequantize_weight(self.codes, self.scale, self.tensor_scale, self.form.weights, dtype)
@@ -231,9 +242,9 @@ class QuantConv2d(QuantLinear):
     """
 
     def __init__(self, form: LinearForm, clock: TimestepClock | None = None) -> None:
-        if form.window is None or form.shift or form.rotation or form.rank or form.by_token:
+        if form.window is None or form.shift or form.centered or form.rotation or form.rank or form.by_token:
             raise ValueError(
-                "a convolution needs a window, and has no shift, rotation, low-rank branch or scales by token"
+                "a convolution needs a window, and has no shift, mean, rotation, low-rank branch or scales by token"
             )
         super().__init__(form, clock)
         self.window = form.window
@@ -259,6 +270,16 @@ class QuantConv2d(QuantLinear):
         """``x [B, in, H, W]``."""
         weight = self._weight(x.dtype).unflatten(1, (self.form.channels, *self.window.kernel))
         return _convolve(self._quantized(x), weight, bias, self.window)
+
+
+def centered(x: Tensor, quantized: Callable[[Tensor], Tensor]) -> Tensor:
+    """Tokens without their mean, and the mean as :data:`MEAN_ROWS` rows more: ``x [..., N, in]`` to ``[..., N + 2, in]``.
+
+    The last rows are the mean and what ``quantized`` loses of it, so that nearly nothing is lost when all rows are quantized. A
+    token's output is its own row's and both of these.
+    """
+    mean = x.mean(dim=-2, keepdim=True)
+    return torch.cat([x - mean, mean, mean - quantized(mean)], dim=-2)
 
 
 def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Tensor:

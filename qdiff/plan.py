@@ -47,6 +47,10 @@ class LayerPlan(BaseModel):
         False, description="whether channels of the input are scaled, by smoothing or another method"
     )
     shift: bool = Field(False, description="whether channels of the input are moved to the middle of their range")
+    centered: bool = Field(
+        False,
+        description="whether tokens are quantized without the mean of their picture, which two more rows give back",
+    )
     rotation: int = Field(0, description="block of the rotation; 0: none")
     outliers: bool = Field(False, description="whether the rotation was fitted to outliers")
     rank: int = Field(0, description="rank of the low-rank branch in 16 bit; 0: none")

@@ -290,6 +290,7 @@ class _Realisation:
                     "smoothing": solution.strength,
                     "multiplier": solution.multiplier is not None,
                     "shift": solution.shift is not None,
+                    "centered": solution.centered,
                     "rotation": 0 if solution.rotation is None else solution.rotation.block,
                     "outliers": solution.rotation is not None and solution.rotation.first is not None,
                     "rank": solution.rank,

@@ -1,4 +1,4 @@
-"""What a piece of work used: wall seconds and the peak of resident memory; and whether the disk has room."""
+"""What a piece of work used: wall seconds and the peak of resident memory; whether the disk has room; what the processor can."""
 
 from __future__ import annotations
 
@@ -113,3 +113,12 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
             f"{what} needs {needed_bytes / 1e6:,.0f} MB on disk, {folder} has {free / 1e6:,.0f} MB free",
             "free some space, or choose another folder with -o",
         )
+
+
+def int8_instructions() -> list[str]:
+    """Instructions of this processor that INT8 kernels use; empty where the system does not say."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return []
+    return [name for name in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]

@@ -29,6 +29,8 @@ from qdiff.trajectory import Step
 from qdiff.windows import sample_windows
 from qdiff.windows import tokens as tokens_of
 
+LEAST_TOKENS = 16  # of a sample, for their mean to be of use: its two rows are then at most an eighth of the product
+
 
 class _Stop(Exception):
     """Leaves the backbone at its first block."""
@@ -136,6 +138,7 @@ class BlockWalk:
         groups = {name: entry for name, entry in statistics.items() if name.startswith(f"{block}.")}
         rows: dict[str, list[Tensor]] = {name: [] for name in groups}
         indices: dict[str, list[Tensor]] = {name: [] for name in groups}
+        means: dict[str, list[Tensor]] = {name: [] for name in groups}
         low = {name: entry.low.to(self.timesteps.device, copy=True) for name, entry in groups.items()}
         high = {name: entry.high.to(self.timesteps.device, copy=True) for name, entry in groups.items()}
         current: list[Call] = []
@@ -153,7 +156,10 @@ class BlockWalk:
                 if isinstance(layer, nn.Conv2d):
                     kept = sample_windows(layer, seen, rows_per_call, generator)
                 else:
-                    kept = x[torch.randperm(len(x), generator=generator)[:rows_per_call].to(x.device)].clone()
+                    chosen = torch.randperm(len(x), generator=generator)[:rows_per_call].to(x.device)
+                    kept = x[chosen].clone()
+                    if name not in call.read and seen.dim() > 2 and seen.shape[-2] >= LEAST_TOKENS:
+                        means[name].append(seen.mean(dim=-2).flatten(0, -2)[chosen // seen.shape[-2]])
                 rows[name].append(kept)
                 indices[name].append(torch.full((len(kept),), at, device=x.device))
 
@@ -175,6 +181,7 @@ class BlockWalk:
                 high=high[name],
                 rows=torch.cat(rows[name]),
                 rows_timestep=torch.cat(indices[name]),
+                means=torch.cat(means[name]) if means[name] else None,
             )
             for name, entry in groups.items()
         }

@@ -36,6 +36,8 @@ class InputStatistics:
     Args:
         first: ``[in]``, the constant first token, or ``None``.
         tokens: how many tokens a call has; of use with ``first`` alone.
+        means: ``[N, in]``, for each of ``rows`` the mean of all tokens of its sample; ``None`` where it is not known
+            (:mod:`qdiff.sequential` alone knows it) or samples have too few tokens for one. Not saved.
     """
 
     layers: list[str]
@@ -47,6 +49,7 @@ class InputStatistics:
     rows_timestep: Tensor
     first: Tensor | None = None
     tokens: int = 0
+    means: Tensor | None = None
 
     @property
     def taps(self) -> int:
@@ -55,7 +58,7 @@ class InputStatistics:
 
     def to(self, device: torch.device) -> InputStatistics:
         """With the tables on that device."""
-        tables = {name: getattr(self, name) for name in (*TABLES, "first")}
+        tables = {name: getattr(self, name) for name in (*TABLES, "first", "means")}
         return replace(self, **{name: table.to(device) for name, table in tables.items() if table is not None})
 
     def columns(self) -> InputStatistics:
@@ -67,7 +70,8 @@ class InputStatistics:
         """Of some of the channels, for layers that read those alone."""
         rows = self.rows.unflatten(1, (-1, self.taps))[:, part].flatten(1)
         tables = {name: getattr(self, name)[:, part] for name in ("low", "high", "square")}
-        return replace(self, layers=layers, rows=rows, **tables)
+        means = None if self.means is None else self.means[:, part]
+        return replace(self, layers=layers, rows=rows, means=means, **tables)
 
     def without_first(self, layers: list[str]) -> InputStatistics:
         """For layers that do not read the first token."""

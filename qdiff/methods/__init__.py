@@ -3,6 +3,7 @@
 from qdiff.methods import adaround as adaround
 from qdiff.methods import awq as awq
 from qdiff.methods import bias as bias
+from qdiff.methods import center as center
 from qdiff.methods import clip as clip
 from qdiff.methods import dgq as dgq
 from qdiff.methods import element as element

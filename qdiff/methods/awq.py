@@ -23,7 +23,7 @@ SMALLEST = 1e-4
 
 def multiplier_for(problem: Problem, strength: float) -> Tensor:
     """``1 / s [in]`` on the float16 grid, from the fitting tokens."""
-    x, _ = problem.rows(held_out=False)
+    x = problem.rows(held_out=False).x
     s = x.abs().mean(dim=0).clamp(min=SMALLEST).pow(strength)
     s = s / (s.max() * s.min()).sqrt()
     return to_half_grid((1 / s).clamp(min=1e-3, max=1e3))

@@ -16,7 +16,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, get_type_hints
+from functools import partial
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -34,7 +35,7 @@ from qdiff.weights import QuantizedWeight
 TRANSFORM = ("multiplier", "shift", "rotation", "low_rank")
 LARGEST_STRETCH = 1e4  # of r[t]
 # Methods that mix columns, or move them where the padding's zeros would not follow: recipes pass them over at convolutions.
-LINEAR_ONLY = frozenset({"awq", "shift", "repq", "rotate", "low_rank"})
+LINEAR_ONLY = frozenset({"awq", "shift", "center", "repq", "rotate", "low_rank"})
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Solution:
     Args:
         strength: SmoothQuant's, for the plan; the numbers are in ``multiplier``.
         multiplier, shift: ``[in]``; ``(x * multiplier - shift)`` is what is rotated and quantized.
+        centered: whether tokens are quantized without the mean of their sample (:func:`qdiff.layers.centered`).
         rotation: of the moved input; ``None``: none.
         low_rank: for each layer ``(down [rank, in], up [out, rank])`` in transformed coordinates, or ``None``: no branch.
         weight_format: in place of the problem's, with the same bits and scales; ``None``: the problem's.
@@ -59,6 +61,7 @@ class Solution:
     strength: float | None = None
     multiplier: Tensor | None = None
     shift: Tensor | None = None
+    centered: bool = False
     rotation: Rotation | None = None
     low_rank: tuple[tuple[Tensor, Tensor], ...] | None = None
     weight_format: Format | None = None
@@ -85,6 +88,15 @@ class Solution:
     def rank(self) -> int:
         """Rank of the low-rank branches; 0: none."""
         return 0 if self.low_rank is None else self.low_rank[0][0].shape[0]
+
+
+class Rows(NamedTuple):
+    """Calibration tokens ``x [N, in]``, the index of each one's timestep ``[N]``, and the mean of its sample ``[N, in]`` where
+    that is known."""
+
+    x: Tensor
+    timestep: Tensor
+    means: Tensor | None = None
 
 
 @dataclass
@@ -129,10 +141,11 @@ class Problem:
         """``columns [in]`` with the largest of each channel's columns in all of them."""
         return columns.unflatten(0, (-1, self.taps)).amax(dim=1).repeat_interleave(self.taps)
 
-    def rows(self, held_out: bool) -> tuple[Tensor, Tensor]:
-        """Calibration tokens ``[N, in]`` and the index of their timestep ``[N]``: even ones to fit, odd ones to judge."""
-        part = slice(int(held_out), None, 2)
-        return self.statistics.rows[part].float(), self.statistics.rows_timestep[part]
+    def rows(self, held_out: bool) -> Rows:
+        """The calibration tokens: even ones to fit, odd ones to judge."""
+        known, part = self.statistics, slice(int(held_out), None, 2)
+        means = None if known.means is None else known.means[part].float()
+        return Rows(known.rows[part].float(), known.rows_timestep[part], means)
 
     def inputs(self, solution: Solution, x: Tensor) -> Tensor:
         """What the transform makes of the input ``x [N, in]``, before its quantizer."""
@@ -158,11 +171,15 @@ class Problem:
     def ranges(self, solution: Solution) -> Tensor:
         """Largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
 
-        Exact from the channels' ranges without rotation; otherwise that of the calibration tokens.
+        Exact from the channels' ranges without rotation; otherwise that of the calibration tokens. Centered tokens are at most as
+        far from their mean as a channel's range is wide.
         """
         if solution.rotation is None:
-            ends = (self.inputs(solution, end).abs() for end in (self.statistics.low, self.statistics.high))
-            return torch.maximum(*ends).amax(dim=1) * solution.clip
+            low, high = (self.inputs(solution, end) for end in (self.statistics.low, self.statistics.high))
+            widest = torch.maximum(low.abs(), high.abs())
+            if solution.centered:
+                widest = torch.maximum(widest, (high - low).abs())
+            return widest.amax(dim=1) * solution.clip
         magnitudes = self.inputs(solution, self.statistics.rows.float()).abs().amax(dim=1)
         ranges = magnitudes.new_zeros(len(self.statistics.amax))
         return ranges.scatter_reduce(0, self.statistics.rows_timestep, magnitudes, "amax") * solution.clip
@@ -186,19 +203,26 @@ class Problem:
             torch.where(ranges > 0, widest / ranges, torch.ones_like(ranges)).clamp(max=LARGEST_STRETCH)
         )
 
-    def quantized_inputs(self, solution: Solution, x: Tensor, timestep: Tensor) -> Tensor:
-        """What the layer's products see of the input ``x [N, in]`` with the timestep indices ``[N]``."""
-        x = self.inputs(solution, x)
+    def quantized_inputs(self, solution: Solution, rows: Rows) -> Tensor:
+        """What the layer's products see of the input: ``[N, in]``; of centered tokens the sum of the rows that make their
+        output."""
+        x = self.inputs(solution, rows.x)
         if not self.activation_format.quantized:
             return x
         scale, stretch = self.activation_scale(solution)
         if self.activation_format.block:
-            return blocks.quantize_dequantize_blocks(x, self.activation_format, scale)
+            quantized = partial(blocks.quantize_dequantize_blocks, format=self.activation_format, tensor_scale=scale)
+            if not solution.centered:
+                return quantized(x)
+            assert rows.means is not None, "what is centered has means"
+            mean = self.inputs(solution, rows.means)
+            coarse = quantized(mean)
+            return quantized(x - mean) + coarse + quantized(mean - coarse)
         if scale is None:
             return blocks.quantize_dequantize_tokens(x, self.activation_format)
         if stretch is None:
             return numerics.quantize_dequantize(x, scale, self.activation_format)
-        by_row = stretch[timestep][:, None]
+        by_row = stretch[rows.timestep][:, None]
         return numerics.quantize_dequantize(x * by_row, scale, self.activation_format) / by_row
 
     def weight_tensor_scale(self, solution: Solution) -> Tensor | None:
@@ -239,22 +263,22 @@ class Problem:
             return results
         return [y + (moved @ down.T) @ up.T for y, (down, up) in zip(results, solution.low_rank, strict=True)]
 
-    def outputs(self, solution: Solution, x: Tensor, timestep: Tensor) -> list[Tensor]:
+    def outputs(self, solution: Solution, rows: Rows) -> list[Tensor]:
         """Each layer's output ``[N, out]`` as it will be computed, bias left out."""
-        moved = self.inputs(solution, x)
-        rounded = self.quantized_inputs(solution, x, timestep)
+        moved = self.inputs(solution, rows.x)
+        rounded = self.quantized_inputs(solution, rows)
         results = self._products(solution, rounded, moved)
         return [y if bias is None else y + bias for y, bias in zip(results, self.biases(solution), strict=True)]
 
     def errors(self, solution: Solution, held_out: bool = False) -> list[float]:
         """Normalised mean square error of each layer's output, bias left out, on fitting or on held-out tokens."""
-        x, timestep = self.rows(held_out)
+        rows = self.rows(held_out)
         key = "held" if held_out else "fit"
         if key not in self._targets:
-            self._targets[key] = [x @ weight.T for weight in self.weights]
+            self._targets[key] = [rows.x @ weight.T for weight in self.weights]
         return [
             float((output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30))
-            for output, target in zip(self.outputs(solution, x, timestep), self._targets[key], strict=True)
+            for output, target in zip(self.outputs(solution, rows), self._targets[key], strict=True)
         ]
 
     def error(self, solution: Solution) -> float:

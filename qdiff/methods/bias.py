@@ -17,16 +17,16 @@ from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
 @METHODS.register("bias")
 def bias(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.0) -> Solution:
     """Corrects every layer's bias of the group if that gains more than ``minimum_gain_db``."""
-    x, timestep = problem.rows(held_out=False)
-    if not len(x):
+    rows = problem.rows(held_out=False)
+    if not len(rows.x):
         raise InputError(
             f"bias: layer {problem.names[0]} has no tokens to fit on", "calibrate with more prompts or steps"
         )
     uncorrected = replace(solution, correction=None)
-    targets = [x @ weight.T for weight in problem.weights]
+    targets = [rows.x @ weight.T for weight in problem.weights]
     found = tuple(
         (target - output).mean(dim=0)
-        for target, output in zip(targets, problem.outputs(uncorrected, x, timestep), strict=True)
+        for target, output in zip(targets, problem.outputs(uncorrected, rows), strict=True)
     )
     gain = decibels(problem.error(replace(solution, correction=found)), problem.error(solution))
     if gain <= minimum_gain_db:

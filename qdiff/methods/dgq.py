@@ -62,7 +62,7 @@ def spread(low: Tensor, high: Tensor) -> float:
 
 def spreads(problem: Problem, solution: Solution) -> dict[Axis, float]:
     """D of both axes, on the fitting tokens as the transform leaves them."""
-    x = problem.inputs(solution, problem.rows(held_out=False)[0])
+    x = problem.inputs(solution, problem.rows(held_out=False).x)
     channels = spread(-problem.by_channel(-x.amin(dim=0)), problem.by_channel(x.amax(dim=0)))
     return {"channel": channels, "token": spread(x.amin(dim=1), x.amax(dim=1))}
 

@@ -85,12 +85,12 @@ def gptq(
     minimum_gain_db: Decibels = 0.0,
 ) -> Solution:
     """Rounds every layer of the group by GPTQ, on the solution's transform and scales."""
-    x, timestep = problem.rows(held_out=False)
-    if len(x) < 2:
+    rows = problem.rows(held_out=False)
+    if len(rows.x) < 2:
         raise InputError(
-            f"gptq: layer {problem.names[0]} has {len(x)} tokens to fit on", "calibrate with more prompts or steps"
+            f"gptq: layer {problem.names[0]} has {len(rows.x)} tokens to fit on", "calibrate with more prompts or steps"
         )
-    inputs = problem.quantized_inputs(solution, x, timestep).double()
+    inputs = problem.quantized_inputs(solution, rows).double()
     hessian = (inputs.T @ inputs).mul_(2 / len(inputs))
     del inputs
     if not hessian.diagonal().any():

@@ -82,7 +82,7 @@ def low_rank(
 
 
 def _root(problem: Problem, solution: Solution) -> Tensor:
-    x, _ = problem.rows(held_out=False)
+    x = problem.rows(held_out=False).x
     moved = problem.inputs(solution, x).double()
     moment = moved.T @ moved / max(len(moved), 1)
     mean = moment.diagonal().mean().clamp(min=1e-12)

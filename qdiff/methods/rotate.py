@@ -43,7 +43,7 @@ def rotated(problem: Problem, solution: Solution, kind: Kind, block: int) -> Sol
         multiplier = signs if solution.multiplier is None else solution.multiplier * signs
         shift = None if solution.shift is None else solution.shift * signs
         return solution.decide("rotate", "", multiplier=multiplier, shift=shift, rotation=Rotation(last))
-    x, _ = problem.rows(held_out=False)
+    x = problem.rows(held_out=False).x
     unrotated = solution.decide("rotate", "", rotation=None)
     return solution.decide("rotate", "", rotation=outlier_rotation(problem.inputs(unrotated, x), block))
 
@@ -74,7 +74,7 @@ def rotate(
         )
     plain = problem.error(solution)
     if choice == "fluctuation":
-        x, _ = problem.rows(held_out=False)
+        x = problem.rows(held_out=False).x
         kinds = ("hadamard",) if fluctuation(problem.inputs(solution, x)) < 1 else ("outlier",)
     trials = [(kind, rotated(problem, solution, kind, block)) for kind in kinds]
     least, kind, best = min(((problem.error(trial), kind, trial) for kind, trial in trials), key=lambda trial: trial[0])

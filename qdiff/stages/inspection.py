@@ -9,6 +9,7 @@ from typing import Any
 
 from qdiff.artifacts import OPTIONAL, UPSTREAM, Run, versions
 from qdiff.errors import QdiffError
+from qdiff.resources import int8_instructions
 from qdiff.stages.build import built_parts
 
 
@@ -119,15 +120,6 @@ def doctor() -> dict[str, Any]:
             {"name": name, "title": FAMILIES[name].title, "bundled": bundled_folder(name).is_dir()} for name in FAMILIES
         ],
     }
-
-
-def int8_instructions() -> list[str]:
-    """Instructions of this processor that INT8 kernels use; empty where the system does not say."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return []
-    return [name for name in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]
 
 
 def models() -> list[dict[str, Any]]:

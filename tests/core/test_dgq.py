@@ -96,9 +96,9 @@ def test_one_group_is_the_scale_of_the_tensor():
     assert torch.equal(changes["multiplier"], torch.ones(32))
     found = apply_method("dgq", {"groups": 1}, given, Solution())
     assert found.multiplier is None and found.notes[0].startswith("scales not divided")
-    x, timestep = given.rows(held_out=True)
+    rows = given.rows(held_out=True)
     one = Solution(multiplier=changes["multiplier"])
-    for plain, grouped in zip(given.outputs(Solution(), x, timestep), given.outputs(one, x, timestep), strict=True):
+    for plain, grouped in zip(given.outputs(Solution(), rows), given.outputs(one, rows), strict=True):
         assert torch.equal(plain, grouped)
 
 
@@ -176,10 +176,9 @@ def test_what_is_scaled_by_token_is_computed_so_and_has_no_constant_scale():
     found = apply_method("dgq", {"tokens": True}, given, constant)
     assert found.by_token is True and found.clip == 1 and not found.timestep_scales
     assert given.static(constant) and not given.static(found) and given.activation_scale(found) == (None, None)
-    x, timestep = given.rows(held_out=True)
-    assert torch.equal(
-        given.quantized_inputs(found, x, timestep), quantize_dequantize_tokens(x, given.activation_format)
-    )
+    rows = given.rows(held_out=True)
+    expected = quantize_dequantize_tokens(rows.x, given.activation_format)
+    assert torch.equal(given.quantized_inputs(found, rows), expected)
     for options in ({"minimum_gain_db": 0.0}, {"minimum_gain_db": -100.0}):
         after = apply_method("timestep_scales", options, given, found)
         assert not after.timestep_scales and after.by_token and "no constant scale" in after.notes[-1]

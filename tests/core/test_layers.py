@@ -7,7 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from qdiff import layers, ops
+from qdiff.formats import format_named
 from qdiff.layers import HalfLinear, LinearForm, QuantLinear, TimestepClock
+from qdiff.methods import Problem, Solution
+from qdiff.methods.base import Rows
+from qdiff.statistics import InputStatistics
+from qdiff.weights import quantize_weight
 
 G = torch.Generator
 
@@ -133,3 +138,49 @@ def test_a_half_layer_stores_16_bit_and_computes_in_its_inputs_dtype():
     x = randn(2, 8)
     assert layer(x).dtype == torch.float32
     assert torch.equal(layer(x), F.linear(x, layer.weight.float(), layer.bias))
+
+
+def centered_layer(bias: bool = True) -> QuantLinear:
+    layer = QuantLinear(LinearForm(32, 8, bias, "nvfp4", "nvfp4", centered=True))
+    weight = quantize_weight(randn(8, 32, seed=1), format_named("nvfp4"))
+    layer.codes, layer.scale, layer.tensor_scale = weight.packed(), weight.scale, weight.tensor_scale
+    layer.input_scale = torch.tensor(8 / (6 * 448))
+    if bias:
+        layer.bias = randn(8, seed=4)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_centering_changes_nothing_but_the_rounding(monkeypatch, bias):
+    layer = centered_layer(bias).double()
+    weight, x = randn(8, 32, seed=2, dtype=torch.float64), 5 + randn(3, 20, 32, seed=3, dtype=torch.float64)
+    monkeypatch.setattr(layers.ops, "block_quantize_dequantize", lambda x, scale, format: x)
+    monkeypatch.setattr(layers.ops, "dequantize_weight", lambda *_: weight)
+    expected = F.linear(x, weight, layer.bias)
+    assert ((layer(x) - expected).abs() / expected.abs().clamp(min=1)).max() <= 1e-10
+
+
+def test_a_centered_picture_does_not_depend_on_its_batch():
+    layer = centered_layer()
+    x = randn(4, 20, 32) + 3 * randn(4, 1, 32, seed=9)
+    together = layer(x)
+    assert together.shape == (4, 20, 8)
+    for number in range(4):
+        torch.testing.assert_close(layer(x[number : number + 1])[0], together[number], rtol=1e-5, atol=1e-5)
+
+
+def test_a_centered_layer_computes_what_its_method_reckons_with():
+    """Problem.quantized_inputs, on which GPTQ and all decisions stand, is the layer's own arithmetic."""
+    layer, x = centered_layer(), randn(4, 20, 32) + 3 * randn(4, 1, 32, seed=9)
+    rows = Rows(x.flatten(0, 1), torch.zeros(80, dtype=torch.int64), x.mean(1).repeat_interleave(20, dim=0))
+    nothing = torch.zeros(1, 32)
+    statistics = InputStatistics(
+        ["layer"], nothing - 8, nothing + 8, nothing, nothing, rows.x, rows.timestep, means=rows.means
+    )
+    given = Problem(["layer"], [randn(8, 32)], statistics, *[format_named("nvfp4")] * 2)
+    scale = (layer.input_scale, None)
+    reckoned = given.quantized_inputs(Solution(centered=True, input_scale=scale), rows)
+    got = layer(x).flatten(0, 1)
+    torch.testing.assert_close(got, F.linear(reckoned, layer._weight(x.dtype), layer.bias), rtol=1e-4, atol=1e-4)
+    plain = given.quantized_inputs(Solution(input_scale=scale), rows)
+    assert (reckoned - rows.x).square().mean() < (plain - rows.x).square().mean() / 2

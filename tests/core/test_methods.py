@@ -114,6 +114,14 @@ def off_centre() -> Problem:
     return problem(randn(4, 64, 32) * 0.1 + 2, weights="int4_g32", activations="float16")
 
 
+def own_means() -> Problem:
+    """Four pictures, of which the tokens have much in common, each picture's its own."""
+    x = randn(4, 64, 32) + 5 * randn(4, 1, 32, seed=1)
+    given = problem(x, activations="nvfp4")
+    given.statistics.means = x.mean(dim=1).repeat_interleave(64, dim=0)
+    return given
+
+
 TROUBLES = {
     "bias": off_centre,
     "element": powers_of_two,
@@ -124,6 +132,7 @@ TROUBLES = {
     "smooth": outlier_channels,
     "timestep_scales": moving_range,
     "clip": heavy_tail,
+    "center": own_means,
     "dgq": outlier_channels,
     "gptq": correlated,
     "scales": coarse_blocks,
@@ -269,7 +278,7 @@ def test_the_bias_gives_back_what_a_shift_takes(name):
     given = unequal_channels()
     found = apply_method(name, {"minimum_gain_db": -100.0}, given, Solution())
     assert found.shift is not None
-    x, _ = given.rows(held_out=True)
+    x = given.rows(held_out=True).x
     moved, plain = given.inputs(found, x), replace(found, shift=None)
     for weight, bias in zip(given.quantized_weights(found), given.biases(found), strict=True):
         expected = given.inputs(plain, x) @ weight.dequantize().T
@@ -283,9 +292,9 @@ def test_the_bias_gives_back_what_a_shift_takes(name):
 def test_a_corrected_bias_leaves_no_mean_error():
     given = off_centre()
     found = apply_method("bias", {}, given, Solution())
-    x, timestep = given.rows(held_out=False)
-    for weight, output in zip(given.weights, given.outputs(found, x, timestep), strict=True):
-        assert (output - x @ weight.T).mean(0).abs().max() < 1e-4
+    rows = given.rows(held_out=False)
+    for weight, output in zip(given.weights, given.outputs(found, rows), strict=True):
+        assert (output - rows.x @ weight.T).mean(0).abs().max() < 1e-4
 
 
 def test_ranges_after_a_shift_are_those_of_all_values_not_of_the_tokens():
@@ -295,6 +304,32 @@ def test_ranges_after_a_shift_are_those_of_all_values_not_of_the_tokens():
     given.statistics.rows_timestep = given.statistics.rows_timestep[:2]
     low, high = given.statistics.low - found.shift, given.statistics.high - found.shift
     assert torch.equal(given.ranges(found), torch.maximum(low.abs(), high.abs()).amax(1))
+
+
+def test_a_centered_token_keeps_its_mean_and_its_range():
+    """The mean, quantized twice, is nearly what it was; every value that meets the quantizer is within the range; and codes for
+    the weights that were chosen before stay."""
+    given = own_means()
+    chosen = apply_method("gptq", {}, given, Solution())
+    found = apply_method("center", {}, given, chosen)
+    assert found.centered and found.rounded is chosen.rounded
+    rows = given.rows(held_out=True)
+    reach = given.ranges(found)[rows.timestep]
+    assert ((rows.x - rows.means).abs().amax(1) <= reach).all() and (rows.means.abs().amax(1) <= reach).all()
+    alone = rows._replace(x=rows.means)
+    lost = (given.quantized_inputs(found, alone) - rows.means).square().mean() / rows.means.square().mean()
+    once = (given.quantized_inputs(chosen, alone) - rows.means).square().mean() / rows.means.square().mean()
+    assert lost < once / 50
+
+
+@pytest.mark.parametrize(("activations", "known", "why"), [("int8", True, "blocks"), ("nvfp4", False, "no mean")])
+def test_what_cannot_be_centered_is_not(activations, known, why):
+    given = own_means()
+    given.activation_format = format_named(activations)
+    if not known:
+        given.statistics.means = None
+    found = apply_method("center", {"minimum_gain_db": -100.0}, given, Solution())
+    assert not found.centered and why in found.notes[-1]
 
 
 def test_blocks_scaled_at_run_time_are_shifted_by_means():
@@ -332,7 +367,7 @@ def test_gptq_with_uncorrelated_inputs_rounds_to_nearest():
 @pytest.mark.parametrize("weights", ["int8", "int4_g32", "fp8", "nvfp4", "mxfp4"])
 def test_gptq_never_loses_on_its_hessian_and_stays_on_the_grid(weights):
     given = problem(correlated().statistics.rows.reshape(4, 64, 32), weights=weights, activations="float16")
-    x = given.rows(held_out=False)[0].double()
+    x = given.rows(held_out=False).x.double()
     hessian = x.T @ x
     found = apply_method("gptq", {}, given, Solution())
     assert found.rounding == "gptq" and found.rounded is not None, found.notes

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qdiff.errors import InputError, IntegrityError
+from qdiff.layers import TimestepClock
 from qdiff.quantize import quantize
 from qdiff.recipes import load_recipe
 from qdiff.scratch import Scratch
@@ -70,6 +71,24 @@ def test_a_block_is_fitted_on_what_the_quantized_model_gives_it(tiny, recorded, 
         return torch.cdist(rows.double(), tokens.double()).amin(dim=1).max().item()
 
     assert found_in(deployed) <= 1e-5 < found_in(original) / 10
+
+
+def test_a_walk_knows_the_mean_of_each_tokens_picture_where_no_padding_is_among_them(tiny, recorded):
+    model, (trajectory, statistics) = tiny(), recorded
+    walk = BlockWalk(model, TimestepClock(), trajectory, statistics.timesteps, 64)
+    first = walk.blocks[0]
+    seen = walk.observe(first, statistics.inputs)
+    read, text = seen[f"{first}.attn1.to_q"], seen[f"{first}.attn2.to_k"]
+    assert read.means.shape == read.rows.shape and text.means is None
+    pictures = []
+    layer = model.backbone.get_submodule(f"{first}.attn1.to_q")
+    handle = layer.register_forward_pre_hook(lambda module, args: pictures.extend(args[0]))
+    for call in walk.calls:
+        walk.run(first, call)
+    handle.remove()
+    for row, mean in zip(read.rows, read.means, strict=True):
+        own = next(picture for picture in pictures if (picture == row).all(dim=1).any())
+        torch.testing.assert_close(mean, own.mean(dim=0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny, recorded, tmp_path, monkeypatch):
