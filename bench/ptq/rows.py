@@ -91,6 +91,7 @@ ROWS: tuple[Row, ...] = (
         ("awq", [*PLAIN, "methods.awq={}"]),
         ("rotate", [*PLAIN, "methods.rotate={}"]),
         ("shift", [*PLAIN, "methods.shift={}"]),
+        ("center", ["methods={}", "methods.center={}"]),
         ("bias", [*PLAIN, "methods.bias={}"]),
         ("adaround", ["methods={}", "sequential.reconstruct={method: adaround}"]),
         ("flexround", ["methods={}", "sequential.reconstruct={method: flexround}"]),
