@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qdiff.errors import InputError, IntegrityError
 from qdiff.files import safe_child, sha256_file, temporary_beside
-from qdiff.protobuf import tensors
+from qdiff.protobuf import nodes, tensors
 
 
 def external_files(onnx: Path) -> list[Path]:
@@ -97,3 +97,11 @@ def simulates(onnx: Path) -> bool:
 
     functions = library.load(onnx, load_external_data=False).functions
     return any(each.domain == "qdiff" and not each.name.startswith("Unpack_") for each in functions)
+
+
+def multiplies_integers(onnx: Path) -> bool:
+    """Whether the graph has quantizers of activations to INT8, which runtimes turn into products of integers."""
+    import onnx as library
+
+    graph = library.load(onnx, load_external_data=False).graph
+    return any(node.op_type == "QuantizeLinear" for node in nodes(graph))

@@ -9,7 +9,9 @@ EfficientDM (arXiv 2310.03270). Scales, transforms and low-rank branches stay, s
 Attentions that follow block lists do so here as well, and layers learn to make up for what is not read.
 
 - **Loss**: squared error of the prediction, relative to what it was at that timestep before. Late steps have the smallest signal
-  and the largest relative error; without the division they would be all that counts.
+  and the largest relative error; without the division they would be all that counts. Half of the loss is the same of every
+  block's output, against the float model's own on that call: a prediction is a few numbers a token, of which a model learns by
+  heart what belongs to the prompts; with all that leads to it, what it learns holds for others too (docs/log.md).
 - **Length**: two passes. Steps on more prompts are worth far more than passes over few: what a model goes on to learn is these
   prompts, and predictions that are nearer to float on them make pictures of others worse (docs/log.md).
 - **Variables** begin at the codes that exist and are in their units: a code changes when its variable has crossed half of a
@@ -19,15 +21,17 @@ Attentions that follow block lists do so here as well, and layers learn to make 
 - **Judgement**: on the calls of prompts that were held out (:func:`qdiff.reconstruction.split`). Where the trained model is not
   nearer to float there, everything stays as it was.
 
-It costs memory: a variable, a gradient and Adam's two moments for each weight, five times the float model; with ``rate: 0``
-biases alone are trained, which costs next to none. Killed runs go on from the last :data:`KEEP_EVERY` steps, to the same bytes.
+It costs memory: a variable, a gradient and Adam's two moments for each weight, and the float model as the teacher, six times the
+float model; with ``rate: 0`` biases alone are trained, which costs next to none, and with ``blocks: 0`` no teacher stays. Killed
+runs go on from the last :data:`KEEP_EVERY` steps, to the same bytes.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +49,7 @@ from qdiff.trajectory import Step, Trajectory
 from qdiff.weights import QuantizedWeight
 
 PART, KEEP_EVERY = "distillation", 50
+CALLS_FOR_UNIT = 24  # on which a block's error is called 1 in the loss
 
 
 class Nudged(LearnedWeight):
@@ -88,23 +93,76 @@ def float_predictions(model: Model, trajectory: Iterable[Step]) -> list[Tensor]:
         return [model.family.call(model.backbone, step.inputs) for step in trajectory]
 
 
+class _Outputs:
+    """What blocks of a backbone gave in its last forward: ``found``, by name."""
+
+    def __init__(self, backbone: nn.Module, blocks: list[str]) -> None:
+        self.found: dict[str, Tensor] = {}
+        self._handles = [backbone.get_submodule(name).register_forward_hook(self._keep_of(name)) for name in blocks]
+
+    def _keep_of(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self.found[name] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def remove(self) -> None:
+        """Looks no more."""
+        self.found = {}
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Blocks:
+    """Errors of the blocks' outputs, of the call that the backbone has just made.
+
+    Args:
+        teacher: the float backbone.
+        names: of the blocks, in both.
+    """
+
+    def __init__(self, model: Model, teacher: nn.Module, names: list[str]) -> None:
+        self.model, self.teacher, self.names = model, teacher, names
+        self.ours, self.theirs = _Outputs(model.backbone, names), _Outputs(teacher, names)
+
+    def errors(self, step: Step) -> Tensor:
+        """Of each block, relative to the energy of the float block's output, ``[blocks]``."""
+        with torch.no_grad():
+            self.model.family.call(self.teacher, step.inputs)
+        pairs = [(self.ours.found[name], self.theirs.found[name]) for name in self.names]
+        return torch.stack([(a - b).square().mean() / b.square().mean().clamp(min=1e-30) for a, b in pairs])
+
+    def remove(self) -> None:
+        """Leaves both models as they were."""
+        self.ours.remove()
+        self.theirs.remove()
+
+
 def distil(
-    model: Model, trajectory: Trajectory, targets: list[Tensor], how: Distillation, scratch: Scratch | None = None
+    model: Model,
+    trajectory: Trajectory,
+    targets: list[Tensor],
+    how: Distillation,
+    scratch: Scratch | None = None,
+    teacher: nn.Module | None = None,
 ) -> Distilled:
     """Trains the quantized layers of ``model.backbone`` in place.
 
     Args:
         targets: :func:`float_predictions` of the same trajectory.
         scratch: where the state is kept, so that a killed run goes on.
+        teacher: the float backbone, of which the blocks' outputs are targets too; ``None``: predictions alone are.
     """
     with torch.enable_grad():  # whatever the caller runs in
-        return _Work(model, list(trajectory), targets, how).run(scratch)
+        return _Work(model, list(trajectory), targets, how, teacher).run(scratch)
 
 
 class _Work:
-    def __init__(self, model: Model, steps: list[Step], targets: list[Tensor], how: Distillation) -> None:
+    def __init__(
+        self, model: Model, steps: list[Step], targets: list[Tensor], how: Distillation, teacher: nn.Module | None
+    ) -> None:
         self.model, self.steps, self.targets, self.how = model, steps, targets, how
-        self.backbone = model.backbone
+        self.backbone, self.teacher = model.backbone, teacher
         self.energies = [float(target.square().mean().clamp(min=1e-30)) for target in targets]
         self.fitting, self.held_out = split(steps)
         self.iterations = how.steps(len(self.fitting))
@@ -123,6 +181,7 @@ class _Work:
         biases = [layer.bias for layer in learned.values() if isinstance(layer.bias, nn.Parameter)]
         groups = [{"params": variables, "rate": self.how.rate}, {"params": biases, "rate": self.how.bias_rate}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
+        blocks, unit = self._blocks()
         first = self._restore(scratch, variables + biases, optimizer)
         with Progress("distil", self.iterations) as progress:
             progress.advance(first)
@@ -134,10 +193,15 @@ class _Work:
                     group["lr"] = group["rate"] * share
                 number = self._call(iteration)
                 loss = self._error(number) / usual.get(self.steps[number].timestep, before)
+                if blocks is not None:
+                    theirs = (blocks.errors(self.steps[number]) / unit).mean()
+                    loss = (1 - self.how.blocks) * loss + self.how.blocks * theirs
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 progress.advance()
+        if blocks is not None:
+            blocks.remove()
         self._finish(learned)
         after = self._errors(self.held_out)
         result = Distilled(before, sum(after.values()) / len(after), frozenset(learned))
@@ -145,6 +209,19 @@ class _Work:
             for name, layer in self.quantized.items():
                 self.backbone.set_submodule(name, layer)
         return result
+
+    def _blocks(self) -> tuple[_Blocks | None, Tensor]:
+        """What tells the blocks' errors, where they count, and what they are before on held-out calls, ``[blocks]``."""
+        names = self.model.family.blocks(self.backbone)
+        if self.teacher is None or not self.how.blocks or not names:
+            return None, torch.zeros(0)
+        blocks = _Blocks(self.model, self.teacher, names)
+        found = []
+        with torch.no_grad():
+            for number in self.held_out[:: -(-len(self.held_out) // CALLS_FOR_UNIT)]:
+                self.model.family.call(self.backbone, self.steps[number].inputs)
+                found.append(blocks.errors(self.steps[number]))
+        return blocks, torch.stack(found).mean(dim=0).clamp(min=1e-30)
 
     def _call(self, iteration: int) -> int:
         """Every call once before any comes again, in an order that the iteration alone decides."""

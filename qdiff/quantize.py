@@ -91,6 +91,7 @@ def carry_out(
             "calibrate with more prompts or steps",
         )
     targets = float_predictions(model, trajectory) if recipe.distil and trajectory else []
+    teacher = copy.deepcopy(model.backbone) if recipe.distil and recipe.distil.blocks else None
     work = _Realisation(model, entries, solve, statistics, recipe.kept)
     if recipe.sequential is None or trajectory is None:
         work.all_groups()
@@ -100,7 +101,7 @@ def carry_out(
     complete()
     if recipe.distil is None or trajectory is None:
         return plan
-    return distilled(plan, distil(model, trajectory, targets, recipe.distil, scratch))
+    return distilled(plan, distil(model, trajectory, targets, recipe.distil, scratch, teacher))
 
 
 def solve_by(recipe: Recipe, problem: Problem) -> Solution:

@@ -68,7 +68,8 @@ class Distillation(BaseModel):
     steps. More than a few passes overfit to the prompts (docs/log.md): calibrate with more of them instead.
 
     ``rate`` is Adam's for the codes, in their own units, ``bias_rate`` that of the biases; 0 leaves them as they are. Both fall
-    to zero over the iterations. ``layers`` are patterns of those that are trained, by family; all of them where it names none.
+    to zero over the iterations. ``blocks`` is the share of the loss that is the error of the blocks' outputs and not of the
+    prediction. ``layers`` are patterns of those that are trained, by family; all of them where it names none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,6 +78,7 @@ class Distillation(BaseModel):
     iterations: int | None = Field(None, ge=1, le=100_000)
     rate: float = Field(0.004, ge=0, le=1)
     bias_rate: float = Field(0.0001, ge=0, le=1)
+    blocks: float = Field(0.5, ge=0, le=1)
     layers: dict[str, list[str]] = {}
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import platform
 import shutil
 import threading
 import time
@@ -122,3 +123,10 @@ def int8_instructions() -> list[str]:
     except OSError:
         return []
     return [name for name in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]
+
+
+def integer_products_overflow() -> bool:
+    """Whether this is an x86 processor without VNNI (Intel's before 2019, AMD's before Zen 4): there kernels add two products of
+    bytes in 16 bits, which overflows where both are large. ``False`` where the system does not say."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and Path("/proc/cpuinfo").exists() and not int8_instructions()

@@ -62,6 +62,41 @@ def test_it_comes_nearer_to_float_on_prompts_that_it_has_not_seen(tiny, recorded
         assert torch.equal(after.family.call(loaded, steps[0].inputs), expected), "what was saved is what was trained"
 
 
+def block_outputs(model, step) -> list[torch.Tensor]:
+    seen = []
+    layers = [model.backbone.get_submodule(name) for name in model.family.blocks(model.backbone)]
+    handles = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
+    with torch.no_grad():
+        model.family.call(model.backbone, step.inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def block_error(model, teacher, steps, numbers) -> float:
+    """Mean relative error of the blocks' outputs."""
+    pairs = [
+        pair
+        for number in numbers
+        for pair in zip(block_outputs(model, steps[number]), block_outputs(teacher, steps[number]), strict=True)
+    ]
+    return sum(float((a - b).square().mean() / b.square().mean()) for a, b in pairs) / len(pairs)
+
+
+def test_blocks_come_nearer_to_the_teachers_where_they_are_part_of_the_loss(tiny, recorded):
+    targets, steps, float_model = float_predictions(tiny(), recorded[0]), list(recorded[0]), tiny()
+    _, held_out = split(steps)
+    found = {}
+    for share in (0.0, 0.5):
+        model, _ = quantized(tiny, recorded, f"{{iterations: 60, rate: 0.02, bias_rate: 0.001, blocks: {share}}}")
+        assert not any(module._forward_hooks for module in model.backbone.modules()), "hooks are taken off again"
+        found[share] = block_error(model, float_model, steps, held_out), error(model, targets, steps, held_out)
+    untrained, _ = quantized(tiny, recorded)
+    start = block_error(untrained, float_model, steps, held_out), error(untrained, targets, steps, held_out)
+    assert found[0.5][0] < found[0.0][0] and found[0.5][0] < 0.95 * start[0]
+    assert found[0.5][1] < 0.85 * start[1]
+
+
 def test_a_rate_of_zero_leaves_the_codes(tiny, recorded):
     before, _ = quantized(tiny, recorded)
     after, plan = quantized(tiny, recorded, "{iterations: 20, rate: 0, bias_rate: 0.003}")
@@ -100,7 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny, recorded, tmp_path, monkey
 
     def train(scratch: Scratch | None):
         model, _ = quantized(tiny, recorded)
-        distil(model, recorded[0], targets, how, scratch)
+        distil(model, recorded[0], targets, how, scratch, tiny().backbone)
         return model.backbone.state_dict()
 
     whole = train(None)
