@@ -238,7 +238,7 @@ def _add_zero_points_of_weights(model: Any) -> None:
         if block:
             shape = [-(-size // block) if place == axis else size for place, size in enumerate(codes.dims)]
         else:
-            shape = [codes.dims[axis]] if scale is None or len(scale.dims) else []
+            shape = [codes.dims[axis]] if len(codes.dims) > axis and (scale is None or len(scale.dims)) else []
         zero = f"{codes.name}.zero_point"
         zeros[zero] = onnx.numpy_helper.from_array(numpy.zeros(shape, numpy.int8), zero)
         node.input.append(zero)

@@ -276,9 +276,9 @@ def centered(x: Tensor, quantized: Callable[[Tensor], Tensor]) -> Tensor:
     """Tokens without their mean, and the mean as :data:`MEAN_ROWS` rows more: ``x [..., N, in]`` to ``[..., N + 2, in]``.
 
     The last rows are the mean and what ``quantized`` loses of it, so that nearly nothing is lost when all rows are quantized. A
-    token's output is its own row's and both of these.
+    token's output is its own row's and both of these. Sums are taken in float32: thousands of tokens leave float16's range.
     """
-    mean = x.mean(dim=-2, keepdim=True)
+    mean = x.mean(dim=-2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
     return torch.cat([x - mean, mean, mean - quantized(mean)], dim=-2)
 
 
