@@ -139,6 +139,7 @@ class BlockWalk:
         rows: dict[str, list[Tensor]] = {name: [] for name in groups}
         indices: dict[str, list[Tensor]] = {name: [] for name in groups}
         means: dict[str, list[Tensor]] = {name: [] for name in groups}
+        samples: dict[str, list[Tensor]] = {name: [] for name in groups}
         low = {name: entry.low.to(self.timesteps.device, copy=True) for name, entry in groups.items()}
         high = {name: entry.high.to(self.timesteps.device, copy=True) for name, entry in groups.items()}
         current: list[Call] = []
@@ -159,7 +160,9 @@ class BlockWalk:
                     chosen = torch.randperm(len(x), generator=generator)[:rows_per_call].to(x.device)
                     kept = x[chosen].clone()
                     if name not in call.read and seen.dim() > 2 and seen.shape[-2] >= LEAST_TOKENS:
-                        means[name].append(seen.mean(dim=-2).flatten(0, -2)[chosen // seen.shape[-2]])
+                        of, own = (chosen // seen.shape[-2]).unique(return_inverse=True)
+                        samples[name].append(own + sum(map(len, means[name])))
+                        means[name].append(seen.mean(dim=-2).flatten(0, -2)[of])
                 rows[name].append(kept)
                 indices[name].append(torch.full((len(kept),), at, device=x.device))
 
@@ -182,6 +185,7 @@ class BlockWalk:
                 rows=torch.cat(rows[name]),
                 rows_timestep=torch.cat(indices[name]),
                 means=torch.cat(means[name]) if means[name] else None,
+                rows_sample=torch.cat(samples[name]) if means[name] else None,
             )
             for name, entry in groups.items()
         }

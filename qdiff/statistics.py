@@ -36,8 +36,9 @@ class InputStatistics:
     Args:
         first: ``[in]``, the constant first token, or ``None``.
         tokens: how many tokens a call has; of use with ``first`` alone.
-        means: ``[N, in]``, for each of ``rows`` the mean of all tokens of its sample; ``None`` where it is not known
+        means: ``[S, in]``, the mean of all tokens of a sample, of every sample that a row is from; ``None`` where it is not known
             (:mod:`qdiff.sequential` alone knows it) or samples have too few tokens for one. Not saved.
+        rows_sample: ``[N]``, which of ``means`` is each row's.
     """
 
     layers: list[str]
@@ -50,6 +51,7 @@ class InputStatistics:
     first: Tensor | None = None
     tokens: int = 0
     means: Tensor | None = None
+    rows_sample: Tensor | None = None
 
     @property
     def taps(self) -> int:
@@ -58,7 +60,7 @@ class InputStatistics:
 
     def to(self, device: torch.device) -> InputStatistics:
         """With the tables on that device."""
-        tables = {name: getattr(self, name) for name in (*TABLES, "first", "means")}
+        tables = {name: getattr(self, name) for name in (*TABLES, "first", "means", "rows_sample")}
         return replace(self, **{name: table.to(device) for name, table in tables.items() if table is not None})
 
     def columns(self) -> InputStatistics:

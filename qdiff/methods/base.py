@@ -144,7 +144,7 @@ class Problem:
     def rows(self, held_out: bool) -> Rows:
         """The calibration tokens: even ones to fit, odd ones to judge."""
         known, part = self.statistics, slice(int(held_out), None, 2)
-        means = None if known.means is None else known.means[part].float()
+        means = None if known.means is None or known.rows_sample is None else known.means[known.rows_sample[part]]
         return Rows(known.rows[part].float(), known.rows_timestep[part], means)
 
     def inputs(self, solution: Solution, x: Tensor) -> Tensor:

@@ -174,9 +174,9 @@ def test_a_centered_layer_computes_what_its_method_reckons_with():
     layer, x = centered_layer(), randn(4, 20, 32) + 3 * randn(4, 1, 32, seed=9)
     rows = Rows(x.flatten(0, 1), torch.zeros(80, dtype=torch.int64), x.mean(1).repeat_interleave(20, dim=0))
     nothing = torch.zeros(1, 32)
-    statistics = InputStatistics(
-        ["layer"], nothing - 8, nothing + 8, nothing, nothing, rows.x, rows.timestep, means=rows.means
-    )
+    tables = (nothing - 8, nothing + 8, nothing, nothing, rows.x, rows.timestep)
+    means = {"means": x.mean(1), "rows_sample": torch.arange(4).repeat_interleave(20)}
+    statistics = InputStatistics(["layer"], *tables, **means)
     given = Problem(["layer"], [randn(8, 32)], statistics, *[format_named("nvfp4")] * 2)
     scale = (layer.input_scale, None)
     reckoned = given.quantized_inputs(Solution(centered=True, input_scale=scale), rows)

@@ -118,7 +118,7 @@ def own_means() -> Problem:
     """Four pictures, of which the tokens have much in common, each picture's its own."""
     x = randn(4, 64, 32) + 5 * randn(4, 1, 32, seed=1)
     given = problem(x, activations="nvfp4")
-    given.statistics.means = x.mean(dim=1).repeat_interleave(64, dim=0)
+    given.statistics.means, given.statistics.rows_sample = x.mean(dim=1), torch.arange(4).repeat_interleave(64)
     return given
 
 

@@ -79,14 +79,15 @@ def test_a_walk_knows_the_mean_of_each_tokens_picture_where_no_padding_is_among_
     first = walk.blocks[0]
     seen = walk.observe(first, statistics.inputs)
     read, text = seen[f"{first}.attn1.to_q"], seen[f"{first}.attn2.to_k"]
-    assert read.means.shape == read.rows.shape and text.means is None
+    assert len(read.rows_sample) == len(read.rows) and text.means is None and text.rows_sample is None
+    assert read.rows_sample.unique().tolist() == list(range(len(read.means)))
     pictures = []
     layer = model.backbone.get_submodule(f"{first}.attn1.to_q")
     handle = layer.register_forward_pre_hook(lambda module, args: pictures.extend(args[0]))
     for call in walk.calls:
         walk.run(first, call)
     handle.remove()
-    for row, mean in zip(read.rows, read.means, strict=True):
+    for row, mean in zip(read.rows, read.means[read.rows_sample], strict=True):
         own = next(picture for picture in pictures if (picture == row).all(dim=1).any())
         torch.testing.assert_close(mean, own.mean(dim=0), rtol=1e-5, atol=1e-6)
 
