@@ -29,7 +29,7 @@ from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.engines.unpacked import take_out_unpacking
 from qdiff.errors import InputError, IntegrityError, MissingDependencyError
 from qdiff.files import read_json, write_json
-from qdiff.protobuf import graphs, initializers, nodes
+from qdiff.protobuf import graphs, initializers
 from qdiff.resources import int8_instructions
 
 if TYPE_CHECKING:
@@ -227,19 +227,20 @@ def _add_zero_points_of_weights(model: Any) -> None:
     import onnx
 
     stored = {tensor.name: tensor for tensor in initializers(model.graph)}
-    zeros: dict[str, Any] = {}
-    for node in nodes(model.graph):
-        codes = stored.get(node.input[0]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 else None
-        if codes is None or codes.data_type != onnx.TensorProto.INT8:
-            continue
-        facts = {attribute.name: attribute.i for attribute in node.attribute}
-        axis, block = facts.get("axis", 1), facts.get("block_size", 0)
-        scale = stored.get(node.input[1])
-        if block:
-            shape = [-(-size // block) if place == axis else size for place, size in enumerate(codes.dims)]
-        else:
-            shape = [codes.dims[axis]] if len(codes.dims) > axis and (scale is None or len(scale.dims)) else []
-        zero = f"{codes.name}.zero_point"
-        zeros[zero] = onnx.numpy_helper.from_array(numpy.zeros(shape, numpy.int8), zero)
-        node.input.append(zero)
-    model.graph.initializer.extend(zeros.values())
+    for graph in graphs(model.graph):
+        zeros: dict[str, Any] = {}  # beside the node: in a branch the optimizer does not look outside
+        for node in graph.node:
+            codes = stored.get(node.input[0]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 else None
+            if codes is None or codes.data_type != onnx.TensorProto.INT8:
+                continue
+            facts = {attribute.name: attribute.i for attribute in node.attribute}
+            axis, block = facts.get("axis", 1), facts.get("block_size", 0)
+            scale = stored.get(node.input[1])
+            if block:
+                shape = [-(-size // block) if place == axis else size for place, size in enumerate(codes.dims)]
+            else:
+                shape = [codes.dims[axis]] if len(codes.dims) > axis and (scale is None or len(scale.dims)) else []
+            zero = f"{codes.name}.zero_point"
+            zeros[zero] = onnx.numpy_helper.from_array(numpy.zeros(shape, numpy.int8), zero)
+            node.input.append(zero)
+        graph.initializer.extend(zeros.values())

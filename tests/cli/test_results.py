@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from qdiff.images import read_metadata
+from qdiff.resources import integer_products_overflow
 
 CALIBRATE = ["calibrate", "--weights", "random:pixart-tiny", "--samples", "2", "--steps", "2"]
 
@@ -19,7 +20,7 @@ CALIBRATE = ["calibrate", "--weights", "random:pixart-tiny", "--samples", "2", "
 def test_stdout_is_the_result_and_stderr_the_progress(finished):
     result = finished.result.json
     assert {"run", "id", "report", "images", "engines", "stages", "packed_bytes"} <= result.keys()
-    assert [row["name"] for row in result["engines"]] == ["openvino", "onnxruntime"]
+    assert [row["name"] for row in result["engines"]] == FASTEST_FIRST
     assert all(row["psnr_db_mean"] > 20 for row in result["engines"])
     assert "random weights" in finished.result.err and "calibrate: 5 prompts, 4 steps, about" in finished.result.err
     for stage in ("calibrate", "quantize", "export:tensorrt", "build:tensorrt_rtx"):
@@ -99,6 +100,8 @@ def draw(cli, finished, tmp_path):
     return make
 
 
+# Where INT8 products overflow OpenVINO computes in float.
+FASTEST_FIRST = sorted(["openvino", "onnxruntime"], reverse=not integer_products_overflow())
 ENGINES = ("float", "eager", "onnxruntime", "openvino")
 
 
@@ -147,4 +150,4 @@ def test_a_negative_prompt_that_has_no_effect_is_announced(cli, finished, tmp_pa
 
 def test_the_default_engine_is_the_fastest_that_is_there(cli, finished, tmp_path):
     made = cli("generate", finished.path, "--prompt", "x", "-o", tmp_path / "x.png", "--json").json
-    assert made["engine"] == "openvino" and made["weights"].startswith("random weights")
+    assert made["engine"] == FASTEST_FIRST[0] and made["weights"].startswith("random weights")
