@@ -227,12 +227,11 @@ class Builds:
 
 def buildable_engines() -> dict[str, bool]:
     """Engines that can be built here, best first, and whether they run here too."""
-    from qdiff.engines import ENGINES
+    from qdiff.engines import ranked
 
-    engines = sorted((ENGINES[name]() for name in ENGINES), key=lambda engine: -engine.rank)
     return {
         engine.name: engine.missing() is None
-        for engine in engines
+        for engine in ranked()
         if not engine.runs_module and engine.missing_for_build() is None
     }
 

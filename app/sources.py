@@ -87,13 +87,12 @@ class Source:
 
     def engines(self) -> list[EngineChoice]:
         """Float first, then by speed; engines that were not built are not in the list."""
-        from qdiff.engines import ENGINES
+        from qdiff.engines import choose, ranked
 
-        chosen = [EngineChoice("float", ENGINES["float"]().title)]
+        chosen = [EngineChoice("float", choose("float").title)]
         if self.run is None or not self.quantized:
             return chosen
-        rest = [ENGINES[name]() for name in ENGINES if name != "float"]
-        for engine in sorted(rest, key=lambda engine: -engine.rank):
+        for engine in (engine for engine in ranked() if engine.name != "float"):
             if engine.runs_module or self.run.done(f"build:{engine.name}"):
                 chosen.append(EngineChoice(engine.name, engine.title, engine.missing() or ""))
         return chosen

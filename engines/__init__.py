@@ -14,12 +14,24 @@ from qdiff.engines.eager import ModuleRunner
 
 _REGISTERED = (eager, openvino_cpu, ort, rtx, tensorrt_dc)  # imported for their @ENGINES.register
 
-__all__ = ["ENGINES", "BuildOptions", "Engine", "ModuleRunner", "Profile", "Row", "Runner", "choose", "describe"]
+__all__ = [
+    "ENGINES",
+    "BuildOptions",
+    "Engine",
+    "ModuleRunner",
+    "Profile",
+    "Row",
+    "Runner",
+    "choose",
+    "describe",
+    "ranked",
+]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One engine in ``qdiff doctor``. ``why_not`` is why it cannot run here, ``why_not_build`` why it cannot be built here."""
+    """One engine in ``qdiff doctor``. ``why_not`` is why it cannot run here, ``why_not_build`` why it cannot be built here,
+    ``integers`` how it multiplies INT8 on this processor (:meth:`Engine.integer_arithmetic`)."""
 
     name: str
     title: str
@@ -28,6 +40,12 @@ class Row:
     version: str | None
     why_not: str | None
     why_not_build: str | None
+    integers: str | None
+
+
+def ranked() -> list[Engine]:
+    """Return all engines, the one that is fastest on this machine first, whether or not they can run here."""
+    return sorted((ENGINES[name]() for name in ENGINES), key=lambda engine: -engine.rank)
 
 
 def choose(name: str | None = None) -> Engine:
@@ -38,15 +56,15 @@ def choose(name: str | None = None) -> Engine:
     """
     if name is not None:
         return ENGINES[name]()
-    engines = sorted((ENGINES[known]() for known in ENGINES), key=lambda engine: -engine.rank)
-    return next(engine for engine in engines if engine.missing() is None)  # torch itself is always there
+    return next(engine for engine in ranked() if engine.missing() is None)  # torch itself is always there
 
 
 def describe() -> list[Row]:
     """All engines, best first."""
     rows = []
-    for engine in sorted((ENGINES[name]() for name in ENGINES), key=lambda engine: -engine.rank):
+    for engine in ranked():
         why, why_build = engine.missing(), engine.missing_for_build()
         version = engine.version() if why_build is None else None
-        rows.append(Row(engine.name, engine.title, why is None, why_build is None, version, why, why_build))
+        integers = engine.integer_arithmetic()
+        rows.append(Row(engine.name, engine.title, why is None, why_build is None, version, why, why_build, integers))
     return rows

@@ -122,8 +122,17 @@ class Engine(ABC):
     target: ClassVar[str | None] = None  # the export target whose graph it takes; None: it runs torch modules
     extra: ClassVar[str | None] = None  # the optional dependency group that installs it
     library: ClassVar[str]  # import name of the backend
-    rank: ClassVar[int] = 0  # the highest rank among those that can run is the default engine
     known_flags: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # flag -> its values; the first is the default
+
+    @property
+    def rank(self) -> int:
+        """Place among the engines: the highest rank among those that can run is the default engine."""
+        return 0
+
+    def integer_arithmetic(self) -> str | None:
+        """Return how this engine multiplies INT8 here, in a sentence for ``qdiff doctor``; ``None`` where the processor
+        does not decide it, or the library is not installed."""
+        return None
 
     @property
     def runs_module(self) -> bool:

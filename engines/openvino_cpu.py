@@ -14,8 +14,8 @@ Measured on a 20 M-parameter PixArt (32x32 latents, batch 2, one core of an AMD 
   (docs/log.md). ``precision=f32`` gives the plan's exact numbers. Formats that OpenVINO has no kernels for (FP8, NVFP4 and MX
   activations, scales by token) are arithmetic in the graph, and 16 bit would round their very scales: those run in float32.
 
-Without VNNI (:func:`qdiff.resources.integer_products_overflow`) its INT8 products overflow now and then: the bundled PixArt has
-43.6 dB instead of 52.5 then (docs/log.md). There they run in float, unless ``integers=on`` asks for them, and ONNX Runtime is the
+Without VNNI its INT8 products overflow now and then (:mod:`qdiff.engines.integer_products`): the bundled PixArt has 43.6 dB
+instead of 52.5 then (docs/log.md). There they run in float, unless ``integers=on`` asks for them, and ONNX Runtime is the
 default engine: 1.6 times as fast as float, OpenVINO 1.1 times.
 
 Two defaults of the library change the numbers without a word, so they are always set:
@@ -34,20 +34,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.attention.plan import BLOCKS, BOUNDS
+from qdiff.engines import integer_products
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, inlined, multiplies_integers, simulates
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.errors import InputError, IntegrityError
 from qdiff.events import log
-from qdiff.resources import integer_products_overflow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VARIANTS = 2
 IN_FLOAT = (
-    "openvino: this processor has no VNNI and adds products of INT8 in 16 bits, which overflow now and then, so they are "
-    "computed in float: the plan's pictures, but not its speed. --flag integers=on takes the overflow"
+    "openvino: on this processor products of INT8 are added in 16 bits, which overflow now and then, so they are computed in "
+    "float: the plan's pictures, but not its speed. --flag integers=on takes the overflow"
 )
 _SIMULATED = ("qdiff", "simulated_quantizers")  # a note in the IR, see OpenVinoEngine._precision
 _DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -160,13 +160,24 @@ class OpenVinoEngine(Engine):
     target = "onnxruntime"
     extra = "cpu"
     library = "openvino"
-    rank = 5 if integer_products_overflow() else 20  # products in float are slower than ONNX Runtime's of integers
     known_flags = {
         "precision": ("auto", "f32", "bf16", "f16"),
         "shapes": ("static", "dynamic"),
         "dynamic_quantization": ("off", "on"),
         "integers": ("auto", "on", "off"),  # off: what is quantized to INT8 is multiplied in float
     }
+
+    @property
+    def rank(self) -> int:
+        """Place before ONNX Runtime; behind it where products overflow and are computed in float, which is slower."""
+        return 20 if self.missing() is not None or integer_products.exact(self.library) else 5
+
+    def integer_arithmetic(self) -> str | None:
+        if self.missing() is not None:
+            return None
+        if integer_products.exact(self.library):
+            return "INT8 products are exact"
+        return "INT8 products overflow on this processor: they are computed in float"
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
         library = self.backend()
@@ -225,7 +236,7 @@ class OpenVinoEngine(Engine):
         asked = self.flag(options, "integers")
         if asked != "auto":
             return asked
-        return "off" if integer_products_overflow() else "on"
+        return "on" if integer_products.exact(self.library) else "off"
 
     def _precision(self, core: Any, model: Any, options: BuildOptions) -> str:
         """What runs unquantized layers: the flag, or with ``auto`` the 16-bit type that this CPU computes with, unless the model

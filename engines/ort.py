@@ -9,8 +9,11 @@ Its x86 kernels multiply unsigned by signed codes. It moves signed activations o
 is written out, which our graphs leave away (TensorRT wants symmetric quantization). So zero points of 0 are added when a
 graph is loaded: 1.4 times as fast as FP32 instead of 0.75 times, and half the memory, with the same numbers (docs/log.md).
 
-Processors without VNNI (x86 before 2019, AMD's before Zen 4) add two such products in 16 bits, which overflow: pictures of 34 dB
-instead of 52. ONNX Runtime can make the weights unsigned as well, exactly, where it is asked to and finds their zero points.
+On processors without VNNI its AVX2 kernels add two such products in 16 bits, which overflow: pictures of 34 dB instead of 52. It
+can make the weights unsigned as well (``session.x64quantprecision``), which is exact everywhere, and 3.1 to 3.4 times slower in
+the product where signed weights are exact too. So it is asked to only where :func:`qdiff.engines.integer_products.exact` says
+that signed ones overflow; ``unsigned_weights=on`` and ``off`` force either way. Zero points of weights are always written: the
+graph is valid both ways.
 
 Where only weights are quantized, ONNX Runtime by default rounds activations to INT8 as well (MatMulNBits, accuracy level 4:
 error 0.02 instead of 0.0 on a unit MatMul). The plan did not say so, hence level 1; ``dynamic_quantization=on`` asks for it.
@@ -23,6 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdiff.engines import integer_products
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
@@ -30,7 +34,6 @@ from qdiff.engines.unpacked import take_out_unpacking
 from qdiff.errors import InputError, IntegrityError, MissingDependencyError
 from qdiff.files import read_json, write_json
 from qdiff.protobuf import graphs, initializers
-from qdiff.resources import int8_instructions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +100,7 @@ class OrtEngine(Engine):
         "provider": ("auto", "cpu", "cuda"),
         "dynamic_quantization": ("off", "on"),
         "memory": ("fast", "low"),  # low: weights stay as they are in the file, and are unpacked at every use
+        "unsigned_weights": ("auto", "off", "on"),  # auto: where products with signed ones overflow
     }
 
     def device(self, options: BuildOptions) -> str:
@@ -113,6 +117,17 @@ class OrtEngine(Engine):
             fix = "pip install 'qdiff-deploy[cuda]' on a machine with a GPU, or leave provider=cuda out"
             raise MissingDependencyError(f"provider=cuda needs {why}, which is not here", fix)
         return "cpu"
+
+    def integer_arithmetic(self) -> str | None:
+        if self.missing() is not None:
+            return None
+        if integer_products.exact(self.library):
+            return "INT8 products are exact"
+        return "INT8 products with signed weights overflow on this processor: weights are unsigned"
+
+    def _unsigned_weights(self, options: BuildOptions) -> bool:
+        asked = self.flag(options, "unsigned_weights")
+        return not integer_products.exact(self.library) if asked == "auto" else asked == "on"
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
         runner = self._open(onnx, options)  # a graph that does not load is refused here, not at the first picture
@@ -138,8 +153,8 @@ class OrtEngine(Engine):
         settings.log_severity_level = 3
         # Between two steps the scheduler and the text encoder want the cores that idle threads would keep spinning on.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        # Where two products of an unsigned and a signed byte overflow, and only there, this makes weights unsigned too.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if device == "cpu" and self._unsigned_weights(options):
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         if self.flag(options, "dynamic_quantization") == "off":
             settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if options.threads:
@@ -194,8 +209,7 @@ def _prepared(path: Path) -> tuple[bytes, dict[str, Any]]:
     model = onnx.load(str(path), load_external_data=False)
     codes = take_out_unpacking(model, path.parent)
     _add_zero_points(model)
-    if not int8_instructions():
-        _add_zero_points_of_weights(model)
+    _add_zero_points_of_weights(model)
     return bytes(model.SerializeToString()), codes
 
 

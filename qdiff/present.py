@@ -243,13 +243,13 @@ def inspect(result: dict[str, Any]) -> str:
 def doctor(result: dict[str, Any]) -> str:
     """``qdiff doctor``."""
     cpu = result["cpu"]
-    int8 = ", ".join(cpu["int8_instructions"]) or "no special instructions"
     lines = [
         "  ".join(f"{name} {version}" for name, version in result["versions"].items()),
-        f"CPU: {cpu['cores']} cores, {cpu['capability']}, INT8: {int8}",
+        f"CPU: {cpu['cores']} cores, {cpu['capability']}",
         f"GPU: {', '.join(result['gpu']) or 'none'}",
         f"memory: {size(result['memory_bytes']['available'])} free of {size(result['memory_bytes']['total'])}; "
         f"disk: {size(result['disk_free_bytes'])} free",
+        *(f"{engine['name']}: {engine['integers']}" for engine in result["engines"] if engine["integers"]),
     ]
     rows = [
         (

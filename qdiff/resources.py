@@ -1,11 +1,10 @@
-"""What a piece of work used: wall seconds and the peak of resident memory; whether the disk has room; what the processor can."""
+"""What a piece of work used: wall seconds and the peak of resident memory; whether the disk has room."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import platform
 import shutil
 import threading
 import time
@@ -114,19 +113,3 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
             f"{what} needs {needed_bytes / 1e6:,.0f} MB on disk, {folder} has {free / 1e6:,.0f} MB free",
             "free some space, or choose another folder with -o",
         )
-
-
-def int8_instructions() -> list[str]:
-    """Instructions of this processor that INT8 kernels use; empty where the system does not say."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return []
-    return [name for name in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]
-
-
-def integer_products_overflow() -> bool:
-    """Whether this is an x86 processor without VNNI (Intel's before 2019, AMD's before Zen 4): there kernels add two products of
-    bytes in 16 bits, which overflows where both are large. ``False`` where the system does not say."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and Path("/proc/cpuinfo").exists() and not int8_instructions()

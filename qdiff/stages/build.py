@@ -281,11 +281,10 @@ def exported_graph(run: Run, engine: Engine) -> Path:
 
 def default_engine(run: Run) -> str:
     """The fastest engine that can run here and was built in this run; torch itself when none was."""
-    from qdiff.engines import ENGINES
+    from qdiff.engines import ranked
 
-    built = [ENGINES[name]() for name in ENGINES if run.done(f"build:{name}")]
-    usable = [engine for engine in built if engine.missing() is None]
-    return max(usable, key=lambda engine: engine.rank).name if usable else "eager"
+    usable = (engine.name for engine in ranked() if run.done(f"build:{engine.name}") and engine.missing() is None)
+    return next(usable, "eager")
 
 
 def require_runner(run: Run, engine_name: str) -> None:

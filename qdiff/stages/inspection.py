@@ -9,7 +9,6 @@ from typing import Any
 
 from qdiff.artifacts import OPTIONAL, UPSTREAM, Run, versions
 from qdiff.errors import QdiffError
-from qdiff.resources import int8_instructions
 from qdiff.stages.build import built_parts
 
 
@@ -85,7 +84,7 @@ def _missing(run: Run) -> list[str]:
 
 
 def doctor() -> dict[str, Any]:
-    """Versions, engines (and why one cannot run), processor features that INT8 needs, memory and disk."""
+    """Versions, engines (and why one cannot run), how they multiply INT8 on this processor, memory and disk."""
     import psutil
     import torch
 
@@ -99,7 +98,6 @@ def doctor() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "int8_instructions": int8_instructions(),
         },
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "memory_bytes": {"total": psutil.virtual_memory().total, "available": psutil.virtual_memory().available},
@@ -113,6 +111,7 @@ def doctor() -> dict[str, Any]:
                 "version": row.version,
                 "why_not": row.why_not,
                 "why_not_build": row.why_not_build,
+                "integers": row.integers,
             }
             for row in describe()
         ],

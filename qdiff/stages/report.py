@@ -222,13 +222,13 @@ def _plain(layer: LayerPlan) -> str:
 
 
 def _engines(run: Run, compared: dict[str, Any] | None) -> list[EngineResult]:
-    from qdiff.engines import ENGINES
+    from qdiff.engines import ranked
     from qdiff.report import EngineResult
 
     measured = {row["name"]: row for row in compared["engines"]} if compared else {}
     rows = []
-    for name in sorted(ENGINES, key=lambda name: -ENGINES[name].rank):
-        engine = ENGINES[name]()
+    for engine in ranked():
+        name = engine.name
         built = run.manifest["stages"].get(f"build:{name}", {})
         is_built = built.get("status") == "done"
         why = engine.missing()

@@ -92,8 +92,7 @@ def run_all(
                     run, engine.name, profiles=profiles, compute_capability=compute_capability, force=force
                 ),
             )
-    running = [engine.name for engine in buildable if engine.missing() is None]
-    running.sort(key=lambda name: -choose(name).rank)
+    running = [engine.name for engine in sorted(buildable, key=lambda engine: -engine.rank) if engine.missing() is None]
     stage("compare", lambda: compare(run, engines=running or ["eager"], pictures=pictures, force=force))
     stage("report", lambda: report(run))
     if minimum_psnr is not None:  # the gate closes last, so that the report about a failure exists

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import protobuf
-from qdiff.engines import BuildOptions, Profile, choose, ort
+from qdiff.engines import BuildOptions, Profile, choose, integer_products
 from qdiff.errors import InputError
 from qdiff.export import support
 from qdiff.export.codes import bytes_as_codes
@@ -277,11 +277,14 @@ def saved_alone(layer: QuantLinear, x: Tensor, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "int6"])
-@pytest.mark.parametrize("processor", ["this one", "without VNNI, or unknown"])
-def test_products_of_integers_do_not_overflow(tmp_path, monkeypatch, weights, processor):
-    """Without VNNI two products of bytes are added in 16 bits: the largest codes everywhere would be cut off."""
-    if processor != "this one":
-        monkeypatch.setattr(ort, "int8_instructions", list)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("exact", [None, False, True], ids=["as it is here", "overflow", "exact"])
+def test_products_of_integers_do_not_overflow(tmp_path, monkeypatch, weights, engine, exact):
+    """The largest codes everywhere: where two products are added in 16 bits they are cut off. Each way of computing is taken on
+    every processor; the one for exact products overflows where the library's do, which is what it is not taken for."""
+    here = integer_products.exact(engine)
+    if exact is not None:
+        monkeypatch.setattr(integer_products, "exact", lambda library: exact)
     layer = Cell(weights, "int8").layer()
     signs = torch.ones(ROWS, COLUMNS, dtype=torch.int8)
     signs[1::2] = -1
@@ -290,7 +293,11 @@ def test_products_of_integers_do_not_overflow(tmp_path, monkeypatch, weights, pr
     with torch.no_grad():
         expected = layer(x)
     saved_alone(layer, x, tmp_path)
-    assert sqnr_db(expected, outputs(tmp_path / "model.onnx", "onnxruntime", tmp_path / "engine", 1, {"x": x})[0]) > 80
+    result = outputs(tmp_path / "model.onnx", engine, tmp_path / "engine", 1, {"x": x})[0]
+    if exact and not here and weights == "int8":
+        assert sqnr_db(expected, result) < 20, "then there would be no need for the other way"
+    else:
+        assert sqnr_db(expected, result) > 80
 
 
 def test_weights_of_six_bits_take_little_memory_to_load(tmp_path):
