@@ -40,14 +40,24 @@ from qdiff.export.sparse_attention import attention_function
 from qdiff.formats import Element, Format, format_named
 from qdiff.numerics import (
     LARGEST_E4M3,
-    LARGEST_POWER,
-    LARGEST_SCALE,
+    LARGEST_FLOAT16,
     SMALLEST_E4M3,
     SMALLEST_POWER,
     SMALLEST_SCALE,
+    largest_power,
+    largest_scale,
 )
 
-_FLOAT, _INT8, _INT32, _INT64, _FLOAT16, _E4M3, _E5M2 = 1, 3, 6, 7, 10, 17, 19  # onnx.TensorProto's numbers
+_FLOAT, _INT8, _INT32, _INT64, _FLOAT16, _BFLOAT16, _E4M3, _E5M2 = (
+    1,
+    3,
+    6,
+    7,
+    10,
+    16,
+    17,
+    19,
+)  # onnx.TensorProto's numbers
 _CASTS = {"e4m3": _E4M3, "e5m2": _E5M2}
 
 
@@ -174,7 +184,7 @@ def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
     amax = body.do(f"ReduceMax<keepdims = 1>({body.do(f'Abs({rows})')}, {body.integers(-1)})")
     if format.scale == "float16":
         ideal = body.do(f"Div({amax}, {body.number(format.largest)})")
-        scale = body.cast(body.cast(body.clip(ideal, SMALLEST_SCALE, LARGEST_SCALE), _FLOAT16), _FLOAT)
+        scale = _on_half_grid(body, body.clip(ideal, SMALLEST_SCALE, largest_scale(format.element)))
     elif format.scale == "e4m3":
         unit = body.do(f"Mul({body.number(format.largest)}, tensor_scale)")
         ideal = body.clip(body.do(f"Div({amax}, {unit})"), SMALLEST_E4M3, LARGEST_E4M3)
@@ -182,10 +192,16 @@ def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
     else:
         scale = _power_below(body, amax)
         scale = body.do(f"Mul({scale}, {body.number(2.0**-format.element.largest_exponent)})")
-        scale = body.clip(scale, SMALLEST_POWER, LARGEST_POWER)
+        scale = body.clip(scale, SMALLEST_POWER, largest_power(format.element))
     some = body.do(f"Greater({amax}, {body.number(0.0)})")
     stored = body.do(f"Where({some}, {scale}, {body.number(1.0)})")
     return stored, body.do(f"Mul({stored}, tensor_scale)") if format.tensor_scale else stored
+
+
+def _on_half_grid(body: Body, x: str) -> str:
+    """:func:`qdiff.numerics.to_half_grid` of positive numbers."""
+    half, wide = (body.cast(body.cast(x, dtype), _FLOAT) for dtype in (_FLOAT16, _BFLOAT16))
+    return body.do(f"Where({body.do(f'Greater({x}, {body.number(LARGEST_FLOAT16)})')}, {wide}, {half})")
 
 
 def _power_below(body: Body, x: str) -> str:

@@ -17,6 +17,7 @@ from qdiff import device
 from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.layers import HalfConv2d, HalfLinear, LinearForm, QuantConv2d, QuantLinear, TimestepClock
+from qdiff.numerics import to_storage
 from qdiff.plan import Kept, LayerPlan, Plan
 from qdiff.rotations import hadamard
 from qdiff.routing.blocks import install_branches
@@ -103,10 +104,9 @@ def install_clock(backbone: nn.Module, clock: TimestepClock, timesteps: Tensor) 
 def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
     """Writes codes, scales and everything that was kept as one safetensors file, really packed. Hadamard matrices are left out:
     their size says all."""
-    kept = getattr(torch, plan.kept)
     parameters, known = dict(backbone.named_parameters()), set(_hadamards(plan))
     tensors = {
-        name: tensor.detach().to(kept) if name in parameters else tensor.detach()
+        name: to_storage(tensor.detach(), plan.kept) if name in parameters else tensor.detach()
         for name, tensor in backbone.state_dict().items()
         if name not in known
     }

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff import grids
+from qdiff import grids, numerics
 from qdiff.events import Progress
 from qdiff.layers import QuantLinear
 from qdiff.methods.base import decibels
@@ -258,8 +258,7 @@ class _Work:
             state = {key: value.clone() for key, value in self.quantized[name].state_dict().items()}
             state["codes"] = layer.learned.finished().packed()
             if isinstance(layer.bias, nn.Parameter):
-                kept = getattr(torch, layer.form.kept)
-                state["bias"] = layer.bias.detach().to(kept).float()
+                state["bias"] = numerics.to_storage(layer.bias.detach(), layer.form.kept).float()
             with torch.device("meta"):
                 placed = type(self.quantized[name])(layer.form, layer.clock)
             placed.load_state_dict(state, assign=True)

@@ -5,9 +5,10 @@ Cheap, so everything that cannot be carried out is refused here, before the floa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.formats import format_named
 from qdiff.models.base import Model, quantizable_layers
+from qdiff.numerics import fits_float16
 from qdiff.plan import Kept, LayerPlan, Structure
 from qdiff.recipe import Recipe, Scheme
 from qdiff.statistics import Statistics
@@ -108,47 +110,52 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
     with_output = recipe.with_output(model.family.name, list(layers))
     entries = {}
     for name, linear in layers.items():
-        entry = kept_entry(name, linear, recipe.kept, f"ignore pattern {ignored.get(name)!r} of recipe {recipe.name}")
-        if name not in ignored and name not in groups:
+        reason, kind = None, kind_of(linear)
+        if name in ignored:
+            reason = f"ignore pattern {ignored[name]!r} of recipe {recipe.name}"
+        elif name not in groups:
             log.warning("quantize: calibration never reached layer %s; it is kept in %s", name, recipe.kept)
-            entry = entry.model_copy(update={"why": "kept: calibration never reached this layer"})
-        elif name not in ignored and entry.kind not in recipe.targets:
-            entry = entry.model_copy(update={"why": f"kept: recipe {recipe.name} does not target {entry.kind}"})
-        elif name not in ignored:
-            scheme = recipe.scheme_of(entry.kind)
+            reason = "calibration never reached this layer"
+        elif kind not in recipe.targets:
+            reason = f"recipe {recipe.name} does not target {kind}"
+        else:
             try:
-                _check_shape(name, entry, scheme)
+                _check_shape(name, linear, recipe.scheme_of(kind))
             except InputError as error:
                 if not lenient:
                     raise
-                entries[name] = entry.model_copy(update={"why": f"kept: {error.message}"})
-                continue
-            output = scheme.activations if name in with_output else None
-            entry = entry.model_copy(
-                update={
-                    "weights": scheme.weights,
-                    "activations": scheme.activations,
-                    "by_token": scheme.by_token,
-                    "output": output,
-                    "group": groups[name],
-                    "why": f"output {output} where the target runs it" if output else "",
-                }
-            )
-        entries[name] = entry
+                reason = error.message
+        if reason is not None:
+            entries[name] = kept_entry(name, linear, recipe.kept, reason)
+            continue
+        scheme = recipe.scheme_of(kind)
+        output = scheme.activations if name in with_output else None
+        entries[name] = LayerPlan(
+            **_facts(name, linear),
+            weights=scheme.weights,
+            activations=scheme.activations,
+            by_token=scheme.by_token,
+            output=output,
+            group=groups[name],
+            why=f"output {output} where the target runs it" if output else "",
+        )
     return entries
 
 
 def kept_entry(name: str, layer: nn.Linear | nn.Conv2d, kept: Kept, reason: str) -> LayerPlan:
-    """The entry of a layer that stays unquantized."""
-    return LayerPlan(
-        name=name,
-        kind=kind_of(layer),
-        shape=tuple(layer.weight.shape),
-        bias=layer.bias is not None,
-        weights=kept,
-        activations=kept,
-        why=f"kept: {reason}",
-    )
+    """The entry of a layer that stays unquantized, in ``kept``, or in float32 where that cannot hold its weight."""
+    storage: str = kept
+    if kept == "float16" and not fits_float16(layer.weight):
+        storage = "float32"
+        reason += (
+            f"; in float32, as its weight reaches {layer.weight.detach().abs().max():.2g} and float16 ends at 65,504"
+        )
+    return LayerPlan(**_facts(name, layer), weights=storage, activations=storage, why=f"kept: {reason}")
+
+
+def _facts(name: str, layer: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+    """What an entry says about the layer itself."""
+    return {"name": name, "kind": kind_of(layer), "shape": tuple(layer.weight.shape), "bias": layer.bias is not None}
 
 
 def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:
@@ -156,12 +163,15 @@ def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:
     return "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
 
 
-def _check_shape(name: str, entry: LayerPlan, scheme: Scheme) -> None:
+def _check_shape(name: str, layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> None:
     """Refuses, by its name, a layer that the scheme's blocks do not divide, or whose input they cannot be laid over."""
+    shape = tuple(layer.weight.shape)
     try:
-        check_formats(entry.kind, entry.matrix, scheme.weights, scheme.activations, scheme.by_token)
+        check_formats(
+            kind_of(layer), (shape[0], math.prod(shape[1:])), scheme.weights, scheme.activations, scheme.by_token
+        )
     except InputError as error:
-        raise InputError(f"layer {name} of shape {list(entry.shape)}: {error.message}", error.fix) from None
+        raise InputError(f"layer {name} of shape {list(shape)}: {error.message}", error.fix) from None
 
 
 def check_formats(kind: str, matrix: tuple[int, int], weights: str, activations: str, by_token: bool) -> None:

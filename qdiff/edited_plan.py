@@ -23,6 +23,7 @@ from qdiff.errors import InputError, IntegrityError, QdiffError, nearest
 from qdiff.events import log
 from qdiff.formats import FORMATS
 from qdiff.models.base import Model, quantizable_layers
+from qdiff.numerics import fits_float16
 from qdiff.plan import LayerPlan, Plan
 from qdiff.quantize import backbone_config
 from qdiff.statistics import Statistics
@@ -85,7 +86,11 @@ def settle(plan: Plan, model: Model, statistics: Statistics, before: Plan | None
     known = {}
     if before is not None and before.fingerprint == plan.fingerprint:
         known = {layer.name: layer for layer in before.layers}
-    wrong = [fault for layer in plan.layers for fault in _impossible(layer, plan.kept, known.get(layer.name))]
+    wrong = [
+        fault
+        for layer in plan.layers
+        for fault in _impossible(layer, plan.kept, known.get(layer.name), layers[layer.name])
+    ]
     unreached = [layer.name for layer in plan.quantized if layer.name not in groups]
     wrong += [f"{name}: calibration never reached this layer; keep it in {plan.kept}" for name in unreached]
     wrong += _disagreements([layer for layer in plan.quantized if layer.name in groups], groups)
@@ -163,7 +168,7 @@ def _is_smoothing(layer: LayerPlan, before: LayerPlan | None) -> bool:
     return before.smoothing is not None or not before.multiplier
 
 
-def _impossible(layer: LayerPlan, kept: str, before: LayerPlan | None) -> Iterator[str]:
+def _impossible(layer: LayerPlan, kept: str, before: LayerPlan | None, linear: nn.Module) -> Iterator[str]:
     """Decisions about one layer that no layer can carry out."""
     activations = FORMATS[layer.activations]
     if activations.quantized and not layer.quantized:
@@ -191,9 +196,12 @@ def _impossible(layer: LayerPlan, kept: str, before: LayerPlan | None) -> Iterat
             if value != unset and not (name == "multiplier" and _is_smoothing(layer, before)):
                 yield f"{layer.name}: {name} is {_text(value)}, which only a recipe can do; by hand it is {_text(unset)}"
     else:
+        fits = kept != "float16" or fits_float16(linear.weight)  # type: ignore[arg-type]
+        storage = kept if fits else "float32"
         for name in OF_KEPT:
-            if getattr(layer, name) != kept:
-                yield f"{layer.name}: {name} is {getattr(layer, name)}, but this plan's kept is {kept}"
+            if getattr(layer, name) != storage:
+                reason = f"this plan's kept is {kept}" if fits else "its weight is beyond float16: keep it in float32"
+                yield f"{layer.name}: {name} is {getattr(layer, name)}, but {reason}"
 
 
 def _disagreements(layers: list[LayerPlan], groups: dict[str, str]) -> Iterator[str]:

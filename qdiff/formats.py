@@ -8,9 +8,10 @@ how many bits all of that really costs. What is done with it has one implementat
   round to, as in ONNX ``QuantizeLinear`` and TensorRT. Floats ExMy have a sign, x exponent and y mantissa bits, IEEE bias
   2^(x-1) - 1 and subnormals. Those of 4 and 6 bits spend no code on infinity or NaN, E4M3 one on NaN, and E5M2 is IEEE's
   (OCP MX v1.0 and OFP8 v1.0).
-- **Scales.** ``float16``: one for each channel, token or tensor, or for each block, a number that float16 holds. ``e4m3``: for
-  each block, an E4M3 number times one float32 scale of the tensor (NVFP4, and the same with integers). ``e8m0``: for each
-  block, a power of two (OCP MX). A block is ``block`` neighbours on the last axis, the axis that a product sums over.
+- **Scales.** ``float16``: one for each channel, token or tensor, or for each block, a number that float16 holds, or
+  beyond its range bfloat16. ``e4m3``: for each block, an E4M3 number times one float32 scale of the tensor (NVFP4, and the same
+  with integers). ``e8m0``: for each block, a power of two (OCP MX). A block is ``block`` neighbours on the last axis, the axis
+  that a product sums over.
 - **MXINT8's codes are integers here**; OCP reads them with an implied 2^-6, which our scale contains. The products are equal.
 
 ``float32``, ``float16`` and ``bfloat16`` are rows too: a layer that a recipe leaves alone is *kept* in one of them, and

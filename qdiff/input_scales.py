@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import numerics
+from qdiff.formats import format_named
 from qdiff.layers import QuantLinear
 from qdiff.methods.base import LARGEST_STRETCH
 
@@ -45,7 +46,8 @@ class LearnedInputScale:
 
     def value(self) -> Tensor:
         """The scale ``[]``, or the table ``[T]``, as it is now: positive and on float16's grid, differentiable."""
-        largest = numerics.LARGEST_SCALE if self.table is None else LARGEST_STRETCH
+        element = format_named(self.layers[0].form.activations).element
+        largest = numerics.largest_scale(element) if self.table is None else LARGEST_STRETCH
         value = self.variable.exp().clamp(numerics.SMALLEST_SCALE, largest)
         return value + (numerics.to_half_grid(value) - value).detach()
 

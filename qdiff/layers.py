@@ -25,7 +25,8 @@ All of it but the rounding in Q and Qw is exact: without rounding y is the float
 
 Between the timesteps that were calibrated the nearest one is used. The table is float32 and tiny (one number a timestep).
 
-:class:`HalfLinear` and :class:`HalfConv2d` stay unquantized: their weight is stored in 16 bits and used in the dtype of x.
+:class:`HalfLinear` and :class:`HalfConv2d` stay unquantized: their weight is stored in 16 bits (in float32, where it is beyond
+float16) and used in the dtype of x.
 """
 
 from __future__ import annotations
@@ -290,7 +291,8 @@ def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Ten
 
 
 class HalfLinear(nn.Module):
-    """An unquantized linear layer whose weight is stored in float16 or bfloat16 and used in the dtype of its input."""
+    """An unquantized linear layer whose weight is stored in float16 or bfloat16 (or float32, where the values are beyond float16)
+    and used in the dtype of its input."""
 
     weight: Tensor
     bias: Tensor | None

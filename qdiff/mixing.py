@@ -20,6 +20,7 @@ from qdiff.candidates import Candidates
 from qdiff.costs import device_named, milliseconds
 from qdiff.errors import InputError
 from qdiff.events import Progress
+from qdiff.formats import FORMATS
 from qdiff.plan import LayerPlan
 from qdiff.recipe import Mixed, match
 from qdiff.sensitivity import Sensitivity
@@ -194,7 +195,7 @@ def _stored(candidates: Candidates, layer: str, format: int) -> int:
     """Bytes of a layer in the checkpoint."""
     module, entry = candidates.module(layer, format), candidates.entries[format][layer]
     if not entry.quantized:
-        return 2 * _elements(entry) + 4 * entry.shape[0] * entry.bias + 2 * HEADER_BYTES
+        return FORMATS[entry.weights].bits // 8 * _elements(entry) + 4 * entry.shape[0] * entry.bias + 2 * HEADER_BYTES
     tensors = module.state_dict().values()
     return sum(tensor.numel() * tensor.element_size() + HEADER_BYTES for tensor in tensors)
 

@@ -10,18 +10,21 @@ NaN and infinity never become codes silently: callers check their data with :fun
 
 How a scale follows from amax, the largest magnitude among those that share it, is :func:`choose_scale`, by the format's scale:
 
-- ``float16``: amax / largest, on the float16 grid. Rounding down by 2^-11 lets amax saturate by a fraction of a step.
+- ``float16``: amax / largest, on the float16 grid, or on bfloat16's beyond it. Rounding down by 2^-11 (2^-9) lets amax saturate
+  by a fraction of a step.
 - ``e4m3``: E4M3(amax / (largest * tensor scale)), to nearest, between 2^-9 and 448. The order of operations and the lower end are
   modelopt's: a block whose scale would round to 0 gets the smallest subnormal, so its small values are kept coarsely or
   round to zero, and nothing is divided by 0. (torchao's lower end is the smallest normal, 2^-6.)
-- ``e8m0``: a power of two, between 2^-126 and 2^127. E8M0 also has 2^-127, but as float32 that is subnormal, and hardware that
-  flushes those to zero would divide by 0.
+- ``e8m0``: a power of two, between 2^-126 and the one under which every code is still a float32 number
+  (:func:`largest_power`), so that an infinite amax saturates. E8M0 also has 2^-127, but as float32 that is subnormal, and
+  hardware that flushes those to zero would divide by 0.
 
 Blocks of zeros get the scale 1 in all three; all their codes are 0.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from qdiff import grids
 from qdiff.errors import InputError
-from qdiff.formats import ELEMENTS, Format
+from qdiff.formats import ELEMENTS, Element, Format
 
 
 def require_finite(x: Tensor, what: str) -> None:
@@ -47,21 +50,46 @@ def require_finite(x: Tensor, what: str) -> None:
             )
 
 
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-20, 65504.0
+LARGEST_FLOAT16 = 65504.0
+SMALLEST_SCALE = 2.0**-20
 SMALLEST_E4M3, LARGEST_E4M3 = 2.0**-9, 448.0
-SMALLEST_POWER, LARGEST_POWER = 2.0**-126, 2.0**127
+SMALLEST_POWER = 2.0**-126
 
 Rounding = Literal["floor", "up", "even"]
 """How a scale becomes a power of two (:func:`choose_scale`); other kinds of scale take no notice of it."""
 
 
 def to_half_grid(x: Tensor) -> Tensor:
-    """``x`` rounded to numbers that float16 holds, in its own dtype.
+    """``x`` rounded to numbers of 16 bits, in its own dtype: to float16's, and to bfloat16's where it exceeds 65,504.
 
     Every scale and factor of a quantized layer lies on this grid, so the same layer computes with the same constants whether
-    an engine runs it in 32 or in 16 bit. (Block and tensor scales are exempt: their formats say what they are.)
+    an engine runs it in 32 or in 16 bit. A graph with a number beyond float16 computes in 32 bit
+    (:mod:`qdiff.export.precision`). (Block and tensor scales are exempt: their formats say what they are.)
     """
-    return x.to(torch.float16).to(x.dtype)
+    half = x.to(torch.float16).to(x.dtype)
+    return torch.where(x.abs() > LARGEST_FLOAT16, x.to(torch.bfloat16).to(x.dtype), half)
+
+
+def fits_float16(*tensors: Tensor | None) -> bool:
+    """Whether no value is beyond 65,504, float16's largest number; NaN and infinity are."""
+    return all(x is None or not x.numel() or float(x.detach().abs().max()) <= LARGEST_FLOAT16 for x in tensors)
+
+
+def to_storage(x: Tensor, kept: str) -> Tensor:
+    """``x`` as the dtype named ``kept`` stores it, or in float32 where that is float16 and would turn values into infinity."""
+    return x.to(getattr(torch, kept)) if kept != "float16" or fits_float16(x) else x.float()
+
+
+def largest_scale(element: Element) -> float:
+    """The largest scale of the 16-bit grid: every code times it is a float32 number, so that an infinite amax saturates."""
+    reach = max(-element.lowest, element.highest)
+    return (2 - 2.0**-7) * 2.0 ** (127 - math.ceil(math.log2(reach)))
+
+
+def largest_power(element: Element) -> float:
+    """The largest power of two that codes of the element can be multiplied with and stay float32 numbers."""
+    reach = max(-element.lowest, element.highest)
+    return 2.0 ** math.floor(math.log2(torch.finfo(torch.float32).max / reach))
 
 
 def choose_tensor_scale(amax: Tensor, format: Format, headroom: float = LARGEST_E4M3) -> Tensor:
@@ -99,7 +127,7 @@ def choose_scale(
         InputError: a format without scales, or one with a tensor scale that is not given.
     """
     if format.scale == "float16":
-        scale = to_half_grid((amax / format.largest).clamp(min=SMALLEST_SCALE, max=LARGEST_SCALE))
+        scale = to_half_grid((amax / format.largest).clamp(min=SMALLEST_SCALE, max=largest_scale(format.element)))
     elif format.scale == "e4m3":
         if tensor_scale is None:
             raise InputError(f"{format.name} needs the tensor's scale", "choose_tensor_scale gives it")
@@ -125,7 +153,7 @@ def _power_scale(amax: Tensor, format: Format, rounding: Rounding) -> Tensor:
         scale = grids.power_of_two(amax) * 2.0**-element.largest_exponent
     else:
         raise InputError(f"unknown rounding {rounding!r}", f"known: {', '.join(get_args(Rounding))}")
-    return scale.clamp(min=SMALLEST_POWER, max=LARGEST_POWER)
+    return scale.clamp(min=SMALLEST_POWER, max=largest_power(element))
 
 
 def quantize(x: Tensor, scale: Tensor, format: Format) -> Tensor:

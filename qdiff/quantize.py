@@ -360,7 +360,7 @@ def _tensors(
         "codes": weight.packed(),
         "scale": weight.scale,
         "tensor_scale": weight.tensor_scale,
-        "bias": None if total is None else total.to(storage).float(),
+        "bias": None if total is None else numerics.to_storage(total, kept).float(),
         "input_scale": scale,
         "multiplier": None if solution.multiplier is None else solution.multiplier[:: problem.taps],
         "shift": solution.shift,
@@ -387,7 +387,7 @@ def half_layer(plan: LayerPlan, layer: nn.Linear | nn.Conv2d) -> nn.Module:
     module = empty_layer(plan, 0, None, "float16", layer)
     state = {"weight": layer.weight.detach().to(getattr(torch, plan.weights))}
     if layer.bias is not None:
-        state["bias"] = layer.bias.detach().to(state["weight"].dtype).float()
+        state["bias"] = numerics.to_storage(layer.bias.detach(), plan.weights).float()
     module.load_state_dict(state, assign=True)
     return module
 
@@ -397,4 +397,4 @@ def round_kept(backbone: nn.Module, kept: str) -> None:
     linear = {id(parameter) for layer in quantizable_layers(backbone).values() for parameter in layer.parameters()}
     for parameter in backbone.parameters():
         if id(parameter) not in linear:
-            parameter.data = parameter.data.to(getattr(torch, kept)).float()
+            parameter.data = numerics.to_storage(parameter.data, kept).float()

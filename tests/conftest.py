@@ -162,6 +162,40 @@ def filmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized run of a small U-Net whose residual stream grows to 10^9. Read it, do not write it."""
+    import torch
+    from diffusers.models.resnet import ResnetBlock2D
+
+    from qdiff.models import FAMILIES
+
+    folder = tmp_path_factory.mktemp("grown")
+    model = FAMILIES["stable-diffusion"].load("random:sd-tiny")
+    resnets = [module for module in model.backbone.modules() if isinstance(module, ResnetBlock2D)]
+    with torch.no_grad():
+        for number, resnet in enumerate(resnets, 1):
+            for parameter in resnet.conv2.parameters():
+                parameter *= 1e9 ** (number / len(resnets))
+    model.pipeline.save_pretrained(folder / "model")
+    settings = (
+        "--model",
+        "stable-diffusion",
+        "--weights",
+        folder / "model",
+        "--samples",
+        2,
+        "--steps",
+        2,
+        "--batch",
+        2,
+    )
+    for command in (("calibrate", *settings, "-o", folder / "run"), ("quantize", folder / "run")):
+        result = run_cli(*command)
+        assert result.code == 0, result.err
+    return folder / "run"
+
+
 @pytest.fixture
 def spoilt(finished: Finished, tmp_path: Path) -> Path:
     """A copy of the finished run that the test may spoil."""

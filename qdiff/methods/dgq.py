@@ -117,7 +117,7 @@ def levelled(solution: Solution, ranges: Tensor, strength: float) -> dict[str, A
     if solution.shift is None:
         return changes
     moved = solution.shift * multiplier / before
-    return {**changes, "shift": to_half_grid(moved.clamp(min=-65504, max=65504))}
+    return {**changes, "shift": to_half_grid(moved)}
 
 
 def channel_divisions(

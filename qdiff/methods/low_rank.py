@@ -10,6 +10,7 @@ small rank worth having. Both factors are rounded to float16, as they are stored
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from qdiff.errors import InputError
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.numerics import to_half_grid
+from qdiff.numerics import fits_float16, to_half_grid
 
 Rank = Annotated[int, Field(ge=1)]
 Times = Annotated[int, Field(ge=1, le=1000)]
@@ -76,6 +77,8 @@ def low_rank(
             factors(weight - rest.dequantize(), rank, root) for weight, rest in zip(moved, quantized, strict=True)
         )
     gain = decibels(least, plain)
+    if best.low_rank is not None and not fits_float16(*itertools.chain(*best.low_rank)):
+        return solution.decide("low_rank", "no low-rank branch (its factors are beyond float16)")
     if best is solution or gain < minimum_gain_db:
         return solution.decide("low_rank", f"no low-rank branch (rank {rank} would gain {gain:.1f} dB)")
     return solution.decide("low_rank", f"rank {rank} gains {gain:.1f} dB", low_rank=best.low_rank)

@@ -24,7 +24,7 @@ def _after_multiplier(values: Tensor, solution: Solution) -> Tensor:
     """``values [in]`` of the input's channels after the solution's multiplier, on the float16 grid."""
     if solution.multiplier is not None:
         values = values * solution.multiplier
-    return to_half_grid(values.clamp(min=-65504, max=65504))
+    return to_half_grid(values)
 
 
 def means(problem: Problem, solution: Solution) -> Tensor:

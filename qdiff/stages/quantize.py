@@ -107,6 +107,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
 
     from qdiff.checkpoint import save_quantized
     from qdiff.edited_plan import BY_HAND
+    from qdiff.magnitude import Magnitude
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
@@ -115,7 +116,8 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     drafted = decided.draft(model, statistics)  # what cannot be carried out is refused before the float model has run
     sparse = _attention(run, decided, model)
     trajectory = Trajectory(run.file("calibration"), model.device)
-    expected = _predictions(model, trajectory)
+    with Magnitude(model.backbone) as magnitude:
+        expected = _predictions(model, trajectory)
     if not any(bool(prediction.any()) for _, prediction in expected):
         raise InputError("the float model predicts nothing but zeros", "are these the right weights?")
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
@@ -152,6 +154,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
         layers_by_hand=sum(layer.why.startswith(BY_HAND) for layer in plan.layers),
         float32_bytes=4 * parameters,
         packed_bytes=packed,
+        largest_value=magnitude.largest if math.isfinite(magnitude.largest) else None,
         worst_sqnr_db=min(error["sqnr_db"] for error in errors),
         density=plan.attention and plan.attention.density,
         overall_density=plan.attention and plan.attention.overall,

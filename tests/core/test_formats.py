@@ -146,15 +146,20 @@ def test_zero_ties_and_saturation(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_scales(name):
     row = format_named(name)
-    amax = torch.tensor([0.0, 1e-30, 1e-7, 0.3, 127.0, 6e4, 1e8, 3e38])
+    amax = torch.tensor([0.0, 1e-30, 1e-7, 0.3, 127.0, 6e4, 1e8, 1e38])
     scale = numerics.choose_scale(amax, row)
     assert scale[0] == 1, "a tensor of zeros must not divide by zero"
     assert torch.isfinite(scale).all() and (scale > 0).all()
-    assert torch.equal(scale, scale.half().float()), "scales are numbers that float16 holds"
+    beyond = scale > 65504
+    assert torch.equal(scale[~beyond], scale[~beyond].half().float()), "scales are numbers that float16 holds"
+    assert torch.equal(scale[beyond], scale[beyond].bfloat16().float()), "or bfloat16, where float16 ends"
+    # The largest value gets the largest code, however large it is.
+    largest = numerics.quantize(amax[3:], scale[3:], row)
+    assert numerics.dequantize(largest, torch.ones(()), row).tolist() == [row.largest] * 5
+    values = numerics.quantize_dequantize(amax[3:], scale[3:], row)
+    assert ((values - amax[3:]).abs() <= amax[3:] * 2**-8).all(), "nothing is cut without a word"
+    assert torch.isfinite(numerics.quantize_dequantize(torch.tensor(torch.inf), scale[-1], row))
     usual = slice(3, 6)
-    largest = numerics.quantize(amax[usual], scale[usual], row)
-    # The largest value gets the largest code.
-    assert numerics.dequantize(largest, torch.ones(()), row).tolist() == [row.largest] * 3
     # Half a unit of float16's 11 bits, or of its subnormals.
     ideal = amax[usual] / row.largest
     assert ((scale[usual] - ideal).abs() <= torch.clamp(ideal * 2**-11, min=2.0**-25)).all()

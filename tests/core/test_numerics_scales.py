@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -51,7 +52,10 @@ def test_powers_of_two_are_those_of_the_definitions(name):
         up = Fraction(got["up"][index])
         ideal = Fraction(value) / Fraction(element.largest)
         assert ideal <= up * (1 + Fraction(1, 2**23)) and up / 2 < ideal
-    assert numerics.choose_scale(torch.tensor([0.0, 1e-45, 3e38]), row).tolist() == [1, 2.0**-126, 2.0 ** (127 - emax)]
+    largest = min(
+        2.0 ** (127 - emax), numerics.largest_power(element)
+    )  # -128 of MXINT8 is half of what the rule would give
+    assert numerics.choose_scale(torch.tensor([0.0, 1e-45, 3e38]), row).tolist() == [1, 2.0**-126, largest]
     with pytest.raises(InputError, match="unknown rounding 'down'"):
         numerics.choose_scale(amax, row, rounding="down")
 
@@ -166,6 +170,21 @@ def test_an_activation_beyond_what_was_calibrated_is_cut():
     values = quantize_dequantize_blocks(x, row, tensor_scale)
     assert values[0, 0] == pytest.approx(2.0) and values[0, 16:].tolist() == pytest.approx([2.0] * 16)
     assert torch.isfinite(values).all()
+
+
+@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.quantized])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinity_saturates_where_scales_are_chosen_at_run_time(name, sign):
+    """The scale that an infinite amax gets is one under which every code is a finite number; a block's neighbours are not
+    touched."""
+    row = format_named(name)
+    x = torch.ones(2, 2 * (row.block or 16))
+    x[0, 0] = sign * torch.inf
+    run = partial(quantize_dequantize_blocks, tensor_scale=torch.tensor(2e-3) if row.tensor_scale else None)
+    values = (run if row.block else quantize_dequantize_tokens)(x, row)
+    assert torch.isfinite(values).all()
+    assert values[0, 0] * sign == values[0].abs().max() > 1, "the largest code times the largest scale"
+    assert (values[1] > 0).all()
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4_g64", "fp6_e2m3", "mxfp4", "mxint8", "fp4_e3m0_g128", "fp8"])
