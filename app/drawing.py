@@ -22,6 +22,7 @@ from qdiff.app.settings import Settings
 from qdiff.app.sources import Source
 from qdiff.errors import MemoryExhaustedError, out_of_memory
 from qdiff.resources import release_memory
+from qdiff.timing import Load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ class Made:
     size_bytes: int | None
     psnr_db: float | None = None  # against float, of the first picture
     ssim: float | None = None
-    disturbed: bool = False  # a build ran beside it: times are not the engine's own
+    disturbed: bool = False  # a build or another process ran beside it: times are not the engine's own
     images: tuple[Any, ...] = ()  # of a comparison, until it is judged
     beside: Path | None = None  # MP4 with float's clip on the left: in one file, so that both stay in step
 
@@ -186,6 +187,7 @@ class Artist:
         )
         job.publish(task=f"drawing with {engine}", step=0, steps=settings.steps)
         watch = _Watch(job, self._pool.previewer(source), settings.steps or 1, share)
+        load = Load()
         pictures = session.pictures(request, batch=settings.pictures, on_step=watch)
         if not keep:
             return _made(settings, (), pictures, session, self._pool.engine_bytes(source, engine), None)
@@ -196,7 +198,8 @@ class Artist:
         memory = max(self._pool.engine_bytes(source, engine), size or 0)
         if engine == "float":  # its weights came with the pipeline, before the engine was "loaded"
             memory = max(memory, self._pool.backbone_bytes(source))
-        made = _made(settings, paths, pictures, session, memory, size, disturbed=self._disturbed())
+        disturbed = self._disturbed() or bool(load.reason())
+        made = _made(settings, paths, pictures, session, memory, size, disturbed=disturbed)
         return made if share is None else replace(made, images=tuple(pictures.images))
 
     def _save(self, job: Job, source: Source, pictures: Pictures, request: Any, model: Model) -> tuple[Path, ...]:

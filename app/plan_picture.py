@@ -62,12 +62,17 @@ def _section(title: str, words: str, inside: str | None) -> str:
     return f"<section><h2>{text(title)}</h2>{f'<p>{text(words)}</p>' if words else ''}{inside}</section>"
 
 
+def _fast(engine: Any) -> str:
+    words = engine.speed_words if engine.speed_reason else f"{engine.speed_words} as fast"
+    return f"{words}, {engine.name}"
+
+
 def _summary(data: Any) -> str:
     chosen = data.chosen
     rows = [
         ("Weights", f"{megabytes(data.sizes.weights_quantized)}", f"{times(data.size_ratio)} smaller than float"),
         ("One step", seconds(chosen.seconds_per_step) if chosen else "not measured",
-         f"{times(chosen.speedup)} as fast, {chosen.name}" if chosen and chosen.speedup else ""),
+         _fast(chosen) if chosen and chosen.speedup else ""),
         ("PSNR", db(data.quality.psnr_db_mean), f"worst {db(data.quality.psnr_db_min)}"),
         ("Right emoji", percent(data.quality.accuracy_quantized), f"float {percent(data.quality.accuracy_float)}"),
     ]  # fmt: skip

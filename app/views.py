@@ -162,7 +162,7 @@ def comparison(rows: Sequence[Made], titles: dict[str, str]) -> str:
         )
     note = ""
     if any(row.disturbed for row in rows):
-        note = '<p class="qd-note">A build was running beside this: the times are longer than the engines are.</p>'
+        note = '<p class="qd-note">Other work ran beside this: the times are longer than the engines are.</p>'
     return f'<div class="qd-cards">{"".join(cards)}</div>{note}'
 
 

@@ -168,11 +168,28 @@ def compare(result: dict[str, Any]) -> str:
                 f"{row['ssim_mean']:.4f}" if "ssim_mean" in row else "-",
                 f"{100 * share:.1f} %" if share is not None else "-",
                 f"{1000 * row['seconds_per_step']:.1f} ms",
-                f"{row['speedup']:.2f}x",
+                _speed(row),
             )
         )
     head = ("ENGINE", "PSNR dB", "WORST", "SSIM", "RIGHT EMOJI", "STEP", "SPEED")
-    return table(rows, head) + f"\n{result['pictures']} pictures in {result['images']}"
+    lines = [table(rows, head)]
+    lines += [
+        f"{row['name']}: machine busy, speed not reliable: {row['speed_reason']}"
+        for row in result["engines"]
+        if row.get("speed_reason")
+    ]
+    return "\n".join([*lines, f"{result['pictures']} pictures in {result['images']}"])
+
+
+def _speed(row: dict[str, Any]) -> str:
+    """``3.52x (3.4 to 3.7)``: over float, and the middle half of the pairs; no single number where they cannot be believed."""
+    if row["name"] == "float":
+        return "1.00x"
+    if "speedup_range" not in row:  # of an earlier version, which timed one engine after the other
+        return f"{row['speedup']:.2f}x"
+    low, high = row["speedup_range"]
+    between = f"{low:.2f} to {high:.2f}"
+    return f"{row['speedup']:.2f}x ({between})" if row["speed_reliable"] else f"not reliable ({between}x)"
 
 
 def report(result: dict[str, Any]) -> str:

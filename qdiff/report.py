@@ -166,9 +166,11 @@ def headline(data: ReportData) -> str:
     engine, quality, gains = data.chosen, data.quality, []
     if data.size_ratio:
         gains.append(f"{times(data.size_ratio)} smaller")
-    if engine and engine.speedup:
-        gains.append(f"{times(engine.speedup)} as fast per step on {engine.title}")
+    if engine and engine.reliable_speedup:
+        gains.append(f"{times(engine.reliable_speedup)} as fast per step on {engine.title}")
     first = " and ".join(gains) + "." if gains else "Size and speed were not measured."
+    if engine and engine.speed_reason:
+        first += " The machine was too busy to tell the speed."
     if quality.psnr_db_mean is None:
         return f"{first} Pictures were not compared."
     if quality.psnr_db_min is not None and quality.psnr_db_min >= DB_CAP:
@@ -190,7 +192,8 @@ def summary_lines(data: ReportData) -> list[str]:
         similarity = NOT_MEASURED if quality.ssim_mean is None else f"{quality.ssim_mean:.4f}"
         pictures = f"PSNR {db(quality.psnr_db_mean)} (lowest {db(quality.psnr_db_min)}), SSIM {similarity}, {pairs}"
     if engine and engine.seconds_per_step is not None:
-        gain = f", {times(engine.speedup)} the float engine’s speed" if engine.speedup else ""
+        gain = f", {engine.speed_words} the float engine’s speed" if engine.reliable_speedup else ""
+        gain = f", speed-up: {engine.speed_words}" if engine.speed_reason else gain
         speed = f"{seconds(engine.seconds_per_step)} a step on {engine.title}{gain}"
     size = NOT_MEASURED
     if data.size_ratio:

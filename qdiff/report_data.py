@@ -86,7 +86,12 @@ class TimestepError:
 
 @dataclass
 class EngineResult:
-    """One engine. ``seconds_per_step`` is a median; ``speedup`` is against the baseline in the same run."""
+    """One engine. ``seconds_per_step`` and ``speedup`` are medians of pairs: engine and baseline in turn, step by step.
+
+    Args:
+        speedup_low, speedup_high: between which the middle half of the pairs is.
+        speed_reason: why the machine was too busy to tell the speed; empty where it was not.
+    """
 
     name: str
     title: str
@@ -94,10 +99,25 @@ class EngineResult:
     why_not: str = ""
     seconds_per_step: float | None = None
     speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    speed_reason: str = ""
     peak_memory_bytes: int | None = None
     file_bytes: int | None = None
     psnr_db_mean: float | None = None
     note: str = ""
+
+    @property
+    def reliable_speedup(self) -> float | None:
+        """The speed-up, unless the machine was too busy to tell."""
+        return None if self.speed_reason else self.speedup
+
+    @property
+    def speed_words(self) -> str:
+        """The speed-up for a table: ``3.5×``, or between what it was found on a busy machine."""
+        if not self.speed_reason or self.speedup_low is None or self.speedup_high is None:
+            return times(self.reliable_speedup)
+        return f"machine busy: not reliable ({self.speedup_low:.2g} to {times(self.speedup_high)})"
 
 
 @dataclass

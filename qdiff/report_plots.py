@@ -142,7 +142,7 @@ def engine_plot(data: ReportData) -> str | None:
             top = max(value or 0.0 for value in values) or 1.0
             for row, (engine, value) in enumerate(zip(ran, values, strict=True)):
                 axes.barh(row, value or 0.0, height=0.55, color=colours.get(engine.name, _SERIES[5]))
-                gain = engine.speedup if form is seconds and engine.name != data.baseline else None
+                gain = engine.reliable_speedup if form is seconds and engine.name != data.baseline else None
                 text = f"{form(value)} · {times(gain)}" if gain else form(value)
                 back = {"facecolor": _PAPER, "edgecolor": "none", "pad": 1.5}
                 axes.text((value or 0.0) + 0.03 * top, row, text, va="center", color=_INK, bbox=back)

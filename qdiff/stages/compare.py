@@ -1,4 +1,5 @@
-"""Stage 5: the same prompts and seeds on the float model and on engines, and how far the pictures are apart."""
+"""Stage 5: the same prompts and seeds on the float model and on engines, how far the pictures are apart, and which is faster
+(:mod:`qdiff.stages.speed`)."""
 
 from __future__ import annotations
 
@@ -12,9 +13,13 @@ from qdiff.files import write_json
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.generate import Pictures, Session, make_request, save_pictures
+from qdiff.stages.speed import measure_speeds
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qdiff.models.base import Model, Request
+    from qdiff.timing import Speed
 
 DEFAULT_PICTURES = 16
 # Seeds of compared pictures start here: far from calibration's, so that no picture was calibrated on.
@@ -87,8 +92,12 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
     model = reload_model(run)
     log.info("compare: %d pictures, float beside %s", len(request.prompts), ", ".join(engines))
     made: dict[str, Pictures] = {}
+    together = model.calls_per_step(request.guidance)
+    calls: list[dict[str, Tensor]] = []
     for name in ["float", *engines]:
         session = Session(run, name, model)
+        if name == "float":
+            calls = session.recorder(model.steps(request.steps) * together).calls
         try:
             made[name] = session.pictures(request)
         finally:
@@ -99,24 +108,24 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
             work.output(path)
             if model.family.media == "video":
                 work.output(path.with_suffix(".mp4"))
+    speeds = measure_speeds(run, model, engines, calls, together, made)
     result = {
         "prompts": list(request.prompts),
         "seeds": list(request.seeds),
-        "engines": [_judge(name, made, request, model) for name in ["float", *engines]],
+        "engines": [_judge(name, made, speeds[name], request, model) for name in ["float", *engines]],
     }
     write_json(work.output(run.file("compare.json")), result)
     work.fact(device=str(model.device))
 
 
-def _judge(name: str, made: dict[str, Pictures], request: Request, model: Model) -> dict[str, Any]:
+def _judge(name: str, made: dict[str, Pictures], speed: Speed, request: Request, model: Model) -> dict[str, Any]:
     from qdiff.images import to_pixels
     from qdiff.metrics import motion, paired
 
     pictures = made[name]
     row: dict[str, Any] = {
         "name": name,
-        "seconds_per_step": pictures.seconds_per_step,
-        "speedup": made["float"].seconds_per_step / pictures.seconds_per_step,
+        **speed.to_json(),
         "load_seconds": pictures.load_seconds,
         "added_bytes": pictures.added_bytes,
         "accuracy": accuracy(model, pictures.images, list(request.prompts)),

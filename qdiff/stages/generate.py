@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qdiff.correction import Correction
     from qdiff.engines import Runner
     from qdiff.models.base import Model, Request, StepCallback
+    from qdiff.stages.speed import CallRecorder
     from qdiff.video import Clip
 
 CORRECTION = "correction.json"  # of the trajectory, where the stage `correct` was done
@@ -80,6 +81,13 @@ class Session:
         if self._float is not None:
             self.model.backbone, self.model.correction = self._float, None
         self.runner.close()
+
+    def recorder(self, most: int) -> CallRecorder:
+        """Keeps the inputs of the backbone's next ``most`` calls, for :mod:`qdiff.stages.speed`."""
+        from qdiff.stages.speed import CallRecorder
+
+        recorder = self._stand_in.runner = CallRecorder(self.runner, most)
+        return recorder
 
     def pictures(self, request: Request, batch: int = 4, on_step: StepCallback | None = None) -> Pictures:
         """Makes the pictures of ``request``, ``batch`` at a time; every picture depends on its own seed alone.

@@ -243,6 +243,9 @@ def _engines(run: Run, compared: dict[str, Any] | None) -> list[EngineResult]:
                 why_not=why or "",
                 seconds_per_step=row.get("seconds_per_step"),
                 speedup=row.get("speedup"),
+                speedup_low=row["speedup_range"][0] if "speedup_range" in row else None,
+                speedup_high=row["speedup_range"][1] if "speedup_range" in row else None,
+                speed_reason=row.get("speed_reason") or "",
                 peak_memory_bytes=row.get("added_bytes"),
                 file_bytes=built.get("bytes") if is_built else None,
                 psnr_db_mean=row.get("psnr_db_mean"),
@@ -259,6 +262,12 @@ def _warnings(run: Run, compared: dict[str, Any] | None) -> list[str]:
         found.append(
             "The weights are random: the pictures are noise, and the quality numbers say nothing about a trained model."
         )
+    for row in compared["engines"] if compared else []:
+        if row.get("speed_reason"):
+            found.append(
+                f"The machine was too busy to tell the speed of {row['name']}: {row['speed_reason']}. "
+                "Run qdiff compare --force when it is idle."
+            )
     if compared is None:
         found.append("No pictures were compared in this run: qdiff compare RUN makes them.")
     for stage, entry in run.manifest["stages"].items():

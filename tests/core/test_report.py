@@ -280,6 +280,18 @@ def test_the_summary_is_for_a_terminal(data: ReportData) -> None:
     assert any("3.9× smaller" in line for line in lines) and any("109 ms a step" in line for line in lines)
 
 
+def test_a_busy_machine_gives_no_speed(tmp_path: Path, data: ReportData) -> None:
+    quiet, busy = data.engines[1], "other processes used 1.0 of the 2 cores"
+    data.engines[1] = replace(quiet, speedup=18.7, speedup_low=2.1, speedup_high=20.4, speed_reason=busy)
+    assert "18.7" not in report.headline(data) and "too busy to tell the speed" in report.headline(data)
+    assert any("machine busy: not reliable (2.1 to 20×)" in line for line in summary_lines(data))
+    page, facts = written(tmp_path, data)
+    assert "machine busy: not reliable (2.1 to 20×)" in page and "19×" not in page
+    assert facts["engines"][1]["speed_reason"] == busy
+    data.engines[1] = replace(quiet, speedup_low=3.0, speedup_high=3.3)
+    assert "3.1× as fast" in report.headline(data)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_runs_our_script_and_no_other(tmp_path: Path, data: ReportData) -> None:
     """The policy's hash fits the script (else there would be no slider), and the prompt's script did not run."""
