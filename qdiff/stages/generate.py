@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from qdiff.correction import Correction
     from qdiff.engines import Runner
+    from qdiff.engines.recorder import CallRecorder
     from qdiff.models.base import Model, Request, StepCallback
-    from qdiff.stages.speed import CallRecorder
     from qdiff.video import Clip
 
 CORRECTION = "correction.json"  # of the trajectory, where the stage `correct` was done
@@ -84,7 +84,7 @@ class Session:
 
     def recorder(self, most: int) -> CallRecorder:
         """Keeps the inputs of the backbone's next ``most`` calls, for :mod:`qdiff.stages.speed`."""
-        from qdiff.stages.speed import CallRecorder
+        from qdiff.engines.recorder import CallRecorder
 
         recorder = self._stand_in.runner = CallRecorder(self.runner, most)
         return recorder

@@ -13,7 +13,6 @@ import psutil
 
 from qdiff import device
 from qdiff.artifacts import Run
-from qdiff.engines.base import Runner
 from qdiff.events import log
 from qdiff.resources import release_memory
 from qdiff.stages.build import load_runner
@@ -22,51 +21,14 @@ from qdiff.timing import LEAST_ROUNDS, Speed, take_turns
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qdiff.engines import Runner
     from qdiff.models.base import Model
 
 SECONDS = 4.0  # for all rounds, where so much time is enough for the least number of them
 FEWEST_STEPS = 3
-MOST_BYTES = 512 * 2**20  # of recorded inputs
 SPARE = 1.5  # memory that loaded engines may need over what was seen when each made its pictures
 
 Call = dict[str, "Tensor"]
-
-
-class CallRecorder(Runner):
-    """A runner that keeps the inputs of its first calls.
-
-    Args:
-        runner: that computes them.
-        most: calls to keep; fewer where they would hold more than ``MOST_BYTES``.
-    """
-
-    def __init__(self, runner: Runner, most: int) -> None:
-        self.runner, self.inputs, self.lasting = runner, runner.inputs, runner.lasting
-        self.calls: list[Call] = []
-        self._left, self._bytes = most, 0
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        if self._left > 0:
-            self._keep(inputs)
-        return self.runner(inputs)
-
-    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        return self.runner.outputs(inputs)
-
-    def _keep(self, inputs: Mapping[str, Tensor]) -> None:
-        """One call; a tensor that is equal to that of one of the two calls before (two branches of guidance) is kept once."""
-        from qdiff.engines.hoisted import same_bytes
-
-        call: Call = {}
-        for name, tensor in inputs.items():
-            equal = [old[name] for old in self.calls[-2:] if same_bytes(old[name], tensor)]
-            call[name] = equal[0] if equal else tensor.detach().clone()
-            self._bytes += 0 if equal else tensor.numel() * tensor.element_size()
-        self._left = 0 if self._bytes > MOST_BYTES else self._left - 1
-        self.calls.append(call)
-
-    def close(self) -> None:
-        self.runner.close()
 
 
 def measure_speeds(

@@ -71,7 +71,7 @@ def test_calls_are_those_of_the_sampler(tiny):
     """In order, by the first batch alone; what does not change from step to step is kept once."""
     import torch
 
-    from qdiff.stages.speed import CallRecorder
+    from qdiff.engines.recorder import CallRecorder
 
     class Echo:
         inputs, lasting = (), frozenset()
