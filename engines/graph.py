@@ -3,7 +3,8 @@
 The weights of a large graph lie in files beside it that the graph names itself. A name inside a file is input from
 outside: history has absolute names, ``..``, symbolic links and hard links (CVE-2026-27489, CVE-2026-34446), each a way to make
 a reader open a file that its user did not mean. Every backend checks some of it; here all of it is checked before any backend
-sees the graph. (A hard link is refused for one more reason: ``onnx.load`` refuses it too, so nothing in qdiff makes one.)
+sees the graph. (A hard link is refused for one more reason: ``onnx.load`` refuses it too. Copies of a run that are made of hard
+links still work: :meth:`qdiff.artifacts.Run.verify` breaks the link of a file whose hash is right.)
 """
 
 from __future__ import annotations
@@ -51,8 +52,11 @@ def _external(onnx: Path, name: str) -> Path:
     if not path.exists():
         raise InputError(f"{onnx} names the weights file {name!r}, which is missing", "run: qdiff export RUN --force")
     status = path.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+    if not stat.S_ISREG(status.st_mode):
         raise IntegrityError(f"{path} is a link or not a plain file", "export the graph anew: qdiff export RUN --force")
+    if status.st_nlink != 1:
+        fix = "let qdiff write in the folder, or copy the run without hard links: cp -a, or rsync without --link-dest"
+        raise IntegrityError(f"{path} has other names (hard links), which onnx refuses to read", fix)
     return path
 
 

@@ -1,6 +1,6 @@
 """The run folder: every stage reads and writes one folder, and its manifest says what is finished.
 
-    run.json         manifest: per stage its inputs, the sha256 of its outputs, seconds, peak memory, versions
+    run.json         manifest: per stage its inputs, the sha256 of its outputs, seconds, peak memory, versions; and its copy
     calibration/     trajectory shards and statistics
     plan.json  model.safetensors  correction.json  onnx/<target>/  engines/<key>/  images/  report.html  report.json
 
@@ -20,7 +20,6 @@ import fcntl
 import json
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Container, Iterable, Iterator
 from importlib import metadata
@@ -28,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import qdiff
+from qdiff import leftovers as leftovers_of
+from qdiff import manifest
 from qdiff.differences import differences
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
 from qdiff.events import log
-from qdiff.files import read_json, require_writable, safe_child, sha256_file, sha256_json, write_json
+from qdiff.files import break_links, require_writable, safe_child, sha256_file, sha256_json
 from qdiff.resources import Usage, measure, release_memory
 
-MANIFEST_VERSION = 1
 # The stages in order, and what each is made from: when one of those is made anew, the stage is out of date. Export is done
 # once for each target and build once for each engine: their entries are ``export:tensorrt``, ``build:openvino`` and so on.
 UPSTREAM: dict[str, tuple[str, ...]] = {
@@ -49,7 +49,6 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL = ("attention", "correct")  # done only where it is asked for
 EDITABLE = "plan.json"  # the one output that people edit; --plan applies what they wrote
-_SEAL = "sha256"  # of the rest of the manifest: it decides which files are trusted, so it has to be whole and ours
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt")
 
 
@@ -125,33 +124,15 @@ class Run:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
-        self.manifest: dict[str, Any] = {"version": MANIFEST_VERSION, "stages": {}}
+        self.manifest: dict[str, Any] = {"version": manifest.VERSION, "stages": {}}
+        self._locked = False
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a run folder", "choose another folder with -o")
-        if (self.path / "run.json").exists():
+        if manifest.is_there(self.path):
             self._read()
 
     def _read(self) -> None:
-        manifest = read_json(self.path / "run.json", "the manifest")
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-            raise IntegrityError(
-                f"{self.path / 'run.json'} is not a manifest of qdiff", "choose another folder with -o"
-            )
-        if manifest.get("version") != MANIFEST_VERSION:
-            raise IntegrityError(
-                f"{self.path / 'run.json'} has version {manifest.get('version')!r}, this qdiff reads {MANIFEST_VERSION}",
-                "use the qdiff that made it, or start a new run folder with -o",
-            )
-        seal = manifest.pop(_SEAL, None)
-        if seal != sha256_json(manifest) or not all(
-            stage.partition(":")[0] in UPSTREAM and isinstance(entry, dict)
-            for stage, entry in manifest["stages"].items()
-        ):
-            raise IntegrityError(
-                f"{self.path / 'run.json'} was changed by hand or by another program (its seal does not fit)",
-                "put the old file back, or start a new run folder with -o",
-            )
-        self.manifest = manifest
+        self.manifest = manifest.read(self.path, UPSTREAM)
 
     @classmethod
     def existing(cls, path: Path | str) -> Run:
@@ -160,7 +141,7 @@ class Run:
         Raises:
             InputError: when the folder holds no manifest.
         """
-        if not (Path(path) / "run.json").is_file():
+        if not manifest.is_there(Path(path)):
             raise InputError(
                 f"{path} is not a run folder (it has no run.json)",
                 "make one with: qdiff calibrate --model pixart -o RUN",
@@ -182,9 +163,12 @@ class Run:
 
         Raises:
             InputError: when it is not finished, with the command that makes it.
+            RunLockedError: another process works here now, perhaps on it.
         """
         entry = self.manifest["stages"].get(stage)
         if not entry or entry.get("status") != "done":
+            if self._is_locked():
+                raise RunLockedError(self.path, f"stage {stage!r} is not finished")
             state = "was cut off" if entry else "has not been done"
             again = _again(entry or {}, stage) or _command(stage, self.path)
             raise InputError(f"stage {stage!r} {state} in {self.path}", f"run: {again}")
@@ -219,6 +203,8 @@ class Run:
                     f"{name} is not the file that stage {stage!r} wrote (its sha256 differs)",
                     f"put the old file back, or run: {_command(stage, self.path)}{option} --force",
                 )
+            if name.startswith("onnx/"):
+                break_links(path)  # readers of ONNX refuse files with several names
 
     def is_current(self, stage: str, inputs: dict[str, Any]) -> bool:
         """Whether ``stage`` is finished with exactly these inputs and unchanged outputs.
@@ -291,18 +277,16 @@ class Run:
         assert name.partition(":")[0] in UPSTREAM
         require_writable(self.path, make=True)
         with self._lock():
-            if (self.path / "run.json").exists():
+            if manifest.is_there(self.path):
                 self._read()
-            self._sweep()
+            leftovers_of.sweep(self.path)
             before, later, deleted = dict(self.manifest["stages"]), self._made_from(name), False
             if force:
                 self._verify_all(needs)
                 self._forget(name)
-                finished = before.get(name, {}).get("outputs", {})
                 for leftover in leftovers:
-                    path = safe_child(self.path, leftover)
-                    deleted |= any(output == leftover or output.startswith(f"{leftover}/") for output in finished)
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                    recorded = {*before.get(name, {}).get("outputs", {}), *self.manifest.get("leftovers", ())}
+                    deleted |= leftovers_of.remove(self.path, leftover, recorded, unfinished=name in before)
             recorded = self.manifest["stages"].get(name, {}).get("inputs")
             if replace and recorded != json.loads(json.dumps(inputs)):
                 self._forget(name)
@@ -348,16 +332,12 @@ class Run:
             if path.parent == self.path:
                 path.unlink(missing_ok=True)
 
-    def _sweep(self) -> None:
-        """Removes what a killed process left half written. Nobody else works here: the lock is ours."""
-        for stale in [*self.path.glob(".*.tmp"), *self.path.glob("[!.]*/**/.*.tmp")]:
-            stale.unlink(missing_ok=True)
-        for stale in [*self.path.glob(".parity-*"), *self.path.glob("onnx/.*"), *self.path.glob("engines/.*")]:
-            shutil.rmtree(stale, ignore_errors=True)
-
     def _forget(self, name: str) -> None:
+        """Drops the entries of a stage and of what was made from it; their files that stay are remembered as ours."""
+        names = set(self.manifest.get("leftovers", ()))
         for stage in [name, *self._made_from(name)]:
-            self.manifest["stages"].pop(stage, None)
+            names |= self.manifest["stages"].pop(stage, {}).get("outputs", {}).keys()
+        self.manifest["leftovers"] = sorted(names)
 
     def _write(self) -> None:
         order = list(UPSTREAM)
@@ -366,17 +346,45 @@ class Run:
             stage: stages[stage]
             for stage in sorted(stages, key=lambda stage: (order.index(stage.partition(":")[0]), stage))
         }
-        self.manifest = {**self.manifest, "stages": ordered}
-        write_json(self.path / "run.json", {**self.manifest, _SEAL: sha256_json(self.manifest)})
+        current = {output for entry in ordered.values() for output in entry.get("outputs", {})}
+        remaining = [
+            output
+            for output in self.manifest.get("leftovers", ())
+            if output not in current and self.file(output).exists()
+        ]
+        self.manifest = {"version": manifest.VERSION, "stages": ordered} | (
+            {"leftovers": remaining} if remaining else {}
+        )
+        manifest.write(self.path, self.manifest)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        with open(self.path / ".lock", "w") as file:
+        path = self.path / ".lock"
+        if path.is_file() and path.stat().st_nlink > 1:  # a hard-linked copy of a run would share its lock
+            path.unlink(missing_ok=True)
+        with open(path, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunLockedError(self.path) from None
-            yield
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+    def _is_locked(self) -> bool:
+        """Whether another process works here now."""
+        if self._locked:
+            return False
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock yet, or a folder that cannot be read
+            return False
+        return False
 
 
 class RunLockedError(QdiffError):
@@ -384,5 +392,6 @@ class RunLockedError(QdiffError):
 
     exit_code = 3
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"another qdiff works in {path}", "wait for it, or choose another folder with -o")
+    def __init__(self, path: Path, because: str | None = None) -> None:
+        message = f"another qdiff works in {path}" + (f", and {because}" if because else "")
+        super().__init__(message, "wait for it, or choose another folder with -o")

@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,79 @@ def disk_errors(what: str) -> Iterator[None]:
                 "free some space and run the same command again: finished parts are kept",
             ) from error
         raise
+
+
+MOST_TEXT = 64_000_000  # bytes of a file that a user names
+LONGEST_NAME, LONGEST_PATH = 255, 4_096  # bytes, of Linux and of its file systems
+
+
+def path_of(text: str | Path) -> Path:
+    """A path that a user named.
+
+    Raises:
+        UsageError: it is empty, holds NUL, or is longer than file systems take.
+    """
+    name = str(text)
+    if not name:
+        raise UsageError("an empty path was given", "name a file or a folder; . is the current folder")
+    if "\x00" in name:
+        raise UsageError(f"the path {name!r} holds a NUL character", "leave it out")
+    longest = max(len(os.fsencode(part)) for part in name.split("/"))
+    if longest > LONGEST_NAME or len(os.fsencode(name)) >= LONGEST_PATH:
+        raise UsageError(
+            f"the path {name[:60]}… is too long ({len(name):,} characters, a name in it {longest:,} bytes)",
+            f"a name has at most {LONGEST_NAME} bytes, a whole path {LONGEST_PATH - 1:,}",
+        )
+    return Path(name)
+
+
+def read_user_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
+    """The UTF-8 text of a file that a user named, without a byte order mark.
+
+    Args:
+        what: it is, for messages: ``the prompts file``.
+        most: bytes that it may have.
+
+    Raises:
+        InputError: missing, unreadable, no regular file (a device has no end), too large, or no text.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{what} {path} is no regular file", "name a plain text file")
+        if status.st_size > most:
+            raise InputError(
+                f"{what} {path} has {status.st_size / 1e6:,.0f} MB, at most {most / 1e6:,.0f} MB are read",
+                "is it the right file?",
+            )
+        with open(path, "rb") as file:
+            data = file.read(most + 1)  # files of /proc say that they are empty
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read {what} {path}: {reason}", "check the path") from None
+    if len(data) > most:
+        raise InputError(f"{what} {path} has more than {most / 1e6:,.0f} MB", "is it the right file?")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\x00"
+    if "\x00" in text:
+        raise InputError(f"{what} {path} is not a text file in UTF-8", "save it as plain UTF-8 text")
+    return text
+
+
+def break_links(path: Path) -> None:
+    """Makes a file that has several names (``cp -al``, ``rsync --link-dest``) one of its own with the same bytes, where its
+    folder can be written: libraries that refuse hard links then read it, and what is written there changes no other folder."""
+    if path.lstat().st_nlink < 2:
+        return
+    with contextlib.suppress(PermissionError), contextlib.ExitStack() as stack:
+        stack.enter_context(disk_errors(str(path)))
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        stack.callback(Path(name).unlink, missing_ok=True)
+        shutil.copy2(path, name)
+        os.replace(name, path)
 
 
 def require_writable(folder: Path, *, make: bool = False) -> None:
@@ -113,7 +188,7 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(
             f"{what} is missing: there is no {path}", "run the stage that makes it, or check the path"
         ) from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(
             f"{what} at {path} is not valid JSON: {error}", "delete it and run its stage again"
         ) from None

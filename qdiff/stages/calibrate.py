@@ -135,9 +135,9 @@ def calibrate(run: Run, options: CalibrateOptions, *, force: bool = False, dry_r
     }
     if dry_run:
         return {"dry_run": True, "run": str(run.path), **inputs, **_estimate(model, recording)}
-    if not force and "calibrate" not in run.manifest["stages"] and folder.exists() and any(folder.iterdir()):
+    if "calibrate" not in run.manifest["stages"] and folder.exists() and any(folder.iterdir()):
         raise InputError(
-            f"{folder} holds files that this run did not make", "choose another folder with -o, or add --force"
+            f"{folder} holds files that this run did not make", "choose another folder with -o, or move them away"
         )
     with run.stage("calibrate", inputs, force=force, leftovers=["calibration"]) as work:
         if work is not None:

@@ -1,0 +1,85 @@
+"""``run.json`` on disk: sealed, and twice.
+
+The manifest says which files are trusted, so it carries the hash of its own content and is refused when that does not fit. It is
+written whole or not at all, but a disk that fails, or a copy that was cut off, can still end it early, and a run of hours must
+not hang on one small file. So the same text lies beside it as ``run.copy.json``, written after it. Where ``run.json`` is missing
+or cut, the copy is taken, and said. A manifest that is whole and was edited is still refused: that is news, and its copy is
+named as the way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from qdiff.errors import IntegrityError, QdiffError
+from qdiff.events import log
+from qdiff.files import read_json, sha256_json, write_json
+
+NAME, COPY = "run.json", "run.copy.json"
+VERSION = 1
+_SEAL = "sha256"
+
+
+def is_there(folder: Path) -> bool:
+    """Whether the folder holds a manifest, or its copy."""
+    return (folder / NAME).is_file() or (folder / COPY).is_file()
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest with its seal, and its copy."""
+    sealed = {**manifest, _SEAL: sha256_json(manifest)}
+    write_json(folder / NAME, sealed)
+    write_json(folder / COPY, sealed)
+
+
+def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
+    """The manifest without its seal; from the copy where ``run.json`` is missing or cut.
+
+    Args:
+        stages: names that its entries may have, up to a colon.
+
+    Raises:
+        IntegrityError: it is not ours, of another version, or was changed; or it is cut and so is its copy.
+    """
+    try:
+        text = (folder / NAME).read_bytes()
+        json.loads(text)
+        whole = True
+    except (OSError, ValueError, RecursionError):
+        whole = False
+    if not whole and (folder / COPY).is_file():
+        with contextlib.suppress(QdiffError):
+            manifest = _read(folder / COPY, stages)
+            log.warning("%s is missing or was cut off: its copy %s is taken", folder / NAME, COPY)
+            with contextlib.suppress(OSError):  # a folder that cannot be written can still be read
+                shutil.copyfile(folder / COPY, folder / f".{NAME}.restored.tmp")
+                (folder / f".{NAME}.restored.tmp").replace(folder / NAME)
+            return manifest
+    return _read(folder / NAME, stages)
+
+
+def _read(path: Path, stages: Container[str]) -> dict[str, Any]:
+    manifest = read_json(path, "the manifest")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+        raise IntegrityError(f"{path} is not a manifest of qdiff", "choose another folder with -o")
+    if manifest.get("version") != VERSION:
+        raise IntegrityError(
+            f"{path} has version {manifest.get('version')!r}, this qdiff reads {VERSION}",
+            "use the qdiff that made it, or start a new run folder with -o",
+        )
+    seal = manifest.pop(_SEAL, None)
+    if seal != sha256_json(manifest) or not all(
+        stage.partition(":")[0] in stages and isinstance(entry, dict) for stage, entry in manifest["stages"].items()
+    ):
+        copy = path.with_name(COPY)
+        back = f"cp {copy} {path}" if copy.is_file() and copy != path else "put the old file back"
+        raise IntegrityError(
+            f"{path} was changed by hand or by another program (its seal does not fit)",
+            f"{back}, or start a new run folder with -o",
+        )
+    return manifest
