@@ -30,6 +30,7 @@ from urllib.parse import unquote
 from qdiff import device
 from qdiff.app.limits import Limits
 from qdiff.errors import InputError, MissingDependencyError, UsageError
+from qdiff.files import read_user_text
 
 log = logging.getLogger("qdiff.app")
 
@@ -80,7 +81,7 @@ def read_accounts(path: Path) -> dict[str, str]:
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise InputError(f"{path} can be read by others", f"run: chmod 600 {path}")
     accounts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_user_text(path, "the accounts file", 1_000_000).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, colon, password = line.partition(":")

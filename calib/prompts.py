@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qdiff.errors import InputError
+from qdiff.files import read_user_text
 
 LONGEST = 2_000  # characters; text encoders keep some hundred tokens and cut the rest
 MOST = 10_000
@@ -16,16 +17,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: missing, empty, binary, a line that is too long, or too many lines; says which line.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the prompts file {path}: {error.strerror}", "check the path") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\x00"
-    if "\x00" in text:
-        raise InputError(f"{path} is not a text file in UTF-8", "write one prompt on each line of a plain text file")
+    text = read_user_text(path, "the prompts file")
     prompts: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()

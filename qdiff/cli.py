@@ -17,7 +17,8 @@ import typer
 
 import qdiff
 from qdiff import present, process
-from qdiff.errors import UsageError
+from qdiff.errors import IntegrityError, UsageError
+from qdiff.files import path_of
 from qdiff.options import (
     BatchOption,
     BudgetOption,
@@ -294,7 +295,10 @@ def generate(
     run: RunArgument,
     prompt: Annotated[list[str], typer.Option("--prompt", help="what to show; may be given several times")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="PNG or MP4 to write [default: out.png, out.mp4]")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", parser=path_of, help="PNG or MP4 to write [default: out.png, out.mp4]"
+        ),
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="what not to show")] = "",
     steps: StepsOption = None,
@@ -437,7 +441,10 @@ def inspect(
     """
     from qdiff.stages import inspection
 
-    _show(inspection.inspect(_open(run), layers=layers), json, present.inspect)
+    result = inspection.inspect(_open(run), layers=layers)
+    _show(result, json, present.inspect)
+    if result["changed"]:
+        raise IntegrityError(f"{result['run']} is not as it was made: {result['changed'][0]}", result["fixes"][0])
 
 
 @app.command()
@@ -454,12 +461,18 @@ def doctor(json: JsonOption = False) -> None:
 @app.command()
 def demo(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]…", help="run folders [default: those in runs/]")
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]…", parser=path_of, help="run folders [default: those in runs/]"),
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on; other than loopback needs --auth")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    auth: Annotated[Path | None, typer.Option(help="file with lines name:password, only for its owner to read")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder for runs built on the page")] = Path("runs"),
+    auth: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", parser=path_of, help="file with lines name:password, only for its owner to read"),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="PATH", parser=path_of, help="folder for runs built on the page")
+    ] = Path("runs"),
     allow: Annotated[
         list[str] | None, typer.Option(metavar="MODEL=WEIGHTS", help="may be built on the page too")
     ] = None,

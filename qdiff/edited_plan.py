@@ -21,6 +21,7 @@ from qdiff.differences import shortened
 from qdiff.drafting import check_formats, groups_of, kind_of
 from qdiff.errors import InputError, IntegrityError, QdiffError, nearest
 from qdiff.events import log
+from qdiff.files import read_user_text
 from qdiff.formats import FORMATS
 from qdiff.models.base import Model, quantizable_layers
 from qdiff.numerics import fits_float16
@@ -48,6 +49,7 @@ def read(path: Path) -> Plan:
     Raises:
         InputError: missing, not JSON, or not of a plan's form.
     """
+    read_user_text(path, "the plan")
     try:
         return Plan.load(path)
     except IntegrityError as error:

@@ -8,9 +8,13 @@ from typing import Annotated
 import typer
 
 from qdiff import device
+from qdiff.files import path_of
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
-RunOption = Annotated[Path | None, typer.Option("-o", "--output", help="run folder [default: runs/MODEL]")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", parser=path_of, help="the run folder")]
+RunOption = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="PATH", parser=path_of, help="run folder [default: runs/MODEL]"),
+]
 ModelOption = Annotated[str, typer.Option("--model", help="model family (see: qdiff models)")]
 WeightsOption = Annotated[
     str, typer.Option("--weights", help="bundled, a diffusers folder, a Hub id, or random:CONFIGURATION")
@@ -18,7 +22,9 @@ WeightsOption = Annotated[
 RevisionOption = Annotated[
     str | None, typer.Option(help="commit, tag or branch of a Hub id; resolved once and recorded")
 ]
-PromptsOption = Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", metavar="PATH", parser=path_of, help="text file, one prompt a line")
+]
 SamplesOption = Annotated[int | None, typer.Option(help="prompts to calibrate on [default: 32, or all of the file]")]
 StepsOption = Annotated[int | None, typer.Option(help="denoising steps [default: the model's]")]
 GuidanceOption = Annotated[float | None, typer.Option(help="guidance scale [default: the model's]")]
@@ -42,7 +48,10 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry of the recipe")
 ]
 PlanOption = Annotated[
-    Path | None, typer.Option("--plan", help="a plan.json edited by hand: take its decisions, not a recipe's")
+    Path | None,
+    typer.Option(
+        "--plan", metavar="PATH", parser=path_of, help="a plan.json edited by hand: take its decisions, not a recipe's"
+    ),
 ]
 DeviceOption = Annotated[
     str | None,

@@ -20,7 +20,8 @@ from qdiff.errors import QdiffError, out_of_memory
 # Typer brings its own copy of click, whose exceptions are not those of the package click.
 _UsageError: Any = typer.BadParameter.__base__
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_OF_THE_DISK = (*_NO_SPACE, errno.EACCES, errno.EROFS)
+_OF_THE_DISK = (*_NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENOENT)
 
 
 def stop_on_interrupt() -> None:
@@ -43,6 +44,12 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Runs the command that ``arguments`` name, tells the user of errors on stderr, and returns the exit code."""
     from qdiff.events import TerminalListener, listening
 
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # bytes of another encoding: neither a manifest nor a picture could hold them
+            _tell(f"error: the argument {argument!a} is not UTF-8", "give names and prompts in UTF-8")
+            return 2
     quiet = any(argument in ("-q", "--quiet") for argument in arguments)
     try:
         with listening(None if quiet else TerminalListener()):
@@ -88,6 +95,9 @@ def _failed(error: Exception) -> int:
             f"error: {error.strerror}: {error.filename}", "check space and permissions, then run the same command again"
         )
         return 6 if error.errno in _NO_SPACE else 3
+    if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
+        _tell(f"error: {error.strerror}: {str(error.filename)[:200]}", "check the paths that were given")
+        return 3
     _tell(
         f"error: {type(error).__name__}: {str(error)[:500]}",
         "this is a bug of qdiff; run again with qdiff --debug and report what it prints",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.errors import InputError, IntegrityError, unknown_name
-from qdiff.files import read_json, sha256_json
+from qdiff.files import path_of, read_json, sha256_json
 from qdiff.numerics import require_finite
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Mo
         if not folder.is_dir():
             raise InputError(f"no bundled weights for {family.name}", "name a folder or a Hub id with --weights")
         return _from_folder(family, folder, weights, note)
-    if Path(weights).is_dir():
+    if path_of(weights).is_dir():
         return _from_folder(family, Path(weights), weights, f"the folder {weights}")
     if _HUB_ID.match(weights):
         folder, commit = _download(weights, revision)

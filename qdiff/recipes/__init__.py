@@ -14,8 +14,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qdiff.errors import InputError, UsageError, nearest, unknown_name
+from qdiff.files import path_of, read_user_text
 from qdiff.recipe import Recipe
 
+MOST_BYTES = 1_000_000  # of a recipe
 EXAMPLE = "see qdiff/recipes/int8.yaml for an example"
 
 
@@ -35,12 +37,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     if name in built_in():
         text = (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).suffix in (".yaml", ".yml"):
-        if Path(name).exists() and not Path(name).is_file():
-            raise InputError(f"the recipe {name} is no plain file", "check the path")
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the recipe {name}: {error}", "check the path") from None
+        text = read_user_text(path_of(name), "the recipe", MOST_BYTES)
     else:
         raise unknown_name("recipe", name, built_in(), InputError)
     try:

@@ -12,7 +12,7 @@ from qdiff.events import log
 from qdiff.files import write_json
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
-from qdiff.stages.generate import Pictures, Session, make_request, save_pictures
+from qdiff.stages.generate import Pictures, Session, check_pictures, make_request, save_pictures
 from qdiff.stages.speed import measure_speeds
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def compare(
     from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
 
+    check_pictures(pictures)
     calibrated = options_of(run)
     chosen = engines or [default_engine(run)]
     require_comparable(chosen)

@@ -26,7 +26,7 @@ from qdiff.files import read_json, sha256_json, write_json
 from qdiff.scratch import Scratch
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
-from qdiff.stages.generate import CORRECTION, MOST_PICTURES, Session, make_request
+from qdiff.stages.generate import CORRECTION, Session, check_pictures, make_request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,8 +81,7 @@ def correct(
         raise UsageError(
             "--engine float is the model that a correction aims at", "name an engine of the quantized model"
         )
-    if not 1 <= pictures <= MOST_PICTURES:
-        raise UsageError(f"--pictures {pictures} is not between 1 and {MOST_PICTURES}", "16 judge well, 48 better")
+    check_pictures(pictures)
     if run.file(CORRECTION).is_dir():
         raise InputError(f"{run.file(CORRECTION)} is a folder, and the correction has to be written there", "remove it")
     require_runner(run, name)

@@ -162,6 +162,16 @@ def _by_step(calls: list[float], together: int) -> list[float]:
     return [sum(calls[start : start + together]) for start in range(0, len(calls), together)]
 
 
+def check_pictures(count: int) -> None:
+    """Refuses a number of pictures that no comparison makes, before anything is done for them.
+
+    Raises:
+        UsageError: with the range.
+    """
+    if not 1 <= count <= MOST_PICTURES:
+        raise UsageError(f"--pictures {count} is not between 1 and {MOST_PICTURES}", "16 judge well, 48 better")
+
+
 def make_request(
     run: Run,
     prompts: list[str],

@@ -9,6 +9,7 @@ from typing import Any
 
 from qdiff.artifacts import OPTIONAL, UPSTREAM, Run, versions
 from qdiff.errors import QdiffError
+from qdiff.events import log
 from qdiff.stages.build import built_parts
 
 
@@ -32,8 +33,17 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
         result["model"] = {
             key: run.entry("calibrate")["inputs"][key] for key in ("model", "weights", "note", "fingerprint")
         }
+    problems = [row for row in stages.values() if row.get("fix")]
+    result["changed"], result["fixes"] = [row["files"] for row in problems], [row["fix"] for row in problems]
+    plan = None
     if run.done("quantize"):
-        plan = Plan.load(run.file("plan.json"))
+        try:
+            plan = Plan.load(run.file("plan.json"))
+        except QdiffError as error:  # the table is what tells of it
+            if not verify:
+                raise
+            log.warning("the plan is not shown: %s", error.message)
+    if plan is not None:
         result["plan"] = {
             "recipe": plan.recipe,
             "quantized": len(plan.quantized),

@@ -14,6 +14,7 @@ from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
 from qdiff.stages.compare import DEFAULT_PICTURES, compare, require_comparable
 from qdiff.stages.export import export
+from qdiff.stages.generate import check_pictures
 from qdiff.stages.quantize import quantize
 from qdiff.stages.report import report
 
@@ -53,6 +54,7 @@ def run_all(
         log.info("%s: done%s", name, f" ({duration(seconds)})" if seconds is not None else "")
         return result
 
+    check_pictures(pictures)
     require_comparable(engines or [])
     wanted = [choose(name) for name in (engines or DEFAULT_ENGINES)]
     skipped = {}

@@ -79,9 +79,16 @@ def test_prompts_files_that_are_none(tmp_path, name):
 
 
 def test_prompts_files_that_cannot_be_read(tmp_path):
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(InputError, match="cannot read the prompts file"):
+    with pytest.raises(InputError, match="cannot read the prompts file"):
+        read_prompts(tmp_path / "none.txt")
+    for path in (tmp_path, Path("/dev/zero")):
+        with pytest.raises(InputError, match="no regular file"):
             read_prompts(path)
+    large = tmp_path / "large.txt"
+    with open(large, "wb") as file:
+        file.truncate(65_000_000)  # sparse
+    with pytest.raises(InputError, match="has 65 MB, at most 64 MB are read"):
+        read_prompts(large)
 
 
 def test_prompts_are_the_lines(tmp_path):
@@ -251,7 +258,9 @@ ARGUMENTS = ["calibrate", "--weights", "random:pixart-tiny", "--samples", "10", 
 
 
 def digests(run: Path) -> dict[str, str]:
-    files = [path for path in run.rglob("*") if path.is_file() and path.name not in ("run.json", ".lock")]
+    files = [
+        path for path in run.rglob("*") if path.is_file() and path.name not in ("run.json", "run.copy.json", ".lock")
+    ]
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
