@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +109,10 @@ class Runner(ABC):
         Raises:
             InputError: names, shapes or element types that the engine does not take.
         """
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Takes it that nobody changes the tensors that are given for these inputs (:attr:`lasting`)."""
+        self.lasting = self.lasting | frozenset(names)
 
     def close(self) -> None:
         """Frees what the engine holds. The runner is not used afterwards."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qdiff.engines.base import Runner
@@ -93,7 +93,11 @@ class HoistedRunner(Runner):
         own = {spec.name: spec for runner, _ in parts for spec in runner.inputs if spec.name not in carried}
         self.inputs = tuple(({name: spec for name, spec in specs.items() if name not in carried} | own).values())
         self._names = [name for name in specs if name not in carried]
-        step.lasting = frozenset(carried)
+        step.keep(carried)
+
+    def keep(self, names: Iterable[str]) -> None:
+        super().keep(names)
+        self.step.keep(names)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.outputs(inputs)[0]
@@ -101,7 +105,9 @@ class HoistedRunner(Runner):
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         given = conform(inputs, self.inputs)
         carried = {name: tensor for part in self.parts for name, tensor in part(given).items()}
-        return self.step.outputs({**{name: given[name] for name in self._names}, **carried})
+        # A tensor that lasts is told by being the same object: the step conforms its inputs itself.
+        own = {name: (inputs if name in self.lasting else given)[name] for name in self._names}
+        return self.step.outputs({**own, **carried})
 
     def close(self) -> None:
         for part in self.parts:

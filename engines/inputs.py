@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from qdiff.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -81,3 +82,31 @@ def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
             f"{spec} was given {tensor.dtype} values", f"cast it on purpose: {spec.name}.to(torch.{spec.dtype})"
         )
     return tensor.detach().to(wanted).contiguous()
+
+
+class Copies:
+    """Inputs on the device of an engine. One that lasts (:attr:`~.base.Runner.lasting`) is copied once, not at every step; its
+    copy lives as long as itself."""
+
+    def __init__(self) -> None:
+        from torch.utils.weak import WeakIdKeyDictionary
+
+        self._copies = WeakIdKeyDictionary()
+
+    def of(self, given: Tensor, conformed: Tensor, device: torch.device, lasts: bool) -> Tensor:
+        """``conformed`` on ``device``.
+
+        Args:
+            given: what the caller gave, of which ``conformed`` has the values: the same object is the same input.
+            lasts: whether nobody changes ``given``.
+        """
+        if conformed.device == device or not lasts:
+            return conformed.to(device)
+        if given not in self._copies:
+            self._copies[given] = conformed.to(device)
+        copy: Tensor = self._copies[given]
+        return copy
+
+    def clear(self) -> None:
+        """Lets all copies go."""
+        self._copies.clear()

@@ -32,6 +32,7 @@ class ScheduledRunner(Runner):
         self.inputs = tuple(spec for spec in runner.inputs if spec.name not in (BLOCKS, BOUNDS))
         self._shape = next((spec.shape for spec in runner.inputs if spec.name == BLOCKS), (None, None))
         self._padded: dict[int, dict[str, Tensor]] = {}
+        runner.keep((BLOCKS, BOUNDS))  # a group's lists are the same tensors at all of its steps
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.runner(self._with_lists(inputs))

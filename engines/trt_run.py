@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.engines import signing
 from qdiff.engines.base import Profile, Runner, Shape
-from qdiff.engines.inputs import TensorSpec, conform
+from qdiff.engines.inputs import Copies, TensorSpec, conform
 from qdiff.engines.trt_build import make_logger
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError
 
@@ -89,6 +89,7 @@ class TensorRTRunner(Runner):
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self.inputs = tuple(self._spec(name) for name in names if modes[name] == trt.TensorIOMode.INPUT)
         self._outputs = [self._spec(name) for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        self._copies, self._place = Copies(), torch.device("cuda", torch.cuda.current_device())
         self._active = 0  # the context begins with the first profile
         # Numbers that shapes of other tensors follow from are read by the host.
         self._on_host = {spec.name for spec in self.inputs if self._engine.is_shape_inference_io(spec.name)}
@@ -129,7 +130,9 @@ class TensorRTRunner(Runner):
 
         home = next(iter(inputs.values())).device
         tensors = {
-            name: tensor.cpu() if name in self._on_host else tensor.cuda()
+            name: tensor.cpu()
+            if name in self._on_host
+            else self._copies.of(inputs[name], tensor, self._place, name in self.lasting)
             for name, tensor in conform(inputs, self.inputs).items()
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -166,4 +169,5 @@ class TensorRTRunner(Runner):
         self._stream.synchronize()
         if self._cache is not None and self._kernels is not None:
             signing.seal(self._kernels, bytes(memoryview(self._cache.serialize())), self._kernels.parent.name)
+        self._copies.clear()
         self._context = self._engine = self._runtime = self._cache = None

@@ -148,6 +148,19 @@ class Run:
             )
         return cls(path)
 
+    def require_writable(self, *folders: str) -> None:
+        """Before work whose results go into the run folder, and into ``folders`` in it: tries whether they can.
+
+        Raises:
+            UsageError: they cannot be made or written to.
+            MemoryExhaustedError: the disk is full.
+        """
+        require_writable(self.path, make=True)
+        for folder in (safe_child(self.path, name) for name in folders):
+            inside = [one for one in folder.iterdir() if one.is_dir()] if folder.is_dir() else []
+            for place in [folder, *inside] if folder.exists() or folder.is_symlink() else []:
+                require_writable(place)
+
     def file(self, *parts: str) -> Path:
         """A path inside the run folder."""
         return self.path.joinpath(*parts)
@@ -275,7 +288,8 @@ class Run:
             needs: stages whose files this one reads: they are verified (:meth:`verify`) before anything is deleted or begun.
         """
         assert name.partition(":")[0] in UPSTREAM
-        require_writable(self.path, make=True)
+        leftovers = list(leftovers)
+        self.require_writable(*leftovers)
         with self._lock():
             if manifest.is_there(self.path):
                 self._read()

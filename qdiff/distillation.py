@@ -28,8 +28,9 @@ runs go on from the last :data:`KEEP_EVERY` steps, to the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,13 +182,32 @@ class _Work:
         biases = [layer.bias for layer in learned.values() if isinstance(layer.bias, nn.Parameter)]
         groups = [{"params": variables, "rate": self.how.rate}, {"params": biases, "rate": self.how.bias_rate}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
-        blocks, unit = self._blocks()
-        first = self._restore(scratch, variables + biases, optimizer)
+        with self._blocks() as (blocks, unit):
+            self._train(scratch, variables + biases, optimizer, blocks, unit, usual, before)
+        self._finish(learned)
+        after = self._errors(self.held_out)
+        result = Distilled(before, sum(after.values()) / len(after), frozenset(learned))
+        if not result.better:
+            for name, layer in self.quantized.items():
+                self.backbone.set_submodule(name, layer)
+        return result
+
+    def _train(
+        self,
+        scratch: Scratch | None,
+        variables: list[nn.Parameter],
+        optimizer: torch.optim.Adam,
+        blocks: _Blocks | None,
+        unit: Tensor,
+        usual: dict[float, float],
+        before: float,
+    ) -> None:
+        first = self._restore(scratch, variables, optimizer)
         with Progress("distil", self.iterations) as progress:
             progress.advance(first)
             for iteration in range(first, self.iterations):
                 if scratch is not None and iteration % KEEP_EVERY == 0 and iteration > first:
-                    self._keep(scratch, variables + biases, optimizer, iteration)
+                    self._keep(scratch, variables, optimizer, iteration)
                 share = 1 - iteration / self.iterations
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * share
@@ -200,28 +220,25 @@ class _Work:
                 loss.backward()
                 optimizer.step()
                 progress.advance()
-        if blocks is not None:
-            blocks.remove()
-        self._finish(learned)
-        after = self._errors(self.held_out)
-        result = Distilled(before, sum(after.values()) / len(after), frozenset(learned))
-        if not result.better:
-            for name, layer in self.quantized.items():
-                self.backbone.set_submodule(name, layer)
-        return result
 
-    def _blocks(self) -> tuple[_Blocks | None, Tensor]:
-        """What tells the blocks' errors, where they count, and what they are before on held-out calls, ``[blocks]``."""
+    @contextlib.contextmanager
+    def _blocks(self) -> Iterator[tuple[_Blocks | None, Tensor]]:
+        """What tells the blocks' errors, where they count, and what they are before on held-out calls, ``[blocks]``. Their hooks
+        are gone when the context ends, however it does."""
         names = self.model.family.blocks(self.backbone)
         if self.teacher is None or not self.how.blocks or not names:
-            return None, torch.zeros(0)
+            yield None, torch.zeros(0)
+            return
         blocks = _Blocks(self.model, self.teacher, names)
-        found = []
-        with torch.no_grad():
-            for number in self.held_out[:: -(-len(self.held_out) // CALLS_FOR_UNIT)]:
-                self.model.family.call(self.backbone, self.steps[number].inputs)
-                found.append(blocks.errors(self.steps[number]))
-        return blocks, torch.stack(found).mean(dim=0).clamp(min=1e-30)
+        try:
+            errors = []
+            with torch.no_grad():
+                for number in self.held_out[:: -(-len(self.held_out) // CALLS_FOR_UNIT)]:
+                    self.model.family.call(self.backbone, self.steps[number].inputs)
+                    errors.append(blocks.errors(self.steps[number]))
+            yield blocks, torch.stack(errors).mean(dim=0).clamp(min=1e-30)
+        finally:
+            blocks.remove()
 
     def _call(self, iteration: int) -> int:
         """Every call once before any comes again, in an order that the iteration alone decides."""

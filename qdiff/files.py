@@ -129,7 +129,8 @@ def require_writable(folder: Path, *, make: bool = False) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write(temporary path in the same folder)``, flushes it to disk and renames it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    short = path.name[:40]  # with what is added it has to stay a name
+    handle, name = tempfile.mkstemp(prefix=f".{short}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

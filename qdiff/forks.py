@@ -31,19 +31,29 @@ def workers_for(pieces: int) -> int:
     return max(1, min(torch.get_num_threads(), pieces))
 
 
-def run_all(pieces: Sequence[int], work: Callable[[int], None], workers: int, done: Callable[[], None]) -> None:
+def run_all(
+    pieces: Sequence[int],
+    work: Callable[[int], None],
+    workers: int,
+    done: Callable[[], None],
+    name: Callable[[int], str] | None = None,
+) -> None:
     """Calls ``work`` with every piece, in forked processes, or here when one worker is enough.
 
     Args:
         work: must not change what other pieces read.
         done: called in this process after each piece.
+        name: what a piece is, in messages of errors.
 
     Raises:
-        QdiffError: what ``work`` raised, or a process that was killed. The others are ended.
+        QdiffError: what ``work`` raised, with the piece's name, or a process that was killed. The others are ended.
     """
     if workers <= 1:
         for piece in pieces:
-            work(piece)
+            try:
+                work(piece)
+            except QdiffError as error:
+                raise _named(error, name, piece) from error
             done()
         return
     context = multiprocessing.get_context("fork")
@@ -68,7 +78,10 @@ def run_all(pieces: Sequence[int], work: Callable[[int], None], workers: int, do
                     raise QdiffError("a process that measured was killed", "is there enough memory?") from None
                 continue
             if failure is not None:
-                raise failure if isinstance(failure, QdiffError) else QdiffError(f"a process failed:\n{failure}")
+                piece, error = failure
+                if isinstance(error, QdiffError):
+                    raise _named(error, name, piece)
+                raise _named(QdiffError(f"a process failed:\n{error}"), name, piece)
             left -= 1
             done()
     finally:
@@ -81,15 +94,24 @@ def run_all(pieces: Sequence[int], work: Callable[[int], None], workers: int, do
 def _serve(todo: Any, results: Any, work: Callable[[int], None]) -> None:
     """A forked process: one thread, since the parent's pool of threads has not come along."""
     torch.set_num_threads(1)
+    piece = None
     try:
         while (piece := todo.get()) is not None:
             work(piece)
             results.put(None)
     except QdiffError as error:
-        results.put(error)
+        results.put((piece, error))
     except BaseException:
-        results.put(traceback.format_exc())
+        results.put((piece, traceback.format_exc()))
     finally:
         results.close()
         results.join_thread()
         os._exit(0)  # nothing of the parent's is to be closed or written here
+
+
+def _named(error: QdiffError, name: Callable[[int], str] | None, piece: int) -> QdiffError:
+    """The error with the piece that it happened at."""
+    if name is not None:
+        error.message = f"{name(piece)}: {error.message}"
+        error.args = (error.message,)
+    return error

@@ -148,7 +148,7 @@ class Plan(BaseModel):
             plan = cls.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = _place(value, first["loc"])
             raise IntegrityError(
                 f"{path} is not a plan: {where}: {first['msg']} ({error.error_count()} problems)",
                 "correct it by hand, or run: qdiff quantize RUN --force",
@@ -170,3 +170,15 @@ class Plan(BaseModel):
     def quantized(self) -> list[LayerPlan]:
         """The layers that are quantized."""
         return [layer for layer in self.layers if layer.quantized]
+
+
+def _place(value: Any, path: tuple[int | str, ...]) -> str:
+    """Where in a plan something is wrong: a layer by its name, where it has one."""
+    layer = value
+    for part in path[:2]:
+        try:
+            layer = layer[part]
+        except (KeyError, IndexError, TypeError):
+            layer = None
+    name = layer.get("name") if path[:1] == ("layers",) and isinstance(layer, dict) else None
+    return f"layer {name}: {'.'.join(map(str, path[2:]))}" if isinstance(name, str) else ".".join(map(str, path))

@@ -199,7 +199,11 @@ def measure(
     with Progress("sensitivity", len(groups)) as progress:
         progress.advance(len(groups) - len(left))
         run_all(
-            left, lambda index: scratch.save(part(index), {}, rows_of(index)), workers_for(len(left)), progress.advance
+            left,
+            lambda index: scratch.save(part(index), {}, rows_of(index)),
+            workers_for(len(left)),
+            progress.advance,
+            lambda index: f"the layers {', '.join(candidates.groups[groups[index]][:3])}",
         )
     found = [_facts(scratch, part(index)) for index in range(len(groups))]
     return Sensitivity(

@@ -80,7 +80,7 @@ def _(
 ) -> Tensor:
     tiling, row = _tiling(q, order, text, block_q, block_k), numerics_named(numerics)
     if row.output is None:
-        lists = _lists(blocks.to(q.device), bounds, first, q.shape[1])
+        lists = _lists(_on_device(blocks, q.device), bounds, first, q.shape[1])
         return gathered.attend(q, k, v, order, lists, tiling, row, scale)
     rows = _rows(blocks, bounds, first, q.shape[1], tiling, q.device)
     return _gpu().attend_rows(q, k, v, order, rows, tiling, row, scale)
@@ -118,6 +118,20 @@ def _gpu() -> ModuleType:
 
 # By the tensor of the blocks, as long as it lives: its version, and what was made of that version.
 _KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _on_device(blocks: Tensor, device: torch.device) -> Tensor:
+    """The blocks there, copied once and kept as :func:`_rows` keeps its own."""
+    if blocks.is_inference() or blocks.device == device:
+        return blocks.to(device)
+    version, kept = _KEPT.get(blocks, (None, {}))
+    if version != blocks._version:
+        kept = {}
+        _KEPT[blocks] = blocks._version, kept
+    if device not in kept:
+        kept[device] = blocks.to(device)
+    copy: Tensor = kept[device]
+    return copy
 
 
 def _rows(

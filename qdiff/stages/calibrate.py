@@ -114,8 +114,10 @@ def calibrate(run: Run, options: CalibrateOptions, *, force: bool = False, dry_r
     check_frames(FAMILIES[options.model], options.frames)
     prompts = load_prompts(options)
     recording = recording_of(options, prompts)
-    model = load_model(options)
     folder = run.file("calibration")
+    if not dry_run:
+        run.require_writable("calibration")
+    model = load_model(options)
     inputs = {
         "model": options.model,
         "weights": options.weights,

@@ -272,6 +272,8 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
         raise UsageError(f"{output} does not end in {suffix}", f"{what}, with their settings inside")
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", "choose another path with -o")
     require_writable(output.parent)
     with beside(run, [engine or default_engine(run)]):
         session = Session(run, engine)

@@ -170,3 +170,19 @@ def test_layers_that_are_not_named_stay_as_they_are(tiny, recorded):
     assert all(layer.sqnr_db is not None for layer in plan.quantized if layer.name not in trained)
     with pytest.raises(InputError, match="matches no layer"):
         quantized(tiny, recorded, "{iterations: 1, layers: {pixart: ['*.attn9.*']}}")
+
+
+@pytest.mark.parametrize("moment", ["blocks", "training"])
+def test_no_hook_outlives_an_interrupt(tiny, recorded, monkeypatch, moment):
+    model, _ = quantized(tiny, recorded)
+    teacher, targets = tiny().backbone, float_predictions(tiny(), recorded[0])
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    place = {"blocks": "_Blocks.errors", "training": "_Work._call"}[moment]
+    monkeypatch.setattr(f"qdiff.distillation.{place}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distil(model, recorded[0], targets, Distillation(iterations=5, blocks=0.5), teacher=teacher)
+    for backbone in (model.backbone, teacher):
+        assert not any(module._forward_hooks for module in backbone.modules())

@@ -38,6 +38,25 @@ def test_an_error_keeps_its_class_and_its_advice():
     assert caught.value.fix == "look"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_names_its_piece(workers):
+    def work(piece: int) -> None:
+        if piece == 5:
+            raise InputError("this layer takes no int4", "look")
+
+    with pytest.raises(InputError) as caught:
+        run_all([3, 5], work, workers, lambda: None, lambda piece: f"layer blocks.{piece}")
+    assert str(caught.value) == "layer blocks.5: this layer takes no int4\n  fix: look"
+
+
+def test_a_bug_names_its_piece_too():
+    def work(piece: int) -> None:
+        raise ZeroDivisionError("of ours")
+
+    with pytest.raises(QdiffError, match="layer 7: a process failed:(.|\n)*ZeroDivisionError: of ours"):
+        run_all([7], work, 2, lambda: None, lambda piece: f"layer {piece}")
+
+
 def test_a_surprise_comes_with_its_traceback():
     def work(piece: int) -> None:
         raise ZeroDivisionError("piece")

@@ -382,7 +382,9 @@ def test_lists_are_padded_to_what_the_engine_is_for():
     for width, wanted in ((8, (8, 8)), (None, (8, 2))):
         seen = []
         specs = (TensorSpec(BLOCKS, "int32", (4, width)), TensorSpec(BOUNDS, "int64", (3,)))
-        inner = SimpleNamespace(inputs=specs, outputs=lambda inputs, seen=seen: seen.append(inputs) or [])
+        inner = SimpleNamespace(
+            inputs=specs, outputs=lambda inputs, seen=seen: seen.append(inputs) or [], keep=lambda names: None
+        )
         runner = ScheduledRunner(inner, schedule)
         for timestep in (950.0, 100.0, 50.0):
             runner.outputs({"timestep": torch.tensor([timestep])})
