@@ -6,16 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdiff.events import duration
-
-
-def size(count: float | None) -> str:
-    """Bytes for people, in powers of ten."""
-    if count is None:
-        return "-"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.{1 if count < 100 * factor else 0}f} {unit}"
-    return f"{count:.0f} B"
+from qdiff.resources import size
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

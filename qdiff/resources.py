@@ -98,6 +98,16 @@ def measure() -> Iterator[Usage]:
             outer.peak_bytes = max(outer.peak_bytes, usage.peak_bytes)
 
 
+def size(count: float | None) -> str:
+    """Bytes for people, in powers of ten."""
+    if count is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.{1 if count < 100 * factor else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     """Fails before the work starts when ``folder`` has less room than ``needed_bytes``.
 
@@ -110,6 +120,6 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(probe).free
     if free < needed_bytes:
         raise MemoryExhaustedError(
-            f"{what} needs {needed_bytes / 1e6:,.0f} MB on disk, {folder} has {free / 1e6:,.0f} MB free",
+            f"{what} needs {size(needed_bytes)} on disk, {folder} has {size(free)} free",
             "free some space, or choose another folder with -o",
         )

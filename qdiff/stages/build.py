@@ -184,9 +184,12 @@ def build(
     """
     from qdiff.engines import choose
     from qdiff.engines.cache import build_cached
+    from qdiff.engines.graph import graph_bytes
     from qdiff.engines.parts import options_for
     from qdiff.engines.trust import trusted
     from qdiff.graph_files import parts_of, read
+    from qdiff.resources import require_disk
+    from qdiff.stages.disk import engine_bytes
 
     engine = choose(engine_name)
     if engine.runs_module:
@@ -215,6 +218,7 @@ def build(
             for folder in _folders(run.entry(stage)):
                 trusted(run.file(folder), engine)
         else:
+            require_disk(run.file("engines"), engine_bytes(graph_bytes(onnx)), "the engine")
             everything = read(onnx)
             graphs = ([] if whole else parts_of(onnx)) or [everything]
             step, *parts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,13 @@ from qdiff.artifacts import Run
 from qdiff.errors import InputError, UsageError
 from qdiff.events import duration, log
 from qdiff.files import sha256_json, write_text
+from qdiff.stages.disk import SMALL_FILES, statistics_bytes, trajectory_bytes
 
 if TYPE_CHECKING:
     from qdiff.calib.record import Recording
     from qdiff.models.base import Model
 
+Later = Callable[["Model", int], int]
 DEFAULT_SAMPLES, MOST_SAMPLES = 32, 10_000
 
 
@@ -102,8 +105,13 @@ def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
     )
 
 
-def calibrate(run: Run, options: CalibrateOptions, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
+def calibrate(
+    run: Run, options: CalibrateOptions, *, force: bool = False, dry_run: bool = False, later: Later | None = None
+) -> dict[str, Any]:
     """Writes ``calibration/`` into the run folder; see the module's docstring for the order of things.
+
+    Args:
+        later: bytes on disk that stages after this one need, of the model and the bytes of its trajectory.
 
     Returns:
         JSON facts: where, how much was recorded, and the estimate that was made before it began.
@@ -143,11 +151,11 @@ def calibrate(run: Run, options: CalibrateOptions, *, force: bool = False, dry_r
         )
     with run.stage("calibrate", inputs, force=force, leftovers=["calibration"]) as work:
         if work is not None:
-            _work(model, recording, folder, prompts, work)
+            _work(model, recording, folder, prompts, work, later)
     return {"run": str(run.path), "id": run.id, "note": model.note, **_summary(run)}
 
 
-def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], work: Any) -> None:
+def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], work: Any, later: Later | None) -> None:
     from qdiff.calib.collect import PARTIAL, Collector
     from qdiff.calib.record import record
     from qdiff.resources import require_disk
@@ -162,7 +170,10 @@ def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], 
         duration(estimate["seconds"]),
         " less what an earlier try has done" if work.resumed else "",
     )
-    require_disk(folder, estimate["bytes"], "the trajectory")
+    require_disk(folder, estimate["bytes"] + SMALL_FILES, "the calibration (trajectory and statistics)")
+    if later is not None:
+        needed = estimate["bytes"] + later(model, estimate["trajectory_bytes"])
+        require_disk(folder, needed, "the whole run (calibration, checkpoint, graphs, engines and pictures)")
     write_text(work.output(folder / "prompts.txt"), "\n".join(prompts) + "\n")
     owner = sha256_json(work.inputs)
     for path in record(model, recording, folder, owner):
@@ -193,7 +204,8 @@ def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
         "steps": steps,
         "seconds_per_call": round(seconds, 4),
         "seconds": round(seconds * calls, 1),
-        "bytes": apart * latent_bytes * recording.shards * steps,
+        "bytes": trajectory_bytes(model, recording, latent_bytes) + statistics_bytes(model, recording),
+        "trajectory_bytes": trajectory_bytes(model, recording, latent_bytes),
     }
 
 

@@ -10,8 +10,10 @@ from qdiff.artifacts import Run
 from qdiff.errors import QualityGateError, UsageError
 from qdiff.events import log
 from qdiff.files import write_json
+from qdiff.resources import require_disk
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
+from qdiff.stages.disk import picture_bytes
 from qdiff.stages.generate import Pictures, Session, check_pictures, make_request, save_pictures
 from qdiff.stages.speed import measure_speeds
 
@@ -92,6 +94,7 @@ def require_comparable(engines: list[str]) -> None:
 def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
     model = reload_model(run)
     log.info("compare: %d pictures, float beside %s", len(request.prompts), ", ".join(engines))
+    require_disk(run.path, picture_bytes(model, len(request.prompts), len(engines)), "the pictures")
     made: dict[str, Pictures] = {}
     together = model.calls_per_step(request.guidance)
     calls: list[dict[str, Tensor]] = []

@@ -85,13 +85,14 @@ def _work(run: Run, target: Any, work: Any) -> None:
     from qdiff.models import FAMILIES
     from qdiff.plan import Plan
     from qdiff.resources import require_disk
+    from qdiff.stages.disk import export_bytes
     from qdiff.trajectory import Trajectory
 
     plan = Plan.load(run.file("plan.json"))
     check_target(plan, target)
     family = FAMILIES[plan.family]
     packed = run.file("model.safetensors").stat().st_size
-    require_disk(run.file("onnx"), 2 * packed, "the ONNX file")
+    require_disk(run.file("onnx"), export_bytes(packed), "the ONNX file")
     outputs = bool(target.outputs)
     backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)
     trajectory = Trajectory(run.file("calibration"))

@@ -108,10 +108,14 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     from qdiff.checkpoint import save_quantized
     from qdiff.edited_plan import BY_HAND
     from qdiff.magnitude import Magnitude
+    from qdiff.resources import require_disk
+    from qdiff.stages.disk import quantization_bytes
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
 
     model = reload_model(run)
+    recorded = sum(path.stat().st_size for path in run.file("calibration").glob("trajectory-*.safetensors"))
+    require_disk(run.path, quantization_bytes(model, recorded), "the quantized checkpoint")
     statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
     drafted = decided.draft(model, statistics)  # what cannot be carried out is refused before the float model has run
     sparse = _attention(run, decided, model)

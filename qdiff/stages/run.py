@@ -13,6 +13,7 @@ from qdiff.stages.attention import calibrate_attention, require_sparse
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
 from qdiff.stages.compare import DEFAULT_PICTURES, compare, require_comparable
+from qdiff.stages.disk import run_bytes
 from qdiff.stages.export import export
 from qdiff.stages.generate import check_pictures
 from qdiff.stages.quantize import quantize
@@ -20,6 +21,7 @@ from qdiff.stages.report import report
 
 if TYPE_CHECKING:
     from qdiff.engines import Engine
+    from qdiff.models.base import Model
 
 # Where nothing is asked for, every engine that this machine can build is built: an INT8 engine for the CPU, and one for
 # the newest consumer GPUs, which needs no GPU to build.
@@ -72,7 +74,13 @@ def run_all(
     sparse = load_recipe(recipe, overrides).attention is not None
     if sparse:
         require_sparse(options.model)
-    stage("calibrate", lambda: calibrate(run, options, force=force))
+    targets = {engine.target for engine in buildable if engine.target}
+    built = sum(not engine.runs_module for engine in buildable)
+
+    def later(model: Model, trajectory: int) -> int:
+        return run_bytes(model, pictures, len(targets), built, trajectory)
+
+    stage("calibrate", lambda: calibrate(run, options, force=force, later=later))
     if sparse:
         stage("attention", lambda: calibrate_attention(run, force=force))
     stage("quantize", lambda: quantize(run, recipe, overrides, force=force))

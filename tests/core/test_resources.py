@@ -60,5 +60,14 @@ def test_an_inner_block_does_not_hide_what_came_before_it():
 
 def test_too_little_disk_is_refused_before_the_work(tmp_path):
     resources.require_disk(tmp_path / "not" / "yet" / "there", 1000, "the shard")
-    with pytest.raises(MemoryExhaustedError, match="the trajectory needs .* MB on disk"):
+    with pytest.raises(MemoryExhaustedError, match="the trajectory needs 1000000000.0 GB on disk"):
         resources.require_disk(tmp_path, 10**18, "the trajectory")
+
+
+def test_small_numbers_have_units_too(tmp_path, monkeypatch):
+    """What is needed and what is there differ where one is refused: not "needs 0 MB, has 0 MB free"."""
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: SimpleNamespace(free=123_456))
+    with pytest.raises(MemoryExhaustedError, match=r"needs 456\.8 kB on disk, .* has 123\.5 kB free|needs 457 kB"):
+        resources.require_disk(tmp_path, 456_789, "the shard")
