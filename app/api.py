@@ -18,6 +18,18 @@ from qdiff.app.drawing import Made
 from qdiff.app.follow import alert, client_of, follow
 from qdiff.app.service import Service
 from qdiff.app.settings import Settings
+from qdiff.errors import InputError
+
+
+def names_of(value: Any) -> list[str]:
+    """Engines that a caller names.
+
+    Raises:
+        InputError: something other than a list of texts.
+    """
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise InputError("The engines are not a list of names.", 'For example ["openvino"].')
+    return list(value)
 
 
 def add(service: Service) -> None:
@@ -49,9 +61,10 @@ def add(service: Service) -> None:
     ) -> dict:  # fmt: skip
         """Draws pictures or clips. Empty and null mean the model's own; the answer has the settings used and the files."""
         try:
+            whole = isinstance(guidance, int) and not isinstance(guidance, bool) and abs(guidance) < 2**53
             settings = Settings.make(
                 prompt=prompt, negative_prompt=negative_prompt, model=model, engine=engine, steps=steps,
-                guidance=None if guidance is None else float(guidance), seed=seed, width=width, height=height, pictures=pictures,
+                guidance=float(guidance) if whole else guidance, seed=seed, width=width, height=height, pictures=pictures,
                 frames=frames,
             )  # fmt: skip
             made = await run(service.generate(settings, client_of(request)))
@@ -66,7 +79,7 @@ def add(service: Service) -> None:
         """Draws the same picture with the float model and with engines (default: the fastest); PSNR is against float."""
         try:
             settings = Settings.make(prompt=prompt, model=model, steps=steps, seed=seed)
-            rows = await run(service.compare(settings, [str(name) for name in engines or []], client_of(request)))
+            rows = await run(service.compare(settings, names_of(engines or []), client_of(request)))
             return {"cancelled": True} if rows is None else {"engines": [told(row) for row in rows]}
         except Exception as error:
             raise alert(service, error) from None
@@ -91,7 +104,9 @@ def add(service: Service) -> None:
             from qdiff.app.builds import buildable_engines
 
             chosen = (
-                [name for name, runs in buildable_engines().items() if runs][:1] if engines is None else list(engines)
+                [name for name, runs in buildable_engines().items() if runs][:1]
+                if engines is None
+                else names_of(engines)
             )
             service.start_build(model, recipe, budget, chosen)
             return build_state()

@@ -122,7 +122,12 @@ class Guard:
                 message["headers"] = kept + [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        try:
+            await self.app(scope, receive, guarded)
+        except RuntimeError as error:  # Gradio refuses streams of calls that it does not know after they began
+            if "response already started" not in str(error):
+                raise
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _refused(self, scope: Mapping[str, Any]) -> tuple[int, str] | None:
         path, method = str(scope["path"]), str(scope["method"])
@@ -195,6 +200,7 @@ def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None
 
     app.add_route("/metrics", metrics)
     page = build_page(service)
+    _refuse_quietly(page)
     gr.mount_gradio_app(
         app, page, path="/", server_name=host, auth=may_enter if accounts else None, show_error=False, ssr_mode=False,
         allowed_paths=[], max_file_size=1, enable_monitoring=False, run_history=False, mcp_server=False, pwa=False,
@@ -204,6 +210,28 @@ def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None
     if is_loopback(host):  # a page of another site that points its name at this machine is refused (DNS rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "::1", host])
     return app
+
+
+def _refuse_quietly(page: Any) -> None:
+    """Values that do not fit an event's components are the caller's: they are told, and the log gets no traceback of Gradio's."""
+    import gradio as gr
+
+    preprocess = page.preprocess_data
+
+    async def checked(*arguments: Any, **options: Any) -> Any:
+        try:
+            return await preprocess(*arguments, **options)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            log.info("values that do not fit: %s", str(error)[:200])
+            message = (
+                "These values do not fit: give all that the API's description (/gradio_api/info) names, in its order."
+            )
+            raise gr.Error(message, print_exception=False) from None
+
+    page.preprocess_data = checked
 
 
 def _basic(header: str, may_enter: Any) -> bool:

@@ -68,6 +68,7 @@ class Request:
 
 
 MOST_FRAMES = 1_000
+LARGEST_SIDE = 16_384  # pixels
 StepCallback = Callable[[int, float, Tensor], None]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values ``[batch, heads, tokens, size]`` to what attention makes of them."""
@@ -396,6 +397,8 @@ def check_size(model: Model, height: int | None, width: int | None, frames: int 
     """
     family = model.family
     for label, value in (("height", height), ("width", width)):
+        if value is not None and abs(value) > LARGEST_SIDE:
+            raise UsageError(f"{label} {str(value)[:20]} is not between 1 and {LARGEST_SIDE}", "choose a smaller one")
         if value is not None and (value <= 0 or value % family.size_divisor):
             nearest_size = max(1, round(value / family.size_divisor)) * family.size_divisor
             raise UsageError(f"{label} {value} does not divide by {family.size_divisor}", f"use {nearest_size}")
