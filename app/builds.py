@@ -236,8 +236,8 @@ def buildable_engines() -> dict[str, bool]:
     }
 
 
-def _choice(kind: str, name: str, known: dict[str, Any]) -> Any:
-    if name not in known:
+def _choice(kind: str, name: Any, known: dict[str, Any]) -> Any:
+    if not isinstance(name, str) or name not in known:  # the API gives whatever JSON holds
         raise unknown_name(kind, str(name)[:60], known, InputError)
     return known[name]
 

@@ -206,10 +206,25 @@ def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None
         allowed_paths=[], max_file_size=1, enable_monitoring=False, run_history=False, mcp_server=False, pwa=False,
         footer_links=["api", "settings"], theme=theme(), head=f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
     )  # fmt: skip
+    _answer_unknown_events(app)
     app.add_middleware(Guard, files=files)
     if is_loopback(host):  # a page of another site that points its name at this machine is refused (DNS rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "::1", host])
     return app
+
+
+def _answer_unknown_events(app: Any) -> None:
+    """A request that names no event of the page is the caller's error; Gradio would call it one of the server."""
+    import fastapi
+    from gradio.route_utils import FnIndexInferError
+    from starlette.routing import Mount
+
+    async def answer(request: Any, error: Exception) -> Any:
+        return fastapi.Response("There is no such event.", 404, media_type="text/plain")
+
+    for route in app.routes:
+        if isinstance(route, Mount) and hasattr(route.app, "add_exception_handler"):
+            route.app.add_exception_handler(FnIndexInferError, answer)
 
 
 def _refuse_quietly(page: Any) -> None:

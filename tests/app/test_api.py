@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -94,3 +95,45 @@ def test_a_file_in_place_of_a_prompt_is_not_read(site, address):
     with urllib.request.urlopen(f"{site.url}gradio_api/call/generate/{event}", timeout=60) as answer:
         told = answer.read().decode()
     assert "event: error" in told and "hostname" not in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (("build", ["pixart", "int8", "quick", 1.5]), "not a list of names"),
+        (("build", [[], "int8", "quick", None]), "unknown model"),
+        (("build", [{"a": 1}, "none", "quick", None]), "unknown model"),
+        (("compare", ["a cat", "", {"a": 1}, 1, 1]), "not a list of names"),
+        (("generate", ["a cat", "", "", "", 1, ["x"], 1, 64, 64, 1, None]), "guidance"),
+        (("generate", ["a cat", "", "", "", 1, 10**400, 1, 64, 64, 1, None]), "guidance"),
+        (("generate", ["a cat"]), "do not fit"),
+    ],
+)
+def test_values_of_the_wrong_shape_are_refused_in_words(site, capfd, caplog, call, words):
+    """Nothing of it is a bug of the page: no incident, and no traceback in the log."""
+    name, data = call
+    body = json.dumps({"data": data}).encode()
+    url = f"{site.url}gradio_api/call/{name}"
+    asked = urllib.request.Request(url, body, {"content-type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{url}/{event}", timeout=60) as answer:
+        text = answer.read().decode()
+    assert "event: error" in text and words in text, text
+    assert "incident" not in caplog.text and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_call_that_nobody_made_has_no_events(site, capfd):
+    with urllib.request.urlopen(f"{site.url}gradio_api/call/none/x", timeout=60) as answer:
+        answer.read()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["run/predict", "call/none", "queue/join"])
+def test_an_event_that_the_page_does_not_have_is_no_error_of_the_server(site, capfd, path):
+    asked = urllib.request.Request(
+        f"{site.url}gradio_api/{path}", b'{"data": [], "session_hash": "x"}', {"content-type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(asked, timeout=60)
+    assert 400 <= caught.value.code < 500 and "Traceback" not in capfd.readouterr().err
