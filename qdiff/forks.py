@@ -78,10 +78,10 @@ def run_all(
                     raise QdiffError("a process that measured was killed", "is there enough memory?") from None
                 continue
             if failure is not None:
-                piece, error = failure
-                if isinstance(error, QdiffError):
-                    raise _named(error, name, piece)
-                raise _named(QdiffError(f"a process failed:\n{error}"), name, piece)
+                piece, cause = failure
+                if isinstance(cause, QdiffError):
+                    raise _named(cause, name, piece)
+                raise _named(QdiffError(f"a process failed:\n{cause}"), name, piece)
             left -= 1
             done()
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -330,78 +329,3 @@ def test_the_folder_keeps_its_files_readable(tmp_path):
     write_text(tmp_path / "deep" / "a.txt", "ä")
     assert (tmp_path / "deep" / "a.txt").read_text(encoding="utf-8") == "ä"
     assert os.stat(tmp_path / "deep" / "a.txt").st_mode & 0o777 == 0o644
-
-
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", None])
-def test_a_cut_manifest_costs_nothing(tmp_path, damage, caplog):
-    run = Run(tmp_path / "run")
-    work(run, "calibrate", {"seed": 0})
-    whole = run.file("run.json").read_bytes()
-    run.file("run.json").unlink() if damage is None else run.file("run.json").write_text(damage(whole.decode()))
-    again = Run.existing(run.path)
-    assert again.done("calibrate") and "its copy run.copy.json is taken" in caplog.text
-    assert run.file("run.json").read_bytes() == whole
-    assert work(again, "calibrate", {"seed": 0}) == "skipped"
-
-
-def test_the_copy_of_a_manifest_is_sealed_too(tmp_path):
-    run = Run(tmp_path / "run")
-    work(run, "calibrate", {"seed": 0})
-    manifest = json.loads(run.file("run.json").read_text())
-    manifest["stages"]["calibrate"]["inputs"]["seed"] = 5
-    run.file("run.copy.json").write_text(json.dumps(manifest))
-    run.file("run.json").write_text("{")
-    with pytest.raises(IntegrityError, match=r"run\.json at|run\.json"):
-        Run(run.path)
-
-
-def test_force_deletes_what_qdiff_wrote_and_nothing_else(tmp_path, caplog):
-    run = Run(tmp_path / "run")
-    folder = run.file("calibration")
-    with run.stage("calibrate", {"seed": 0}) as stage:
-        write_text(stage.output(folder / "prompts.txt"), "a")
-        write_text(stage.output(folder / "trajectory-00001.safetensors"), "b")
-    for name in ("holiday.png", "deep/letter.txt"):
-        write_text(folder / name, "mine")
-    with run.stage("calibrate", {"seed": 1}, force=True, leftovers=["calibration"]) as stage:
-        assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["holiday.png", "letter.txt"]
-        write_text(stage.output(folder / "prompts.txt"), "c")
-    assert "2 files that qdiff did not write" in caplog.text
-
-
-def test_what_a_forgotten_stage_wrote_is_still_known(tmp_path):
-    run = Run(tmp_path / "run")
-    work(run, "calibrate", {})
-    with run.stage("quantize", {}) as stage:
-        write_text(stage.output(run.file("quantization", "a.json")), "a")
-    work(run, "calibrate", {"other": 1}, replace=True)  # forgets quantize, whose file stays
-    assert run.file("quantization", "a.json").is_file() and not run.done("quantize")
-    with run.stage("quantize", {}, force=True, leftovers=["quantization"]):
-        assert not run.file("quantization").exists()
-
-
-def test_a_stage_that_another_process_works_at_is_not_called_cut_off(tmp_path):
-    run = Run(tmp_path / "run")
-    with run.stage("calibrate", {}):
-        with pytest.raises(RunLockedError, match="another qdiff works in .*'calibrate' is not finished"):
-            Run(run.path).entry("calibrate")
-    assert Run(run.path).entry("calibrate")
-    with pytest.raises(ValueError), run.stage("quantize", {}):
-        raise ValueError
-    with pytest.raises(InputError, match="was cut off"):
-        Run(run.path).entry("quantize")
-
-
-def test_a_hard_linked_copy_is_a_run_of_its_own(tmp_path):
-    """``cp -al``: both folders work, one at work does not lock the other, and nothing that is written shows in both."""
-    run = Run(tmp_path / "run")
-    with run.stage("calibrate", {}) as stage:
-        write_text(stage.output(run.file("onnx", "model.onnx.data")), "weights")
-    copy = tmp_path / "copy"
-    shutil.copytree(run.path, copy, copy_function=os.link)
-    other = Run(copy)
-    other.verify("calibrate")
-    assert os.stat(copy / "onnx/model.onnx.data").st_nlink == 1 == os.stat(run.file("onnx/model.onnx.data")).st_nlink
-    with run.stage("quantize", {}):
-        assert work(other, "quantize", {"other": 1}) == "made"
-    assert not Run(run.path).done("export") and Run(run.path).entry("quantize")["inputs"] == {}
