@@ -47,6 +47,17 @@ def on_the_host() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["products as they are here", "products that overflow"])
+def integer_arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: as this processor's libraries multiply INT8, and as if their products overflowed, which changes how
+    engines load graphs and which of them is the default. The second way has to be exact on every processor."""
+    from qdiff.engines import integer_products
+
+    if request.param != "products as they are here":
+        monkeypatch.setattr(integer_products, "exact", lambda library: False)
+    return str(request.param)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command did: exit code, stdout, stderr."""

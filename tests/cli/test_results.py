@@ -123,6 +123,13 @@ def test_pictures_of_an_engine(draw, finished, engine):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_pictures_are_as_near_to_the_plan_however_integers_are_multiplied(draw, engine, integer_arithmetic):
+    wanted = pixels(draw("eager", "a red apple", seed=7, engine="eager")[0])
+    got = pixels(draw("engine", "a red apple", seed=7, engine=engine)[0])
+    assert 10 * np.log10(255**2 / max(((wanted - got) ** 2).mean(), 1e-9)) > 35, engine
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_what_works_with_the_float_pipeline_works_with_an_engine(draw, engine):
     """Negative prompts, no guidance, other steps, schedulers and sizes: the engine draws what torch draws."""
     plain = draw("plain", "a red apple", seed=3, engine=engine)[0]

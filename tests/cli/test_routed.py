@@ -95,7 +95,7 @@ def test_predictors_are_made_where_no_rule_is_named(cli, calibrated, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_an_engine_takes_the_routes_and_deltas_that_torch_takes(routed, engine):
+def test_an_engine_takes_the_routes_and_deltas_that_torch_takes(routed, engine, integer_arithmetic):
     plan = Plan.load(routed / "plan.json")
     module, runner = load_quantized(plan, routed / "model.safetensors"), load_runner(Run.existing(routed), engine, None)
     assert {spec.name for spec in runner.inputs} == {spec.name for spec in FAMILIES["pixart"].inputs(plan.config)}

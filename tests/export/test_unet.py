@@ -74,7 +74,7 @@ def test_split_shortcuts_are_two_convolutions_and_a_sum(exported):
         assert f"{name}.rest" in names
 
 
-def test_engines_compute_what_the_module_computes(exported):
+def test_engines_compute_what_the_module_computes(exported, integer_arithmetic):
     run, family = exported.run, FAMILIES["stable-diffusion"]
     if exported.target == "tensorrt":
         pytest.importorskip("tensorrt_rtx")
