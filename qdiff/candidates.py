@@ -17,10 +17,11 @@ from qdiff.checkpoint import install_clock
 from qdiff.drafting import Draft, entries_of, groups_of, kept_entry
 from qdiff.errors import InputError
 from qdiff.events import log
+from qdiff.kept import half_layer, round_kept
 from qdiff.layers import QuantLinear, TimestepClock
 from qdiff.models.base import Model, quantizable_layers
 from qdiff.plan import LayerPlan
-from qdiff.quantize import half_layer, realise_all, round_kept
+from qdiff.quantize import realise_all
 from qdiff.recipe import Recipe
 from qdiff.recipes import members_of
 from qdiff.statistics import Statistics

@@ -20,6 +20,7 @@ from qdiff import present, process
 from qdiff.errors import IntegrityError, UsageError
 from qdiff.files import path_of
 from qdiff.options import (
+    AcceptOption,
     BatchOption,
     BudgetOption,
     CapabilityOption,
@@ -189,6 +190,7 @@ def quantize(
     density: DensityOption = None,
     set: SetOption = None,
     plan: PlanOption = None,
+    accept_quality: AcceptOption = False,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     device: DeviceOption = None,
@@ -201,7 +203,9 @@ def quantize(
     from qdiff.stages import quantize as stage
 
     overrides = _overrides(set, budget, density)
-    result = stage.quantize(_open(run), recipe, overrides, plan_file=plan, force=force, dry_run=dry_run)
+    result = stage.quantize(
+        _open(run), recipe, overrides, plan_file=plan, force=force, dry_run=dry_run, accept_quality=accept_quality
+    )
     _show(result, json, present.quantize)
 
 
@@ -344,6 +348,7 @@ def compare(
     pictures: PicturesOption = 16,
     seed: Annotated[int | None, typer.Option(help="first seed [default: far from calibration's]")] = None,
     min_psnr: PsnrOption = None,
+    accept_quality: AcceptOption = False,
     force: ForceOption = False,
     device: DeviceOption = None,
     json: JsonOption = False,
@@ -357,7 +362,14 @@ def compare(
 
     texts = read_prompts(prompts) if prompts else None
     result = stage.compare(
-        _open(run), engines=engine, prompts=texts, pictures=pictures, seed=seed, minimum_psnr=min_psnr, force=force
+        _open(run),
+        engines=engine,
+        prompts=texts,
+        pictures=pictures,
+        seed=seed,
+        minimum_psnr=min_psnr,
+        accept_quality=accept_quality,
+        force=force,
     )
     _show(result, json, present.compare)
 
@@ -401,6 +413,7 @@ def run_all(
     compute_capability: CapabilityOption = None,
     pictures: PicturesOption = 16,
     min_psnr: PsnrOption = None,
+    accept_quality: AcceptOption = False,
     output: RunOption = None,
     force: ForceOption = False,
     device: DeviceOption = None,
@@ -424,6 +437,7 @@ def run_all(
         profiles=profile,
         pictures=pictures,
         minimum_psnr=min_psnr,
+        accept_quality=accept_quality,
         force=force,
     )
     _show(result, json, present.run)

@@ -19,6 +19,7 @@ from qdiff.models.base import Model, quantizable_layers
 from qdiff.numerics import fits_float16
 from qdiff.plan import Kept, LayerPlan, Structure
 from qdiff.recipe import Recipe, Scheme
+from qdiff.splits import gaining_splits
 from qdiff.statistics import Statistics
 from qdiff.structure import divide, restructure
 
@@ -27,9 +28,10 @@ def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics, ignor
     """What the recipe changes in this model before anything is decided about its layers, those apart that it ignores."""
     layers = groups_of(model, statistics)
     split = model.family.splits(model.backbone) if recipe.split_shortcuts else {}
+    split = {name: at for name, at in split.items() if name not in ignored and name in layers}
     firsts = statistics.first_tokens if recipe.first_token else {}
     return Structure(
-        split={name: at for name, at in split.items() if name not in ignored and name in layers},
+        split=gaining_splits(model, recipe, statistics, split),
         first_token=[name for name in firsts if name not in ignored],
     )
 

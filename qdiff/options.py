@@ -69,6 +69,9 @@ ProfileOption = Annotated[
     list[str] | None, typer.Option("--profile", help="sizes to accept, e.g. 512, dyn-256-1024, 512,batch=1-2-8")
 ]
 PicturesOption = Annotated[int, typer.Option(help="pictures to compare")]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-quality", help="take a prediction or pictures below the recipe's floors (else exit 7)")
+]
 PsnrOption = Annotated[float | None, typer.Option("--min-psnr", help="fail (exit 7) when the mean PSNR is lower, dB")]
 ForceOption = Annotated[bool, typer.Option("--force", help="begin this stage anew")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]

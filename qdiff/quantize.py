@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from qdiff import numerics
 from qdiff.checkpoint import empty_layer, install_clock
 from qdiff.distillation import Distilled, distil, float_predictions
-from qdiff.drafting import Draft, draft
-from qdiff.errors import InputError
-from qdiff.events import Progress
+from qdiff.drafting import Draft, draft, kept_entry
+from qdiff.errors import InputError, QualityGateError
+from qdiff.events import Progress, log
 from qdiff.formats import format_named
+from qdiff.kept import keep_layer, round_kept
 from qdiff.layers import HalfConv2d, HalfLinear, QuantLinear, TimestepClock
 from qdiff.methods import Problem, Solution, apply_method, check_reconstruction
 from qdiff.methods.smooth import multiplier_for
@@ -92,12 +93,17 @@ def carry_out(
         )
     targets = float_predictions(model, trajectory) if recipe.distil and trajectory else []
     teacher = copy.deepcopy(model.backbone) if recipe.distil and recipe.distil.blocks else None
-    work = _Realisation(model, entries, solve, statistics, recipe.kept)
+    work = _Realisation(model, entries, solve, statistics, recipe.kept, recipe.floors.layer)
     if recipe.sequential is None or trajectory is None:
         work.all_groups()
     else:
         work.block_by_block(trajectory, recipe.sequential, scratch)
     plan = work.plan(recipe.name, drafted.structure)
+    if not plan.quantized:
+        raise QualityGateError(
+            f"recipe {recipe.name!r}: the output of every layer is below {recipe.floors.layer:g} dB, so none is quantized",
+            "take formats of more bits, or lower the floor (--set floors.layer=…)",
+        )
     complete()
     if recipe.distil is None or trajectory is None:
         return plan
@@ -175,11 +181,19 @@ class _Realisation:
         entries: what is known of every layer before.
         solve: decides about a group.
         kept: storage of what is not quantized.
+        floor: SQNR in dB of a layer's output below which it is kept; ``None``: decisions are carried out whatever comes of them.
     """
 
     def __init__(
-        self, model: Model, entries: dict[str, LayerPlan], solve: Solve, statistics: Statistics, kept: Kept
+        self,
+        model: Model,
+        entries: dict[str, LayerPlan],
+        solve: Solve,
+        statistics: Statistics,
+        kept: Kept,
+        floor: float | None = None,
     ) -> None:
+        self.floor = floor
         self.model, self.entries, self.solve, self.statistics, self.kept = model, entries, solve, statistics, kept
         self.backbone = model.backbone
         self.layers = quantizable_layers(self.backbone)
@@ -233,7 +247,7 @@ class _Realisation:
     def plan(self, recipe: str, structure: Structure) -> Plan:
         """The plan of what was done, in the order of the backbone's modules."""
         for name, linear in self.layers.items():  # no group reads anything into them
-            _keep(self.backbone, self.entries[name], linear)
+            keep_layer(self.backbone, self.entries[name], linear)
         modules = self.backbone.named_modules()
         order = [name for name, module in modules if isinstance(module, QuantLinear | HalfLinear | HalfConv2d)]
         return Plan(
@@ -253,12 +267,13 @@ class _Realisation:
         members = [self.entries[name] for name in inputs.layers if self.entries[name].quantized]
         decided = self._quantize(members, inputs) if members else None
         for name in inputs.layers:
-            if not self.entries[name].quantized:
-                _keep(self.backbone, self.entries[name], self.layers[name])
+            if not self.planned[name].quantized:
+                keep_layer(self.backbone, self.planned[name], self.layers[name])
             del self.layers[name]
         return decided
 
-    def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> Decided:
+    def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> Decided | None:
+        """Decides about a group and places its layers; those below the floor, or all, are left for :meth:`_group` to keep."""
         weights = []
         for entry in members:
             weight = self.layers[entry.name].weight.detach()
@@ -276,13 +291,33 @@ class _Realisation:
         )
         biases: list[Tensor | None] = [self.layers[entry.name].bias for entry in members]
         decided = Decided(members, problem, self.solve(problem, members), biases)
-        self._realise(decided)
+        errors = problem.errors(decided.solution, held_out=True)
+        above = [index for index, error in enumerate(errors) if self.floor is None or sqnr_db_of(error) >= self.floor]
+        for index, entry in enumerate(members):
+            if index not in above:
+                self._refuse(entry, sqnr_db_of(errors[index]))
+        if not above:
+            return None
+        if len(above) < len(members):
+            decided = decided.only(above)
+            errors = decided.problem.errors(decided.solution, held_out=True)
+        self._realise(decided, errors)
         return decided
 
-    def _realise(self, decided: Decided) -> None:
-        """Puts the layers of a group into the backbone, in the place of float or of quantized ones."""
+    def _refuse(self, entry: LayerPlan, reached: float) -> None:
+        """Plans a layer to be kept, because its output would be below the floor."""
+        reason = f"{entry.precision} reaches {reached:.1f} dB, the floor is {self.floor:g} dB (floors.layer)"
+        self.planned[entry.name] = kept_entry(entry.name, self.layers[entry.name], self.kept, reason)
+        log.warning("quantize: %s is kept: %s", entry.name, reason)
+
+    def _realise(self, decided: Decided, errors: list[float] | None = None) -> None:
+        """Puts the layers of a group into the backbone, in the place of float or of quantized ones.
+
+        Args:
+            errors: of their outputs on held-out tokens, where they are known.
+        """
         members, problem, solution = decided.members, decided.problem, decided.solution
-        errors = problem.errors(solution, held_out=True)
+        errors = problem.errors(solution, held_out=True) if errors is None else errors
         for index, (entry, error) in enumerate(zip(members, errors, strict=True)):
             plan = entry.model_copy(
                 update={
@@ -303,7 +338,7 @@ class _Realisation:
                     "input_scale_rule": "range" if solution.input_scale is None else "learned",
                     "methods": list(solution.methods),
                     "why": "; ".join(note for note in (*solution.notes, entry.why) if note),
-                    "sqnr_db": round(-10 * torch.tensor(max(error, 1e-30)).log10().item(), 3),
+                    "sqnr_db": round(sqnr_db_of(error), 3),
                 }
             )
             state = _tensors(problem, solution, index, decided.biases[index], self.kept)
@@ -338,6 +373,11 @@ class _Realisation:
             )
             del self.layers[entry.name]
         return True
+
+
+def sqnr_db_of(error: float) -> float:
+    """SQNR in dB of a normalised mean square error; at most 300, NaN of NaN."""
+    return -10 * torch.tensor(max(error, 1e-30)).log10().item()
 
 
 def backbone_config(backbone: nn.Module) -> dict[str, Any]:
@@ -376,25 +416,3 @@ def _tensors(
 def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
     """The constant scale of a layer's output from its ranges by timestep ``[T]``; ``None`` when the output stays float."""
     return None if plan.output is None else numerics.choose_scale(amax.max(), format_named(plan.output))
-
-
-def _keep(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear | nn.Conv2d) -> None:
-    backbone.set_submodule(plan.name, half_layer(plan, linear))
-
-
-def half_layer(plan: LayerPlan, layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    """A float layer as one that is kept, in the storage that its plan says."""
-    module = empty_layer(plan, 0, None, "float16", layer)
-    state = {"weight": layer.weight.detach().to(getattr(torch, plan.weights))}
-    if layer.bias is not None:
-        state["bias"] = numerics.to_storage(layer.bias.detach(), plan.weights).float()
-    module.load_state_dict(state, assign=True)
-    return module
-
-
-def round_kept(backbone: nn.Module, kept: str) -> None:
-    """Rounds the parameters outside linear layers to the storage they get, so that this model equals the loaded one."""
-    linear = {id(parameter) for layer in quantizable_layers(backbone).values() for parameter in layer.parameters()}
-    for parameter in backbone.parameters():
-        if id(parameter) not in linear:
-            parameter.data = numerics.to_storage(parameter.data, kept).float()

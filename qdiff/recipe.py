@@ -201,6 +201,21 @@ class Attention(BaseModel):
     numerics: Literal["float", "bf16", "int8_fp8", "fp8"] = "float"
 
 
+class Floors(BaseModel):
+    """What quality may not fall below, in dB: below it nothing is quantized in silence.
+
+    ``layer``: SQNR of a layer's output on held-out tokens; a layer that ends below it is kept. ``step``: SQNR of the whole
+    backbone's prediction at any recorded step, and ``pictures``: mean PSNR of compared pictures against float; below them the
+    stage writes its files and ends with exit code 7, unless the quality is accepted.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    layer: float = Field(10.0, ge=-100, le=100)
+    step: float = Field(15.0, ge=-100, le=100)
+    pictures: float = Field(20.0, ge=0, le=100)
+
+
 class Recipe(BaseModel):
     """See the module's docstring. ``methods`` maps a method's name to its options, in the order in which they apply.
 
@@ -227,6 +242,9 @@ class Recipe(BaseModel):
         default={}, description="patterns of layers whose output is quantized too (q and k of attentions), by family"
     )
     kept: Kept = "float16"
+    floors: Floors = Field(
+        Floors(), description="quality in dB below which layers are kept and stages end with exit code 7"
+    )
     sequential: Sequential | None = None
     methods: dict[str, dict[str, Any]] = {}
     distil: Distillation | None = None

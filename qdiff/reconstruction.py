@@ -55,6 +55,21 @@ class Decided:
     solution: Solution
     biases: list[Tensor | None]
 
+    def only(self, layers: Sequence[int]) -> Decided:
+        """Of some of the group's layers, by their numbers."""
+        problem, solution = self.problem, self.solution
+        parts = {
+            name: tuple(value[layer] for layer in layers)
+            for name in ("low_rank", "rounded", "correction")
+            if (value := getattr(solution, name)) is not None
+        }
+        return Decided(
+            [self.members[layer] for layer in layers],
+            problem.only(layers),
+            replace(solution, **parts),
+            [self.biases[layer] for layer in layers],
+        )
+
 
 class LearnedLinear(QuantLinear):
     """A quantized layer whose weight is a variable; :class:`LearnedConv2d` is the same of a convolution.

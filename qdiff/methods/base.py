@@ -14,7 +14,7 @@ transform drops the codes. So methods of the transform come first in a recipe.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -122,6 +122,11 @@ class Problem:
     kind: str = "Linear"
     taps: int = 1
     _targets: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def only(self, layers: Sequence[int]) -> Problem:
+        """Of some of the layers, by their numbers."""
+        names, weights = ([part[layer] for layer in layers] for part in (self.names, self.weights))
+        return replace(self, names=names, weights=weights, _targets={})
 
     def scales_by_token(self, solution: Solution) -> bool:
         """Whether each token of the input gets a scale at run time."""

@@ -89,8 +89,8 @@ def _entries(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 
 def members_of(recipe: Recipe) -> list[Recipe | None]:
-    """The recipes that a mixed one chooses from, each with its ``ignore``, ``kept`` and structure; ``None`` where a layer may
-    stay in ``kept``.
+    """The recipes that a mixed one chooses from, each with its ``ignore``, ``kept``, ``floors`` and structure; ``None``
+    where a layer may stay in ``kept``.
 
     Raises:
         InputError: one that cannot be read, or chooses itself.
@@ -109,7 +109,7 @@ def members_of(recipe: Recipe) -> list[Recipe | None]:
 
 
 def versions_of(recipe: Recipe) -> list[Recipe]:
-    """The recipes that a routed one changes between, each with its ``ignore``, ``kept`` and structure. Raises as
+    """The recipes that a routed one changes between, each with its ``ignore``, ``kept``, ``floors`` and structure. Raises as
     :func:`members_of`."""
     assert recipe.routing is not None
     return [_member(recipe, name) for name in recipe.routing.recipes]
@@ -121,7 +121,7 @@ def _member(recipe: Recipe, name: str) -> Recipe:
         raise InputError(
             f"recipe {recipe.name!r}: {name!r} chooses among others itself", "name recipes that have a scheme"
         )
-    shared = ("ignore", "kept", "split_shortcuts", "first_token")
+    shared = ("ignore", "kept", "split_shortcuts", "first_token", "floors")
     return member.model_copy(update={key: getattr(recipe, key) for key in shared})
 
 

@@ -15,6 +15,7 @@ from qdiff.stages.build import beside, default_engine, device_beside, require_ru
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.disk import picture_bytes
 from qdiff.stages.generate import Pictures, Session, check_pictures, make_request, save_pictures
+from qdiff.stages.quantize import floor_of
 from qdiff.stages.speed import measure_speeds
 
 if TYPE_CHECKING:
@@ -37,11 +38,16 @@ def compare(
     seed: int | None = None,
     minimum_psnr: float | None = None,
     force: bool = False,
+    accept_quality: bool = False,
 ) -> dict[str, Any]:
     """Writes ``images/<engine>/NNN.png`` and ``compare.json``.
 
+    Args:
+        accept_quality: whether pictures below the recipe's floor are no error.
+
     Raises:
-        QualityGateError: the first engine's mean PSNR is below ``minimum_psnr``. The pictures are kept.
+        QualityGateError: the first engine's mean PSNR is below ``minimum_psnr``, or that of any engine below ``floors.pictures``
+            of the recipe. The pictures are kept.
     """
     from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
@@ -76,7 +82,23 @@ def compare(
             f"the pictures of {chosen[0]} have a mean PSNR of {psnr:.2f} dB against float, the gate is {minimum_psnr:g} dB",
             f"see {run.file('images')}; keep more layers in 16 bit (ignore), or lower the gate",
         )
+    if not accept_quality:
+        _require_quality(run, result["engines"])
     return result
+
+
+def _require_quality(run: Run, engines: list[dict[str, Any]]) -> None:
+    floor = floor_of(run, "pictures")
+    for row in engines:
+        if not row["psnr_db_mean"] >= floor:
+            psnrs = [picture["psnr_db"] for picture in row["per_picture"]]
+            worst = psnrs.index(min(psnrs))
+            raise QualityGateError(
+                f"the pictures of {row['name']} have a mean PSNR of {row['psnr_db_mean']:.2f} dB against float, the floor is "
+                f"{floor:g} dB; the worst is picture {worst:03d} with {psnrs[worst]:.2f} dB",
+                f"see {run.file('images')}; keep more layers in 16 bit (ignore), or take a recipe of more bits; or take the "
+                "pictures as they are with --accept-quality",
+            )
 
 
 def require_comparable(engines: list[str]) -> None:

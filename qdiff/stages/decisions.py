@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qdiff.mixing import Allocation, Judge
     from qdiff.models.base import Model
     from qdiff.plan import Plan
-    from qdiff.recipe import Attention, Recipe
+    from qdiff.recipe import Attention, Floors, Recipe
     from qdiff.sensitivity import Sensitivity
     from qdiff.statistics import Statistics
     from qdiff.trajectory import Trajectory
@@ -61,6 +61,11 @@ class Decisions(Protocol):
         """How self-attentions are to be sparse, where a recipe says so."""
         ...
 
+    @property
+    def floors(self) -> Floors:
+        """What quality may not fall below."""
+        ...
+
     def inputs(self) -> dict[str, Any]:
         """What the outputs depend on."""
         ...
@@ -87,6 +92,10 @@ class ByRecipe:
     @property
     def attention(self) -> Attention | None:
         return self.recipe.attention
+
+    @property
+    def floors(self) -> Floors:
+        return self.recipe.floors
 
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}
@@ -118,6 +127,12 @@ class ByPlan:
     @property
     def attention(self) -> None:
         return None  # it stays as the plan has it
+
+    @property
+    def floors(self) -> Floors:
+        from qdiff.recipe import Floors
+
+        return Floors()
 
     def inputs(self) -> dict[str, Any]:
         from qdiff.edited_plan import decisions
@@ -161,6 +176,10 @@ class ByBudget:
     @property
     def attention(self) -> Attention | None:
         return self.recipe.attention
+
+    @property
+    def floors(self) -> Floors:
+        return self.recipe.floors
 
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), **self.measured_inputs()}
@@ -253,6 +272,10 @@ class ByRouting:
     @property
     def attention(self) -> Attention | None:
         return self.recipe.attention  # routes are decided with all attention there
+
+    @property
+    def floors(self) -> Floors:
+        return self.recipe.floors
 
     def inputs(self) -> dict[str, Any]:
         versions = [version.model_dump(mode="json") for version in versions_of(self.recipe)]

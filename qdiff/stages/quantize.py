@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.artifacts import Run
-from qdiff.errors import InputError, UsageError
-from qdiff.files import save_tensors, sha256_json, write_json
+from qdiff.errors import InputError, QualityGateError, UsageError
+from qdiff.files import read_json, save_tensors, sha256_json, write_json
 from qdiff.scratch import Scratch
 from qdiff.stages.attention import STAGE as ATTENTION
 from qdiff.stages.attention import decide_attention, require_statistics
@@ -43,16 +43,19 @@ def quantize(
     plan_file: Path | None = None,
     force: bool = False,
     dry_run: bool = False,
+    accept_quality: bool = False,
 ) -> dict[str, Any]:
     """Writes ``plan.json``, ``model.safetensors``, ``quantization.json`` and ``quantization/``.
 
     Args:
         plan_file: a plan whose decisions are taken in place of a recipe's; it may be the run's own ``plan.json``, edited.
+        accept_quality: whether a prediction below the recipe's floor is no error.
 
     Raises:
         UsageError: a plan and a recipe at once.
         InputError: a recipe or plan that cannot be carried out (:mod:`qdiff.recipe`, :mod:`qdiff.edited_plan`).
         IntegrityError: the plan of another model.
+        QualityGateError: the prediction at a recorded step is below ``floors.step`` of the recipe. The files are written.
     """
     decided = _source(run, recipe_name, overrides, plan_file)
     inputs = {"calibrate": run.outputs_hash("calibrate"), **decided.inputs()}
@@ -64,6 +67,8 @@ def quantize(
     with run.stage("quantize", inputs, force=force, leftovers=[SCRATCH], needs=["calibrate"]) as work:
         if work is not None:
             _work(run, decided, work, Scratch(run.file(SCRATCH), sha256_json(inputs)))
+    if not accept_quality:
+        _require_quality(run)
     return _summary(run)
 
 
@@ -159,6 +164,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
         float32_bytes=4 * parameters,
         packed_bytes=packed,
         largest_value=magnitude.largest if math.isfinite(magnitude.largest) else None,
+        floors=decided.floors.model_dump(),
         worst_sqnr_db=min(error["sqnr_db"] for error in errors),
         density=plan.attention and plan.attention.density,
         overall_density=plan.attention and plan.attention.overall,
@@ -204,6 +210,27 @@ def _refuse_idle(plan: Plan, errors: list[dict[str, float]]) -> None:
 
     if plan.quantized and any(error["sqnr_db"] >= DB_CAP for error in errors):
         raise RuntimeError("the quantized model's output equals the float model's: its quantizers are off")
+
+
+def floor_of(run: Run, name: str) -> float:
+    """A floor in dB (:class:`qdiff.recipe.Floors`) of the recipe that a run was quantized by."""
+    from qdiff.recipe import Floors
+
+    return float((run.entry("quantize").get("floors") or Floors().model_dump())[name])
+
+
+def _require_quality(run: Run) -> None:
+    floor = floor_of(run, "step")
+    steps = read_json(run.file("quantization.json"), "the errors of quantization")["timesteps"]
+    below = [step for step in steps if not step["sqnr_db"] >= floor]
+    if below:
+        worst = min(below, key=lambda step: step["sqnr_db"])
+        raise QualityGateError(
+            f"the quantized model's prediction at timestep {worst['timestep']:g} is {worst['sqnr_db']:.1f} dB from float "
+            f"({len(below)} of {len(steps)} recorded calls are below the floor of {floor:g} dB)",
+            f"see the layers' sqnr_db in {run.file('plan.json')}, and keep the worst (recipe: ignore) or give them more bits; "
+            "or take it as it is with --accept-quality",
+        )
 
 
 def _summary(run: Run) -> dict[str, Any]:

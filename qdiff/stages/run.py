@@ -40,10 +40,15 @@ def run_all(
     pictures: int = DEFAULT_PICTURES,
     minimum_psnr: float | None = None,
     force: bool = False,
+    accept_quality: bool = False,
 ) -> dict[str, Any]:
     """Calibrates, quantizes, exports, builds, compares and reports.
 
     Engines that were not asked for by name and cannot be built here are left out, with a line in the result that says why.
+
+    Raises:
+        QualityGateError: :func:`qdiff.stages.quantize.quantize` and :func:`qdiff.stages.compare.compare` say when; not where
+            ``accept_quality``.
     """
     from qdiff.engines import choose
 
@@ -83,7 +88,7 @@ def run_all(
     stage("calibrate", lambda: calibrate(run, options, force=force, later=later))
     if sparse:
         stage("attention", lambda: calibrate_attention(run, force=force))
-    stage("quantize", lambda: quantize(run, recipe, overrides, force=force))
+    stage("quantize", lambda: quantize(run, recipe, overrides, force=force, accept_quality=accept_quality))
     for engine in list(buildable):
         reason = _cannot_take(run, engine)
         if reason and engines:
@@ -103,10 +108,13 @@ def run_all(
                 ),
             )
     running = [engine.name for engine in sorted(buildable, key=lambda engine: -engine.rank) if engine.missing() is None]
-    stage("compare", lambda: compare(run, engines=running or ["eager"], pictures=pictures, force=force))
+    compared_engines = running or ["eager"]
+    stage(
+        "compare", lambda: compare(run, engines=compared_engines, pictures=pictures, force=force, accept_quality=True)
+    )
     stage("report", lambda: report(run))
-    if minimum_psnr is not None:  # the gate closes last, so that the report about a failure exists
-        compare(run, engines=running or ["eager"], pictures=pictures, minimum_psnr=minimum_psnr)
+    # the gates close last, so that the report about a failure exists
+    compare(run, engines=compared_engines, pictures=pictures, minimum_psnr=minimum_psnr, accept_quality=accept_quality)
     compared = results["compare"]
     return {
         "run": str(run.path),

@@ -10,9 +10,9 @@ import torch
 from qdiff.artifacts import Run
 from qdiff.checkpoint import load_quantized
 from qdiff.drafting import kept_entry
+from qdiff.kept import half_layer
 from qdiff.magnitude import Magnitude
 from qdiff.plan import Plan
-from qdiff.quantize import half_layer
 
 
 def test_a_residual_stream_of_a_thousand_million_keeps_its_quality(grown):
