@@ -12,6 +12,7 @@ After every shard the state is written whole, so a kill loses at most one shard'
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,23 +35,26 @@ PARTIAL = "statistics.partial.safetensors"
 
 
 def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
-    """Groups of layers that read the same tensor inside one parent module: name of the first -> all names.
+    """Groups of layers that read the same tensors inside one parent module: name of the first -> all names.
+
+    A layer that the forward calls several times is in one group with those that read all the tensors that it reads, in the same
+    order: the statistics of a group are those of its first layer's calls.
 
     Args:
         step: any recorded call; the backbone is run on it once.
     """
-    groups: dict[str, list[str]] = {}
-    alive: dict[
-        str, list[tuple[str, Tensor]]
-    ] = {}  # by parent: the first reader of each tensor that it has seen so far
+    reads: dict[str, list[int]] = {}  # numbers of the tensors that each layer reads, layers in the order of their first calls
+    alive: dict[str, list[tuple[int, Tensor]]] = {}  # by parent: the tensors that it has seen so far
+    count = itertools.count()
 
     def watch(name: str, parent: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             tensors = alive.setdefault(parent, [])
-            first = next((reader for reader, tensor in tensors if tensor is args[0]), None)
-            if first is None:
-                tensors.append((name, args[0]))
-            groups.setdefault(first or name, []).append(name)
+            number = next((number for number, tensor in tensors if tensor is args[0]), None)
+            if number is None:
+                number = next(count)
+                tensors.append((number, args[0]))
+            reads.setdefault(name, []).append(number)
 
         return hook
 
@@ -67,6 +71,11 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
             owner = _module_with_forward(model.backbone, parent)
             stack.callback(owner.register_forward_hook(forget(parent)).remove)
         model.family.call(model.backbone, step.inputs)
+    firsts: dict[tuple[str, tuple[int, ...]], str] = {}
+    groups: dict[str, list[str]] = {}
+    for name, numbers in reads.items():
+        first = firsts.setdefault((parents[name], tuple(numbers)), name)
+        groups.setdefault(first, []).append(name)
     return groups
 
 
