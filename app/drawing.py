@@ -51,6 +51,7 @@ class Made:
     ssim: float | None = None
     disturbed: bool = False  # a build or another process ran beside it: times are not the engine's own
     images: tuple[Any, ...] = ()  # of a comparison, until it is judged
+    warnings: tuple[str, ...] = ()  # of settings that cost nearness to float
     beside: Path | None = None  # MP4 with float's clip on the left: in one file, so that both stay in step
 
     @property
@@ -70,6 +71,7 @@ class Made:
         """JSON for the download: the settings, and what was measured."""
         names = ("engine", "note", "seconds", "seconds_per_step", "load_seconds", "memory_bytes", "size_bytes")
         facts = {name: getattr(self, name) for name in (*names, "psnr_db", "ssim", "disturbed")}
+        facts["warnings"] = list(self.warnings) or None
         return {"settings": self.settings.to_json(), **{k: v for k, v in facts.items() if v is not None}}
 
 
@@ -155,6 +157,7 @@ class Artist:
 
     def _draw_once(self, job: Job, source: Source, engine: str, settings: Settings, keep: bool, share: Any) -> Made:
         from qdiff.models import Request
+        from qdiff.stages.generate import guidance_warning
 
         job.publish(task=f"loading {engine}", step=0, steps=0, preview=None)
         session = self._pool.session(source, engine)
@@ -200,6 +203,9 @@ class Artist:
             memory = max(memory, self._pool.backbone_bytes(source))
         disturbed = self._disturbed() or bool(load.reason())
         made = _made(settings, paths, pictures, session, memory, size, disturbed=disturbed)
+        if source.run is not None and engine != "float":
+            warning = guidance_warning(source.run, session.model, settings.guidance)
+            made = made if warning is None else replace(made, warnings=(warning,))
         return made if share is None else replace(made, images=tuple(pictures.images))
 
     def _save(self, job: Job, source: Source, pictures: Pictures, request: Any, model: Model) -> tuple[Path, ...]:

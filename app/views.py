@@ -124,6 +124,7 @@ def facts(result: Made) -> str:
         *([f"{settings.frames} frames"] if settings.frames else []),
         result.engine,
         result.note,
+        *result.warnings,
     ]
     return _chips(parts)
 

@@ -37,7 +37,7 @@ from qdiff.attention.schedule import Schedule, edges_of
 from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import InputError
 from qdiff.events import Progress
-from qdiff.models.base import Model
+from qdiff.models.base import Model, latent_of
 from qdiff.scratch import Scratch
 from qdiff.trajectory import Step, Trajectory
 
@@ -103,7 +103,7 @@ class AttentionCalibration:
         self.schedule = Schedule(self.edges, [])
         self.groups = len(self.edges)
         config: Any = model.backbone.config
-        latent = steps[0].inputs[model.family.inputs(config)[0].name].shape
+        latent = steps[0].inputs[latent_of(model.family.inputs(config)).name].shape
         self.grid: Grid = model.family.grid(config, latent)
         text, ordered = model.family.text_tokens(config), math.prod(self.grid)
         block = options.block or block_for(ordered)

@@ -43,7 +43,9 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
     Args:
         step: any recorded call; the backbone is run on it once.
     """
-    reads: dict[str, list[int]] = {}  # numbers of the tensors that each layer reads, layers in the order of their first calls
+    reads: dict[
+        str, list[int]
+    ] = {}  # numbers of the tensors that each layer reads, layers in the order of their first calls
     alive: dict[str, list[tuple[int, Tensor]]] = {}  # by parent: the tensors that it has seen so far
     count = itertools.count()
 

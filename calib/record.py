@@ -32,6 +32,7 @@ class Recording:
         steps, guidance, scheduler: as in :class:`qdiff.models.base.Request`.
         strategy, keep: which steps to keep (:mod:`qdiff.calib.timesteps`) and how many.
         batch: prompts that the pipeline denoises together; also the size of a shard.
+        other_guidance: further guidance scales: shard ``i`` has the one with number ``i`` modulo how many there are.
     """
 
     prompts: Sequence[str]
@@ -42,6 +43,7 @@ class Recording:
     strategy: str = "uniform"
     keep: int = 25
     batch: int = 4
+    other_guidance: tuple[float, ...] = ()
 
     @property
     def shards(self) -> int:
@@ -53,7 +55,9 @@ class Recording:
         first = shard * self.batch
         prompts = self.prompts[first : first + self.batch]
         seeds = range(self.seed + first, self.seed + first + len(prompts))
-        return Request(prompts, list(seeds), steps=self.steps, guidance=self.guidance, scheduler=self.scheduler)
+        scales = (self.guidance, *self.other_guidance)
+        guidance = scales[shard % len(scales)]
+        return Request(prompts, list(seeds), steps=self.steps, guidance=guidance, scheduler=self.scheduler)
 
 
 class _Stop(Exception):

@@ -24,6 +24,7 @@ import torch
 from qdiff import device
 from qdiff.engines.base import Runner
 from qdiff.errors import InputError
+from qdiff.models.base import InputSpec, latent_of
 
 _CONTROL = ("return_dict",)  # arguments that say how to answer, not what
 _IMPLIED = ("image_rotary_emb",)  # positions: they follow from the latent's size, which a graph knows
@@ -35,17 +36,18 @@ class EngineBackbone(torch.nn.Module):
     Args:
         original: the module whose place it takes; only its config, element type, device and signature are kept.
         runner: the loaded engine.
-        input_names: the graph's inputs, by the names of the original's ``forward`` arguments (or of entries in its dict
-            arguments, e.g. ``text_embeds`` in ``added_cond_kwargs``); the first is the latent.
+        inputs: the graph's inputs, each with the argument of the original's ``forward`` that it is (or the entry in one of its
+            dict arguments, e.g. ``text_embeds`` in ``added_cond_kwargs``).
 
     ``seconds`` holds the wall time of every call so far, in order.
     """
 
-    def __init__(self, original: Any, runner: Runner, input_names: Sequence[str]) -> None:
+    def __init__(self, original: Any, runner: Runner, inputs: Sequence[InputSpec]) -> None:
         super().__init__()
         self.config = original.config
         self.runner = runner
-        self.input_names = tuple(input_names)
+        self.inputs = {spec.argument or spec.name: spec for spec in inputs}
+        self.latent = latent_of(tuple(inputs)).name
         self.seconds: list[float] = []
         if hasattr(original, "add_embedding"):  # of which SDXL's pipelines ask the width, to check their own embeddings
             width = original.add_embedding.linear_1.in_features
@@ -79,7 +81,7 @@ class EngineBackbone(torch.nn.Module):
         """
         arguments = self._signature.bind(*args, **kwargs).arguments
         inputs = self._inputs(arguments)
-        latent = inputs[self.input_names[0]]
+        latent = inputs[self.latent]
         start = time.perf_counter()
         sample = self.runner(inputs)
         device.finish(sample.device)
@@ -96,23 +98,28 @@ class EngineBackbone(torch.nn.Module):
         for name, value in arguments.items():
             given |= dict(value) if isinstance(value, Mapping) else {name: value}
         for name, value in given.items():
-            if name not in (*self.input_names, *_CONTROL, *_IMPLIED) and not _is_nothing(name, value):
+            if name not in (*self.inputs, *_CONTROL, *_IMPLIED) and not _is_nothing(name, value):
                 message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
                 raise InputError(message, f"leave {name!r} out, or run with --engine float")
-        batch = len(given[self.input_names[0]])
-        return {name: self._tensor(name, given, batch) for name in self.input_names}
+        (latent,) = (name for name, spec in self.inputs.items() if spec.name == self.latent)
+        if given.get(latent) is None:
+            raise _lacking(latent)
+        return {spec.name: self._tensor(name, spec, given, given[latent]) for name, spec in self.inputs.items()}
 
-    def _tensor(self, name: str, given: Mapping[str, Any], batch: int) -> torch.Tensor:
+    def _tensor(self, name: str, spec: InputSpec, given: Mapping[str, Any], latent: torch.Tensor) -> torch.Tensor:
         value = given.get(name)
         if value is None and name == "encoder_attention_mask" and given.get("encoder_hidden_states") is not None:
             states = given["encoder_hidden_states"]
             return torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
         if value is None:
-            raise InputError(
-                f"the graph wants {name!r}, and the pipeline gave none", "use the model's own pipeline class"
-            )
-        tensor = torch.as_tensor(value, device=given[self.input_names[0]].device)
-        return tensor.expand(batch) if tensor.ndim == 0 else tensor  # a scalar timestep: [] -> [B]
+            raise _lacking(name)
+        tensor = torch.as_tensor(value, device=latent.device)
+        one_for_all = tensor.ndim == 0 and spec.axes == ("batch",)  # a scalar timestep: [] -> [B]
+        return tensor.expand(len(latent)) if one_for_all else tensor
+
+
+def _lacking(name: str) -> InputError:
+    return InputError(f"the graph wants {name!r}, and the pipeline gave none", "use the model's own pipeline class")
 
 
 def _is_nothing(name: str, value: Any) -> bool:
@@ -122,25 +129,25 @@ def _is_nothing(name: str, value: Any) -> bool:
     return name.endswith("attention_mask") and isinstance(value, torch.Tensor) and bool((value == 1).all())
 
 
-def replace(pipe: Any, attribute: str, runner: Runner, input_names: Sequence[str]) -> EngineBackbone:
+def replace(pipe: Any, attribute: str, runner: Runner, inputs: Sequence[InputSpec]) -> EngineBackbone:
     """Puts an engine into ``pipe.<attribute>`` for good; the original's memory is free when no one else holds it.
 
     Args:
         pipe: a diffusers pipeline.
         attribute: ``"transformer"`` or ``"unet"``.
         runner: the loaded engine.
-        input_names: see :class:`EngineBackbone`.
+        inputs: see :class:`EngineBackbone`.
     """
-    backbone = EngineBackbone(getattr(pipe, attribute), runner, input_names)
+    backbone = EngineBackbone(getattr(pipe, attribute), runner, inputs)
     setattr(pipe, attribute, backbone)
     return backbone
 
 
 @contextlib.contextmanager
-def insert(pipe: Any, attribute: str, runner: Runner, input_names: Sequence[str]) -> Iterator[EngineBackbone]:
+def insert(pipe: Any, attribute: str, runner: Runner, inputs: Sequence[InputSpec]) -> Iterator[EngineBackbone]:
     """:func:`replace` for the length of a block; then the original is back, also after an error."""
     original = getattr(pipe, attribute)
     try:
-        yield replace(pipe, attribute, runner, input_names)
+        yield replace(pipe, attribute, runner, inputs)
     finally:
         setattr(pipe, attribute, original)

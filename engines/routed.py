@@ -32,10 +32,17 @@ class RoutedRunner(Runner):
         self.runner, self.router = runner, router
         self.inputs = tuple(spec for spec in runner.inputs if spec.name not in (ROUTES, DELTAS))
         self._family, self._config = family, config
-        self._latent = family.inputs(config)[0].name
+        from qdiff.models.base import latent_of
+
+        self._latent = latent_of(family.inputs(config)).name
         self._width = config["num_attention_heads"] * config["attention_head_dim"]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self.router.plan.by_sample and len(inputs["timestep"]) > 1:
+            return self.router.one_by_one(self, inputs, self._family.inputs(self._config))
+        return self._called(inputs)
+
+    def _called(self, inputs: Mapping[str, Tensor]) -> Tensor:
         import torch
 
         routes, deltas = self.router.route(float(inputs["timestep"].reshape(-1)[0]), inputs)

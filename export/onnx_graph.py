@@ -37,8 +37,8 @@ from qdiff.export.list_inputs import LISTED, fixed_sizes, list_inputs
 from qdiff.export.routes import CELLS, Output, RoutesAsInputs
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
-from qdiff.layers import QuantLinear
-from qdiff.models.base import Family, InputSpec
+from qdiff.layers import HalfConv2d, HalfLinear, QuantLinear
+from qdiff.models.base import Family, InputSpec, latent_of
 from qdiff.plan import Plan
 from qdiff.routing.blocks import board_of as switchboard_of
 
@@ -81,10 +81,11 @@ def export_onnx(
         InputError: an op of the module has no translation for this target.
     """
     specs = family.inputs(backbone.config)  # type: ignore[arg-type]
-    family.fix_size(backbone, example[specs[0].name].shape)
+    latent = example[latent_of(specs).name].shape
+    family.fix_size(backbone, latent)
     named = family.for_export(backbone)
     # A batch of one would be taken for a constant; two of everything keeps the axis dynamic.
-    values = tuple(_at_least_two(example[spec.name]) for spec in specs)
+    values = tuple(_at_least_two(example[spec.name], spec.batch_axis) for spec in specs)
     board = board_of(backbone)
     one_size = board is not None or family.one_size
     if one_size:
@@ -98,7 +99,7 @@ def export_onnx(
     if switchboard is not None:
         config: Any = backbone.config
         routes = RoutesAsInputs(named, switchboard, config["num_attention_heads"] * config["attention_head_dim"])
-        cells = math.prod(family.grid(config, example[specs[0].name].shape))
+        cells = math.prod(family.grid(config, latent))
         added, more = routes.interface(example, cells, fixed=one_size)
         named, specs, outputs = routes, (*specs, *(spec for spec, _ in added)), [*outputs, *more]
         values = (*values, *(value for _, value in added))
@@ -206,7 +207,9 @@ class ListsAsInputs(nn.Module):
 class InComputeDtype(nn.Module):
     """A backbone that computes in ``dtype`` between float32 inputs and a float32 output. Scales survive the change: they lie
     on the float16 grid, or are left as they are (:meth:`qdiff.layers.QuantLinear.exact`). Timesteps stay float32, inside (the
-    calibrated values) and outside (:attr:`qdiff.models.base.InputSpec.exact`)."""
+    calibrated values) and outside (:attr:`qdiff.models.base.InputSpec.exact`), until they meet the first layer or normalization:
+    what a layer returns, and what a module with 16-bit parameters is given, is in ``dtype``. So an exact input that joins the
+    modulation makes no attention of two dtypes."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -220,6 +223,14 @@ class InComputeDtype(nn.Module):
                         if tensor is not None and tensor.is_floating_point() and name not in exact:
                             cast = tensor.detach().to(dtype)
                             kept[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
+                if isinstance(
+                    submodule, HalfLinear | HalfConv2d
+                ):  # in the dtype of its input, whatever its weight's is
+                    submodule.register_forward_hook(lambda module, args, output: _cast(output, dtype))
+                elif isinstance(submodule, QuantLinear) or any(
+                    parameter.dtype == dtype for parameter in submodule.parameters(recurse=False)
+                ):
+                    submodule.register_forward_pre_hook(lambda module, args: tuple(_cast(arg, dtype) for arg in args))
         names: Any = module.names
         self.names: tuple[str, ...] = names
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
@@ -234,8 +245,12 @@ class InComputeDtype(nn.Module):
         return tuple(each.float() for each in found) if isinstance(found, tuple) else found.float()
 
 
-def _at_least_two(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[0] > 1 else torch.cat([tensor, tensor])
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _at_least_two(tensor: Tensor, axis: int | None) -> Tensor:
+    return tensor if axis is None or tensor.shape[axis] > 1 else torch.cat([tensor, tensor], dim=axis)
 
 
 def _dynamic_axes(specs: Any, divisor: int, batch: int, largest: int) -> tuple[dict[int, Any], ...]:

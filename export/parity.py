@@ -6,7 +6,7 @@ end: what went in, what came out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qdiff.errors import QualityGateError
 from qdiff.events import track
 from qdiff.metrics import cosine, decibels, sqnr_db
-from qdiff.models.base import Family
+from qdiff.models.base import Family, InputSpec, samples_of
+from qdiff.routing.follow import predict
 from qdiff.trajectory import Step
 
 COSINE = 0.9999
@@ -42,7 +43,7 @@ def expected_outputs(family: Family, backbone: nn.Module, steps: Iterable[Step])
     """What the module computes on recorded steps. Apart from :func:`compare`, so that the module can go before the runtime comes:
     of a large model both together are the peak of the whole export."""
     with torch.inference_mode():
-        return [family.call(backbone, step.inputs) for step in steps]
+        return [predict(family, backbone, step.inputs) for step in steps]
 
 
 def compare(
@@ -50,6 +51,7 @@ def compare(
     run: Callable[[Mapping[str, Tensor]], Tensor],
     steps: Iterable[Step],
     float_predictions: Iterable[Tensor],
+    specs: Sequence[InputSpec],
 ) -> list[StepParity]:
     """Runs the graph on recorded steps and compares it with what the module computed.
 
@@ -62,6 +64,7 @@ def compare(
         expected_outputs: the module's, for each of ``steps``.
         steps: recorded calls.
         float_predictions: what the float model predicted for each of them.
+        specs: of the backbone's inputs: they say which axis is the batch.
 
     Raises:
         QualityGateError: a step does not agree.
@@ -71,7 +74,8 @@ def compare(
         list(zip(steps, expected_outputs, float_predictions, strict=True)), "parity"
     ):
         # One sample at a time: a large model's activations for a batch would be the peak of the whole export.
-        got = torch.cat([run({name: x[i : i + 1] for name, x in step.inputs.items()}) for i in range(len(expected))])
+        samples = (slice(i, i + 1) for i in range(len(expected)))
+        got = torch.cat([run(samples_of(specs, step.inputs, sample)) for sample in samples])
         against_float = [decibels(sqnr_db(reference, output)) for output in (expected, got)]
         result = StepParity(step.timestep, cosine(expected, got), decibels(sqnr_db(expected, got)), *against_float)
         if not result.agrees:

@@ -74,24 +74,33 @@ class Graph:
             raise IntegrityError(
                 f"the graph holds no codes of layer {name}", "a constant was folded; this is a bug of the export"
             )
-        value, weights, element = codes.name, "", _type(codes.data_type)
-        while True:
-            users = self.consumers.get(value, [])
-            if len(users) != 1:
-                raise IntegrityError(f"the weight of layer {name} is used {len(users)} times in the graph")
-            node = users[0]
+        ways = self._ways(name, codes.name, "", _type(codes.data_type))
+        if not ways:
+            raise IntegrityError(f"the weight of layer {name} is not used in the graph")
+        if len(set(ways)) > 1:
+            raise IntegrityError(
+                f"layer {name} is called {len(ways)} times, in different precisions: {'; '.join(map(str, ways))}"
+            )
+        return ways[0]
+
+    def _ways(self, name: str, value: str, weights: str, element: str) -> list[Realised]:
+        """What becomes of a weight in every product that it goes into: a layer may be called several times."""
+        found = []
+        for node in self.consumers.get(value, []):
             if node.op_type in _PRODUCTS:
-                break
+                other = next(name for name in node.input if name != value)
+                found.append(Realised(weights, *self._activation(other), self._output(node)))
+                continue
+            form, kind = weights, element
             function = node.domain == DOMAIN and node.op_type.startswith("Dequantize_")
             if function or node.op_type == "DequantizeLinear":
-                weights = self._weight_format(element, node)
+                form = self._weight_format(element, node)
             elif node.domain == DOMAIN and node.op_type.startswith("Unpack_"):
-                element = node.op_type.partition("_")[2]
+                kind = node.op_type.partition("_")[2]
             elif node.op_type not in _THROUGH:
                 raise IntegrityError(f"the weight of layer {name} goes into {node.op_type}, not into a product")
-            value = node.output[0]
-        other = next(name for name in node.input if name != value)
-        return Realised(weights, *self._activation(other), self._output(node))
+            found += self._ways(name, node.output[0], form, kind)
+        return found
 
     def _weight_format(self, element: str, node: Any) -> str:
         """The row whose element, block and scale are those of a weight; else a description of what is there."""

@@ -56,7 +56,7 @@ class RoutesAsInputs(nn.Module):
         inputs = [(InputSpec(ROUTES, (count,), torch.int64, varies=True), torch.zeros(count, dtype=torch.int64))]
         outputs = [Output(CHANGES, (count, "batch"))]
         if self.board.caching:
-            batch = max(2, len(next(iter(example.values()))))
+            batch = max(2, len(example["timestep"]))
             axes: tuple[Axis, ...] = (count, "batch", cells if fixed else CELLS, self.width)
             inputs.append((InputSpec(DELTAS, axes, varies=True), torch.zeros(count, batch, cells, self.width)))
             outputs += [Output(DRIFTS, (count, "batch")), Output(NEW_DELTAS, axes)]

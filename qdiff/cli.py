@@ -31,6 +31,7 @@ from qdiff.options import (
     ForceOption,
     FramesOption,
     GuidanceOption,
+    GuidanceScalesOption,
     HeightOption,
     JsonOption,
     KeepOption,
@@ -52,6 +53,7 @@ from qdiff.options import (
     TimestepsOption,
     WeightsOption,
     WidthOption,
+    scales_of,
 )
 
 if TYPE_CHECKING:
@@ -132,6 +134,8 @@ def _calibrate_options(given: dict[str, Any]) -> CalibrateOptions:
     """Those of a command's parameters that a calibration takes."""
     from qdiff.stages.calibrate import CalibrateOptions
 
+    first, *others = [None] if given["guidance"] is None else scales_of(given["guidance"])
+    given = {**given, "guidance": first, "other_guidance": tuple(others)}
     return CalibrateOptions(**{field.name: given[field.name] for field in dataclasses.fields(CalibrateOptions)})
 
 
@@ -143,7 +147,7 @@ def calibrate(
     prompts: PromptsOption = None,
     samples: SamplesOption = None,
     steps: StepsOption = None,
-    guidance: GuidanceOption = None,
+    guidance: GuidanceScalesOption = None,
     scheduler: SchedulerOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -393,7 +397,7 @@ def run_all(
     prompts: PromptsOption = None,
     samples: SamplesOption = None,
     steps: StepsOption = None,
-    guidance: GuidanceOption = None,
+    guidance: GuidanceScalesOption = None,
     scheduler: SchedulerOption = None,
     height: HeightOption = None,
     width: WidthOption = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qdiff import device
+from qdiff.errors import UsageError
 from qdiff.files import path_of
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", parser=path_of, help="the run folder")]
@@ -28,6 +29,13 @@ PromptsOption = Annotated[
 SamplesOption = Annotated[int | None, typer.Option(help="prompts to calibrate on [default: 32, or all of the file]")]
 StepsOption = Annotated[int | None, typer.Option(help="denoising steps [default: the model's]")]
 GuidanceOption = Annotated[float | None, typer.Option(help="guidance scale [default: the model's]")]
+GuidanceScalesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance",
+        help="guidance scale, or several such as 2,7.5 for batches to take turns at [default: the model's]",
+    ),
+]
 SchedulerOption = Annotated[str | None, typer.Option(help="scheduler, e.g. dpmsolver++ [default: the model's]")]
 TimestepsOption = Annotated[str, typer.Option(help="steps to keep: uniform (Q-Diffusion), normal (PTQ4DM) or all")]
 KeepOption = Annotated[int, typer.Option(help="how many steps of a trajectory to keep")]
@@ -76,3 +84,15 @@ PsnrOption = Annotated[float | None, typer.Option("--min-psnr", help="fail (exit
 ForceOption = Annotated[bool, typer.Option("--force", help="begin this stage anew")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def scales_of(text: str) -> list[float]:
+    """Return the guidance scales of ``--guidance``: numbers with commas between.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--guidance {text!r} is no number, and no numbers with commas", "example: 2,7.5") from None

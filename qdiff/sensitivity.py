@@ -257,7 +257,7 @@ def _error(model: Model, backbone: nn.Module, step: Step, reference: Tensor) -> 
 def _sizes(model: Model, candidates: Candidates, step: Step) -> list[tuple[int, list[int]]]:
     """Rows of each group's output and shape of its input in one call, for one sample of the batch."""
     found: dict[str, tuple[int, list[int]]] = {}
-    batch = len(next(iter(step.inputs.values())))
+    batch = len(step.inputs["timestep"])
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,9 +1,10 @@
-"""A model family that does not exist, with what published backbones have and the bundled ones lack: a layer that the forward calls
-twice, an input without a batch axis, one of integers, one under another name than its argument, and an exact one that joins the
-modulation. The rest is PixArt's."""
+"""A model family that does not exist, with what published backbones have and the bundled ones lack: a layer that the forward
+calls twice, an input without a batch axis, one of integers, one under another name than its argument, and an exact one that
+joins the modulation. The rest is PixArt's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,23 +12,25 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from qdiff.models import FAMILIES
 from qdiff.models.base import InputSpec
 from qdiff.models.pixart import PixArt
 
-CELLS, KINDS, STYLES = 16, 5, 6
+KINDS, STYLES = 5, 6
 
 
 class MadeUpTransformer(diffusers.PixArtTransformer2DModel):
-    """PixArt's with ``added``: what is added to every latent, ``[channels, cells, cells]``; ``kind [batch]``, an index;
+    """PixArt's with ``added``: what is added to every latent, ``[channels, 1, 1]``; ``kind [batch]``, an index;
     ``style [batch, STYLES]``."""
 
-    @register_to_config
-    def __init__(self, twice: bool = True, **config: Any) -> None:
+    @functools.wraps(
+        diffusers.PixArtTransformer2DModel.__init__
+    )  # diffusers reads the configuration from the signature
+    def __init__(self, **config: Any) -> None:
         super().__init__(**config)
+        self.given: dict[str, Tensor] = {}  # for the hooks; one for a copy of the module as well
         width = self.config.num_attention_heads * self.config.attention_head_dim
         self.again = nn.Linear(width, width)
         self.kinds = nn.Embedding(KINDS, width)
@@ -37,10 +40,10 @@ class MadeUpTransformer(diffusers.PixArtTransformer2DModel):
 
     def _with_style(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         modulation, embedded = output
-        return modulation + self._style, embedded
+        return modulation + self.given["style"], embedded
 
     def _again(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + self.again(torch.tanh(self.again(output))) + self.kinds(self._kind)[:, None]
+        return output + self.again(3 + torch.tanh(self.again(output))) + self.kinds(self.given["kind"])[:, None]
 
     def forward(  # type: ignore[override]
         self,
@@ -55,9 +58,9 @@ class MadeUpTransformer(diffusers.PixArtTransformer2DModel):
         return_dict: bool = True,
         **_: Any,
     ) -> Any:
-        self._kind = kind
+        self.given["kind"] = kind
         # Both kinds of path: through a layer, and straight into the modulation.
-        self._style = self.stylist(style) + style.mean(dim=1, keepdim=True)
+        self.given["style"] = self.stylist(style) + style.mean(dim=1, keepdim=True)
         return super().forward(
             hidden_states + picture,
             encoder_hidden_states,
@@ -76,7 +79,7 @@ class MadeUp(PixArt):
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
         return (
             InputSpec("kind", ("batch",), torch.int64),
-            InputSpec("base", (config["in_channels"], CELLS, CELLS), argument="picture"),
+            InputSpec("base", (config["in_channels"], 1, 1), argument="picture"),
             *super().inputs(config),
             InputSpec("style", ("batch", STYLES), exact=True),
         )
@@ -104,11 +107,48 @@ class MadeUp(PixArt):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             pipeline.transformer = MadeUpTransformer(**config).eval().requires_grad_(False)
-        original = pipeline.transformer.forward
+        return MadeUpPipeline(**pipeline.components)
 
-        def with_more(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            """What a pipeline of this family would give besides."""
-            return original(hidden_states, *args, **{**extra_inputs(len(hidden_states)), **kwargs})
 
-        pipeline.with_more = with_more
-        return pipeline
+class Giving(nn.Module):
+    """A backbone that is given, in every call, what the pipeline of this family would give besides."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("backbone"), name)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        batch = torch.arange(len(hidden_states))
+        return self.backbone(
+            hidden_states,
+            picture=torch.linspace(-1, 1, hidden_states.shape[1])[:, None, None],
+            kind=batch % KINDS,
+            style=torch.sin(batch[:, None] + torch.arange(STYLES)),
+            **kwargs,
+        )
+
+
+class MadeUpPipeline(diffusers.PixArtSigmaPipeline):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        backbone = self.transformer
+        self.transformer = Giving(backbone)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.transformer = backbone
+
+
+@contextmanager
+def made_up_family() -> Iterator[MadeUp]:
+    """Registers the family, and its class in diffusers, for the length of a block."""
+    family = MadeUp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers, "MadeUpTransformer", MadeUpTransformer, raising=False)
+        patch.setitem(FAMILIES._entries, family.name, family)
+        yield family

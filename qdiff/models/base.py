@@ -33,13 +33,15 @@ class InputSpec:
     """One input of a backbone.
 
     Args:
-        name: argument name in the backbone's forward; also the input's name in the ONNX graph.
+        name: the input's name in recordings and in the ONNX graph; also that of the argument in the backbone's forward (or of an
+            entry in one of its dict arguments), where ``argument`` names no other.
         axes: sizes, or names of dynamic axes (``"batch"``, ``"height"``, ``"width"`` in latent cells, ``"frames"`` of latents,
             ``"tokens"``).
         dtype: as the graph takes it.
         varies: whether it changes from step to step (else it depends on the prompt alone).
         exact: whether it stays float32 where the backbone computes in 16 bit: timesteps and sizes, of which sines are taken, and
             what is joined with those.
+        argument: see ``name``.
     """
 
     name: str
@@ -47,6 +49,30 @@ class InputSpec:
     dtype: torch.dtype = torch.float32
     varies: bool = False
     exact: bool = False
+    argument: str = ""
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The axis of samples; ``None`` where all samples of a call share the input."""
+        return self.axes.index("batch") if "batch" in self.axes else None
+
+    def samples(self, tensor: Tensor, part: slice) -> Tensor:
+        """Return the part of an input that belongs to some samples of a call; all of it where they share it."""
+        if self.batch_axis is None:
+            return tensor
+        return tensor[(slice(None),) * self.batch_axis + (part,)]
+
+
+def latent_of(specs: Sequence[InputSpec]) -> InputSpec:
+    """Return the input that is denoised: the first that changes with the step and has rows, columns or frames, else the first."""
+    axes = ("height", "width", "frames")
+    return next((spec for spec in specs if spec.varies and any(axis in spec.axes for axis in axes)), specs[0])
+
+
+def samples_of(specs: Sequence[InputSpec], inputs: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
+    """Return the inputs of some samples of a call, by name (:meth:`InputSpec.samples`)."""
+    known = {spec.name: spec for spec in specs}
+    return {name: known[name].samples(tensor, part) for name, tensor in inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -356,7 +382,9 @@ class NamedInputs(nn.Module):
 
     def forward(self, *values: Tensor, **named: Tensor) -> Tensor:
         """The prediction."""
-        return self.family.call(self.backbone, {**dict(zip(self.names, values, strict=False)), **named})
+        from qdiff.routing.follow import predict
+
+        return predict(self.family, self.backbone, {**dict(zip(self.names, values, strict=False)), **named})
 
 
 FAMILIES: Registry[Family] = Registry("model")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from qdiff.errors import InputError
 from qdiff.routing.blocks import board_of
 from qdiff.routing.plan import RoutingPlan
 from qdiff.routing.router import Router, nearest
@@ -33,6 +35,21 @@ class Following:
             hook.remove()
 
 
+def predict(family: Any, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return a backbone's prediction ``[batch, ...]``; where it follows routes that depend on samples, of each sample alone.
+
+    Args:
+        family: :class:`qdiff.models.base.Family` of the backbone.
+        inputs: by name.
+    """
+    board = board_of(backbone)
+    router = None if board is None or board.pinned else board.router
+    if router is None or not router.plan.by_sample or len(inputs["timestep"]) == 1:
+        return family.call(backbone, inputs)
+    specs = family.inputs(backbone.config)
+    return router.one_by_one(lambda sample: family.call(backbone, sample), inputs, specs)
+
+
 def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
     """Sets the routes of every call from now on.
 
@@ -48,6 +65,11 @@ def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not board.pinned:
             inputs = family.capture(args, kwargs)
+            if router.plan.by_sample and len(inputs["timestep"]) > 1:
+                raise InputError(
+                    f"this backbone's routes depend on the sample, and it was given {len(inputs['timestep'])} at once",
+                    "call it through qdiff.routing.follow.predict, or with one sample at a time",
+                )
             timestep = float(inputs["timestep"].reshape(-1)[0])
             board.routes, board.deltas = router.route(timestep, inputs)
             here = nearest(router.plan.timesteps, timestep) == router.disturbed

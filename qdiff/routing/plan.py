@@ -84,3 +84,9 @@ class RoutingPlan(BaseModel):
     resident_bits: float
     skipped: float = Field(0.0, description="share of block evaluations left out, on the pictures that decided")
     blocks: list[RoutedBlock]
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether routes depend on what a sample did before, so that every sample has to be called for alone: else its picture
+        would depend on the others of its batch. Tables depend on the timestep, which all samples share."""
+        return self.reuse is not None or any(block.predictor is not None for block in self.blocks)

@@ -2,8 +2,10 @@
 
 State belongs to a *branch of guidance of one picture*: calls with the same condition (text states, masks) whose timesteps fall.
 It is found by the condition's value and begins anew when the timestep does not fall, so pictures that take turns, guidance with
-one call or two a step, and cancelled pictures need no help from the pipeline. A batch is one state and its samples share a
-route: errors are squared, so what counts is their mean; of drifts it is the largest.
+one call or two a step, and cancelled pictures need no help from the pipeline. A graph has one route for a whole call, so where
+routes depend on samples (:attr:`qdiff.routing.plan.RoutingPlan.by_sample`) a batch is cut into calls of one sample each
+(:meth:`Router.one_by_one`): pictures do not depend on their batch mates. The number of the sample in its batch is a part of the
+condition, as several have the same negative prompt. Where routes follow the timestep alone, a batch is one call.
 
 The rules, for every block:
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,8 @@ from qdiff.routing.plan import REUSE, RoutedBlock, RoutingPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qdiff.models.base import InputSpec
 
 REMEMBERED = 4  # pictures and branches of guidance whose state is kept: deltas are large
 
@@ -54,8 +58,8 @@ class Router:
         plan: whose rules are followed.
         varying: inputs that change from step to step; the others are the condition.
 
-    ``counts`` are block evaluations so far by route. With ``record`` the ``history`` of all calls is kept; a ``script`` (routes
-    by timestep) is followed instead of the rules.
+    ``sample`` is the number of the sample in its batch that is called for. ``counts`` are block evaluations so far by route. With
+    ``record`` the ``history`` of all calls is kept; a ``script`` (routes by timestep) is followed instead of the rules.
     """
 
     plan: RoutingPlan
@@ -69,6 +73,7 @@ class Router:
     )
 
     def __post_init__(self) -> None:
+        self.sample, self._remembered = 0, REMEMBERED
         self._states: OrderedDict[int, State] = OrderedDict()
         self._call: tuple[int, float, tuple[int, ...], State | None, list[int]] | None = None
 
@@ -115,7 +120,7 @@ class Router:
         new.history = [*(before.history if before is not None else []), (timestep, routes)]
         self._states[key] = new
         self._states.move_to_end(key)
-        while len(self._states) > REMEMBERED:
+        while len(self._states) > self._remembered:
             self._states.popitem(last=False)
 
     def latest(self) -> list[tuple[float, list[int]]]:
@@ -152,8 +157,31 @@ class Router:
         errors = [block.predictor.error(change, place) for change in state.changes[index]]
         return 0 if sum(errors) / len(errors) > self.plan.threshold else 1
 
+    def one_by_one(
+        self, call: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], specs: Sequence[InputSpec]
+    ) -> Tensor:
+        """Return the predictions ``[batch, ...]`` of calls for every sample alone.
+
+        Args:
+            call: gives the prediction for one sample's inputs; it asks :meth:`route`.
+            specs: of the inputs.
+        """
+        import torch
+
+        from qdiff.models.base import samples_of
+
+        count = len(inputs["timestep"])
+        self._remembered = max(self._remembered, count * REMEMBERED)
+        predictions = []
+        try:
+            for self.sample in range(count):
+                predictions.append(call(samples_of(specs, inputs, slice(self.sample, self.sample + 1))))
+        finally:
+            self.sample = 0
+        return torch.cat(predictions)
+
     def _key(self, inputs: Mapping[str, Tensor]) -> int:
-        digest = 0
+        digest = self.sample
         for name in sorted(inputs):
             if name not in self.varying:
                 digest = zlib.crc32(inputs[name].detach().cpu().contiguous().view(-1).numpy().tobytes(), digest)

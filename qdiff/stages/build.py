@@ -38,7 +38,8 @@ def make_options(
         )
     one_batch = engine.target == "tensorrt" and _switches_blocks(plan)
     one_size = engine.name == "tensorrt" and flags.get("attention") != "plain" and _has_kernel(plan)
-    batch = f"batch={1 if FAMILIES[plan.family].branches_apart else 2}" if one_batch or one_size else DEFAULT_BATCH
+    alone = FAMILIES[plan.family].branches_apart or (plan.routing is not None and plan.routing.by_sample)
+    batch = f"batch={1 if alone else 2}" if one_batch or one_size else DEFAULT_BATCH
     shapes = run.entry("calibrate")["shapes"]
     made = tuple(_profile(plan, text, shapes, batch, one_size) for text in (profiles or [""]))
     if one_batch:
@@ -73,7 +74,7 @@ def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
             raise UsageError(
                 f"profile {profile.name!r}: where blocks switch to NVFP4, TensorRT-RTX builds for one batch size, not for "
                 f"{low[0]} to {high[0]}",
-                "give one, such as --profile batch=2, or several profiles of one each",
+                "give one, such as --profile batch=1, or several profiles of one each",
             )
 
 
@@ -88,6 +89,7 @@ def _profile(
     """
     from qdiff.engines.profiles import make_profile, parse_profile
     from qdiff.models import FAMILIES
+    from qdiff.models.base import latent_of
 
     config = plan.config
     specs = FAMILIES[plan.family].inputs(config)
@@ -116,7 +118,11 @@ def _profile(
         profile = _with_lists(plan.attention, text, axes, sizes, one_size)
     else:
         profile = make_profile(text or "default", axes, sizes)
-    return profile if plan.routing is None or plan.routing.reuse is None else _with_deltas(plan, profile, specs[0].name)
+    return (
+        profile
+        if plan.routing is None or plan.routing.reuse is None
+        else _with_deltas(plan, profile, latent_of(specs).name)
+    )
 
 
 def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:

@@ -23,7 +23,8 @@ DEFAULT_SAMPLES, MOST_SAMPLES = 32, 10_000
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """What ``qdiff calibrate`` takes. ``None`` means the model's own default."""
+    """What ``qdiff calibrate`` takes. ``None`` means the model's own default. ``other_guidance`` are guidance scales besides the
+    first, which later stages make their own pictures with: batches of prompts take turns at them."""
 
     model: str = "pixart"
     weights: str = "bundled"
@@ -40,6 +41,7 @@ class CalibrateOptions:
     keep: int = 25
     batch: int = 4
     seed: int = 0
+    other_guidance: tuple[float, ...] = ()
 
 
 def load_prompts(options: CalibrateOptions) -> list[str]:
@@ -86,13 +88,25 @@ def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
     from qdiff.calib.record import Recording
     from qdiff.calib.timesteps import STRATEGIES
 
-    check_sampling(options.steps, options.guidance)
+    scales = () if options.guidance is None else (options.guidance, *options.other_guidance)
+    for guidance in scales or (None,):
+        check_sampling(options.steps, guidance)
+    if len({guidance > 1 for guidance in scales}) > 1 or len(set(scales)) < len(scales):
+        raise UsageError(
+            f"--guidance {','.join(f'{guidance:g}' for guidance in scales)} does not name a range of guidance scales",
+            "name different ones, all above 1 (guided, two branches) or all at most 1 (not guided)",
+        )
     for name, value in (("--keep", options.keep), ("--batch", options.batch)):
         if not 1 <= value <= 1000:
             raise UsageError(f"{name} {value} is not between 1 and 1000")
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed {options.seed} is not between 0 and 2^32")
     STRATEGIES[options.timesteps]
+    if -(-len(prompts) // options.batch) < len(scales):
+        raise UsageError(
+            f"{len(prompts)} prompts in batches of {options.batch} are fewer batches than guidance scales ({len(scales)})",
+            "a batch has one guidance scale: take more --samples, or a smaller --batch",
+        )
     return Recording(
         prompts,
         options.seed,
@@ -102,6 +116,7 @@ def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
         options.timesteps,
         options.keep,
         options.batch,
+        options.other_guidance,
     )
 
 
@@ -143,6 +158,8 @@ def calibrate(
         "keep": options.keep,
         "batch": options.batch,
     }
+    if options.other_guidance:
+        inputs["other_guidance"] = list(options.other_guidance)
     if dry_run:
         return {"dry_run": True, "run": str(run.path), **inputs, **_estimate(model, recording)}
     if "calibrate" not in run.manifest["stages"] and folder.exists() and any(folder.iterdir()):
@@ -235,7 +252,15 @@ def options_of(run: Run) -> CalibrateOptions:
         frames=inputs.get("frames"),
         batch=inputs["batch"],
         seed=inputs["seed"],
+        other_guidance=tuple(inputs.get("other_guidance", ())),
     )
+
+
+def guidance_range(run: Run, model: Model) -> tuple[float, float]:
+    """The least and the largest guidance scale that a run was calibrated with."""
+    options = options_of(run)
+    scales = (model.guidance(options.guidance), *options.other_guidance)
+    return min(scales), max(scales)
 
 
 def reload_model(run: Run) -> Model:

@@ -184,7 +184,9 @@ class _Work:
 
     def _guided(self, prediction: Tensor, step: Step) -> Tensor:
         """What the pipeline hands to the scheduler: both branches joined, a learned variance left out."""
-        latent = step.inputs[self.model.family.inputs(self.float_backbone.config)[0].name]  # type: ignore[arg-type]
+        from qdiff.models.base import latent_of
+
+        latent = step.inputs[latent_of(self.model.family.inputs(self.float_backbone.config)).name]  # type: ignore[arg-type]
         prediction = prediction[:, : latent.shape[1]].float()
         guidance = self.model.guidance(options_of(self.run).guidance)
         if guidance <= 1:

@@ -135,12 +135,14 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     from qdiff.export.parity import compare, expected_outputs
     from qdiff.graph_files import parts_of, read
     from qdiff.models import FAMILIES
+    from qdiff.models.base import samples_of
     from qdiff.resources import release_memory
     from qdiff.trajectory import Trajectory
 
     with open_tensors(run.file(FLOAT_PREDICTIONS), "the float predictions") as file:
         references = list(file.get_tensor("predictions"))[:PARITY_STEPS]
     steps = list(islice(Trajectory(run.file("calibration")).steps(0), len(references)))
+    specs = FAMILIES[plan.family].inputs(plan.config)
     release_memory()
     backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)
     router = None
@@ -152,7 +154,7 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
         router = None if board is None else board.router
         assert router is not None
         router.record = True
-        steps = [replace(step, inputs={name: x[-1:] for name, x in step.inputs.items()}) for step in steps]
+        steps = [replace(step, inputs=samples_of(specs, step.inputs, slice(-1, None))) for step in steps]
         references = [reference[-1:] for reference in references]
     expected = expected_outputs(FAMILIES[plan.family], backbone, steps)
     del backbone
@@ -172,6 +174,6 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
         if router is not None:
             runner.router.script = dict(router.history)  # type: ignore[attr-defined]
         try:
-            return compare(expected, runner, steps, references)
+            return compare(expected, runner, steps, references, specs)
         finally:
             runner.close()

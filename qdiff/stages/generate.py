@@ -14,7 +14,7 @@ from qdiff.events import Progress, log
 from qdiff.files import require_writable
 from qdiff.resources import measure, release_memory
 from qdiff.stages.build import beside, default_engine, load_runner
-from qdiff.stages.calibrate import check_sampling, options_of, reload_model
+from qdiff.stages.calibrate import check_sampling, guidance_range, options_of, reload_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,11 +69,11 @@ class Session:
         start = time.perf_counter()
         self.model = model or reload_model(run)
         float_backbone = self.model.backbone
-        names = [spec.name for spec in self.model.family.inputs(float_backbone.config)]  # type: ignore[arg-type]
+        inputs = self.model.family.inputs(float_backbone.config)  # type: ignore[arg-type]
         self.runner: Runner = load_runner(run, self.engine, self.model, threads)
         self.correction = None if self.engine == "float" else correction_of(run)
         self._float = float_backbone if model is not None else None
-        self._stand_in = put_engine(self.model.pipeline, self.model.family.backbone_attribute, self.runner, names)
+        self._stand_in = put_engine(self.model.pipeline, self.model.family.backbone_attribute, self.runner, inputs)
         self.load_seconds = time.perf_counter() - start
 
     def close(self) -> None:
@@ -150,7 +150,8 @@ def simulate(model: Model, backbone: nn.Module, request: Request, batch: int) ->
 
     named = NamedInputs(model.family, backbone)
     images: list[Image | Clip] = []
-    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(named), named.names):
+    inputs = model.family.inputs(backbone.config)  # type: ignore[arg-type]
+    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(named), inputs):
         for start in range(0, len(request.prompts), batch):
             part = slice(start, start + batch)
             images += model.generate(replace(request, prompts=request.prompts[part], seeds=request.seeds[part]))
@@ -218,6 +219,23 @@ def make_request(
     )
 
 
+def guidance_warning(run: Run, model: Model, guidance: float | None) -> str | None:
+    """Return what to say about a guidance scale outside those that the run was calibrated with; ``None`` within them.
+
+    What activations are depends on the guidance scale, so constant scales of activations fit the calibrated ones.
+    """
+    least, largest = guidance_range(run, model)
+    wanted = model.guidance(guidance)
+    if least <= wanted <= largest:
+        return None
+    calibrated = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
+    scales = [scale for scale in (min(least, wanted), max(largest, wanted)) if (scale > 1) == (wanted > 1)]
+    return (
+        f"guidance {wanted:g} is outside what this run was calibrated with ({calibrated}), which costs nearness to float: "
+        f"calibrate with --guidance {','.join(f'{scale:g}' for scale in scales)}"
+    )
+
+
 def save_pictures(run: Run, made: Pictures, request: Request, model: Model, paths: list[Path]) -> None:
     """Writes PNGs that carry prompt, seed, settings and run id; of clips an MP4, and a PNG with some frames beside it.
 
@@ -279,6 +297,9 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
         session = Session(run, engine)
     if request.negative_prompt and session.model.guidance(request.guidance) <= 1:
         log.warning("the negative prompt has no effect: there is no guidance away from it at a scale of 1 and below")
+    warning = None if session.engine == "float" else guidance_warning(run, session.model, request.guidance)
+    if warning is not None:
+        log.warning("%s", warning)
     try:
         made = session.pictures(request, batch)
     finally:
@@ -295,4 +316,5 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
         "seconds": round(made.seconds, 3),
         "load_seconds": round(made.load_seconds, 3),
         "seconds_per_step": round(made.seconds_per_step, 5),
+        "warnings": [] if warning is None else [warning],
     }

@@ -184,9 +184,11 @@ def _attention(run: Run, decided: Decisions, model: Model) -> tuple[AttentionPla
 def _predictions(model: Model, trajectory: Trajectory) -> list[tuple[float, Tensor]]:
     import torch
 
+    from qdiff.routing.follow import predict
+
     with torch.inference_mode():
         return [
-            (step.timestep, model.family.call(model.backbone, step.inputs))
+            (step.timestep, predict(model.family, model.backbone, step.inputs))
             for step in islice(trajectory.steps(0), CHECKED_STEPS)
         ]
 

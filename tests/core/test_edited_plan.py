@@ -273,5 +273,6 @@ def test_a_convolution_reads_windows(wish):
     settings: Json = {"weights": "int8", "activations": "int8", **wish}
     layer = LayerPlan(name="conv", kind="Conv2d", shape=(32, 32, 3, 3), bias=True, group="conv", **settings)
     assert any(
-        "a convolution's input cannot have" in fault for fault in edited_plan._impossible(layer, "float16", None)
+        "a convolution's input cannot have" in fault
+        for fault in edited_plan._impossible(layer, "float16", None, torch.nn.Conv2d(32, 32, 3))
     )

@@ -13,7 +13,7 @@ from qdiff.models import FAMILIES
 from qdiff.models.base import NamedInputs, Request
 from qdiff.stages.generate import simulate
 
-PIXART = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
+PIXART = FAMILIES["pixart"].inputs({"in_channels": 4, "caption_channels": 12})
 
 
 class Recorder(Runner):
@@ -70,7 +70,7 @@ def test_the_picture_is_bitwise_the_same(pipe):
     assert torch.equal(got, wanted) and wanted.std() > 0
     assert steps == [0, 1, 2]
     assert len(backbone.seconds) == 3 and all(seconds > 0 for seconds in backbone.seconds)
-    assert all(list(call) == list(PIXART) for call in runner.calls)
+    assert all(list(call) == [spec.name for spec in PIXART] for call in runner.calls)
     assert runner.calls[0]["hidden_states"].shape == (2, 4, 8, 8) and runner.calls[0]["timestep"].shape == (2,)
 
 
@@ -144,8 +144,7 @@ def test_a_unet_and_its_scalar_timestep():
 
     pipe = Pipe()
     pipe.unet = unet
-    names = ("sample", "timestep", "encoder_hidden_states")
-    backbone = replace(pipe, "unet", ModuleRunner(unet), names)
+    backbone = replace(pipe, "unet", ModuleRunner(unet), FAMILIES["stable-diffusion"].inputs(unet.config))
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
     with torch.no_grad():
         wanted = unet(x, 11, text).sample
@@ -166,6 +165,8 @@ def test_every_pipeline_takes_the_stand_in(family, configuration):
     request = Request(["a red apple"], [3], steps=1)
     expected, original = model.generate(request), model.backbone
     named = NamedInputs(model.family, original)
-    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(named), named.names):
+    with insert(
+        model.pipeline, model.family.backbone_attribute, ModuleRunner(named), model.family.inputs(model.backbone.config)
+    ):
         made = simulate(model, original, request, batch=1)
     assert to_pixels(made).equal(to_pixels(expected)) and model.backbone is original

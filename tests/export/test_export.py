@@ -230,7 +230,8 @@ def run_parity(finished, plan: Plan, path: Path, target: str, folder: Path) -> l
         predictions = list(file.get_tensor("predictions"))
     steps = list(Trajectory(finished.path / "calibration").steps(0))
     expected = parity.expected_outputs(FAMILIES[plan.family], as_exported(finished, plan, target), steps)
-    return parity.compare(expected, engine.load(folder, BuildOptions()), steps, predictions)
+    specs = FAMILIES[plan.family].inputs(plan.config)
+    return parity.compare(expected, engine.load(folder, BuildOptions()), steps, predictions, specs)
 
 
 def test_the_parity_gate_closes_when_a_scale_is_changed(finished, plan, target, edited, tmp_path):
