@@ -93,6 +93,17 @@ def _fold_codes(library: Any, model: Any) -> None:
             fixed.add(made.get_name())
 
 
+def _name_by_place(model: Any, prefix: str = "") -> None:
+    """Names operations that the graph names not by their place in it. OpenVINO would number them by what the process has made
+    before, so the file of one graph would have another hash in every process."""
+    for place, op in enumerate(model.get_ordered_ops()):
+        if op.get_friendly_name() == op.get_name():
+            op.set_friendly_name(f"{prefix}{op.get_type_name()}.{place}")
+        if op.get_type_name() == "If":
+            for branch in range(2):
+                _name_by_place(op.get_function(branch), f"{prefix}{place}.{branch}.")
+
+
 class OpenVinoRunner(Runner):
     """The model and its compiled variants.
 
@@ -189,6 +200,7 @@ class OpenVinoEngine(Engine):
                 model.set_rt_info("yes" if simulates(onnx) else "no", list(_SIMULATED))
                 if self._integers(options) == "off" and multiplies_integers(onnx):
                     log.warning(IN_FLOAT)
+                _name_by_place(model)
                 library.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
             if not options.profiles:
                 library.Core().compile_model(model, "CPU")

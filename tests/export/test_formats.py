@@ -5,6 +5,7 @@ All cells of a target are layers of one module, so each target is traced once.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -244,6 +245,26 @@ def test_openvino_gets_codes_of_six_bits_as_constants(tmp_path):
         assert "FloorMod" not in {op.get_type_name() for op in operations}
         kinds = {op.get_output_element_type(0) for op in operations if op.get_type_name() == "Constant"}
         assert openvino.Type.i8 in kinds and openvino.Type.u8 not in kinds
+
+
+@pytest.mark.parametrize("branched", [False, True], ids=["whole", "in a branch"])
+def test_openvino_files_of_one_graph_have_one_hash(tmp_path, branched):
+    """OpenVINO numbers what has no name by what the process has made before: twice here, and in a process of its own."""
+    path = written(TARGETS["onnxruntime"], [Cell("int8", "int8"), Cell("int6", "int8", True)], tmp_path)
+    path = in_a_branch(path, tmp_path / "branch.onnx") if branched else path
+    program = (
+        "import sys; from pathlib import Path; from qdiff.engines import BuildOptions, choose\n"
+        "choose('openvino').build(Path(sys.argv[1]), Path(sys.argv[2]), BuildOptions())"
+    )
+    folders = [tmp_path / name for name in ("first", "second", "elsewhere")]
+    for folder in folders:
+        folder.mkdir()
+    for folder in folders[:2]:
+        choose("openvino").build(path, folder, BuildOptions())
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", program, str(path), str(folders[2])], check=True, env=environment)
+    for name in ("model.xml", "model.bin"):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
 
 
 @pytest.mark.parametrize("branched", [False, True], ids=["whole", "in a branch"])
