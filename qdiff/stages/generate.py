@@ -231,8 +231,9 @@ def guidance_warning(run: Run, model: Model, guidance: float | None) -> str | No
     calibrated = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
     scales = [scale for scale in (min(least, wanted), max(largest, wanted)) if (scale > 1) == (wanted > 1)]
     return (
-        f"guidance {wanted:g} is outside what this run was calibrated with ({calibrated}), which costs nearness to float: "
-        f"calibrate with --guidance {','.join(f'{scale:g}' for scale in scales)}"
+        f"guidance {wanted:g} is outside what this run was calibrated with ({calibrated}): how near to float its pictures are "
+        "was not seen, and errors grow with the scale; to cover it: qdiff calibrate --guidance "
+        f"{','.join(f'{scale:g}' for scale in scales)}"
     )
 
 
