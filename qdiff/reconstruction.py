@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Decided:
     def only(self, layers: Sequence[int]) -> Decided:
         """Of some of the group's layers, by their numbers."""
         problem, solution = self.problem, self.solution
-        parts = {
+        parts: dict[str, Any] = {
             name: tuple(value[layer] for layer in layers)
             for name in ("low_rank", "rounded", "correction")
             if (value := getattr(solution, name)) is not None

@@ -125,8 +125,12 @@ class Problem:
 
     def only(self, layers: Sequence[int]) -> Problem:
         """Of some of the layers, by their numbers."""
-        names, weights = ([part[layer] for layer in layers] for part in (self.names, self.weights))
-        return replace(self, names=names, weights=weights, _targets={})
+        return replace(
+            self,
+            names=[self.names[layer] for layer in layers],
+            weights=[self.weights[layer] for layer in layers],
+            _targets={},
+        )
 
     def scales_by_token(self, solution: Solution) -> bool:
         """Whether each token of the input gets a scale at run time."""
