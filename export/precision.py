@@ -9,7 +9,7 @@ from qdiff.export.translations import Target
 from qdiff.numerics import LARGEST_FLOAT16
 
 
-def fitting(target: Target, largest: float | None) -> Target:
+def fitting_target(target: Target, largest: float | None) -> Target:
     """Return the target with a ``compute`` that holds the model's values: float32 in place of float16 beyond 65,504.
 
     Float32 and not bfloat16: residual streams that grow so far are sums of parts that differ by orders of magnitude, of which

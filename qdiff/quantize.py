@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import numerics
+from qdiff.buffers import buffers_of, output_scale
 from qdiff.checkpoint import empty_layer, install_clock
 from qdiff.distillation import Distilled, distil, float_predictions
 from qdiff.drafting import Draft, draft, kept_entry
@@ -341,7 +342,7 @@ class _Realisation:
                     "sqnr_db": round(sqnr_db_of(error), 3),
                 }
             )
-            state = _tensors(problem, solution, index, decided.biases[index], self.kept)
+            state = buffers_of(problem, solution, index, decided.biases[index], self.kept)
             state["output_scale"] = output_scale(self.statistics.outputs[entry.name], plan)
             # Members of a group get equal values, not one shared tensor.
             self._place(plan, {key: value.clone() for key, value in state.items() if value is not None})
@@ -383,36 +384,3 @@ def sqnr_db_of(error: float) -> float:
 def backbone_config(backbone: nn.Module) -> dict[str, Any]:
     """The diffusers config that the backbone is rebuilt from, as JSON values."""
     return json.loads(backbone.to_json_string())  # type: ignore[operator]
-
-
-def _tensors(
-    problem: Problem, solution: Solution, index: int, bias: Tensor | None, kept: Kept
-) -> dict[str, Tensor | None]:
-    """The buffers of a group's layer ``index`` (:class:`qdiff.layers.QuantLinear`), but for its output's scale."""
-    storage = getattr(torch, kept)
-    weight = problem.quantized_weights(solution)[index]
-    scale, stretch = problem.activation_scale(solution)
-    given = problem.biases(solution)[index]
-    bias = None if bias is None else bias.detach().float()
-    total = given if bias is None else bias if given is None else bias + given
-    down, up = (None, None) if solution.low_rank is None else solution.low_rank[index]
-    return {
-        "codes": weight.packed(),
-        "scale": weight.scale,
-        "tensor_scale": weight.tensor_scale,
-        "bias": None if total is None else numerics.to_storage(total, kept).float(),
-        "input_scale": scale,
-        "multiplier": None if solution.multiplier is None else solution.multiplier[:: problem.taps],
-        "shift": solution.shift,
-        "rotation": None if solution.rotation is None else solution.rotation.last,
-        "outlier_rotation": None if solution.rotation is None else solution.rotation.first,
-        "outlier_order": None if solution.rotation is None else solution.rotation.order,
-        "down": None if down is None else down.to(storage),
-        "up": None if up is None else up.to(storage),
-        "timestep_scale": stretch,
-    }
-
-
-def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
-    """The constant scale of a layer's output from its ranges by timestep ``[T]``; ``None`` when the output stays float."""
-    return None if plan.output is None else numerics.choose_scale(amax.max(), format_named(plan.output))

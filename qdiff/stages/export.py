@@ -43,11 +43,13 @@ def require_onnx() -> None:
 def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Writes ``onnx/<target>/model.onnx`` (+ external data); the checks are part of the stage and cannot be skipped."""
     require_onnx()
-    from qdiff.export.precision import fitting
+    from qdiff.export.precision import fitting_target
     from qdiff.export.translations import TARGETS
     from qdiff.plan import Plan
 
-    target = fitting(TARGETS[target_name], run.entry("quantize").get("largest_value") if run.done("quantize") else None)
+    target = fitting_target(
+        TARGETS[target_name], run.entry("quantize").get("largest_value") if run.done("quantize") else None
+    )
     inputs = {
         "quantize": run.outputs_hash("quantize"),
         "target": target.name,

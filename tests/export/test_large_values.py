@@ -12,7 +12,7 @@ import torch
 from qdiff.artifacts import Run
 from qdiff.engines import BuildOptions, choose
 from qdiff.export.onnx_graph import write_graph
-from qdiff.export.precision import fitting
+from qdiff.export.precision import fitting_target
 from qdiff.export.translations import TARGETS
 from qdiff.layers import LinearForm, QuantLinear
 from qdiff.metrics import sqnr_db
@@ -29,8 +29,8 @@ def test_a_graph_for_a_gpu_computes_in_float32_where_values_leave_float16(grown,
     assert scales and all(scale is None or scale.data_type == onnx.TensorProto.FLOAT for scale in scales)
     assert max(onnx.numpy_helper.to_array(scale).max() for scale in scales if scale is not None) > 65504
     target = TARGETS["tensorrt"]
-    assert fitting(target, 65504.0) is target and fitting(target, None) is target
-    assert fitting(target, 65505.0) == replace(target, compute="float32")
+    assert fitting_target(target, 65504.0) is target and fitting_target(target, None) is target
+    assert fitting_target(target, 65505.0) == replace(target, compute="float32")
 
 
 @pytest.mark.parametrize(
