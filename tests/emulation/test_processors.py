@@ -25,7 +25,7 @@ from qdiff.stages.calibrate import reload_model
 
 QEMU = shutil.which("qemu-x86_64")
 BUILT = ("onnxruntime", "openvino")
-STEPS = 3
+STEPS = 2
 PROCESSORS = {
     "Haswell": {"onnxruntime": False, "openvino": False},  # AVX2 without VNNI: both libraries add in 16 bits
     "Nehalem": {"onnxruntime": True, "openvino": False},  # no AVX: ONNX Runtime's kernels add in 32 bits
@@ -42,9 +42,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def built(cli, tmp_path_factory) -> Path:
-    """A run of the bundled PixArt with both engines, calibrated with few steps."""
+    """A run of the bundled PixArt with both engines, calibrated with few steps and one branch of guidance."""
     run = tmp_path_factory.mktemp("built") / "run"
-    calibrated = cli("calibrate", "--model", "pixart", "--samples", 2, "--steps", STEPS, "-o", run)
+    calibrated = cli("calibrate", "--model", "pixart", "--samples", 2, "--steps", STEPS, "--guidance", 1, "-o", run)
     assert calibrated.code == 0, calibrated.err
     for command in (
         ("quantize", run),
