@@ -6,9 +6,13 @@ What a piece finds must reach the parent through files (:class:`qdiff.scratch.Sc
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import queue
+import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +23,7 @@ import torch
 from qdiff import device
 from qdiff.errors import QdiffError
 
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 WAIT = 1.0  # seconds between looks at whether a process is still there
 
 
@@ -65,7 +70,9 @@ def run_all(
         todo.put(None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks beside threads; see _serve
-        processes = [context.Process(target=_serve, args=(todo, results, work), daemon=True) for _ in range(workers)]
+        processes = [
+            context.Process(target=_serve, args=(todo, results, work, os.getpid()), daemon=True) for _ in range(workers)
+        ]
         for process in processes:
             process.start()
     try:
@@ -91,12 +98,24 @@ def run_all(
             process.join()
 
 
-def _serve(todo: Any, results: Any, work: Callable[[int], None]) -> None:
+def _end_with(parent: int) -> None:
+    """Makes this process end when its parent is killed: it would go on with all pieces, and the lock of the run folder, which it
+    has inherited, would keep out the run that goes on. Linux alone can; elsewhere it ends after its piece."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
+
+
+def _serve(todo: Any, results: Any, work: Callable[[int], None], parent: int) -> None:
     """A forked process: one thread, since the parent's pool of threads has not come along."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its processes
+    _end_with(parent)
     piece = None
     try:
-        while (piece := todo.get()) is not None:
+        while (piece := todo.get()) is not None and os.getppid() == parent:
             work(piece)
             results.put(None)
     except QdiffError as error:

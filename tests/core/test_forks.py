@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +78,33 @@ def test_a_killed_process_is_noticed():
 def test_as_many_processes_as_threads():
     assert workers_for(1) == 1
     assert 1 <= workers_for(1000) <= torch.get_num_threads()
+
+
+def test_processes_end_with_a_parent_that_was_killed(tmp_path):
+    """Else they went on with every piece, and held the lock of the run folder that they inherited."""
+    parent = os.fork()
+    if parent == 0:
+
+        def work(piece: int) -> None:
+            (tmp_path / f"{piece}-{os.getpid()}").touch()
+            time.sleep(60)
+
+        run_all(range(4), work, 2, lambda: None)
+        os._exit(0)
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.02)
+    workers = [int(path.name.partition("-")[2]) for path in tmp_path.iterdir()]
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    until = time.monotonic() + 20
+    while any(_runs(worker) for worker in workers) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(_runs(worker) for worker in workers)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is there and is not one that has ended and is not yet waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
