@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from qdiff.engines.base import BuildOptions, Engine, Runner
 from qdiff.engines.graph import graph_digest
-from qdiff.engines.trust import FORMAT, folder_name, signed, trusted
+from qdiff.engines.trust import FORMAT, MANIFEST, folder_name, signed, trusted
 from qdiff.errors import QdiffError
 from qdiff.files import disk_errors, sha256_file, write_json
 
@@ -87,7 +87,7 @@ def build_cached(engine: Engine, onnx: Path, root: Path, options: BuildOptions, 
             facts = json.loads(json.dumps({**facts, "seconds": round(time.perf_counter() - start, 3)}))
             changing = [name for name in [getattr(engine, "kernel_cache", None)] if name]
             manifest = {"parts": parts, "facts": facts, "changing": changing, "files": _settle(work)}
-            write_json(work / "manifest.json", signed(manifest))
+            write_json(work / MANIFEST, signed(manifest))
         old = work.with_name(work.name + ".old")
         if folder.is_symlink() or folder.exists():
             os.rename(folder, old)

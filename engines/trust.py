@@ -20,6 +20,7 @@ from qdiff.engines.base import Engine
 from qdiff.errors import IntegrityError
 from qdiff.files import read_json, sha256_file, sha256_json
 
+MANIFEST = "manifest.json"  # of an engine's folder
 FORMAT = 1  # raised when an engine's files or the manifest change their meaning
 _PURPOSE = "engine manifest"
 
@@ -59,15 +60,13 @@ def trusted(folder: Path, engine: Engine | None = None) -> dict[str, Any]:
         IntegrityError: any byte, name, owner, permission, signature or version is not as built.
     """
     folder = Path(os.path.abspath(folder))
-    manifest = read_json(folder / "manifest.json", "the engine's manifest")
+    manifest = read_json(folder / MANIFEST, "the engine's manifest")
     for path in (folder.parent, folder):
         _check_owner(path, folder, "folder")
-    _check_owner(folder / "manifest.json", folder, "file")
+    _check_owner(folder / MANIFEST, folder, "file")
     tag = manifest.pop("hmac", None) if isinstance(manifest, dict) else None
     if not isinstance(tag, str) or not signing.is_signed(_canonical(manifest), tag, _PURPOSE):
-        raise IntegrityError(
-            f"{folder / 'manifest.json'} lacks your signature: changed, or made elsewhere", _fix(folder)
-        )
+        raise IntegrityError(f"{folder / MANIFEST} lacks your signature: changed, or made elsewhere", _fix(folder))
     parts = manifest["parts"]
     if parts["format"] != FORMAT:
         raise IntegrityError(
@@ -86,7 +85,7 @@ def trusted(folder: Path, engine: Engine | None = None) -> dict[str, Any]:
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
     files: dict[str, str] = manifest["files"]
-    for name in sorted({path.name for path in folder.iterdir()} - {*files, *manifest["changing"], "manifest.json"}):
+    for name in sorted({path.name for path in folder.iterdir()} - {*files, *manifest["changing"], MANIFEST}):
         raise IntegrityError(f"{folder / name} is no part of this engine", _fix(folder))
     for name, digest in files.items():
         if not (folder / name).exists():

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import shlex
 import sys
@@ -32,7 +33,7 @@ from qdiff import manifest
 from qdiff.differences import differences
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
 from qdiff.events import log
-from qdiff.files import break_links, require_writable, safe_child, sha256_file, sha256_json
+from qdiff.files import break_links, open_lock, require_writable, safe_child, sha256_file, sha256_json
 from qdiff.resources import Usage, measure, release_memory
 
 # The stages in order, and what each is made from: when one of those is made anew, the stage is out of date. Export is done
@@ -293,8 +294,9 @@ class Run:
         with self._lock():
             if manifest.is_there(self.path):
                 self._read()
+                manifest.refresh_copy(self.path)
             leftovers_of.sweep(self.path)
-            before, later, deleted = dict(self.manifest["stages"]), self._made_from(name), False
+            before, deleted = dict(self.manifest["stages"]), False
             if force:
                 self._verify_all(needs)
                 self._forget(name)
@@ -335,16 +337,16 @@ class Run:
                 ) from error
             self._forget(name)
             self.manifest["stages"][name] = work.entry("done")
+            self._remove_summaries()  # before the manifest on disk forgets them: a kill between would leave them
             self._write()
-            self._remove_summaries(before, later)
 
-    def _remove_summaries(self, before: dict[str, Any], stages: list[str]) -> None:
+    def _remove_summaries(self) -> None:
         """Removes what forgotten stages had written in the run folder itself (a report, a comparison, a correction): it speaks of
         what is no longer there. Pictures, graphs and engines stay."""
-        for output in (output for stage in stages for output in before[stage].get("outputs", {})):
-            path = safe_child(self.path, output)
-            if path.parent == self.path:
-                path.unlink(missing_ok=True)
+        current = {output for entry in self.manifest["stages"].values() for output in entry.get("outputs", {})}
+        for output in self.manifest["leftovers"]:
+            if output not in current and "/" not in output:
+                safe_child(self.path, output).unlink(missing_ok=True)
 
     def _forget(self, name: str) -> None:
         """Drops the entries of a stage and of what was made from it; their files that stay are remembered as ours."""
@@ -376,7 +378,7 @@ class Run:
         path = self.path / ".lock"
         if path.is_file() and path.stat().st_nlink > 1:  # a hard-linked copy of a run would share its lock
             path.unlink(missing_ok=True)
-        with open(path, "w") as file:
+        with os.fdopen(open_lock(path)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

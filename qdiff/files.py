@@ -152,7 +152,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
     """A file with ``data`` in the folder of ``path``, gone when the context ends: for a graph that reads another's weights."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     beside = Path(name)
     try:
         with disk_errors(name), os.fdopen(handle, "wb") as file:
@@ -176,14 +176,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_plain(path: Path, what: str) -> None:
+    """Refuses what is there in a file's place. A pipe would keep its reader waiting, a folder is an error of the system.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        IntegrityError: a folder, a pipe, a device; a link to one.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        kind = "a folder" if path.is_dir() else "no plain file"
+        raise IntegrityError(f"{what} at {path} is {kind}", "remove it and run its stage again")
+
+
 def read_json(path: Path, what: str) -> Any:
     """Reads a JSON file of ours.
 
     Raises:
         InputError: when it is missing.
-        IntegrityError: when it is not JSON (cut off or edited).
+        IntegrityError: when it is not JSON (cut off or edited), or no plain file.
     """
     try:
+        require_plain(path, what)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
@@ -216,17 +229,38 @@ def open_tensors(path: Path, what: str) -> Iterator[Any]:
 
     Raises:
         InputError: when it is missing.
-        IntegrityError: when it is cut off or not safetensors.
+        IntegrityError: when it is cut off or not safetensors, or no plain file.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_plain(path, what)
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
         raise InputError(f"{what}: there is no {path}", "run the stage that makes it") from None
     except SafetensorError as error:
         raise IntegrityError(f"{what} at {path} is damaged: {error}", "delete it and run its stage again") from None
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of the lock file at ``path``, made where it is not there; its content is left alone. A link is not followed:
+    what it leads to is not ours to open for writing.
+
+    Raises:
+        IntegrityError: a link, a folder or a pipe is in its place.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise IntegrityError(f"{path} is a link or a folder, not the lock of a run folder", "remove it") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise IntegrityError(f"{path} is no plain file, so it is not the lock of a run folder", "remove it")
+    return handle
 
 
 def sha256_file(path: Path) -> str:

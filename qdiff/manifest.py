@@ -18,7 +18,7 @@ from typing import Any
 
 from qdiff.errors import IntegrityError, QdiffError
 from qdiff.events import log
-from qdiff.files import read_json, sha256_json, write_json
+from qdiff.files import read_json, require_plain, sha256_json, write_json, write_text
 
 NAME, COPY = "run.json", "run.copy.json"
 VERSION = 1
@@ -26,8 +26,8 @@ _SEAL = "sha256"
 
 
 def is_there(folder: Path) -> bool:
-    """Whether the folder holds a manifest, or its copy."""
-    return (folder / NAME).is_file() or (folder / COPY).is_file()
+    """Whether the folder holds a manifest, or its copy, or something in its place."""
+    return (folder / NAME).exists() or (folder / COPY).is_file()
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
@@ -35,6 +35,13 @@ def write(folder: Path, manifest: dict[str, Any]) -> None:
     sealed = {**manifest, _SEAL: sha256_json(manifest)}
     write_json(folder / NAME, sealed)
     write_json(folder / COPY, sealed)
+
+
+def refresh_copy(folder: Path) -> None:
+    """Writes the copy again where it is not the manifest's text: a process that was killed between the two had left it behind."""
+    path, copy = folder / NAME, folder / COPY
+    if path.is_file() and not (copy.is_file() and copy.read_bytes() == path.read_bytes()):
+        write_text(copy, path.read_text(encoding="utf-8"))
 
 
 def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
@@ -46,9 +53,10 @@ def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
     Raises:
         IntegrityError: it is not ours, of another version, or was changed; or it is cut and so is its copy.
     """
+    with contextlib.suppress(FileNotFoundError):
+        require_plain(folder / NAME, "the manifest")  # reading a pipe would wait, and a folder cannot be replaced
     try:
-        text = (folder / NAME).read_bytes()
-        json.loads(text)
+        json.loads((folder / NAME).read_bytes())
         whole = True
     except (OSError, ValueError, RecursionError):
         whole = False

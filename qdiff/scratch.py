@@ -1,20 +1,34 @@
 """Finished parts of a long stage, kept on disk until the stage is done, so that a killed run goes on with the next part.
 
-Every part is one safetensors file that is whole or absent and carries the fingerprint of what it was made from; parts of
-other work are refused. What comes out of a part is what went in, so a run that was cut off ends with the same bytes.
+Every part is one safetensors file that is whole or absent and carries the fingerprint of what it was made from and a hash of
+what it holds; parts of other work and changed ones are refused. What comes out of a part is what went in, so a run that was cut
+off ends with the same bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qdiff.errors import IntegrityError
 from qdiff.files import open_tensors, save_tensors
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    """Hex sha256 over names, element types, shapes and bytes of tensors, and over the text beside them."""
+    digest = hashlib.sha256(json.dumps(dict(notes), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 class Scratch:
@@ -31,7 +45,8 @@ class Scratch:
     def save(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
         """Writes one part: its tensors, and ``facts`` as JSON."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self._path(part), tensors, {"owner": self.owner, "facts": json.dumps(facts)})
+        notes = {"owner": self.owner, "facts": json.dumps(facts)}
+        save_tensors(self._path(part), tensors, {**notes, "sha256": sha256_tensors(tensors, notes)})
 
     def load(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
         """Tensors and facts of a part, or ``None`` when it is not there.
@@ -46,7 +61,11 @@ class Scratch:
             notes = file.metadata() or {}
             if notes.get("owner") != self.owner:
                 raise IntegrityError(f"{path} is a part of other work", "begin the stage anew with --force")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(notes["facts"])
+            digest = notes.pop("sha256", None)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if digest != sha256_tensors(tensors, notes):
+            raise IntegrityError(f"{path} was changed after it was written (its sha256 differs)", "delete it")
+        return tensors, json.loads(notes["facts"])
 
     def clear(self) -> None:
         """Removes the parts: the stage is done."""

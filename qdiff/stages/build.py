@@ -192,7 +192,7 @@ def build(
     from qdiff.engines.cache import build_cached
     from qdiff.engines.graph import graph_bytes
     from qdiff.engines.parts import options_for
-    from qdiff.engines.trust import trusted
+    from qdiff.engines.trust import MANIFEST, trusted
     from qdiff.graph_files import parts_of, read
     from qdiff.resources import require_disk
     from qdiff.stages.disk import engine_bytes
@@ -245,7 +245,7 @@ def build(
                     file.stat().st_size
                     for built in (step, *parts)
                     for file in built.folder.rglob("*")
-                    if file.is_file()
+                    if file.is_file() and file.name != MANIFEST  # it holds seconds, as long as they are
                 ),
                 device=engine.device(options),
                 version=engine.version(),
@@ -383,11 +383,16 @@ def scheduled(run: Run, runner: Runner) -> Runner:
     from qdiff.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
-    if plan.attention is not None:
-        from qdiff.attention.sparse import SIDECAR, load_schedule
-        from qdiff.engines.scheduled import ScheduledRunner
+    if (
+        plan.attention is not None or plan.routing is not None
+    ):  # else nothing of the plan is used: the engine is what it is
+        from qdiff.attention.sparse import SIDECAR
 
         run.verify("quantize", only={SIDECAR, EDITABLE})
+    if plan.attention is not None:
+        from qdiff.attention.sparse import load_schedule
+        from qdiff.engines.scheduled import ScheduledRunner
+
         runner = ScheduledRunner(runner, load_schedule(plan.attention, run.path))
     if plan.routing is not None:
         from qdiff.engines.routed import RoutedRunner

@@ -95,7 +95,8 @@ def correct(
         "pictures": pictures,
     }
     inputs |= device_beside(run, [name])
-    with run.stage("correct", inputs, force=force, replace=True, leftovers=[SCORES]) as work:
+    needs = ("calibrate", "quantize")  # the recorded calls are what a correction is fitted to
+    with run.stage("correct", inputs, force=force, replace=True, leftovers=[SCORES], needs=needs) as work:
         if work is not None:
             owner = sha256_json(inputs)
             scratch = Scratch(run.file(SCORES, owner[:12]), owner)
