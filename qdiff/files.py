@@ -127,7 +127,14 @@ def require_writable(folder: Path, *, make: bool = False) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write(temporary path in the same folder)``, flushes it to disk and renames it to ``path``."""
+    """Calls ``write(temporary path in the same folder)``, flushes it to disk and renames it to ``path``.
+
+    Raises:
+        InputError: a folder is in the file's place.
+        MemoryExhaustedError: the disk is full.
+    """
+    if path.is_dir() and not path.is_symlink():
+        raise InputError(f"{path} is a folder, and a file has to be written there", "remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     short = path.name[:40]  # with what is added it has to stay a name
     handle, name = tempfile.mkstemp(prefix=f".{short}.", suffix=".tmp", dir=path.parent)

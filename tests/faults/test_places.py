@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from qdiff.artifacts import Run
-from qdiff.errors import IntegrityError
-from qdiff.files import open_tensors, read_json, temporary_beside
+from qdiff.errors import InputError, IntegrityError
+from qdiff.files import open_tensors, read_json, temporary_beside, write_text
 from qdiff.scratch import Scratch
 
 
@@ -46,6 +46,13 @@ def test_readers_of_ours_refuse_what_is_no_file(tmp_path, kind):
     assert caught.value.fix
     with pytest.raises(IntegrityError, match="the thing at .* is"), open_tensors(tmp_path / "x", "the thing"):
         pass
+
+
+def test_a_folder_in_the_place_of_a_file_that_is_written_is_refused(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(InputError, match="is a folder") as caught:
+        write_text(tmp_path / "report.html", "a page")
+    assert caught.value.fix and list(tmp_path.iterdir()) == [tmp_path / "report.html"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
