@@ -87,7 +87,12 @@ def probe() -> tuple[bytes, dict[str, numpy.ndarray]]:
         helper.make_node("MatMul", ["x.values", "product.values"], ["y"]),
         helper.make_node("Conv", ["image.values", "windows.values"], ["map"]),
     ]
-    shapes = {"x": [None, COLUMNS], "image": [1, COLUMNS // 4, 4, 4], "y": [None, CHANNELS], "map": [1, CHANNELS, 3, 3]}
+    shapes: dict[str, list[int | None]] = {
+        "x": [None, COLUMNS],
+        "image": [1, COLUMNS // 4, 4, 4],
+        "y": [None, CHANNELS],
+        "map": [1, CHANNELS, 3, 3],
+    }
     values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
     graph = helper.make_graph(
         nodes, "probe", [values["x"], values["image"]], [values["y"], values["map"]], initializers
