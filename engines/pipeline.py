@@ -24,9 +24,10 @@ import torch
 from qdiff import device
 from qdiff.engines.base import Runner
 from qdiff.errors import InputError
+from qdiff.models.finite import require_finite_step
+from qdiff.models.given import flattened, unknown
 
-_CONTROL = ("return_dict",)  # arguments that say how to answer, not what
-_IMPLIED = ("image_rotary_emb",)  # positions: they follow from the latent's size, which a graph knows
+UNNAMED = "(unnamed)"
 
 
 class EngineBackbone(torch.nn.Module):
@@ -37,12 +38,22 @@ class EngineBackbone(torch.nn.Module):
         runner: the loaded engine.
         input_names: the graph's inputs, by the names of the original's ``forward`` arguments (or of entries in its dict
             arguments, e.g. ``text_embeds`` in ``added_cond_kwargs``); the first is the latent.
+        engine: its name, for messages; ``float`` is the model itself.
+        unread: what the pipeline gives and the original does not read either.
 
     ``seconds`` holds the wall time of every call so far, in order.
     """
 
-    def __init__(self, original: Any, runner: Runner, input_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        original: Any,
+        runner: Runner,
+        input_names: Sequence[str],
+        engine: str = UNNAMED,
+        unread: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        self.engine, self.unread = engine, tuple(unread)
         self.config = original.config
         self.runner = runner
         self.input_names = tuple(input_names)
@@ -75,7 +86,9 @@ class EngineBackbone(torch.nn.Module):
         """The original's call: ``(sample,)`` or an output object with ``sample``, in the latent's element type.
 
         Raises:
-            InputError: an input of the graph that the pipeline did not give, or a value that the graph has no input for.
+            InputError: an input of the graph that the pipeline did not give, a value that the graph has no input for, or NaN
+                and infinity of the float model.
+            QualityGateError: NaN or infinity of an engine.
         """
         arguments = self._signature.bind(*args, **kwargs).arguments
         inputs = self._inputs(arguments)
@@ -84,6 +97,7 @@ class EngineBackbone(torch.nn.Module):
         sample = self.runner(inputs)
         device.finish(sample.device)
         self.seconds.append(time.perf_counter() - start)
+        require_finite_step(self.engine, inputs.get("timestep", float("nan")), latent, sample)
         sample = sample.to(latent.device, latent.dtype)
         if arguments.get("return_dict", True) is False:
             return (sample,)
@@ -92,13 +106,10 @@ class EngineBackbone(torch.nn.Module):
         return Transformer2DModelOutput(sample=sample)
 
     def _inputs(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        given: dict[str, Any] = {}
-        for name, value in arguments.items():
-            given |= dict(value) if isinstance(value, Mapping) else {name: value}
-        for name, value in given.items():
-            if name not in (*self.input_names, *_CONTROL, *_IMPLIED) and not _is_nothing(name, value):
-                message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
-                raise InputError(message, f"leave {name!r} out, or run with --engine float")
+        given = flattened(arguments)
+        for name in unknown(given, (*self.input_names, *self.unread)):
+            message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
+            raise InputError(message, f"leave {name!r} out, or run with --engine float")
         batch = len(given[self.input_names[0]])
         return {name: self._tensor(name, given, batch) for name in self.input_names}
 
@@ -115,32 +126,39 @@ class EngineBackbone(torch.nn.Module):
         return tensor.expand(batch) if tensor.ndim == 0 else tensor  # a scalar timestep: [] -> [B]
 
 
-def _is_nothing(name: str, value: Any) -> bool:
-    if value is None or (isinstance(value, (tuple, list)) and not value):
-        return True
-    # A mask of ones masks nothing; graphs may be exported without it.
-    return name.endswith("attention_mask") and isinstance(value, torch.Tensor) and bool((value == 1).all())
-
-
-def replace(pipe: Any, attribute: str, runner: Runner, input_names: Sequence[str]) -> EngineBackbone:
+def replace(
+    pipe: Any,
+    attribute: str,
+    runner: Runner,
+    input_names: Sequence[str],
+    engine: str = UNNAMED,
+    unread: Sequence[str] = (),
+) -> EngineBackbone:
     """Puts an engine into ``pipe.<attribute>`` for good; the original's memory is free when no one else holds it.
 
     Args:
         pipe: a diffusers pipeline.
         attribute: ``"transformer"`` or ``"unet"``.
         runner: the loaded engine.
-        input_names: see :class:`EngineBackbone`.
+        input_names, engine, unread: see :class:`EngineBackbone`.
     """
-    backbone = EngineBackbone(getattr(pipe, attribute), runner, input_names)
+    backbone = EngineBackbone(getattr(pipe, attribute), runner, input_names, engine, unread)
     setattr(pipe, attribute, backbone)
     return backbone
 
 
 @contextlib.contextmanager
-def insert(pipe: Any, attribute: str, runner: Runner, input_names: Sequence[str]) -> Iterator[EngineBackbone]:
+def insert(
+    pipe: Any,
+    attribute: str,
+    runner: Runner,
+    input_names: Sequence[str],
+    engine: str = UNNAMED,
+    unread: Sequence[str] = (),
+) -> Iterator[EngineBackbone]:
     """:func:`replace` for the length of a block; then the original is back, also after an error."""
     original = getattr(pipe, attribute)
     try:
-        yield replace(pipe, attribute, runner, input_names)
+        yield replace(pipe, attribute, runner, input_names, engine, unread)
     finally:
         setattr(pipe, attribute, original)
