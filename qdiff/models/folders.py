@@ -238,7 +238,9 @@ def require_whole(module: Any, account: Mapping[str, Iterable[str]], name: str, 
         name: of the component.
         weights: of which it is a part, for the message.
     """
-    missing = sorted(account["missing_keys"])
+    # An index may name a weight that its shard does not hold: that one stays without memory.
+    empty = {key for key, tensor in module.state_dict().items() if tensor.is_meta}
+    missing = sorted({*account["missing_keys"], *empty})
     if missing:
         further = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
@@ -273,6 +275,6 @@ def _no_safetensors(folder: Path, name: str, names: list[str]) -> InputError:
     return InputError(
         f"cannot load {folder}: its {name} has no safetensors but {others[0]}, which can hold code",
         "if you trust its author, save it anew in Python: import torch, diffusers; "
-        f"diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}, use_safetensors=False)"
+        f"diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})"
         ".save_pretrained('NEW', safe_serialization=True); then use --weights NEW",
     )

@@ -73,8 +73,9 @@ class Session:
         self.runner: Runner = load_runner(run, self.engine, self.model, threads)
         self.correction = None if self.engine == "float" else correction_of(run)
         self._float = float_backbone if model is not None else None
+        unread = self.model.family.unread(float_backbone.config)  # type: ignore[arg-type]
         self._stand_in = put_engine(
-            self.model.pipeline, self.model.family.backbone_attribute, self.runner, names, self.engine
+            self.model.pipeline, self.model.family.backbone_attribute, self.runner, names, self.engine, unread
         )
         self.load_seconds = time.perf_counter() - start
 
