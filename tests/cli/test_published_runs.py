@@ -16,34 +16,31 @@ SHORT = ("--samples", 1, "--steps", 2)
     [
         ("safety_checker", (*SD, "--samples", 1, "--steps", 3)),
         ("pndm", (*SD, "--samples", 1, "--steps", 3)),
-        ("karras", (*SD, "--samples", 1, "--steps", 50, "--keep", 50)),
+        ("karras", (*SD, "--samples", 1, "--steps", 50, "--keep", 5)),
         ("alpha_1024", (*PIXART, *SHORT, "--height", 128, "--width", 128)),
         ("fp16_variant", (*SD, *SHORT)),
         ("lcm_distilled", (*SD, *SHORT)),
     ],
 )
-def test_what_is_published_is_calibrated_and_draws_what_float_draws(cli, published, tmp_path, name, options):
+def test_what_is_published_is_calibrated(cli, published, tmp_path, name, options):
     run = tmp_path / "run"
     calibrated = cli("calibrate", *options, "--weights", published(name), "-o", run)
     assert calibrated.code == 0, calibrated.err
     assert ("safety checker is left out" in calibrated.err) == (name == "safety_checker")
-    assert cli("quantize", run, "--recipe", "int8").code == 0
-    steps = ("--pictures", 1)
-    (row,) = cli("compare", run, "--engine", "eager", *steps, "--json").json["engines"]
-    assert 30 < row["psnr_db_mean"] < 100, "quantized, and near"
     entry = json.loads((run / "run.json").read_text())["stages"]["calibrate"]
     assert ("variants" in entry["inputs"]) == (name == "fp16_variant")
     assert len(set(entry["timesteps"])) == len(entry["timesteps"])
-    assert cli("report", run).code == 0
+    if name in ("alpha_1024", "lcm_distilled"):  # inputs of their own go through all stages
+        assert cli("quantize", run, "--recipe", "int8").code == 0
+        compared = cli("compare", run, "--engine", "eager", "--pictures", 1, "--json").json["engines"][0]
+        assert 30 < compared["psnr_db_mean"] < 100, "quantized, and near"
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8-gptq"])
-def test_a_unet_without_a_middle_is_quantized_block_by_block(cli, published, tmp_path, recipe):
+@pytest.mark.slow
+def test_a_unet_without_a_middle_is_quantized_block_by_block(cli, published, tmp_path):
     run = tmp_path / "run"
     assert cli("calibrate", *SD, *SHORT, "--weights", published("no_mid_block"), "-o", run).code == 0
-    result = cli(
-        "quantize", run, "--recipe", recipe, "--set", "sequential.tokens=256" if recipe != "int8" else "outputs={}"
-    )
+    result = cli("quantize", run, "--recipe", "int8-gptq", "--set", "sequential.tokens=256")
     assert result.code == 0, result.err
 
 
