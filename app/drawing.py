@@ -91,8 +91,9 @@ def _usual(model: Model, source: Source) -> dict[str, Any]:
     """Sizes that the pipeline takes when it is given none."""
     config: Any = model.backbone.config
     if getattr(config, "sample_size", None):
-        side = int(config.sample_size) * source.family.pixels_per_cell(config)
-        return {"width": side, "height": side}
+        sides = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
+        height, width = (int(side) * model.pixels_per_cell for side in sides)
+        return {"width": width, "height": height}
     known = inspect.signature(model.pipeline.__call__).parameters
     return {name: known[name].default for name in ("width", "height", "num_frames")}
 

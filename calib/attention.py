@@ -98,7 +98,7 @@ class AttentionCalibration:
                 f"no self-attentions of {model.family.title} are known", "leave --attention out: this family runs dense"
             )
         self.layers = names[1:-1] if len(names) >= FEWEST_PROTECTED else names
-        steps = list(trajectory.steps(0))
+        steps = list(trajectory.steps(0, once=True))
         self.edges = edges_of([step.timestep for step in steps], options.dense, options.groups)
         self.schedule = Schedule(self.edges, [])
         self.groups = len(self.edges)

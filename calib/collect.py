@@ -4,6 +4,8 @@ Layers that read the very same tensor inside one module (q, k and v of a self-at
 a *group*: they share the tensor's statistics, and later one scale and one smoothing, because an engine quantizes that
 tensor once. Groups are found by watching one forward pass, not from names, so a new family needs no list of them.
 
+A table has one row for each *value* of the timestep; calls that share one are samples of the same row.
+
 Padding of prompts does not count: attention never looks at it, and there is more of it than of text.
 
 After every shard the state is written whole, so a kill loses at most one shard's replay.
@@ -153,7 +155,7 @@ class Collector:
 
     def _replay(self, step: Step) -> None:
         index = self.timesteps.index(step.timestep)
-        generator = torch.Generator().manual_seed(step.shard * 100_003 + index)
+        generator = torch.Generator().manual_seed(step.shard * 100_003 + index + step.repeat * 1_000_000_007)
         read = self.model.family.read_by(self.model.backbone, step.inputs)
 
         def watch_input(group: str, observers: dict[str, Observer]) -> Any:

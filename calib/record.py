@@ -1,5 +1,7 @@
 """Runs the user's real pipeline once and keeps what its backbone was given.
 
+Every call is kept, also where a sampler comes to a timestep's value twice (:mod:`qdiff.trajectory`).
+
 One shard for each batch of prompts. A shard depends on the model, its own prompts and its own seeds alone, so a run that
 was killed goes on with the first shard that is missing and ends with the same bytes.
 """
@@ -19,6 +21,7 @@ from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError
 from qdiff.events import Progress
 from qdiff.models.base import Model, Request, require_steps
+from qdiff.models.parts import captured
 from qdiff.trajectory import SHARD, require_shard, save_shard
 
 
@@ -72,9 +75,7 @@ def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal started, inputs_bytes
-        inputs_bytes = sum(
-            tensor.numel() * tensor.element_size() for tensor in model.family.capture(args, kwargs).values()
-        )
+        inputs_bytes = sum(tensor.numel() * tensor.element_size() for tensor in captured(model, args, kwargs).values())
         device.finish(model.device)
         started = time.perf_counter()
 
@@ -113,25 +114,33 @@ def record(model: Model, recording: Recording, folder: Path, owner: str = "") ->
     for index, path in enumerate(paths):
         if index not in missing:
             require_shard(path, owner)
-    with Progress(
-        "record", len(missing) * model.steps(recording.steps) * model.calls_per_step(recording.guidance)
-    ) as progress:
+    calls = model.calls_of_a_picture(recording.steps, recording.guidance, recording.scheduler)
+    with Progress("record", len(missing) * calls) as progress:
         for index in missing:
             _record_shard(model, recording, index, folder, owner, progress)
     return paths
 
 
 def joined(
-    timesteps: list[float], calls: list[dict[str, torch.Tensor]]
+    timesteps: list[float], calls: list[dict[str, torch.Tensor]], branches: int = 2
 ) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
-    """Calls that follow each other with one timestep as one call, the last first: the unguided half leads, as elsewhere."""
-    steps: list[tuple[float, list[dict[str, torch.Tensor]]]] = []
-    for timestep, call in zip(timesteps, calls, strict=True):
-        if not steps or steps[-1][0] != timestep:
-            steps.append((timestep, []))
-        steps[-1][1].append(call)
-    joined = [{name: torch.cat([call[name] for call in reversed(group)]) for name in group[0]} for _, group in steps]
-    return [timestep for timestep, _ in steps], joined
+    """Of each ``branches`` calls that follow each other one, the last first: the unguided half leads, as elsewhere.
+
+    Calls are counted, not told apart by their timestep: a sampler may come to a timestep twice.
+
+    Raises:
+        InputError: the branches of a step do not have one timestep.
+    """
+    groups = [slice(start, start + branches) for start in range(0, len(calls), branches)]
+    if any(len(set(timesteps[group])) != 1 or len(timesteps[group]) != branches for group in groups):
+        raise InputError(
+            f"the pipeline does not call its backbone {branches} times for each timestep", "use another --guidance"
+        )
+    together = [
+        {name: torch.cat([call[name] for call in reversed(calls[group])]) for name in calls[group][0]}
+        for group in groups
+    ]
+    return [timesteps[group.start] for group in groups], together
 
 
 def _record_shard(model: Model, recording: Recording, index: int, folder: Path, owner: str, progress: Progress) -> None:
@@ -139,7 +148,7 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
     timesteps: list[float] = []
 
     def watch(module: Any, args: Any, kwargs: Any) -> None:
-        inputs = model.family.capture(args, kwargs)
+        inputs = captured(model, args, kwargs)
         timesteps.append(float(inputs["timestep"].reshape(-1)[0]))
         calls.append({name: tensor.detach().clone() for name, tensor in inputs.items()})
         progress.advance()
@@ -151,11 +160,11 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
         hook.remove()
     require_steps(timesteps)
     if model.family.branches_apart:
-        timesteps, calls = joined(timesteps, calls)
-    if len(set(timesteps)) != len(timesteps) or len({len(call["timestep"]) for call in calls}) != 1:
+        timesteps, calls = joined(timesteps, calls, model.calls_per_step(recording.guidance))
+    if len({len(call["timestep"]) for call in calls}) != 1:
         raise InputError(
-            "this scheduler calls the backbone more than once for a timestep",
-            "choose a first-order or multistep scheduler with --scheduler, or fewer steps",
+            "the pipeline calls its backbone with batches of different sizes in one trajectory",
+            "calibrate without guidance (--guidance 1)",
         )
     generator = torch.Generator().manual_seed(recording.seed * 1_000_003 + index)
     kept = STRATEGIES[recording.strategy](timesteps, recording.keep, generator)

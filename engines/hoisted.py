@@ -73,7 +73,9 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
         return False
     if a.device.type != "cpu":
         return torch.equal(a, b)
-    mine, yours = (x.contiguous().view(torch.uint8).numpy() for x in (a, b))
+    # One axis of stride 1: a scalar that was expanded to a batch of one has stride 0, and counts as contiguous.
+    flat = (x.contiguous().as_strided((x.numel(),), (1,)) for x in (a, b))
+    mine, yours = (x.view(torch.uint8).numpy() for x in flat)
     return np.array_equal(mine, yours)
 
 

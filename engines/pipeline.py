@@ -25,9 +25,10 @@ from qdiff import device
 from qdiff.engines.base import Runner
 from qdiff.errors import InputError
 from qdiff.models.base import InputSpec, latent_of
+from qdiff.models.finite import require_finite_step
+from qdiff.models.given import flattened, unknown
 
-_CONTROL = ("return_dict",)  # arguments that say how to answer, not what
-_IMPLIED = ("image_rotary_emb",)  # positions: they follow from the latent's size, which a graph knows
+UNNAMED = "(unnamed)"
 
 
 class EngineBackbone(torch.nn.Module):
@@ -38,12 +39,22 @@ class EngineBackbone(torch.nn.Module):
         runner: the loaded engine.
         inputs: the graph's inputs, each with the argument of the original's ``forward`` that it is (or the entry in one of its
             dict arguments, e.g. ``text_embeds`` in ``added_cond_kwargs``).
+        engine: its name, for messages; ``float`` is the model itself.
+        unread: what the pipeline gives and the original does not read either.
 
     ``seconds`` holds the wall time of every call so far, in order.
     """
 
-    def __init__(self, original: Any, runner: Runner, inputs: Sequence[InputSpec]) -> None:
+    def __init__(
+        self,
+        original: Any,
+        runner: Runner,
+        inputs: Sequence[InputSpec],
+        engine: str = UNNAMED,
+        unread: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        self.engine, self.unread = engine, tuple(unread)
         self.config = original.config
         self.runner = runner
         self.inputs = {spec.argument or spec.name: spec for spec in inputs}
@@ -77,7 +88,9 @@ class EngineBackbone(torch.nn.Module):
         """The original's call: ``(sample,)`` or an output object with ``sample``, in the latent's element type.
 
         Raises:
-            InputError: an input of the graph that the pipeline did not give, or a value that the graph has no input for.
+            InputError: an input of the graph that the pipeline did not give, a value that the graph has no input for, or NaN
+                and infinity of the float model.
+            QualityGateError: NaN or infinity of an engine.
         """
         arguments = self._signature.bind(*args, **kwargs).arguments
         inputs = self._inputs(arguments)
@@ -86,6 +99,7 @@ class EngineBackbone(torch.nn.Module):
         sample = self.runner(inputs)
         device.finish(sample.device)
         self.seconds.append(time.perf_counter() - start)
+        require_finite_step(self.engine, inputs.get("timestep", float("nan")), latent, sample)
         sample = sample.to(latent.device, latent.dtype)
         if arguments.get("return_dict", True) is False:
             return (sample,)
@@ -94,13 +108,10 @@ class EngineBackbone(torch.nn.Module):
         return Transformer2DModelOutput(sample=sample)
 
     def _inputs(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        given: dict[str, Any] = {}
-        for name, value in arguments.items():
-            given |= dict(value) if isinstance(value, Mapping) else {name: value}
-        for name, value in given.items():
-            if name not in (*self.inputs, *_CONTROL, *_IMPLIED) and not _is_nothing(name, value):
-                message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
-                raise InputError(message, f"leave {name!r} out, or run with --engine float")
+        given = flattened(arguments)
+        for name in unknown(given, (*self.inputs, *self.unread)):
+            message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
+            raise InputError(message, f"leave {name!r} out, or run with --engine float")
         (latent,) = (name for name, spec in self.inputs.items() if spec.name == self.latent)
         if given.get(latent) is None:
             raise _lacking(latent)
@@ -122,32 +133,39 @@ def _lacking(name: str) -> InputError:
     return InputError(f"the graph wants {name!r}, and the pipeline gave none", "use the model's own pipeline class")
 
 
-def _is_nothing(name: str, value: Any) -> bool:
-    if value is None or (isinstance(value, (tuple, list)) and not value):
-        return True
-    # A mask of ones masks nothing; graphs may be exported without it.
-    return name.endswith("attention_mask") and isinstance(value, torch.Tensor) and bool((value == 1).all())
-
-
-def replace(pipe: Any, attribute: str, runner: Runner, inputs: Sequence[InputSpec]) -> EngineBackbone:
+def replace(
+    pipe: Any,
+    attribute: str,
+    runner: Runner,
+    inputs: Sequence[InputSpec],
+    engine: str = UNNAMED,
+    unread: Sequence[str] = (),
+) -> EngineBackbone:
     """Puts an engine into ``pipe.<attribute>`` for good; the original's memory is free when no one else holds it.
 
     Args:
         pipe: a diffusers pipeline.
         attribute: ``"transformer"`` or ``"unet"``.
         runner: the loaded engine.
-        inputs: see :class:`EngineBackbone`.
+        inputs, engine, unread: see :class:`EngineBackbone`.
     """
-    backbone = EngineBackbone(getattr(pipe, attribute), runner, inputs)
+    backbone = EngineBackbone(getattr(pipe, attribute), runner, inputs, engine, unread)
     setattr(pipe, attribute, backbone)
     return backbone
 
 
 @contextlib.contextmanager
-def insert(pipe: Any, attribute: str, runner: Runner, inputs: Sequence[InputSpec]) -> Iterator[EngineBackbone]:
+def insert(
+    pipe: Any,
+    attribute: str,
+    runner: Runner,
+    inputs: Sequence[InputSpec],
+    engine: str = UNNAMED,
+    unread: Sequence[str] = (),
+) -> Iterator[EngineBackbone]:
     """:func:`replace` for the length of a block; then the original is back, also after an error."""
     original = getattr(pipe, attribute)
     try:
-        yield replace(pipe, attribute, runner, inputs)
+        yield replace(pipe, attribute, runner, inputs, engine, unread)
     finally:
         setattr(pipe, attribute, original)

@@ -76,7 +76,11 @@ def layer_plot(layers: list[LayerResult], colours: dict[str, int]) -> str | None
 
 def timestep_plot(data: ReportData) -> str | None:
     """SQNR of the whole backbone over the timestep, in the order of denoising."""
-    points = sorted((one.timestep, one.sqnr_db) for one in data.timesteps if one.sqnr_db is not None)
+    worst: dict[float, float] = {}  # of the calls at one timestep
+    for one in data.timesteps:
+        if one.sqnr_db is not None:
+            worst[one.timestep] = min(one.sqnr_db, worst.get(one.timestep, one.sqnr_db))
+    points = sorted(worst.items())
     if not points:
         return None
 

@@ -1,5 +1,8 @@
 """The recorded trajectory: what the backbone was given, by prompt and by step, and how to replay it.
 
+A sampler may come to a timestep's value more than once (PNDM's first step, Heun's corrector, many steps whose timesteps are
+rounded to integers). These are several calls at one value: all are recorded, in their order, and ``repeat`` tells them apart.
+
 A shard is one safetensors file for one batch of prompts. Tensors that change with the step are stacked ``[steps, batch,
 ...]``; those that do not (text states, masks) are stored once. Both branches of classifier-free guidance are in the batch,
 in the pipeline's order. Later work never runs the text encoder, the VAE or the scheduler again.
@@ -24,11 +27,13 @@ SHARD = "trajectory-{:05d}.safetensors"
 
 @dataclass
 class Step:
-    """One call of the backbone: its inputs by name, and the timestep's value."""
+    """One call of the backbone: its inputs by name, the timestep's value, and how many calls of the shard had that value
+    before."""
 
     shard: int
     timestep: float
     inputs: dict[str, Tensor]
+    repeat: int = 0
 
 
 class Trajectory:
@@ -56,8 +61,11 @@ class Trajectory:
         with open_tensors(self.paths[shard], "trajectory shard") as file:
             return self._header(shard, file)[0]
 
-    def steps(self, shard: int) -> Iterator[Step]:
+    def steps(self, shard: int, *, once: bool = False) -> Iterator[Step]:
         """The recorded calls of one shard, in sampling order.
+
+        Args:
+            once: only the first call of each timestep's value, for those who follow what changes from one value to the next.
 
         Raises:
             IntegrityError: when the shard is damaged or not ours.
@@ -66,8 +74,11 @@ class Trajectory:
             timesteps, varying = self._header(shard, file)
             tensors = {name: file.get_tensor(name).to(self.device) for name in file.keys()}
         for index, timestep in enumerate(timesteps):
+            repeat = timesteps[:index].count(timestep)
+            if once and repeat:
+                continue
             inputs = {name: tensor[index] if name in varying else tensor for name, tensor in tensors.items()}
-            yield Step(shard, timestep, inputs)
+            yield Step(shard, timestep, inputs, repeat)
 
     def _header(self, shard: int, file: Any) -> tuple[list[float], set[str]]:
         """Timesteps, and the names of what changes with them."""

@@ -207,6 +207,23 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder of the shape that somebody publishes: ``published("pndm")`` (tests/published_folders.py). Read it, do not
+    write it."""
+    from tests.published_folders import CASES
+
+    home = tmp_path_factory.mktemp("published")
+
+    def folder(name: str) -> Path:
+        path = home / name
+        if not path.exists():
+            CASES[name](path)
+        return path
+
+    return folder
+
+
 @pytest.fixture
 def spoilt(finished: Finished, tmp_path: Path) -> Path:
     """A copy of the finished run that the test may spoil."""

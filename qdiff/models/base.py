@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from qdiff import device
 from qdiff.correction import CorrectedScheduler, Correction
-from qdiff.errors import InputError, UsageError, nearest
+from qdiff.errors import InputError, UsageError
+from qdiff.models.finite import finite_pictures
+from qdiff.models.parts import require_latents
+from qdiff.models.schedulers import check_steps, count_calls, named
 from qdiff.registry import Registry
 from qdiff.windows import is_plain
 
@@ -107,7 +110,8 @@ class Model:
     ``weights`` is what the user named; ``fingerprint`` identifies the bytes that were loaded (sha256, or the configuration
     and seed of random weights); ``note`` is the sentence that output shows about them; ``defaults`` are the weights' own
     settings for sampling (``generation.json``), which go before the family's. ``correction`` is applied in every step of the
-    sampler, for the quantized backbone that it was fitted to.
+    sampler, for the quantized backbone that it was fitted to. ``revision`` is the commit of weights from the Hub; ``variants``
+    are the sets of weights that were read where there is no plain one, by component.
     """
 
     family: Family
@@ -117,6 +121,8 @@ class Model:
     note: str
     defaults: dict[str, Any] = field(default_factory=dict)
     correction: Correction | None = None
+    revision: str | None = None
+    variants: dict[str, str] = field(default_factory=dict)
 
     @property
     def backbone(self) -> nn.Module:
@@ -132,6 +138,13 @@ class Model:
         """Where the backbone computes."""
         return device.of(self.backbone)
 
+    @property
+    def pixels_per_cell(self) -> int:
+        """Pixels along one side of a latent cell: the factor of the autoencoder that is there."""
+        pipeline = self.pipeline
+        factor = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", None)
+        return int(factor or self.family.pixels_per_cell(self.backbone.config))  # type: ignore[arg-type]
+
     def steps(self, asked: int | None = None) -> int:
         """Denoising steps: the number asked for, else what these weights or their family sample with."""
         return int(self.defaults.get("num_inference_steps", self.family.default_steps)) if asked is None else asked
@@ -140,9 +153,24 @@ class Model:
         """Guidance scale, chosen as :meth:`steps` is."""
         return float(self.defaults.get("guidance_scale", self.family.default_guidance)) if asked is None else asked
 
+    def guided(self, asked: float | None = None) -> bool:
+        """Whether a step has two branches of guidance; a backbone that reads the scale as an input has one."""
+        return self.guidance(asked) > 1 and not self.backbone.config.get("time_cond_proj_dim")  # type: ignore[union-attr, operator]
+
     def calls_per_step(self, guidance: float | None = None) -> int:
-        """How often the pipeline calls the backbone in one step: twice where branches of guidance are apart."""
-        return 2 if self.family.branches_apart and self.guidance(guidance) > 1 else 1
+        """How often the pipeline gives a step to the backbone: twice where branches of guidance are apart."""
+        return 2 if self.family.branches_apart and self.guided(guidance) else 1
+
+    def calls_of_a_picture(
+        self, steps: int | None = None, guidance: float | None = None, scheduler: str | None = None
+    ) -> int:
+        """How often the backbone is called for a picture of so many steps. Arguments as in :class:`Request`."""
+        before = self.pipeline.scheduler
+        try:
+            self.use_scheduler(scheduler)
+            return count_calls(self.pipeline.scheduler, self.steps(steps)) * self.calls_per_step(guidance)
+        finally:
+            self.pipeline.scheduler = before
 
     def use_scheduler(self, name: str | None) -> None:
         """Replaces the pipeline's scheduler by a compatible one (``dpmsolver++`` … or a diffusers class name).
@@ -150,17 +178,8 @@ class Model:
         Raises:
             UsageError: unknown, or it cannot sample this model; names those that can.
         """
-        if name is None:
-            return
-        current = self.pipeline.scheduler
-        usable = schedulers_for(current)
-        if name not in usable:
-            close = nearest(name, usable)
-            raise UsageError(
-                f"unknown or unusable scheduler {name!r} for {self.weights} weights",
-                (f"did you mean {', '.join(close)}? " if close else "") + f"usable: {', '.join(sorted(usable))}",
-            )
-        self.pipeline.scheduler = usable[name].from_config(current.config)
+        if name is not None:
+            self.pipeline.scheduler = named(name, self.pipeline.scheduler, self.pipeline, self.weights)
 
     def use_size(self, height: int | None, width: int | None, frames: int | None) -> None:
         """Makes pictures or clips of that size where a request names none; ``None`` leaves the weights' own.
@@ -190,52 +209,23 @@ class Model:
         exception that it raises stops the pipeline.
 
         Raises:
-            UsageError: a size, a number of frames or a scheduler that is not the model's.
+            UsageError: a size, a number of frames or a scheduler that is not the model's, or steps that the scheduler does not
+                take.
+            InputError: the float model makes NaN or infinity.
+            QualityGateError: a quantized engine does.
         """
         check_size(self, request.height, request.width, request.frames)
         before = self.pipeline.scheduler
         try:
             self.use_scheduler(request.scheduler)
+            steps = self.steps(request.steps)
+            check_steps(self.pipeline.scheduler, steps)
             if self.correction is not None:
                 self.pipeline.scheduler = CorrectedScheduler(self.pipeline.scheduler, self.correction)
-            return self.family.generate(self, request, on_step)
+            with finite_pictures(self, steps, self.calls_per_step(request.guidance)):
+                return self.family.generate(self, request, on_step)
         finally:
             self.pipeline.scheduler = before
-
-
-def schedulers_for(current: Any) -> dict[str, Any]:
-    """Schedulers that can sample with ``current``'s configuration: diffusers' compatible classes by name and short name.
-
-    A flow-matching configuration needs a class that knows ``use_flow_sigmas``: another class would accept the configuration,
-    ignore that entry, and sample noise.
-    """
-    import inspect
-
-    flow = bool(current.config.get("use_flow_sigmas", False))
-    usable: dict[str, Any] = {}
-    for cls in [type(current), *current.compatibles]:
-        if hasattr(cls, "_backends"):  # diffusers' stand-in for a class whose package is not installed
-            continue
-        known = inspect.signature(cls.__init__).parameters
-        if flow and "use_flow_sigmas" not in known:
-            continue
-        if not hasattr(cls, "scale_model_input"):
-            continue
-        usable[cls.__name__] = cls
-    short = {
-        "dpmsolver++": "DPMSolverMultistepScheduler",
-        "dpmsolver-singlestep": "DPMSolverSinglestepScheduler",
-        "deis": "DEISMultistepScheduler",
-        "ddim": "DDIMScheduler",
-        "euler": "EulerDiscreteScheduler",
-        "euler-ancestral": "EulerAncestralDiscreteScheduler",
-        "heun": "HeunDiscreteScheduler",
-        "unipc": "UniPCMultistepScheduler",
-        "pndm": "PNDMScheduler",
-        "lcm": "LCMScheduler",
-    }
-    usable.update({alias: usable[name] for alias, name in short.items() if name in usable})
-    return usable
 
 
 class Family(ABC):
@@ -261,13 +251,39 @@ class Family(ABC):
         a Hub id (pinned to a commit).
 
         Raises:
-            InputError: nothing there, another family's folder, damaged or NaN weights, no network.
+            InputError: nothing there, another family's folder, damaged or NaN weights, parts that do not fit together or that
+                this pipeline does not feed, no network.
+            IntegrityError: the folder brings its own code.
+            UsageError: a revision of weights that have none.
         """
         from qdiff.models import loading
 
         model = loading.load(self, weights, revision=revision, seed=seed)
+        resolved = {
+            name: value for name, value in self.resolved(model.backbone).items() if name in model.backbone.config
+        }
+        model.backbone.register_to_config(**resolved)  # type: ignore[operator]
+        self.check(model)
         device.place(model.pipeline)
         return model
+
+    def resolved(self, backbone: nn.Module) -> dict[str, Any]:
+        """Entries of the config that the file leaves open (null) and the module has decided, with what it decided. Everything
+        after loading reads the config."""
+        return {}
+
+    def check(self, model: Model) -> None:
+        """Looks at whether the parts of a pipeline fit together and whether it feeds its backbone everything that the backbone
+        reads; most faults would else show as an error of a matrix product.
+
+        Raises:
+            InputError: with what the folder lacks for this pipeline.
+        """
+        require_latents(model)
+
+    def unread(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Arguments that a pipeline gives and a backbone of that config does not read."""
+        return ()
 
     def splits(self, backbone: nn.Module) -> dict[str, int]:
         """Layers that read hidden states joined with a skip connection, and at which channel the second part begins."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qdiff.errors import InputError
 from qdiff.models import clips
 from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback
+from qdiff.models.parts import require_width
 from qdiff.video import Clip
 
 _CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -79,8 +80,7 @@ class CogVideoX(Family):
     chain = False  # a block returns the text's states too
     one_size = True
 
-    def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
-        model = super().load(weights, revision=revision, seed=seed)
+    def check(self, model: Model) -> None:
         config: Any = model.backbone.config
         if (
             config.patch_size_t is not None
@@ -88,10 +88,11 @@ class CogVideoX(Family):
             or config.use_learned_positional_embeddings
         ):
             raise InputError(
-                f"{weights} is a CogVideoX 1.5 or reads a picture, which qdiff does not know",
+                f"{model.weights} is a CogVideoX 1.5 or reads a picture, which qdiff does not know",
                 "use a CogVideoX 1.0 text-to-video model (2B or 5B)",
             )
-        return model
+        super().check(model)
+        require_width(model, int(config.text_embed_dim), [model.pipeline.text_encoder])
 
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
         return (

@@ -1,30 +1,31 @@
 """From a name to a pipeline: bundled folder, local folder, Hub id, or random weights at full size.
 
-Only diffusers folders with safetensors are read; a folder that names code of its own is refused (no ``trust_remote_code``,
-no ``custom_pipeline``). A Hub id is resolved to a commit once and that commit is loaded, recorded and shown.
+Only diffusers folders with safetensors are read (:mod:`qdiff.models.folders`); a folder that names code of its own is refused
+(no ``trust_remote_code``, no ``custom_pipeline``). A Hub id is resolved to a commit once and that commit is loaded, recorded and
+shown (:mod:`qdiff.models.hub`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import inspect
 import json
-import re
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError, IntegrityError, unknown_name
+from qdiff.errors import InputError, IntegrityError, UsageError, unknown_name
+from qdiff.events import log
 from qdiff.files import path_of, read_json, sha256_json
-from qdiff.numerics import require_finite
+from qdiff.models.folders import absent, cannot_load, components, files_that_count, load_component, read_index
+from qdiff.models.hub import download, is_id
+from qdiff.models.quiet import quiet
 
 if TYPE_CHECKING:
     from qdiff.models.base import Family, Model
 
-_TRUSTED_LIBRARIES = {"diffusers", "transformers"}
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+HUB = "hub:"
 
 
 def bundled_folder(family: str) -> Path:
@@ -62,7 +63,14 @@ def stand_in_vae() -> Any:
 
 
 def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Model:
-    """See :meth:`qdiff.models.base.Family.load`."""
+    """See :meth:`qdiff.models.base.Family.load`. ``hub:owner/name`` is of the Hub whatever folders there are."""
+    if weights.startswith(HUB):
+        return _from_hub(family, weights.removeprefix(HUB), revision)
+    local = path_of(weights)
+    if revision is not None and (weights == "bundled" or weights.startswith("random:") or local.is_dir()):
+        raise UsageError(
+            f"--revision {revision}: {weights} weights have no revisions", "leave --revision out, or name a Hub id"
+        )
     if weights.startswith("random:"):
         return _random(family, weights.removeprefix("random:"), seed)
     if weights == "bundled":
@@ -70,39 +78,28 @@ def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Mo
         if not folder.is_dir():
             raise InputError(f"no bundled weights for {family.name}", "name a folder or a Hub id with --weights")
         return _from_folder(family, folder, weights, note)
-    if path_of(weights).is_dir():
-        return _from_folder(family, Path(weights), weights, f"the folder {weights}")
-    if _HUB_ID.match(weights):
-        folder, commit = _download(weights, revision)
-        return _from_folder(family, folder, weights, f"{weights} at commit {commit}")
+    if local.is_dir():
+        # Later stages may be started in another folder, where the same relative path is something else.
+        absolute = str(local.absolute())
+        return _from_folder(family, Path(absolute), absolute, f"the folder {absolute}")
+    if is_id(weights):
+        return _from_hub(family, weights, revision)
+    if local.is_absolute():
+        raise InputError(
+            f"no weights {weights!r}: there is no such folder (any more)", "put it back, or name another with --weights"
+        )
     raise InputError(
         f"no weights {weights!r}",
-        "use bundled, a diffusers folder, a Hub id (owner/name), or random:" + "|".join(family.configurations),
+        "use bundled, a diffusers folder, a Hub id (owner/name)"
+        + (f", or random:{'|'.join(family.configurations)}" if family.configurations else ""),
     )
 
 
-def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        commit = HfApi().model_info(hub_id, revision=revision).sha
-        if commit is None:
-            raise InputError(f"the Hub names no commit for {hub_id}", "give one with --revision")
-        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=_HUB_FILES)), commit
-    except InputError:
-        raise
-    except Exception as error:
-        try:  # without network, a copy that is complete in the local cache will do
-            folder = Path(
-                snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True)
-            )
-            return folder, folder.name
-        except Exception:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"cannot load {hub_id} from the Hub: {reason[:200]}",
-                "check the id and the network, or copy the folder here and name it with --weights FOLDER",
-            ) from None
+def _from_hub(family: Family, hub_id: str, revision: str | None) -> Model:
+    folder, commit = download(hub_id, revision)
+    model = _from_folder(family, folder, hub_id, f"{hub_id} at commit {commit}")
+    model.revision = commit
+    return model
 
 
 def _from_folder(family: Family, folder: Path, weights: str, note: str) -> Model:
@@ -111,68 +108,55 @@ def _from_folder(family: Family, folder: Path, weights: str, note: str) -> Model
 
     from qdiff.models.base import Model
 
-    if not (folder / "model_index.json").is_file():
-        raise InputError(
-            f"{folder} is not a diffusers folder (no model_index.json)", "name the folder that holds model_index.json"
-        )
-    index = read_json(folder / "model_index.json", "model_index.json")
-    class_name = index.get("_class_name") if isinstance(index, dict) else None
+    index = read_index(folder)
+    class_name = index.get("_class_name")
     if class_name not in family.pipelines:
-        raise InputError(
-            f"{folder} holds a {class_name}, not one of {family.name}",
-            f"{family.name} loads {', '.join(family.pipelines)}",
+        raise _another_family(family, folder, class_name)
+    networks: dict[str, Any] = {}
+    variants: dict[str, str] = {}
+    with quiet():
+        pipeline_class: Any = getattr(diffusers, class_name)
+        taken = inspect.signature(pipeline_class.__init__).parameters
+        for part in components(folder, index):
+            if part.is_network and part.name in taken:
+                networks[part.name], variant = load_component(folder, part, weights)
+                variants |= {part.name: variant} if variant else {}
+        try:
+            pipeline = pipeline_class.from_pretrained(
+                str(folder), dtype=torch.float32, local_files_only=True, **networks, **absent(index)
+            )
+        except Exception as error:
+            raise cannot_load(folder, error) from None
+    if variants:
+        log.info(
+            "%s: there is no plain set of weights; read are %s", weights, ", ".join(sorted(set(variants.values())))
         )
-    for component, value in index.items():
-        if isinstance(value, list) and value and value[0] is not None and value[0] not in _TRUSTED_LIBRARIES:
-            raise IntegrityError(
-                f"component {component!r} of {folder} brings its own code ({value[0]})",
-                "qdiff runs diffusers' own classes only",
-            )
-    try:
-        with _quiet():
-            pipeline = getattr(diffusers, class_name).from_pretrained(
-                str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot load {folder}: {reason[:300]}", "the folder is incomplete or damaged; copy it again"
-        ) from None
     defaults = (
         read_json(folder / "generation.json", "generation.json") if (folder / "generation.json").is_file() else {}
     )
     if not isinstance(defaults, dict):
         raise IntegrityError(f"{folder / 'generation.json'} is not a group of settings", "put the old file back")
-    model = Model(family, pipeline, weights, _fingerprint(folder, family.backbone_attribute), note, defaults)
-    _check(model)
-    return model
+    return Model(family, pipeline, weights, _fingerprint(folder), note, defaults, variants=variants)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' own progress bars and hints: one bar for each component is not news."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
+def _another_family(family: Family, folder: Path, class_name: Any) -> InputError:
+    """A folder of another pipeline than the family's: which family loads it, if one does."""
+    from qdiff.models.base import FAMILIES
 
-    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    for module, _ in levels:
-        module.disable_progress_bar()
-        module.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.enable_progress_bar()
-            module.set_verbosity(level)
+    takers = [name for name in FAMILIES if class_name in FAMILIES[name].pipelines]
+    fix = f"{family.name} loads {', '.join(family.pipelines)}"
+    if takers:
+        fix = f"use --model {takers[0]}, which loads a {class_name}"
+    return InputError(f"{folder} holds a {class_name}, not one of {family.name}", fix)
 
 
-def _fingerprint(folder: Path, backbone: str) -> str:
+def _fingerprint(folder: Path) -> str:
     """sha256 over the names and bytes of everything that decides the numbers."""
     digest = hashlib.sha256()
-    names = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file())
-    for path in names:
-        digest.update(str(path.relative_to(folder)).encode())
-        with open(path, "rb") as file:
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    for name in files_that_count(name.as_posix() for name in names):
+        digest.update(name.encode())
+        with open(folder / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -182,19 +166,12 @@ def _random(family: Family, configuration: str, seed: int) -> Model:
 
     if configuration not in family.configurations:
         raise unknown_name("configuration", configuration, family.configurations, InputError)
-    with _quiet():
+    with quiet():
         pipeline = family.random_pipeline(configuration, seed)
     fingerprint = sha256_json({"random": configuration, "seed": seed, "family": family.name})
     note = f"random weights of the size of {configuration}: timings and memory are real, pictures are noise"
     defaults = family.random_defaults(configuration)
     return Model(family, pipeline, f"random:{configuration}", fingerprint, note, defaults)
-
-
-def _check(model: Model) -> None:
-    for name, parameter in model.backbone.named_parameters():
-        if parameter.is_meta:
-            raise InputError(f"{model.weights} lacks the weight {name}", "its config.json is another model's")
-        require_finite(parameter.detach(), f"weight {name} of {model.weights}")
 
 
 def load_backbone_config(model: Model) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.errors import InputError
 from qdiff.models.base import (
     FAMILIES,
     Attend,
@@ -25,6 +26,7 @@ from qdiff.models.base import (
     Request,
     StepCallback,
 )
+from qdiff.models.parts import require_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,6 +59,10 @@ _CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Sample sizes that a pipeline has a table of sizes for.
+_BINS = {"PixArtSigmaPipeline": (32, 64, 128, 256), "PixArtAlphaPipeline": (32, 64, 128)}
+
+
 class PixArt(Family):
     """Text to image with a :class:`diffusers.PixArtTransformer2DModel`."""
 
@@ -70,20 +76,50 @@ class PixArt(Family):
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
         specs = [
             InputSpec("hidden_states", ("batch", config["in_channels"], "height", "width"), varies=True),
-            InputSpec("encoder_hidden_states", ("batch", "tokens", config["caption_channels"])),
+            InputSpec("encoder_hidden_states", ("batch", "tokens", _text_width(config))),
             InputSpec("timestep", ("batch",), varies=True, exact=True),
             InputSpec("encoder_attention_mask", ("batch", "tokens"), torch.int64),
         ]
         if config.get("use_additional_conditions"):
-            specs += [InputSpec("resolution", ("batch", 2)), InputSpec("aspect_ratio", ("batch", 1))]
+            specs += [
+                InputSpec("resolution", ("batch", 2), exact=True),
+                InputSpec("aspect_ratio", ("batch", 1), exact=True),
+            ]
         return tuple(specs)
+
+    def unread(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if config.get("use_additional_conditions") else ("resolution", "aspect_ratio")
+
+    def resolved(self, backbone: nn.Module) -> dict[str, Any]:
+        decided: Any = backbone
+        config: Any = backbone.config
+        values = {
+            "use_additional_conditions": bool(decided.use_additional_conditions),
+            "out_channels": int(decided.out_channels),
+        }
+        return {name: value for name, value in values.items() if config.get(name) is None}
+
+    def check(self, model: Model) -> None:
+        super().check(model)
+        config: Any = model.backbone.config
+        require_width(model, _text_width(config), [model.pipeline.text_encoder])
+        fed = type(model.pipeline).__name__ == "PixArtAlphaPipeline" and config.sample_size == 128
+        if config.use_additional_conditions and not fed:
+            raise InputError(
+                f"the transformer of {model.weights} reads the picture's resolution and aspect ratio, which "
+                f"{type(model.pipeline).__name__} gives to PixArt-α of sample_size 128 alone",
+                "write PixArtAlphaPipeline into its model_index.json if it is one, or use another model",
+            )
 
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
         return ("batch", config["out_channels"], "height", "width")
 
     def masked_layers(self, backbone: nn.Module) -> list[str]:
         inside = [f"{block}.attn2.{name}" for block in self.blocks(backbone) for name in ("to_k", "to_v")]
-        return ["caption_projection.linear_1", "caption_projection.linear_2", *inside]
+        there = {name for name, _ in backbone.named_modules()}
+        return [
+            name for name in ("caption_projection.linear_1", "caption_projection.linear_2", *inside) if name in there
+        ]
 
     def text_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         return inputs["encoder_attention_mask"].bool()
@@ -128,7 +164,7 @@ class PixArt(Family):
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
         sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
         arguments = {
-            "use_resolution_binning": sample_size in (32, 64, 128, 256),
+            "use_resolution_binning": sample_size in _BINS[type(model.pipeline).__name__],
             "max_sequence_length": min(300, model.pipeline.tokenizer.model_max_length),
             **model.arguments(request),
         }
@@ -171,6 +207,11 @@ class PixArt(Family):
         for module in modules:
             module.eval().requires_grad_(False)
         return PixArtSigmaPipeline(tokenizer, encoder, vae, transformer, DPMSolverMultistepScheduler())
+
+
+def _text_width(config: Mapping[str, Any]) -> int:
+    """Of the states that the backbone is given: those of its own width where it projects none."""
+    return int(config["cross_attention_dim"] if config["caption_channels"] is None else config["caption_channels"])
 
 
 class _SelfAttention:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.errors import InputError
 from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback
+from qdiff.models.parts import require_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,8 +96,10 @@ class StableDiffusion(Family):
         specs = [
             InputSpec("sample", ("batch", config["in_channels"], "height", "width"), varies=True),
             InputSpec("timestep", ("batch",), varies=True, exact=True),
-            InputSpec("encoder_hidden_states", ("batch", "tokens", config["cross_attention_dim"])),
+            InputSpec("encoder_hidden_states", ("batch", "tokens", _text_width(config))),
         ]
+        if config.get("time_cond_proj_dim") is not None:  # of a guidance-distilled model (LCM): the scale is an input
+            specs.append(InputSpec("timestep_cond", ("batch", config["time_cond_proj_dim"]), exact=True))
         if config.get("addition_embed_type") == "text_time":
             sizes = 6 * config["addition_time_embed_dim"]
             pooled = config["projection_class_embeddings_input_dim"] - sizes
@@ -104,6 +108,37 @@ class StableDiffusion(Family):
                 InputSpec("time_ids", ("batch", 6), exact=True),
             ]
         return tuple(specs)
+
+    def resolved(self, backbone: nn.Module) -> dict[str, Any]:
+        config: Any = backbone.config
+        # Without one the pipeline knows no size to draw at; 64 cells are those of the family's first models.
+        return {"sample_size": 64} if config.get("sample_size") is None else {}
+
+    def check(self, model: Model) -> None:
+        super().check(model)
+        config: Any = model.backbone.config
+        pipeline, name = model.pipeline, type(model.pipeline).__name__
+        large = name == "StableDiffusionXLPipeline"
+        reads = {
+            "class labels": config.class_embed_type is not None or config.num_class_embeds is not None,
+            "pictures beside its text": config.encoder_hid_dim_type not in (None, "text_proj"),
+            f"{config.addition_embed_type} embeddings": config.addition_embed_type not in (None, "text", "text_time"),
+            "pooled text and picture sizes": config.addition_embed_type == "text_time" and not large,
+            "boxes (GLIGEN)": str(config.attention_type).startswith("gated"),
+        }
+        for what, does in reads.items():
+            if does:
+                raise InputError(
+                    f"the U-Net of {model.weights} reads {what}, which {name} does not give it",
+                    "use a text-to-image model of that pipeline",
+                )
+        if large and config.addition_embed_type != "text_time":
+            raise InputError(
+                f"the U-Net of {model.weights} does not read the pooled text and picture sizes that {name} gives it",
+                "use the pipeline class that this model was published with",
+            )
+        encoders = [getattr(pipeline, part, None) for part in ("text_encoder", "text_encoder_2")]
+        require_width(model, _text_width(config), [encoder for encoder in encoders if encoder is not None])
 
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
         return ("batch", config["out_channels"], "height", "width")
@@ -121,6 +156,8 @@ class StableDiffusion(Family):
         }
         added = given.get("added_cond_kwargs") or {}
         inputs.update({name: value.float() for name, value in added.items() if value is not None})
+        if given.get("timestep_cond") is not None:
+            inputs["timestep_cond"] = given["timestep_cond"].float()
         return inputs
 
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -129,6 +166,7 @@ class StableDiffusion(Family):
             inputs["sample"],
             timestep=inputs["timestep"],
             encoder_hidden_states=inputs["encoder_hidden_states"],
+            timestep_cond=inputs.get("timestep_cond"),
             added_cond_kwargs=added or None,
             return_dict=False,
         )[0]
@@ -144,7 +182,7 @@ class StableDiffusion(Family):
             skips += [channels] * (layers if last else layers + 1)
         found = {}
         for level, block in enumerate(backbone.get_submodule("up_blocks").children()):
-            for index, resnet in enumerate(block.resnets):  # type: ignore[arg-type]
+            for index, resnet in enumerate(getattr(block, "resnets", ())):  # type: ignore[arg-type]
                 at = resnet.conv1.in_channels - skips.pop()
                 for part in ("conv1", "conv_shortcut"):
                     if getattr(resnet, part, None) is not None:
@@ -154,20 +192,24 @@ class StableDiffusion(Family):
     def blocks(self, backbone: nn.Module) -> list[str]:
         """Resnets and transformer blocks in the order in which they are called: a level's resnets and attentions take turns."""
         sections = [f"down_blocks.{i}" for i, _ in enumerate(backbone.get_submodule("down_blocks").children())]
+        middle = ["mid_block"] if getattr(backbone, "mid_block", None) is not None else []
         sections += [
-            "mid_block",
+            *middle,
             *(f"up_blocks.{i}" for i, _ in enumerate(backbone.get_submodule("up_blocks").children())),
         ]
         found = []
         for section in sections:
             part: Any = backbone.get_submodule(section)
             attentions = list(getattr(part, "attentions", None) or [])
-            for index, _ in enumerate(part.resnets):
+            for index, _ in enumerate(getattr(part, "resnets", ())):
                 found.append(f"{section}.resnets.{index}")
                 # The middle's only attention stands between its two resnets.
-                if index < len(attentions):
-                    inner = attentions[index].transformer_blocks
-                    found += [f"{section}.attentions.{index}.transformer_blocks.{i}" for i, _ in enumerate(inner)]
+                if index < len(attentions) and attentions[index] is not None:
+                    name = f"{section}.attentions.{index}"
+                    inner = getattr(attentions[index], "transformer_blocks", None)
+                    found += (
+                        [name] if inner is None else [f"{name}.transformer_blocks.{i}" for i, _ in enumerate(inner)]
+                    )
         return found
 
     def first_token_layers(self, backbone: nn.Module) -> list[str]:
@@ -234,6 +276,14 @@ class StableDiffusion(Family):
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         return dict(_STEPS_AND_GUIDANCE.get(configuration, {}))
+
+
+def _text_width(config: Mapping[str, Any]) -> int:
+    """Of the states that the backbone is given, which it may project; blocks may have a width each, of the same states."""
+    if config.get("encoder_hid_dim") is not None:
+        return int(config["encoder_hid_dim"])
+    widths = config["cross_attention_dim"]
+    return int(widths if isinstance(widths, int) else widths[0])
 
 
 def _clip(width: int, tokenizer: Any, pooled: int = 0) -> Any:

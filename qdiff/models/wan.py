@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qdiff.errors import InputError
 from qdiff.models import clips
 from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback
+from qdiff.models.parts import require_width
 from qdiff.video import Clip
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -61,14 +62,20 @@ class Wan(Family):
     block_list = "blocks"
     branches_apart = True
 
-    def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
-        model = super().load(weights, revision=revision, seed=seed)
+    def check(self, model: Model) -> None:
+        config: Any = model.backbone.config
         if getattr(model.pipeline, "transformer_2", None) is not None or model.pipeline.config.expand_timesteps:
             raise InputError(
-                f"{weights} is a Wan 2.2 with two backbones or a timestep for every token, which qdiff does not know",
+                f"{model.weights} is a Wan 2.2 with two backbones or a timestep for every token, which qdiff does not know",
                 "use a Wan 2.1 text-to-video model",
             )
-        return model
+        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+            raise InputError(
+                f"the transformer of {model.weights} reads a picture, which {type(model.pipeline).__name__} does not give it",
+                "use a Wan 2.1 text-to-video model",
+            )
+        super().check(model)
+        require_width(model, int(config.text_dim), [model.pipeline.text_encoder])
 
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
         return (

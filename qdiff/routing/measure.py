@@ -1,5 +1,8 @@
 """What both branches of every block do on the recorded trajectory: errors of their own output, and of the prediction.
 
+Routes go by the timestep's value. Where a sampler calls twice at one value, the first call is measured; the router begins anew at
+the second, with every block evaluated.
+
 Everything is measured with the float model's states as input, one block at a time, like sensitivities (:mod:`qdiff.sensitivity`).
 """
 
@@ -75,8 +78,8 @@ def measure(
     Raises:
         InputError: a recording whose shards have other timesteps than each other.
     """
-    timesteps = trajectory.timesteps(0)
-    if any(trajectory.timesteps(shard) != timesteps for shard in range(len(trajectory.paths))):
+    timesteps = list(dict.fromkeys(trajectory.timesteps(0)))
+    if any(list(dict.fromkeys(trajectory.timesteps(shard))) != timesteps for shard in range(len(trajectory.paths))):
         raise InputError(
             "the recorded trajectories have different timesteps, and changes from step to step cannot be compared",
             "calibrate with --timesteps uniform",
@@ -113,7 +116,7 @@ def _local(
         with Progress("changes of blocks", len(trajectory.paths)) as progress:
             for shard in range(len(trajectory.paths)):
                 watch.begin()
-                for step in trajectory.steps(shard):
+                for step in trajectory.steps(shard, once=True):
                     model.family.call(trial, step.inputs)
                     watch.step()
                 for kept, values in zip(parts, watch.taken(), strict=True):
@@ -183,7 +186,7 @@ def _predictions(
     pairs: dict[int, tuple[Step | None, Step]] = {}
     for shard in range(shards):
         before = None
-        for place, step in enumerate(trajectory.steps(shard)):
+        for place, step in enumerate(trajectory.steps(shard, once=True)):
             if place % shards == shard:
                 pairs[place] = before, step
             before = step

@@ -40,8 +40,9 @@ def make_options(
     one_size = engine.name == "tensorrt" and flags.get("attention") != "plain" and _has_kernel(plan)
     alone = FAMILIES[plan.family].branches_apart or (plan.routing is not None and plan.routing.by_sample)
     batch = f"batch={1 if alone else 2}" if one_batch or one_size else DEFAULT_BATCH
-    shapes = run.entry("calibrate")["shapes"]
-    made = tuple(_profile(plan, text, shapes, batch, one_size) for text in (profiles or [""]))
+    calibrated = run.entry("calibrate")
+    cell = calibrated.get("pixels_per_cell") or FAMILIES[plan.family].pixels_per_cell(plan.config)
+    made = tuple(_profile(plan, text, calibrated["shapes"], cell, batch, one_size) for text in (profiles or [""]))
     if one_batch:
         _require_one_batch(made)
     if compute_capability is None and engine.target == "tensorrt" and engine.missing() is not None:
@@ -79,11 +80,12 @@ def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
 
 
 def _profile(
-    plan: Any, text: str, shapes: dict[str, list[int]], batch: str = DEFAULT_BATCH, one_size: bool = False
+    plan: Any, text: str, shapes: dict[str, list[int]], cell: int, batch: str = DEFAULT_BATCH, one_size: bool = False
 ) -> Profile:
     """A profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors).
 
     Args:
+        cell: pixels along one side of a latent cell.
         batch: the words for it where ``text`` has none.
         one_size: whether prompts and lists, too, have one size where ``text`` does not say otherwise.
     """
@@ -106,7 +108,7 @@ def _profile(
     sizes |= parse_profile(batch)
     recorded = dict(sizes)
     if text:
-        sizes |= parse_profile(text, scale=FAMILIES[plan.family].pixels_per_cell(config))
+        sizes |= parse_profile(text, scale=cell)
     one_graph = FAMILIES[plan.family].one_size or plan.attention is not None
     if one_graph and any(sizes.get(axis) != recorded.get(axis) for axis in ("frames", "height", "width")):
         what = "the lists of sparse attention are" if plan.attention else f"a graph of {FAMILIES[plan.family].title} is"

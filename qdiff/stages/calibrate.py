@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,10 +140,10 @@ def calibrate(
     folder = run.file("calibration")
     if not dry_run:
         run.require_writable("calibration")
-    model = load_model(options)
+    model = load_model(options if force else _at_recorded_commit(run, options))
     inputs = {
         "model": options.model,
-        "weights": options.weights,
+        "weights": model.weights,
         "fingerprint": model.fingerprint,
         "note": model.note,
         "prompts": {"count": len(prompts), "sha256": sha256_json(prompts)},
@@ -160,6 +160,10 @@ def calibrate(
     }
     if options.other_guidance:
         inputs["other_guidance"] = list(options.other_guidance)
+    if model.revision is not None:
+        inputs["revision"] = model.revision
+    if model.variants:
+        inputs["variants"] = model.variants
     if dry_run:
         return {"dry_run": True, "run": str(run.path), **inputs, **_estimate(model, recording)}
     if "calibrate" not in run.manifest["stages"] and folder.exists() and any(folder.iterdir()):
@@ -170,6 +174,15 @@ def calibrate(
         if work is not None:
             _work(model, recording, folder, prompts, work, later)
     return {"run": str(run.path), "id": run.id, "note": model.note, **_summary(run)}
+
+
+def _at_recorded_commit(run: Run, options: CalibrateOptions) -> CalibrateOptions:
+    """The options, with the commit that this run was begun with where the same id is given without one: what the Hub calls
+    ``main`` may have moved since."""
+    recorded = run.manifest["stages"].get("calibrate", {}).get("inputs", {})
+    if options.revision is None and recorded.get("weights") == options.weights and "revision" in recorded:
+        return replace(options, revision=recorded["revision"])
+    return options
 
 
 def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], work: Any, later: Later | None) -> None:
@@ -202,6 +215,7 @@ def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], 
     work.fact(
         estimate=estimate,
         device=str(model.device),
+        pixels_per_cell=model.pixels_per_cell,
         timesteps=statistics.timesteps,
         shapes={name: list(tensor.shape) for name, tensor in next(iter(collector.trajectory)).inputs.items()},
         groups=len(statistics.inputs),
@@ -214,8 +228,8 @@ def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
     from qdiff.calib.record import seconds_per_call
 
     seconds, latent_bytes = seconds_per_call(model, recording)
-    steps = model.steps(recording.steps)
     apart = model.calls_per_step(recording.guidance)
+    steps = model.calls_of_a_picture(recording.steps, recording.guidance, recording.scheduler) // apart
     calls = apart * recording.shards * (steps + min(steps, recording.keep if recording.strategy != "all" else steps))
     return {
         "steps": steps,
@@ -244,6 +258,7 @@ def options_of(run: Run) -> CalibrateOptions:
     return CalibrateOptions(
         model=inputs["model"],
         weights=inputs["weights"],
+        revision=inputs.get("revision"),
         steps=inputs["steps"],
         guidance=inputs["guidance"],
         scheduler=inputs["scheduler"],
@@ -269,7 +284,10 @@ def reload_model(run: Run) -> Model:
     Raises:
         InputError: its weights changed since.
     """
-    model = load_model(options_of(run))
+    options = options_of(run)
+    if options.revision is not None:  # a folder of that name in the current one is something else
+        options = replace(options, weights=f"hub:{options.weights}")
+    model = load_model(options)
     recorded = run.entry("calibrate")["inputs"]["fingerprint"]
     if model.fingerprint != recorded:
         raise InputError(

@@ -120,6 +120,7 @@ class _Work:
         self.run, self.engine, self.goal, self.scratch = run, engine, goal, scratch
         self.model = reload_model(run)
         self.float_backbone = self.model.backbone
+        self.guided = self.model.guided(options_of(run).guidance)
         self.search = self._request(SEARCH_SEED, SEARCH_PICTURES)
         self.judge = self._request(JUDGE_SEED, pictures)
 
@@ -190,7 +191,7 @@ class _Work:
         latent = step.inputs[latent_of(self.model.family.inputs(self.float_backbone.config)).name]  # type: ignore[arg-type]
         prediction = prediction[:, : latent.shape[1]].float()
         guidance = self.model.guidance(options_of(self.run).guidance)
-        if guidance <= 1:
+        if not self.guided:
             return prediction
         without, given = prediction.chunk(2)
         return without + guidance * (given - without)

@@ -241,7 +241,7 @@ class ByBudget:
         calibrated, judge = options_of(self.run), None
         if count := self.recipe.mixed.pictures:
             judge = pictures_judge(self.run, model, candidates.backbone, count)
-        branches = 2 if model.guidance(calibrated.guidance) > 1 else 1
+        branches = 2 if model.guided(calibrated.guidance) else 1
         time, device = None, self.recipe.mixed.device
         if "latency" in self.recipe.mixed.budget and device in MEASURED_ON:
             from qdiff.stages.layer_times import LayerTimes
@@ -304,7 +304,7 @@ class ByRouting:
             given.trajectory,
             given.scratch,
             lambda backbone: self._judge(model, backbone),
-            guided=model.guidance(calibrated.guidance) > 1,
+            guided=model.guided(calibrated.guidance),
         )
         given.complete()
         write_json(given.work.output(self.run.file(ROUTING)), made.decision.to_json())

@@ -73,7 +73,10 @@ class Session:
         self.runner: Runner = load_runner(run, self.engine, self.model, threads)
         self.correction = None if self.engine == "float" else correction_of(run)
         self._float = float_backbone if model is not None else None
-        self._stand_in = put_engine(self.model.pipeline, self.model.family.backbone_attribute, self.runner, inputs)
+        unread = self.model.family.unread(float_backbone.config)  # type: ignore[arg-type]
+        self._stand_in = put_engine(
+            self.model.pipeline, self.model.family.backbone_attribute, self.runner, inputs, self.engine, unread
+        )
         self.load_seconds = time.perf_counter() - start
 
     def close(self) -> None:
@@ -149,9 +152,11 @@ def simulate(model: Model, backbone: nn.Module, request: Request, batch: int) ->
     from qdiff.models.base import NamedInputs
 
     named = NamedInputs(model.family, backbone)
+    name = "float" if backbone is model.backbone else "torch"
     images: list[Image | Clip] = []
     inputs = model.family.inputs(backbone.config)  # type: ignore[arg-type]
-    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(named), inputs):
+    unread = model.family.unread(backbone.config)  # type: ignore[arg-type]
+    with insert(model.pipeline, model.family.backbone_attribute, ModuleRunner(named), inputs, name, unread):
         for start in range(0, len(request.prompts), batch):
             part = slice(start, start + batch)
             images += model.generate(replace(request, prompts=request.prompts[part], seeds=request.seeds[part]))
@@ -296,7 +301,7 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
     require_writable(output.parent)
     with beside(run, [engine or default_engine(run)]):
         session = Session(run, engine)
-    if request.negative_prompt and session.model.guidance(request.guidance) <= 1:
+    if request.negative_prompt and not session.model.guided(request.guidance):
         log.warning("the negative prompt has no effect: there is no guidance away from it at a scale of 1 and below")
     warning = None if session.engine == "float" else guidance_warning(run, session.model, request.guidance)
     if warning is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qdiff.errors import QualityGateError
+from qdiff.events import log
 from qdiff.stages.calibrate import options_of
 
 if TYPE_CHECKING:
@@ -51,11 +53,14 @@ def judge_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], s
 def comparison(
     run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int
 ) -> Callable[[], PairedQuality]:
-    """Compares the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds.
+    """Compares the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds. A backbone that
+    makes NaN is compared as what diffusers draws of NaN, black: it is the worst of those that are tried, not the end of trying.
 
     Args:
         seed: of the first picture.
     """
+    import torch
+
     from qdiff.images import to_pixels
     from qdiff.metrics import paired
     from qdiff.models.base import Request
@@ -71,4 +76,12 @@ def comparison(
         return to_pixels(simulate(model, backbone, request, calibrated.batch))
 
     expected = make(model.backbone)
-    return lambda: paired(expected, make(candidate))
+
+    def compare() -> PairedQuality:
+        try:
+            return paired(expected, make(candidate))
+        except QualityGateError as error:
+            log.warning("%s", error.message)
+            return paired(expected, torch.zeros_like(expected))
+
+    return compare

@@ -15,8 +15,9 @@ from qdiff.calib.record import joined
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.images import to_pixels
 from qdiff.models import FAMILIES
-from qdiff.models.base import Model, NamedInputs, Request, schedulers_for
+from qdiff.models.base import Model, NamedInputs, Request
 from qdiff.models.loading import bundled_folder
+from qdiff.models.schedulers import schedulers_for
 
 SMALLEST = {
     "cogvideox": "cogvideox-tiny",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qdiff.engines import ModuleRunner, Runner
+from qdiff.engines.hoisted import same_bytes
 from qdiff.engines.pipeline import EngineBackbone, insert, replace
 from qdiff.errors import InputError
 from qdiff.images import to_pixels
@@ -25,6 +26,12 @@ class Recorder(Runner):
     def __call__(self, inputs):
         self.calls.append(dict(inputs))
         return self.inner(inputs)
+
+
+def test_bytes_of_a_timestep_that_was_expanded_to_a_batch_of_one():
+    one, two = torch.tensor(5).expand(1), torch.tensor(6).expand(1)
+    assert same_bytes(one, torch.tensor([5])) and not same_bytes(one, two)
+    assert same_bytes(torch.ones(2, 1).expand(2, 3), torch.ones(2, 3))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,111 @@
+"""NaN and infinity are found where they arise: in a backbone's prediction, in the sampler's latents, in a decoded picture.
+
+A picture cannot say it any more: uint8 has no NaN, diffusers makes black of it, and two black pictures are equal. So
+predictions are looked at as tensors in every step, and pictures as what the decoder gives, before they become pixels.
+
+Whose fault it is decides the error. The float model, or its decoder beside the float model: the model is broken, which is bad
+input. An engine of the quantized model: it is worse than any gate allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.errors import InputError, QdiffError, QualityGateError
+
+if TYPE_CHECKING:
+    from qdiff.models.base import Model
+
+FLOAT = "float"
+
+
+def not_finite(what: str, engine: str, where: str) -> QdiffError:
+    """The error about NaN or infinity.
+
+    Args:
+        what: is not finite.
+        engine: whose predictions were sampled with; :data:`FLOAT` is the model itself.
+        where: the step, in words.
+    """
+    if engine == FLOAT:
+        return InputError(
+            f"the float model itself makes NaN or infinity: {what} {where}",
+            "its weights are damaged, or it needs another scheduler (--scheduler) or more --steps",
+        )
+    return QualityGateError(
+        f"engine {engine} makes NaN or infinity: {what} {where}",
+        "keep more layers in 16 bit (ignore in the recipe), or quantize with another recipe",
+    )
+
+
+def require_finite_step(engine: str, timestep: Any, latents: Tensor, prediction: Tensor, step: str = "") -> None:
+    """Refuses a prediction that is not finite, and says whether it was the latents that had been broken before.
+
+    Args:
+        step: which one of how many, in words, where that is known.
+
+    Raises:
+        InputError: it is the float model's.
+        QualityGateError: it is a quantized engine's.
+    """
+    if bool(torch.isfinite(prediction).all()):
+        return
+    value = float(torch.as_tensor(timestep).reshape(-1)[0])
+    what = "the prediction" if bool(torch.isfinite(latents).all()) else "the latents"
+    raise not_finite(what, engine, f"at timestep {value:g}{step}")
+
+
+@contextlib.contextmanager
+def finite_pictures(model: Model, steps: int, calls_per_step: int) -> Iterator[None]:
+    """Looks at every prediction of the backbone and at what the decoder gives, for the length of a block."""
+    backbone = model.backbone
+    engine = getattr(backbone, "engine", FLOAT)
+    hooks = [_decoder(model.pipeline.vae).register_forward_hook(_watch_decoder(engine))]
+    if not hasattr(backbone, "engine"):  # a stand-in looks for itself
+        hooks.append(backbone.register_forward_hook(_watch_backbone(model, steps, calls_per_step), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _decoder(vae: nn.Module) -> nn.Module:
+    """What of an autoencoder is called as a module when it decodes."""
+    inside = getattr(vae, "decoder", None)
+    return inside if isinstance(inside, nn.Module) else vae
+
+
+def _watch_decoder(engine: str) -> Callable[..., None]:
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        pictures = _tensor(output)
+        if not bool(torch.isfinite(pictures).all()):
+            raise not_finite("the decoded picture", engine, "after the last step")
+
+    return after
+
+
+def _watch_backbone(model: Model, steps: int, calls_per_step: int) -> Callable[..., None]:
+    calls = 0
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal calls
+        calls += 1
+        inputs = model.family.capture(args, kwargs)
+        latents = next(iter(inputs.values()))
+        step = f" (call {calls} of {steps * calls_per_step})"
+        require_finite_step(FLOAT, inputs["timestep"], latents, _tensor(output), step)
+
+    return after
+
+
+def _tensor(output: Any) -> Tensor:
+    """The tensor of an answer of diffusers: itself, the first of a tuple, or ``sample``."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample

@@ -1,0 +1,39 @@
+"""What a pipeline gives its backbone in a call, by name, and what of it nobody would take.
+
+An argument that is dropped makes a picture that is wrong without an error: a ControlNet's residual that nobody adds, a class
+that nobody embeds. So recording and engines ask the same question: is everything that has a value an input?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+_CONTROL = ("return_dict",)  # arguments that say how to answer, not what
+_IMPLIED = ("image_rotary_emb",)  # positions: they follow from the latent's size, which a graph knows
+
+
+def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name; those in a dict (``added_cond_kwargs``) by their own."""
+    given: dict[str, Any] = {}
+    for name, value in arguments.items():
+        given |= dict(value) if isinstance(value, Mapping) else {name: value}
+    return given
+
+
+def unknown(given: Mapping[str, Any], inputs: Collection[str]) -> list[str]:
+    """Names of what has a value and is no input."""
+    return [
+        name
+        for name, value in given.items()
+        if name not in inputs and name not in (*_CONTROL, *_IMPLIED) and not _is_nothing(name, value)
+    ]
+
+
+def _is_nothing(name: str, value: Any) -> bool:
+    if value is None or (isinstance(value, (tuple, list)) and not value):
+        return True
+    # A mask of ones masks nothing; graphs may be exported without it.
+    return name.endswith("attention_mask") and isinstance(value, torch.Tensor) and bool((value == 1).all())
