@@ -157,7 +157,10 @@ class Run:
             MemoryExhaustedError: the disk is full.
         """
         require_writable(self.path, make=True)
-        for folder in (safe_child(self.path, name) for name in folders):
+        for name in folders:
+            folder = safe_child(self.path, name)
+            if folder.is_file() and name.partition("/")[0] not in leftovers_of.FOLDERS:
+                continue
             inside = [one for one in folder.iterdir() if one.is_dir()] if folder.is_dir() else []
             for place in [folder, *inside] if folder.exists() or folder.is_symlink() else []:
                 require_writable(place)

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from qdiff.artifacts import Run, RunLockedError
-from qdiff.errors import InputError, IntegrityError
+from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.files import write_text
 
 
@@ -95,3 +95,27 @@ def test_a_hard_linked_copy_is_a_run_of_its_own(tmp_path):
     with run.stage("quantize", {}):
         assert work(other, "quantize", {"other": 1}) == "made"
     assert not Run(run.path).done("export") and Run(run.path).entry("quantize")["inputs"] == {}
+
+
+@pytest.mark.parametrize("folder", ["images", "images/eager"])
+def test_a_place_that_cannot_be_written_is_seen_before_the_work(tmp_path, monkeypatch, folder):
+    from qdiff import artifacts, files
+
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    if folder == "images":
+        run.file(folder).write_text("a file")
+    else:
+        run.file(folder).mkdir(parents=True)
+
+    def require(place, **options):  # as for a user who may not write there; root may everywhere
+        if folder == "images/eager" and place == run.file(folder):
+            raise UsageError(f"nothing can be written into the folder {place}")
+        files.require_writable(place, **options)
+
+    monkeypatch.setattr(artifacts, "require_writable", require)
+    began = []
+    with pytest.raises(UsageError, match=f"nothing can be written into the folder .*{folder}"):
+        with run.stage("compare", {}, leftovers=["images"]):
+            began.append(1)
+    assert not began
