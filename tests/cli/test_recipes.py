@@ -56,7 +56,7 @@ def test_recipes_that_are_no_recipes(spoilt, fails, tmp_path):
     for name in ("deep", "digits"):
         fails(3, "is not valid YAML", "quantize", spoilt, "--recipe", tmp_path / f"{name}.yaml", "--force")
     os.mkfifo(tmp_path / "pipe.yaml")
-    fails(3, "no plain file", "quantize", spoilt, "--recipe", tmp_path / "pipe.yaml", "--force")
+    fails(3, "no regular file", "quantize", spoilt, "--recipe", tmp_path / "pipe.yaml", "--force")
     wrong = 'ignore={pixarrt: ["proj_out"]}'
     fails(3, ["family in ignore", "did you mean pixart"], "quantize", spoilt, "--set", wrong, "--force")
 
