@@ -61,10 +61,11 @@ def add(service: Service) -> None:
     ) -> dict:  # fmt: skip
         """Draws pictures or clips. Empty and null mean the model's own; the answer has the settings used and the files."""
         try:
-            whole = isinstance(guidance, int) and not isinstance(guidance, bool) and abs(guidance) < 2**53
+            if isinstance(guidance, int) and not isinstance(guidance, bool) and abs(guidance) < 2**53:
+                guidance = float(guidance)
             settings = Settings.make(
                 prompt=prompt, negative_prompt=negative_prompt, model=model, engine=engine, steps=steps,
-                guidance=float(guidance) if whole else guidance, seed=seed, width=width, height=height, pictures=pictures,
+                guidance=guidance, seed=seed, width=width, height=height, pictures=pictures,
                 frames=frames,
             )  # fmt: skip
             made = await run(service.generate(settings, client_of(request)))

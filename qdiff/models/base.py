@@ -259,9 +259,8 @@ class Family(ABC):
         from qdiff.models import loading
 
         model = loading.load(self, weights, revision=revision, seed=seed)
-        resolved = {
-            name: value for name, value in self.resolved(model.backbone).items() if name in model.backbone.config
-        }
+        config: Any = model.backbone.config
+        resolved = {name: value for name, value in self.resolved(model.backbone).items() if name in config}
         model.backbone.register_to_config(**resolved)  # type: ignore[operator]
         self.check(model)
         device.place(model.pipeline)

@@ -26,9 +26,10 @@ def captured(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         InputError: the pipeline gives something that the family has no input for, or lacks one.
     """
     config: Any = model.backbone.config
-    family, names = model.family, [spec.name for spec in model.family.inputs(config)]
+    family, specs = model.family, model.family.inputs(config)
+    names = [spec.name for spec in specs]
     given = flattened(inspect.signature(model.backbone.forward).bind(*args, **kwargs).arguments)
-    further = unknown(given, (*names, *family.unread(config)))
+    further = unknown(given, (*(spec.argument or spec.name for spec in specs), *family.unread(config)))
     if further:
         raise InputError(
             f"{type(model.pipeline).__name__} gives {further[0]!r} to its backbone, which is no input that qdiff knows of "

@@ -182,7 +182,7 @@ class StableDiffusion(Family):
             skips += [channels] * (layers if last else layers + 1)
         found = {}
         for level, block in enumerate(backbone.get_submodule("up_blocks").children()):
-            for index, resnet in enumerate(getattr(block, "resnets", ())):  # type: ignore[arg-type]
+            for index, resnet in enumerate(getattr(block, "resnets", ())):
                 at = resnet.conv1.in_channels - skips.pop()
                 for part in ("conv1", "conv_shortcut"):
                     if getattr(resnet, part, None) is not None:

@@ -41,7 +41,7 @@ def statistics_bytes(model: Model, recording: Recording) -> int:
     for name, layer in quantizable_layers(model.backbone).items():
         key = name.rpartition(".")[0], layer_channels(layer)
         readers[key] = readers.get(key, 0) + 1
-        columns[key] = max(columns.get(key, 0), math.prod(layer.weight.shape[1:]))  # type: ignore[union-attr,arg-type]
+        columns[key] = max(columns.get(key, 0), math.prod(layer.weight.shape[1:]))
     total = 0
     for key, count in readers.items():
         tensors = min(count, 2)  # query, key and value read one tensor, or two
