@@ -84,7 +84,8 @@ class TensorRTEngine(Engine):
         if here is None:
             message = f"the engine is built; running it needs an NVIDIA GPU with compute capability {wanted}, and none is here"
             raise MissingDependencyError(
-                message, "run it on a machine with that GPU, or build for this one: --engine openvino"
+                message,
+                "run it on a machine with that GPU, or build an engine for this one: qdiff build RUN --engine openvino",
             )
         if here != wanted:
             message = f"the engine is built for compute capability {wanted}, the GPU here has {here}"

@@ -80,6 +80,12 @@ def _again(entry: dict[str, Any], stage: str) -> str | None:
     return " ".join(word for word in words if word != "--force") if words[1:2] and words[1] in made_by else None
 
 
+def _anew(entry: dict[str, Any], stage: str, path: Path) -> str:
+    """The command that makes a finished stage anew from the same options."""
+    decided = stage in ("calibrate", "attention", "quantize", "correct")  # by options that its name does not tell
+    return f"{(_again(entry, stage) if decided else None) or _command(stage, path)} --force"
+
+
 class StageRun:
     """One stage at work, between its beginning and its end. Made by :meth:`Run.stage`."""
 
@@ -128,7 +134,7 @@ class Run:
         self.manifest: dict[str, Any] = {"version": manifest.VERSION, "stages": {}}
         self._locked = False
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file, not a run folder", "choose another folder with -o")
+            raise UsageError(f"{self.path} is a file, not a run folder", "name a folder")
         if manifest.is_there(self.path):
             self._read()
 
@@ -206,19 +212,20 @@ class Run:
             InputError: an output is missing, or the stage is not finished.
             IntegrityError: an output was changed after it was made.
         """
-        for name, digest in self.entry(stage)["outputs"].items():
+        entry = self.entry(stage)
+        for name, digest in entry["outputs"].items():
             if only is not None and name not in only:
                 continue
             path = safe_child(self.path, name)
             if not path.is_file():
                 raise InputError(
-                    f"{name} of stage {stage!r} is missing in {self.path}", f"run: {_command(stage, self.path)} --force"
+                    f"{name} of stage {stage!r} is missing in {self.path}", f"run: {_anew(entry, stage, self.path)}"
                 )
             if sha256_file(path) != digest:
-                option = f" --plan {path}" if name == EDITABLE else ""
+                plan = f"{_command(stage, self.path)} --plan {path} --force"
                 raise IntegrityError(
                     f"{name} is not the file that stage {stage!r} wrote (its sha256 differs)",
-                    f"put the old file back, or run: {_command(stage, self.path)}{option} --force",
+                    f"put the old file back, or run: {plan if name == EDITABLE else _anew(entry, stage, self.path)}",
                 )
             if name.startswith("onnx/"):
                 break_links(path)  # readers of ONNX refuse files with several names
@@ -413,4 +420,4 @@ class RunLockedError(QdiffError):
 
     def __init__(self, path: Path, because: str | None = None) -> None:
         message = f"another qdiff works in {path}" + (f", and {because}" if because else "")
-        super().__init__(message, "wait for it, or choose another folder with -o")
+        super().__init__(message, "wait until it ends")

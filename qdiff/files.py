@@ -122,7 +122,8 @@ def require_writable(folder: Path, *, make: bool = False) -> None:
                 pass
     except OSError as error:
         raise UsageError(
-            f"nothing can be written into the folder {folder}: {error.strerror}", "choose another place with -o"
+            f"nothing can be written into the folder {folder}: {error.strerror}",
+            "make it writable, or choose another place",
         ) from error
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qdiff import device
-from qdiff.errors import QdiffError
+from qdiff.errors import MemoryExhaustedError, QdiffError
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 WAIT = 1.0  # seconds between looks at whether a process is still there
@@ -51,7 +51,8 @@ def run_all(
         name: what a piece is, in messages of errors.
 
     Raises:
-        QdiffError: what ``work`` raised, with the piece's name, or a process that was killed. The others are ended.
+        QdiffError: what ``work`` raised, with the piece's name. The others are ended.
+        MemoryExhaustedError: a process was killed.
     """
     if workers <= 1:
         for piece in pieces:
@@ -82,7 +83,9 @@ def run_all(
                 failure = results.get(timeout=WAIT)
             except queue.Empty:
                 if any(process.exitcode not in (None, 0) for process in processes):
-                    raise QdiffError("a process that measured was killed", "is there enough memory?") from None
+                    raise MemoryExhaustedError(
+                        "a process that measured was killed", "use a machine with more memory, or fewer of its cores"
+                    ) from None
                 continue
             if failure is not None:
                 piece, cause = failure

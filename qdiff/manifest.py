@@ -74,11 +74,11 @@ def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
 def _read(path: Path, stages: Container[str]) -> dict[str, Any]:
     manifest = read_json(path, "the manifest")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-        raise IntegrityError(f"{path} is not a manifest of qdiff", "choose another folder with -o")
+        raise IntegrityError(f"{path} is not a manifest of qdiff", "start a new run folder: qdiff calibrate -o NEW")
     if manifest.get("version") != VERSION:
         raise IntegrityError(
             f"{path} has version {manifest.get('version')!r}, this qdiff reads {VERSION}",
-            "use the qdiff that made it, or start a new run folder with -o",
+            "use the qdiff that made it, or start a new run folder: qdiff calibrate -o NEW",
         )
     seal = manifest.pop(_SEAL, None)
     if seal != sha256_json(manifest) or not all(
@@ -88,6 +88,6 @@ def _read(path: Path, stages: Container[str]) -> dict[str, Any]:
         back = f"cp {copy} {path}" if copy.is_file() and copy != path else "put the old file back"
         raise IntegrityError(
             f"{path} was changed by hand or by another program (its seal does not fit)",
-            f"{back}, or start a new run folder with -o",
+            f"{back}, or start a new run folder: qdiff calibrate -o NEW",
         )
     return manifest

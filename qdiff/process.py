@@ -87,7 +87,9 @@ def _failed(error: Exception) -> int:
         _tell(f"error: {error}")  # with its own fix
         return error.exit_code
     if out_of_memory(error):
-        fix = "use a smaller --batch or fewer samples, a machine with more memory, or --device cpu where a GPU was too small"
+        fix = (
+            "use a smaller batch, fewer samples, or a machine with more memory; where a GPU was too small, --device cpu"
+        )
         _tell("error: out of memory", fix)
         return 6
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:

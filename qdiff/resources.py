@@ -121,5 +121,5 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes:
         raise MemoryExhaustedError(
             f"{what} needs {size(needed_bytes)} on disk, {folder} has {size(free)} free",
-            "free some space, or choose another folder with -o",
+            "free some space on that disk",
         )

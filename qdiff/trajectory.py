@@ -50,7 +50,7 @@ class Trajectory:
         self.folder, self.device = folder, device
         self.paths = sorted(folder.glob("trajectory-*.safetensors"))
         if not self.paths:
-            raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate")
+            raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate -o RUN")
 
     def timesteps(self, shard: int) -> list[float]:
         """Of the recorded calls of one shard, in sampling order.

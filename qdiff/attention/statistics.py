@@ -75,5 +75,6 @@ class AttentionStatistics:
                 )
             except (KeyError, TypeError, ValueError) as error:
                 raise IntegrityError(
-                    f"{path} holds no statistics of attention ({error})", "run: qdiff calibrate --attention --force"
+                    f"{path} holds no statistics of attention ({error})",
+                    "run the same qdiff calibrate again, with --attention --force",
                 ) from None

@@ -172,7 +172,9 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> Switchboa
         try:
             block = backbone.get_submodule(name)
         except AttributeError:
-            raise InputError(f"the model has no block {name!r} to route", "quantize again with --force") from None
+            raise InputError(
+                f"the model has no block {name!r} to route", "the plan is of another model: quantize again with --force"
+            ) from None
         copies = [block, *(copy.deepcopy(block) for _ in range(count - 1))]
         backbone.set_submodule(name, BranchedBlock(copies, index, board))
     return board
