@@ -382,5 +382,8 @@ def sqnr_db_of(error: float) -> float:
 
 
 def backbone_config(backbone: nn.Module) -> dict[str, Any]:
-    """The diffusers config that the backbone is rebuilt from, as JSON values."""
-    return json.loads(backbone.to_json_string())  # type: ignore[operator]
+    """The diffusers config that the backbone is rebuilt from, as JSON values; without the path that it was loaded from, which
+    differs from machine to machine."""
+    config = json.loads(backbone.to_json_string())  # type: ignore[operator]
+    config.pop("_name_or_path", None)
+    return config

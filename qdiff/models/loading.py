@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,8 +171,3 @@ def _random(family: Family, configuration: str, seed: int) -> Model:
     note = f"random weights of the size of {configuration}: timings and memory are real, pictures are noise"
     defaults = family.random_defaults(configuration)
     return Model(family, pipeline, f"random:{configuration}", fingerprint, note, defaults)
-
-
-def load_backbone_config(model: Model) -> dict[str, Any]:
-    """The backbone's diffusers config as plain JSON."""
-    return json.loads(model.backbone.to_json_string())  # type: ignore[operator]
