@@ -301,6 +301,7 @@ class Run:
         assert name.partition(":")[0] in UPSTREAM
         leftovers = list(leftovers)
         self.require_writable(*leftovers)
+        self.path.mkdir(parents=True, exist_ok=True)
         with self._lock():
             if manifest.is_there(self.path):
                 self._read()

@@ -105,7 +105,7 @@ def break_links(path: Path) -> None:
 
 
 def require_writable(folder: Path, *, make: bool = False) -> None:
-    """Before work whose result goes into ``folder``: tries whether it can.
+    """Before work whose result goes into ``folder``: tries whether it can. Nothing of the trial stays.
 
     Args:
         make: whether the folder, and those above it, may have to be made.
@@ -114,10 +114,12 @@ def require_writable(folder: Path, *, make: bool = False) -> None:
         UsageError: it cannot be made or written to.
         MemoryExhaustedError: the disk is full.
     """
+    missing = [place for place in [folder, *folder.parents] if make and not place.exists()]
     try:
-        with disk_errors(str(folder)):
-            if make:
-                folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(str(folder)), contextlib.ExitStack() as stack:
+            for place in reversed(missing):
+                place.mkdir()
+                stack.callback(place.rmdir)
             with tempfile.TemporaryFile(dir=folder):
                 pass
     except OSError as error:

@@ -16,10 +16,10 @@ _IMPLIED = ("image_rotary_emb",)  # positions: they follow from the latent's siz
 
 
 def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name; those in a dict (``added_cond_kwargs``) by their own."""
+    """Return arguments by name; those in a dict (``added_cond_kwargs``, or what a ``**kwargs`` takes) by their own."""
     given: dict[str, Any] = {}
     for name, value in arguments.items():
-        given |= dict(value) if isinstance(value, Mapping) else {name: value}
+        given |= flattened(value) if isinstance(value, Mapping) else {name: value}
     return given
 
 

@@ -164,7 +164,7 @@ class PixArt(Family):
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
         sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
         arguments = {
-            "use_resolution_binning": sample_size in _BINS[type(model.pipeline).__name__],
+            "use_resolution_binning": sample_size in _binned_sizes(type(model.pipeline)),
             "max_sequence_length": min(300, model.pipeline.tokenizer.model_max_length),
             **model.arguments(request),
         }
@@ -263,6 +263,11 @@ class _DynamicPatchEmbed(nn.Module):
         omega = 10000 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
         position = torch.arange(size, dtype=torch.float32, device=device) / (size / self.base_size)
         return (position / self.interpolation_scale)[:, None] * omega[None, :]
+
+
+def _binned_sizes(pipeline: type) -> tuple[int, ...]:
+    """Sample sizes that a pipeline class, or the one that it is made from, has a table of sizes for."""
+    return next((_BINS[cls.__name__] for cls in pipeline.__mro__ if cls.__name__ in _BINS), ())
 
 
 FAMILIES.register("pixart")(PixArt())

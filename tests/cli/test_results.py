@@ -76,7 +76,9 @@ def test_dry_runs_say_and_do_nothing(cli, finished, tmp_path):
 
 def test_inspect_tells_of_a_changed_file(cli, spoilt):
     shutil.copy(spoilt / "compare.json", spoilt / "quantization.json")
-    told = cli("inspect", spoilt, "--layers", "--json").json
+    shown = cli("inspect", spoilt, "--layers", "--json")
+    told = json.loads(shown.out)
+    assert shown.code == 5 and "quantization.json is not the file" in shown.err
     assert "quantization.json" in told["stages"]["quantize"]["files"]
     assert told["stages"]["calibrate"]["files"] == "unchanged"
     assert len(told["layers"]) == 26 == told["plan"]["quantized"] + told["plan"]["kept"]

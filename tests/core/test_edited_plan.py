@@ -82,7 +82,9 @@ def test_an_edit_in_place_is_told_and_carried_out(cli, spoilt):
     change(value, "transformer_blocks.0.ff.net.0.proj", weights="int8", activations="int8")
     path.write_text(json.dumps(value))
 
-    told = cli("inspect", spoilt, "--json").json["stages"]["quantize"]
+    shown = cli("inspect", spoilt, "--json")
+    told = json.loads(shown.out)["stages"]["quantize"]
+    assert shown.code == 5 and "plan.json is not the file" in shown.err
     assert "plan.json" in told["files"] and f"qdiff quantize {spoilt} --plan {path} --force" in told["fix"]
     assert told["fix"] in cli("inspect", spoilt).out
     result = cli("quantize", spoilt, "--plan", path, "--force")
@@ -249,7 +251,7 @@ def test_what_is_refused_costs_nothing(fails, finished, spoilt, edit, tmp_path):
     fails(3, "have to agree", "quantize", spoilt, "--plan", nonsense, "--dry-run")
     fails(5, "another model", "quantize", spoilt, "--plan", edit(lambda plan: plan.update(fingerprint="")), "--force")
     fails(3, "plan was not there", "quantize", spoilt, "--plan", edit(lambda plan: None))
-    fails(3, "there is no", "quantize", spoilt, "--plan", tmp_path / "none.json", "--force")
+    fails(3, "No such file", "quantize", spoilt, "--plan", tmp_path / "none.json", "--force")
     (tmp_path / "cut.json").write_bytes((finished.path / "plan.json").read_bytes()[:-50])
     fails(3, "not valid JSON", "quantize", spoilt, "--plan", tmp_path / "cut.json", "--force")
     for other in (["--recipe", "my.yaml"], ["--set", "kept=bfloat16"]):

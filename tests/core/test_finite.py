@@ -37,9 +37,9 @@ class Breaks(Runner):
 
 @pytest.mark.parametrize(("engine", "error"), [("float", InputError), ("openvino", QualityGateError)])
 def test_a_prediction_names_its_step_and_its_engine(model, engine, error):
-    names = NamedInputs(model.family, model.backbone).names
+    inputs = model.family.inputs(model.backbone.config)
     with (
-        insert(model.pipeline, model.family.backbone_attribute, Breaks(model, 900.0), names, engine),
+        insert(model.pipeline, model.family.backbone_attribute, Breaks(model, 900.0), inputs, engine),
         pytest.raises(error, match=r"the prediction at timestep \d+") as caught,
     ):
         model.generate(REQUEST)

@@ -104,7 +104,9 @@ def spoil(monkeypatch, factor: float) -> None:
 def learning(iterations: int = 60, rate: float = 0.05, recipe_methods: str = "{}", **options: object) -> list[str]:
     course = {"input_scale_iterations": iterations, "input_scale_rate": rate} if iterations else {}
     chosen = {"method": "flexround", "iterations": 2, "rate": 1e-4, **course, **options}
-    return [f"methods={recipe_methods}", "sequential={tokens: 64}", f"sequential.reconstruct={json.dumps(chosen)}"]
+    # spoilt scales are far below a layer's floor before they are learned
+    settings = [f"methods={recipe_methods}", "sequential={tokens: 64}", "floors={layer: -100}"]
+    return [*settings, f"sequential.reconstruct={json.dumps(chosen)}"]
 
 
 def run(model, recorded, overrides: list[str], recipe: str = "int8", scratch: Scratch | None = None):

@@ -231,7 +231,7 @@ def test_errors_of_branches_are_those_of_the_whole_model_with_one_block_exchange
         )
         for timestep in (900.0, 800.0, 700.0)
     ]
-    trajectory = SimpleNamespace(paths=["one"], steps=lambda shard: iter(steps))
+    trajectory = SimpleNamespace(paths=["one"], steps=lambda shard, once=False: iter(steps))
     branches = [[measure._Errs(model.backbone.get_submodule(name), seed) for seed in (1, 2)] for name in blocks]
     with torch.inference_mode():
         found, reused, _ = measure._predictions(model, model.backbone, blocks, branches, trajectory)
