@@ -15,15 +15,16 @@ from qdiff.events import log
 from qdiff.files import safe_child
 
 FOLDERS = ("calibration", "attention", "quantization", "correction", "onnx", "engines", "images")
-_HALF_WRITTEN = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp(\.onnx)?")  # of write_atomically and temporary_beside
+# Of write_atomically and temporary_beside; of safetensors, which writes beside the file that it is given.
+_HALF_WRITTEN = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp(\.onnx)?|\.tmp[A-Za-z0-9]{6}")
 _OF_STAGES = re.compile(r"prompts\.txt|.+\.safetensors|(model|step|prompt|timestep)\.onnx(\.data)?")
 _UNFINISHED = re.compile(r"\.[a-z0-9_]+(-[0-9a-f]{16})?\.[a-z0-9_]{8}(\.old)?")  # folders of exports and builds
 
 
 def sweep(run: Path) -> None:
     """Removes what a killed process left half written. Nobody else works in the run folder: its lock is held."""
-    inside = [path for name in FOLDERS for path in (run / name).rglob(".*.tmp*")]
-    for path in [*run.glob(".*.tmp"), *inside]:
+    inside = [path for name in FOLDERS for path in (run / name).rglob(".*")]
+    for path in [*run.glob(".*"), *inside]:
         if _HALF_WRITTEN.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
     for name in ("onnx", "engines"):

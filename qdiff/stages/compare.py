@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def compare(
     from qdiff.models.base import default_prompts
 
     check_pictures(pictures)
+    check_gate(minimum_psnr)
     calibrated = options_of(run)
     chosen = engines or [default_engine(run)]
     require_comparable(chosen)
@@ -99,6 +101,16 @@ def _require_quality(run: Run, engines: list[dict[str, Any]]) -> None:
                 f"see {run.file('images')}; keep more layers in 16 bit (ignore), or take a recipe of more bits; or take the "
                 "pictures as they are with --accept-quality",
             )
+
+
+def check_gate(minimum_psnr: float | None) -> None:
+    """Refuses a gate that is no number of decibels, before anything is done for it.
+
+    Raises:
+        UsageError: NaN, infinity or a negative number.
+    """
+    if minimum_psnr is not None and not 0 <= minimum_psnr < math.inf:
+        raise UsageError(f"--min-psnr {minimum_psnr:g} is no number of dB from 0 on", "30 is usual")
 
 
 def require_comparable(engines: list[str]) -> None:

@@ -12,7 +12,7 @@ from qdiff.recipes import load_recipe
 from qdiff.stages.attention import calibrate_attention, require_sparse
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
-from qdiff.stages.compare import DEFAULT_PICTURES, compare, require_comparable
+from qdiff.stages.compare import DEFAULT_PICTURES, check_gate, compare, require_comparable
 from qdiff.stages.disk import run_bytes
 from qdiff.stages.export import export
 from qdiff.stages.generate import check_pictures
@@ -62,6 +62,7 @@ def run_all(
         return result
 
     check_pictures(pictures)
+    check_gate(minimum_psnr)
     require_comparable(engines or [])
     wanted = [choose(name) for name in (engines or DEFAULT_ENGINES)]
     skipped = {}

@@ -55,6 +55,13 @@ def test_an_empty_path_is_not_the_current_folder(fails, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("gate", ["nan", "inf", "-1"])
+def test_a_gate_is_a_number_of_decibels(fails, finished, tmp_path, gate):
+    fails(2, "is no number of dB", "compare", finished.path, "--min-psnr", gate)
+    fails(2, "is no number of dB", "run", "-o", tmp_path / "new", "--min-psnr", gate)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("count", [0, -1, 257, 5_000_000, 2**31, 2**70])
 def test_numbers_of_pictures_are_checked_before_any_work(fails, finished, tmp_path, count):
     start = time.perf_counter()

@@ -242,7 +242,8 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     run = Run(tmp_path / "run")
     work(run, "calibrate", {})
     other = ("notes/.a.abcdefgh.tmp", "engines/.git/config", ".mine.tmp", "onnx/.keep")  # of the folder's owner
-    for name in (".run.json.abcdefgh.tmp", "calibration/.trajectory-00000.safetensors.x_123456.tmp",
+    for name in (".run.json.abcdefgh.tmp", ".tmpaB3dE6", "calibration/.tmpuPeWiT",
+                 "calibration/.trajectory-00000.safetensors.x_123456.tmp",
                  "onnx/.tensorrt.abcdefgh/model.onnx", ".parity-abcdefgh/engine.json",
                  "engines/.openvino-0123456789abcdef.abcdefgh/model.bin", *other):  # fmt: skip
         path = run.file(name)
