@@ -88,7 +88,8 @@ def _failed(error: Exception) -> int:
         return error.exit_code
     if out_of_memory(error):
         fix = (
-            "use a smaller batch, fewer samples, or a machine with more memory; where a GPU was too small, --device cpu"
+            "use a smaller --batch or fewer samples where the command has them, a machine with more memory, or --device cpu "
+            "where a GPU is too small"
         )
         _tell("error: out of memory", fix)
         return 6
