@@ -2,6 +2,6 @@
 
 import sys
 
-from qdiff.cli import main
+from qdiff.cli.main import main
 
 main(["demo", *sys.argv[1:]])

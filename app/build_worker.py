@@ -17,9 +17,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import QdiffError
 from qdiff.events import Event, listening
+from qdiff.runs.run import Run
 
 
 def _say(**line: Any) -> None:

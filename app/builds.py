@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from qdiff.app.jobs import BusyError
 from qdiff.app.sources import BUDGETS, Sources, Weights
-from qdiff.artifacts import Run
 from qdiff.errors import InputError, QdiffError, unknown_name
+from qdiff.runs.run import Run
 
 log = logging.getLogger("qdiff.app")
 

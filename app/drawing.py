@@ -21,8 +21,8 @@ from qdiff.app.pool import Pool
 from qdiff.app.settings import Settings
 from qdiff.app.sources import Source
 from qdiff.errors import MemoryExhaustedError, out_of_memory
+from qdiff.evaluation.timing import Load
 from qdiff.resources import release_memory
-from qdiff.timing import Load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -232,8 +232,8 @@ class Artist:
                     beside[path.stem].unlink(missing_ok=True)
 
     def compare(self, job: Job, source: Source, engines: list[str], settings: Settings) -> list[Made]:
-        from qdiff.images import to_pixels
-        from qdiff.metrics import paired
+        from qdiff.evaluation.images import to_pixels
+        from qdiff.evaluation.metrics import paired
 
         names = ["float", *engines]
         rows = [self.draw(job, source, name, settings, share=(index, len(names))) for index, name in enumerate(names)]
@@ -249,8 +249,8 @@ class Artist:
         """Two clips as one."""
         import numpy as np
 
-        from qdiff.images import PictureInfo
-        from qdiff.video import Clip, save_mp4
+        from qdiff.evaluation.images import PictureInfo
+        from qdiff.evaluation.video import Clip, save_mp4
 
         left, right = reference.images[0], other.images[0]
         path = other.paths[0].with_name(f"{other.paths[0].stem}-beside-float.mp4")

@@ -12,9 +12,9 @@ from typing import Any
 
 from qdiff.app.sources import Source
 from qdiff.app.views import empty, table, text
-from qdiff.artifacts import Run
-from qdiff.report_data import AttentionResult, LayerResult, RoutingResult, db, megabytes, percent, seconds, times
-from qdiff.routing.plan import REUSE
+from qdiff.plan.routing_plan import REUSE
+from qdiff.report.data import AttentionResult, LayerResult, RoutingResult, db, megabytes, percent, seconds, times
+from qdiff.runs.run import Run
 
 _BLOCK = re.compile(r"^((?:\w*(?:blocks|layers)\.\d+\.)+)(.+)$")
 
@@ -26,8 +26,8 @@ def inspect(source: Source) -> str:
             f"{source.title} has no plan",
             "Only the float model is there. Build an engine on the Build tab, and its plan is shown here.",
         )
-    from qdiff.plan import Plan
-    from qdiff.report_plots import engine_plot, format_colours, layer_plot, timestep_plot
+    from qdiff.plan.plan import Plan
+    from qdiff.report.plots import engine_plot, format_colours, layer_plot, timestep_plot
     from qdiff.stages.report import gather
 
     data = gather(source.run, Plan.load(source.run.file("plan.json")))

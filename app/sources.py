@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import InputError, QdiffError, unknown_name
+from qdiff.runs.run import Run
 
 if TYPE_CHECKING:
     from qdiff.models import Family

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.app.drawing import file_of
 from qdiff.events import duration
-from qdiff.report_data import db, megabytes, seconds, times
+from qdiff.report.data import db, megabytes, seconds, times
 
 if TYPE_CHECKING:
     from PIL.Image import Image

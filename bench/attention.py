@@ -37,7 +37,7 @@ from torch.nn import functional
 from qdiff.attention import gathered
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import NUMERICS
-from qdiff.attention.plan import BLOCKS, BOUNDS
+from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
 SHAPES = ((12, 75_600, 128), (12, 32_760, 128), (48, 17_776, 64), (16, 4_096, 72))
 CPU_SHAPE = (8, 4_096, 64)
@@ -175,8 +175,8 @@ def flash3(case: Case) -> Callable[[], Tensor]:
 
 def by_kernel(case: Case, density: float, numerics: str) -> Contender:
     """qdiff on a GPU: the kernel that it takes there."""
-    from qdiff.attention import gpu, pack_kernel
-    from qdiff.attention.kernel import Launch, is_partial
+    from qdiff.attention.kernels import gpu, pack
+    from qdiff.attention.kernels.sparse_attention import Launch, is_partial
 
     row, device = NUMERICS[numerics], case.q.device
     rows = gpu.on_device(case.lists[density], case.tiling, device)
@@ -184,7 +184,7 @@ def by_kernel(case: Case, density: float, numerics: str) -> Contender:
     size, blocks = case.q.shape[-1], (case.block, case.block)
     constants = gpu.tuned(size, row, case.tiling, torch.cuda.get_device_capability(device))
     launch = Launch(size, row, *blocks, is_partial(case.tiling), **constants)
-    packed = pack_kernel.pack(case.q, case.k, case.v, order, case.tiling, row)
+    packed = pack.pack(case.q, case.k, case.v, order, case.tiling, row)
     out = torch.empty_like(case.q)
     return Contender(
         f"qdiff {numerics}",
@@ -429,7 +429,7 @@ def benchmark(shapes: list[tuple[int, int, int]], rounds: int, on_gpu: bool) -> 
 
 def show(result: dict[str, Any]) -> str:
     """The result as tables."""
-    from qdiff.present import table
+    from qdiff.cli.text import table
 
     parts = [f"{result['device']}, torch {result['torch']}, medians of {result['rounds']} interleaved rounds"]
     if not result["gpu"]:

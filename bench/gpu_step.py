@@ -171,7 +171,7 @@ def benchmark(name: str, densities: list[float], numerics: list[str], rounds: in
 
 def show(results: list[dict[str, Any]]) -> str:
     """The results as tables."""
-    from qdiff.present import table
+    from qdiff.cli.text import table
 
     parts = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}"]
     for result in results:

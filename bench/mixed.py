@@ -55,7 +55,7 @@ def by_hand(groups: Sequence[str]) -> dict[str, list[int]]:
 
 def plans(candidates: Any, table: Any, costs: Tensor, bits: float, count: int) -> Iterator[tuple[str, Tensor]]:
     """All rows for one budget."""
-    from qdiff.allocation import allocate
+    from qdiff.allocation.knapsack import allocate
 
     groups = list(candidates.groups)
     yield "solver", allocate(table, costs, bits)
@@ -69,18 +69,18 @@ def plans(candidates: Any, table: Any, costs: Tensor, bits: float, count: int) -
 
 def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The whole benchmark as a JSON value."""
-    from qdiff.allocation import total
-    from qdiff.artifacts import Run
-    from qdiff.candidates import Candidates
-    from qdiff.drafting import prepare
-    from qdiff.mixing import costs_of
+    from qdiff.allocation.candidates import Candidates
+    from qdiff.allocation.knapsack import total
+    from qdiff.allocation.mixed import costs_of
     from qdiff.models.base import default_prompts
+    from qdiff.quantization.layer_plans import prepare
     from qdiff.recipes import load_recipe
+    from qdiff.recording.activation_statistics import Statistics
+    from qdiff.recording.trajectory import Trajectory
+    from qdiff.runs.run import Run
     from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
     from qdiff.stages.decisions import ByBudget, measured
     from qdiff.stages.judging import judge_of
-    from qdiff.statistics import Statistics
-    from qdiff.trajectory import Trajectory
 
     run = Run(work / "run")
     calibrate(run, CalibrateOptions(model=options.model))
@@ -130,8 +130,8 @@ def main() -> None:
     from qdiff import device
 
     device.choose(device.HOST)
+    from qdiff.cli.text import table
     from qdiff.events import TerminalListener, listening
-    from qdiff.present import table
 
     with listening(TerminalListener()), tempfile.TemporaryDirectory() as temporary:
         result = benchmark(options, options.work or Path(temporary))

@@ -40,10 +40,10 @@ def variant(
     base: Path, name: str, overrides: list[str], precision: str, request: Any, floats: Any, work: Path
 ) -> dict[str, Any]:
     """One row: quantizes a copy of the calibrated run and makes the pictures."""
-    from qdiff.artifacts import Run
-    from qdiff.images import to_pixels
-    from qdiff.metrics import paired
-    from qdiff.plan import Plan
+    from qdiff.evaluation.images import to_pixels
+    from qdiff.evaluation.metrics import paired
+    from qdiff.plan.plan import Plan
+    from qdiff.runs.run import Run
     from qdiff.stages.build import build
     from qdiff.stages.compare import accuracy
     from qdiff.stages.export import export
@@ -89,10 +89,10 @@ def main() -> None:
 
     device.choose(device.HOST)
 
-    from qdiff.artifacts import Run
+    from qdiff.cli.text import table
     from qdiff.events import TerminalListener, listening
     from qdiff.models.base import default_prompts
-    from qdiff.present import table
+    from qdiff.runs.run import Run
     from qdiff.stages.calibrate import CalibrateOptions, calibrate
     from qdiff.stages.compare import SEED_OFFSET, accuracy
     from qdiff.stages.generate import Session, make_request

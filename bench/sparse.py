@@ -67,7 +67,7 @@ def rows(
     """Name, plan and masks of every row; of those named ``only``, where there are any."""
     from qdiff.attention.sparse import decide
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
-    from qdiff.trajectory import Trajectory
+    from qdiff.recording.trajectory import Trajectory
 
     trajectory = Trajectory(run.file("calibration"), model.device)
     timesteps = run.entry("calibrate")["timesteps"]
@@ -98,8 +98,8 @@ def backbones(
 ) -> Iterator[tuple[str, dict[str, float], Any]]:
     """Name, densities and backbone of every row beside dense float; of those named ``only``, where there are any."""
     from qdiff.attention.sparse import SIDECAR, install, load_masks, schedule_of
-    from qdiff.checkpoint import load_quantized
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
+    from qdiff.quantization.checkpoint import load_quantized
 
     def densities_of(plan: Any, masks: Tensor) -> dict[str, float]:
         return {"density": float(masks.double().mean()), "overall": plan.overall}
@@ -125,7 +125,7 @@ def benchmark(
     """The whole benchmark as a JSON value."""
     import numpy as np
 
-    from qdiff import metrics, motion, prompt_accuracy
+    from qdiff.evaluation import metrics, motion, prompt_accuracy
     from qdiff.models.base import Request, default_prompts
     from qdiff.stages.attention import require_sparse
     from qdiff.stages.calibrate import options_of, reload_model
@@ -198,9 +198,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     from qdiff import device
-    from qdiff.artifacts import Run
+    from qdiff.cli.text import table
     from qdiff.events import TerminalListener, listening
-    from qdiff.present import table
+    from qdiff.runs.run import Run
 
     device.choose(options.device)
     run = Run.existing(options.run)

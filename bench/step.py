@@ -45,14 +45,14 @@ def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
     Returns:
         the run and the path of the float ONNX file.
     """
-    from qdiff.artifacts import Run
     from qdiff.export.onnx_graph import export_onnx
     from qdiff.export.translations import TARGETS
+    from qdiff.recording.trajectory import Trajectory
+    from qdiff.runs.run import Run
     from qdiff.stages.build import build
     from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
     from qdiff.stages.export import export
     from qdiff.stages.quantize import quantize
-    from qdiff.trajectory import Trajectory
 
     run = Run(work / configuration)
     options = CalibrateOptions(
@@ -73,7 +73,7 @@ def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
 
 def calls(run: Any) -> Iterator[dict[str, Tensor]]:
     """The recorded calls, one sample each: of every call the text-guided half."""
-    from qdiff.trajectory import Trajectory
+    from qdiff.recording.trajectory import Trajectory
 
     for step in Trajectory(run.file("calibration")):
         yield {name: tensor[-1:] for name, tensor in step.inputs.items()}
@@ -208,7 +208,7 @@ def table_of(
     group: list[str], made: dict[str, Callable[[], Run]], call: dict[str, Tensor], rounds: int
 ) -> list[dict[str, Any]]:
     """The rows of one group, its reference first; what it loads is let go at the end."""
-    from qdiff.metrics import decibels, sqnr_db
+    from qdiff.evaluation.metrics import decibels, sqnr_db
 
     rows, other = {name: made[name]() for name in group}, unseen(call)
     seconds = measure(rows, call, rounds)
@@ -227,8 +227,8 @@ def table_of(
 
 def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together: int = 8) -> dict[str, Any]:
     """The whole benchmark as a JSON value."""
-    from qdiff.artifacts import versions
     from qdiff.resources import release_memory
+    from qdiff.runs.run import versions
 
     run, float_graph = prepare(configuration, work)
     made = contenders(run, float_graph, peers)
@@ -260,7 +260,7 @@ def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together
 
 def show(result: dict[str, Any]) -> str:
     """The result as a table."""
-    from qdiff.present import size, table
+    from qdiff.cli.text import size, table
 
     rows = [
         (

@@ -38,8 +38,8 @@ from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import InputError
 from qdiff.events import Progress
 from qdiff.models.base import Model, latent_of
-from qdiff.scratch import Scratch
-from qdiff.trajectory import Step, Trajectory
+from qdiff.recording.trajectory import Step, Trajectory
+from qdiff.runs.partial import Scratch
 
 COVERED = 0.98  # of a row's mass, for choosing an order
 SAMPLED_QUERIES = 2048

@@ -1,4 +1,4 @@
-"""Replays the backbone on the recorded trajectory and fills :class:`qdiff.statistics.Statistics`.
+"""Replays the backbone on the recorded trajectory and fills :class:`qdiff.recording.activation_statistics.Statistics`.
 
 Layers that read the very same tensor inside one module (q, k and v of a self-attention; k and v of a cross-attention) form
 a *group*: they share the tensor's statistics, and later one scale and one smoothing, because an engine quantizes that
@@ -29,9 +29,9 @@ from qdiff.errors import IntegrityError
 from qdiff.events import Progress, log
 from qdiff.files import open_tensors, save_tensors
 from qdiff.models.base import Model, quantizable_layers
-from qdiff.statistics import InputStatistics, Statistics
-from qdiff.trajectory import Step, Trajectory
-from qdiff.windows import layer_channels, sample_windows, tokens
+from qdiff.nn.conv import layer_channels, sample_windows, tokens
+from qdiff.recording.activation_statistics import InputStatistics, Statistics
+from qdiff.recording.trajectory import Step, Trajectory
 
 PARTIAL = "statistics.partial.safetensors"
 

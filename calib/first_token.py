@@ -1,4 +1,4 @@
-"""The first token of text states, where it is the same for every prompt (:mod:`qdiff.structure`), kept apart from the others."""
+"""The first token of text states, where it is the same for every prompt (:mod:`qdiff.nn.surgery`), kept apart from the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qdiff.events import log
-from qdiff.statistics import InputStatistics
+from qdiff.recording.activation_statistics import InputStatistics
 
 _SAME = 1e-3  # of its norm: float16 text encoders repeat it to about 1e-3
 

@@ -1,7 +1,7 @@
 """Observers: each keeps one table about one tensor. They see every value of it, by timestep.
 
 An observer's state is a tensor that shards extend in order, so that a collection that was cut off goes on with the same
-bytes. To add one: write the class, register it, and add its table to :mod:`qdiff.statistics`.
+bytes. To add one: write the class, register it, and add its table to :mod:`qdiff.recording.activation_statistics`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from qdiff.recording.activation_statistics import HISTOGRAM_BINS, HISTOGRAM_LOW, HISTOGRAM_STEP
 from qdiff.registry import Registry
-from qdiff.statistics import HISTOGRAM_BINS, HISTOGRAM_LOW, HISTOGRAM_STEP
 
 
 class Observer(ABC):
@@ -36,7 +36,7 @@ class Observer(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:
-        """The finished tables of :class:`qdiff.statistics.InputStatistics`, by name."""
+        """The finished tables of :class:`qdiff.recording.activation_statistics.InputStatistics`, by name."""
 
 
 OBSERVERS: Registry[type[Observer]] = Registry("observer")

@@ -1,6 +1,6 @@
 """Runs the user's real pipeline once and keeps what its backbone was given.
 
-Every call is kept, also where a sampler comes to a timestep's value twice (:mod:`qdiff.trajectory`).
+Every call is kept, also where a sampler comes to a timestep's value twice (:mod:`qdiff.recording.trajectory`).
 
 One shard for each batch of prompts. A shard depends on the model, its own prompts and its own seeds alone, so a run that
 was killed goes on with the first shard that is missing and ends with the same bytes.
@@ -22,7 +22,7 @@ from qdiff.errors import InputError
 from qdiff.events import Progress
 from qdiff.models.base import Model, Request, require_steps
 from qdiff.models.parts import captured
-from qdiff.trajectory import SHARD, require_shard, save_shard
+from qdiff.recording.trajectory import SHARD, require_shard, save_shard
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The weights of a large graph lie in files beside it that the graph names itself.
 outside: history has absolute names, ``..``, symbolic links and hard links (CVE-2026-27489, CVE-2026-34446), each a way to make
 a reader open a file that its user did not mean. Every backend checks some of it; here all of it is checked before any backend
 sees the graph. (A hard link is refused for one more reason: ``onnx.load`` refuses it too. Copies of a run that are made of hard
-links still work: :meth:`qdiff.artifacts.Run.verify` breaks the link of a file whose hash is right.)
+links still work: :meth:`qdiff.runs.run.Run.verify` breaks the link of a file whose hash is right.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qdiff.errors import InputError, IntegrityError
 from qdiff.files import safe_child, sha256_file, temporary_beside
-from qdiff.protobuf import nodes, tensors
+from qdiff.graphs.walk import nodes, tensors
 
 
 def external_files(onnx: Path) -> list[Path]:

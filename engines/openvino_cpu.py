@@ -33,13 +33,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.engines import integer_products
 from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
 from qdiff.engines.graph import external_files, inlined, multiplies_integers, simulates
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.errors import InputError, IntegrityError
 from qdiff.events import log
+from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,7 +33,7 @@ from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.engines.unpacked import take_out_unpacking
 from qdiff.errors import InputError, IntegrityError, MissingDependencyError
 from qdiff.files import read_json, write_json
-from qdiff.protobuf import graphs, initializers
+from qdiff.graphs.walk import graphs, initializers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from qdiff.engines.base import BuildOptions, Engine, Profile
 from qdiff.errors import UsageError
-from qdiff.graph_files import PARTS, Axes, GraphFile
+from qdiff.graphs.parts import PARTS, Axes, GraphFile
 
 
 def options_for(engine: Engine, options: BuildOptions, whole: GraphFile, part: GraphFile) -> BuildOptions:

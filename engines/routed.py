@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdiff.engines.base import Runner
-from qdiff.routing.plan import DELTAS, ROUTES
+from qdiff.plan.routing_plan import DELTAS, ROUTES
 from qdiff.routing.router import Router
 
 if TYPE_CHECKING:

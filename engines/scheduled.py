@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.attention.schedule import Schedule, one_timestep
 from qdiff.engines.base import Runner
+from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -38,8 +38,8 @@ from qdiff.errors import InputError, IntegrityError, MissingDependencyError, Usa
 from qdiff.events import Progress
 
 if TYPE_CHECKING:
-    from qdiff.attention.aot import Compiled
-    from qdiff.attention.kernel import Launch
+    from qdiff.attention.kernels.aot import Compiled
+    from qdiff.attention.kernels.sparse_attention import Launch
 
 PLAIN = "--flag attention=plain builds it from plain operators"
 # The oldest PTX that the kernels assemble in, so that an older driver still takes them.
@@ -77,8 +77,8 @@ class Interface:
 
 def interface(node: AttentionNode) -> Interface:
     """Inputs, outputs and grid of a node."""
-    from qdiff.attention.kernel import PROGRAM
-    from qdiff.attention.pack_kernel import PART, Widths
+    from qdiff.attention.kernels.pack import PART, Widths
+    from qdiff.attention.kernels.sparse_attention import PROGRAM
 
     tiling, heads, widths = node.tiling, node.heads, Widths.of(node.size, NUMERICS[node.numerics])
     rows, columns = tiling.text_rows + tiling.rows, tiling.text_columns + tiling.columns
@@ -105,8 +105,8 @@ def launches(node: AttentionNode, capability: int) -> tuple[Launch, ...]:
     Raises:
         InputError: the kernel has no such head size or blocks.
     """
-    from qdiff.attention import aot
-    from qdiff.attention.kernel import TILE, Launch, is_partial
+    from qdiff.attention.kernels import aot
+    from qdiff.attention.kernels.sparse_attention import TILE, Launch, is_partial
 
     tiling = node.tiling
     own = Launch(
@@ -133,14 +133,14 @@ def launches(node: AttentionNode, capability: int) -> tuple[Launch, ...]:
 
 @functools.cache
 def _attention(launch: Launch, capability: int, dtype: str) -> Compiled:
-    from qdiff.attention import aot
+    from qdiff.attention.kernels import aot
 
     return aot.stripped(aot.compile_kernel(launch, capability, dtype, PTX_VERSIONS[capability]))
 
 
 @functools.cache
 def _packing(node: AttentionNode, capability: int) -> Compiled:
-    from qdiff.attention import aot
+    from qdiff.attention.kernels import aot
 
     numerics, tiling, size = NUMERICS[node.numerics], node.tiling, node.size
     end = capability, node.dtype, PTX_VERSIONS[capability]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdiff.protobuf import graphs, initializers
+from qdiff.graphs.walk import graphs, initializers
 
 _PREFIX = "Unpack_"
 
@@ -30,8 +30,8 @@ def take_out_unpacking(model: Any, folder: Path) -> dict[str, Any]:
     import torch
 
     from qdiff.attention.nodes import DOMAIN
-    from qdiff.formats import format_named
-    from qdiff.packing import unpack
+    from qdiff.formats.packing import unpack
+    from qdiff.formats.table import format_named
 
     packed = {tensor.name: tensor for tensor in initializers(model.graph)}
     found: dict[str, Any] = {}

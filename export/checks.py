@@ -12,9 +12,9 @@ from pathlib import Path
 
 from qdiff.errors import IntegrityError
 from qdiff.export.reading import Graph, Realised
-from qdiff.formats import format_named
-from qdiff.plan import Plan
-from qdiff.protobuf import nodes
+from qdiff.formats.table import format_named
+from qdiff.graphs.walk import nodes
+from qdiff.plan.plan import Plan
 from qdiff.routing.blocks import in_branches
 
 

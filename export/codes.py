@@ -1,7 +1,7 @@
 """Packed weights in the file: initializers of the right element type, in the layout that runtimes look for.
 
 torch has no tensors of INT4, and ONNX's exporter writes what it gets. So codes of 4 bits are traced as bytes (two codes each,
-the layout of ONNX as of ours: :mod:`qdiff.packing`) and get their type and shape here, without being unpacked.
+the layout of ONNX as of ours: :mod:`qdiff.formats.packing`) and get their type and shape here, without being unpacked.
 
 Codes of 6 bits, for which no runtime has a type, stay bytes, which the graph unpacks in nodes that a runtime folds when it
 loads the file. ONNX Runtime has no FP4; its graphs hold the same bits as UINT4, which ``qdiff.Dequantize_nvfp4`` looks up. E8M0
@@ -17,8 +17,8 @@ from torch import nn
 
 from qdiff.errors import InputError
 from qdiff.export.translations import Target
-from qdiff.formats import Format, format_named
-from qdiff.layers import QuantConv2d, QuantLinear
+from qdiff.formats.table import Format, format_named
+from qdiff.nn.quant_linear import QuantConv2d, QuantLinear
 
 
 def bytes_as_codes(module: nn.Module) -> None:

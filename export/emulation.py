@@ -15,7 +15,7 @@ from typing import Any
 from qdiff.export.function_text import DOMAIN
 from qdiff.export.functions import function
 from qdiff.files import temporary_beside
-from qdiff.protobuf import graphs, initializers, nodes
+from qdiff.graphs.walk import graphs, initializers, nodes
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ written here once, in operators that every runtime has, as a function that trave
 quantizer from arithmetic that happens to look like one, and a runtime with a kernel of its own can take the call over. ONNX
 Runtime inlines functions when it loads a file; for OpenVINO, which knows none, the engine does it.
 
-The bodies follow :mod:`qdiff.numerics` and :mod:`qdiff.blocks` operation by operation, in float32, so the values are torch's,
-bit for bit (the tests compare them). Two things differ from how torch gets there:
+The bodies follow :mod:`qdiff.formats.scales` and :mod:`qdiff.formats.dynamic` operation by operation, in float32, so the
+values are torch's, bit for bit (the tests compare them). Two things differ from how torch gets there:
 
 - A power of two below amax comes from a logarithm, a table and a comparison, since ONNX cannot see a float's bits; the
   comparison makes it exact whatever the logarithm rounded to.
@@ -25,7 +25,7 @@ bit for bit (the tests compare them). Two things differ from how torch gets ther
 ``PowerOfTwo``                  E8M0 codes (UINT8, biased by 127) to float32
 =============================== ==================================================================
 
-``F`` is a row of :data:`qdiff.formats.FORMATS`.
+``F`` is a row of :data:`qdiff.formats.table.FORMATS`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from qdiff.attention.nodes import AttentionNode
 from qdiff.errors import InputError
 from qdiff.export.function_text import DOMAIN, Body, Function
 from qdiff.export.sparse_attention import attention_function
-from qdiff.formats import Element, Format, format_named
-from qdiff.numerics import (
+from qdiff.formats.scales import (
     LARGEST_E4M3,
     LARGEST_FLOAT16,
     SMALLEST_E4M3,
@@ -47,6 +46,7 @@ from qdiff.numerics import (
     largest_power,
     largest_scale,
 )
+from qdiff.formats.table import Element, Format, format_named
 
 _FLOAT, _INT8, _INT32, _INT64, _FLOAT16, _BFLOAT16, _E4M3, _E5M2 = (
     1,
@@ -142,7 +142,8 @@ def _unpack(format: Format) -> Function:
 
 
 def _fields(body: Body) -> str:
-    """The bit patterns in ``codes``, four of 6 bits in three bytes (:mod:`qdiff.packing`), by arithmetic that runtimes fold."""
+    """The bit patterns in ``codes``, four of 6 bits in three bytes (:mod:`qdiff.formats.packing`), by arithmetic that
+    runtimes fold."""
     three = body.do(f"Reshape({body.cast('codes', _INT32)}, {body.integers(0, -1, 3)})")
     parts = body.do(f"Mul({three}, {body.small_integers(1, 2**8, 2**16)})")
     word = body.do(f"ReduceSum<keepdims = 1>({parts}, {body.integers(2)})")
@@ -199,7 +200,7 @@ def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
 
 
 def _on_half_grid(body: Body, x: str) -> str:
-    """:func:`qdiff.numerics.to_half_grid` of positive numbers."""
+    """:func:`qdiff.formats.scales.to_half_grid` of positive numbers."""
     half, wide = (body.cast(body.cast(x, dtype), _FLOAT) for dtype in (_FLOAT16, _BFLOAT16))
     return body.do(f"Where({body.do(f'Greater({x}, {body.number(LARGEST_FLOAT16)})')}, {wide}, {half})")
 
@@ -218,7 +219,7 @@ def _power_below(body: Body, x: str) -> str:
 
 
 def _on_grid(body: Body, ratio: str, element: Element) -> str:
-    """:func:`qdiff.grids.round_to_grid`."""
+    """:func:`qdiff.formats.elements.round_to_grid`."""
     if element.kind == "integer":
         return body.clip(body.do(f"Round({ratio})"), element.lowest, element.highest)
     within = body.clip(ratio, element.lowest, element.highest)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.files import write_atomically
-from qdiff.graph_files import PARTS, STEP, axes_of
-from qdiff.protobuf import graphs, nodes
+from qdiff.graphs.parts import PARTS, STEP, axes_of
+from qdiff.graphs.walk import graphs, nodes
 
 if TYPE_CHECKING:
     from qdiff.models.base import Family

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qdiff.attention.lists import BlockLists
-from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.models.base import InputSpec
+from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
 LISTED = "listed"  # the axis along which all lists lie
 

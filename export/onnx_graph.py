@@ -24,10 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.attention.numerics import numerics_named, require_exported
-from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.attention.schedule import Board
 from qdiff.attention.sparse import board_of
-from qdiff.checkpoint import TIMESTEPS
 from qdiff.errors import InputError
 from qdiff.export.branches import is_choice, sink_branches
 from qdiff.export.codes import bytes_as_codes, store_codes
@@ -37,9 +35,11 @@ from qdiff.export.list_inputs import LISTED, fixed_sizes, list_inputs
 from qdiff.export.routes import CELLS, Output, RoutesAsInputs
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
-from qdiff.layers import HalfConv2d, HalfLinear, QuantLinear
 from qdiff.models.base import Family, InputSpec, latent_of
-from qdiff.plan import Plan
+from qdiff.nn.quant_linear import HalfConv2d, HalfLinear, QuantLinear
+from qdiff.plan.attention_plan import BLOCKS, BOUNDS
+from qdiff.plan.plan import Plan
+from qdiff.quantization.checkpoint import TIMESTEPS
 from qdiff.routing.blocks import board_of as switchboard_of
 
 # A first token that is computed apart leaves at least two others: with one the tracer would take the axis for a constant.
@@ -206,10 +206,10 @@ class ListsAsInputs(nn.Module):
 
 class InComputeDtype(nn.Module):
     """A backbone that computes in ``dtype`` between float32 inputs and a float32 output. Scales survive the change: they lie
-    on the float16 grid, or are left as they are (:meth:`qdiff.layers.QuantLinear.exact`). Timesteps stay float32, inside (the
-    calibrated values) and outside (:attr:`qdiff.models.base.InputSpec.exact`), until they meet the first layer or normalization:
-    what a layer returns, and what a module with 16-bit parameters is given, is in ``dtype``. So an exact input that joins the
-    modulation makes no attention of two dtypes."""
+    on the float16 grid, or are left as they are (:meth:`qdiff.nn.quant_linear.QuantLinear.exact`). Timesteps stay float32,
+    inside (the calibrated values) and outside (:attr:`qdiff.models.base.InputSpec.exact`), until they meet the first layer
+    or normalization: what a layer returns, and what a module with 16-bit parameters is given, is in ``dtype``. So an exact
+    input that joins the modulation makes no attention of two dtypes."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import QualityGateError
+from qdiff.evaluation.metrics import cosine, decibels, sqnr_db
 from qdiff.events import track
-from qdiff.metrics import cosine, decibels, sqnr_db
 from qdiff.models.base import Family, InputSpec, samples_of
+from qdiff.recording.trajectory import Step
 from qdiff.routing.follow import predict
-from qdiff.trajectory import Step
 
 COSINE = 0.9999
 TOLERANCE_DB = 1.0

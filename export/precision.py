@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qdiff.events import log
 from qdiff.export.translations import Target
-from qdiff.numerics import LARGEST_FLOAT16
+from qdiff.formats.scales import LARGEST_FLOAT16
 
 
 def fitting_target(target: Target, largest: float | None) -> Target:

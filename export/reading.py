@@ -13,8 +13,8 @@ from typing import Any
 
 from qdiff.errors import IntegrityError
 from qdiff.export.function_text import DOMAIN
-from qdiff.formats import FORMATS, format_named
-from qdiff.protobuf import initializers, nodes
+from qdiff.formats.table import FORMATS, format_named
+from qdiff.graphs.walk import initializers, nodes
 
 _THROUGH = {"Transpose", "Reshape", "Cast", "CastLike", "Identity"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
@@ -118,7 +118,7 @@ class Graph:
         return f"{element} in blocks of {block} with {scale} scales"
 
     def _scale(self, value: str) -> str:
-        """How the scales behind ``value`` are stored, in the words of :attr:`qdiff.formats.Format.scale`."""
+        """How the scales behind ``value`` are stored, in the words of :attr:`qdiff.formats.table.Format.scale`."""
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH:
             value = node.input[0]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.models.base import Axis, InputSpec
+from qdiff.plan.routing_plan import CHANGES, DELTAS, DRIFTS, NEW_DELTAS, ROUTES
 from qdiff.routing.blocks import Switchboard
-from qdiff.routing.plan import CHANGES, DELTAS, DRIFTS, NEW_DELTAS, ROUTES
 
 CELLS = "cells"  # the axis of a block's tokens
 

@@ -27,7 +27,7 @@ from qdiff.attention.lists import Tiling
 from qdiff.attention.nodes import KEYS, PLUGIN_ATTRIBUTES, PRODUCT, QUERIES, VALUES, WHOLE, AttentionNode
 from qdiff.attention.numerics import NUMERICS, PROBABILITY_SCALE
 from qdiff.export.function_text import Body, Function
-from qdiff.formats import format_named
+from qdiff.formats.table import format_named
 
 _FLOAT, _INT8, _INT32, _INT64, _E4M3 = 1, 3, 6, 7, 17  # onnx.TensorProto's numbers
 _CODES = {"int8": _INT8, "fp8": _E4M3}

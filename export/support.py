@@ -9,7 +9,7 @@ refusals at export and what was seen to work are one thing.
 from __future__ import annotations
 
 from qdiff.export.translations import TARGETS, Target
-from qdiff.formats import FORMATS, Format
+from qdiff.formats.table import FORMATS, Format
 
 NO = "–"
 TITLES = {"onnxruntime": "ONNX Runtime, OpenVINO", "tensorrt": "TensorRT-RTX"}

@@ -1,5 +1,5 @@
 """``python -m qdiff``."""
 
-from qdiff.cli import main
+from qdiff.cli.main import main
 
 main()

@@ -74,7 +74,8 @@ class Result:
 
 def run_cli(*arguments: object) -> Result:
     """Runs the command line in this process. What it raises is raised here: the command line lets nothing through."""
-    from qdiff import cli, process
+    from qdiff.cli import commands as cli
+    from qdiff.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     root = logging.getLogger()
@@ -82,7 +83,7 @@ def run_cli(*arguments: object) -> Result:
     root.handlers[:] = []  # else the log would go to the stderr of an earlier call
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = process.run(cli.app, [str(argument) for argument in arguments])
+            code = main.run(cli.app, [str(argument) for argument in arguments])
     finally:
         root.handlers[:] = handlers
         logging.getLogger("qdiff").setLevel(level)
@@ -236,3 +237,18 @@ def tiny() -> Callable[[], Any]:
     from qdiff.models import FAMILIES
 
     return lambda: FAMILIES["pixart"].load("random:pixart-tiny")
+
+
+@pytest.fixture(scope="session")
+def recorded(cli: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A recorded trajectory and its statistics: five prompts in two shards, four steps."""
+    from qdiff.recording.activation_statistics import Statistics
+    from qdiff.recording.trajectory import Trajectory
+
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = ("--model", "pixart", *TINY, "--prompts", folder / "prompts.txt", "-o", folder / "run")
+    result = cli("calibrate", *settings, "--json")
+    assert result.code == 0, result.err
+    folder = folder / "run" / "calibration"
+    return Trajectory(folder), Statistics.load(folder / "statistics.safetensors")

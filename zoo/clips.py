@@ -1,7 +1,7 @@
 """What the video model of the zoo is trained on: (latents, caption) of short clips, and of their first frames alone.
 
-A clip shows one emoji in one motion on one background (`qdiff.motion`). Its first latent frame depends on its first frame
-alone, as the autoencoder is causal: so a model can learn from pictures what is where before it learns how that moves.
+A clip shows one emoji in one motion on one background (`qdiff.evaluation.motion`). Its first latent frame depends on its
+first frame alone, as the autoencoder is causal: so a model can learn from pictures what is where before it learns how that moves.
 
 Clips are encoded once, in parts of `PART` that are kept in the work folder: stop at any time, the same command goes on.
 """
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qdiff.motion import EMOJI, MOTIONS, draw
+from qdiff.evaluation.motion import EMOJI, MOTIONS, draw
 from zoo.captions import MOVING, all_words, clip_caption
 from zoo.data import held_out
 from zoo.emoji import PALETTE, load_table

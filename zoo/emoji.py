@@ -125,7 +125,7 @@ def draw_sprite(emoji: str, font: ImageFont.FreeTypeFont, size: int = SPRITE_SIZ
 
 
 def write_atlas(folder: Path, font_path: Path | None = None) -> None:
-    """Write ``atlas.png`` and ``emoji.json`` (what `qdiff.prompt_accuracy` reads) into ``folder``."""
+    """Write ``atlas.png`` and ``emoji.json`` (what `qdiff.evaluation.prompt_accuracy` reads) into ``folder``."""
     table = load_table()
     font = ImageFont.truetype(str(find_font(font_path)), FONT_SIZE)
     rows = -(-len(table) // COLUMNS)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qdiff.prompt_accuracy import load_vocabulary, parse_prompt, prompt_accuracy, render
+from qdiff.evaluation.prompt_accuracy import load_vocabulary, parse_prompt, prompt_accuracy, render
 from zoo.captions import caption
 from zoo.data import held_out
 from zoo.emoji import PALETTE, load_table

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qdiff.motion import motion_accuracy
+from qdiff.evaluation.motion import motion_accuracy
 from zoo.clips import all_clips, caption_of
 
 SHOWN = range(0, 33, 4)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qdiff.motion import EMOJI, MOTIONS, draw
+from qdiff.evaluation.motion import EMOJI, MOTIONS, draw
 from zoo.autoencoder import variational_loss
 from zoo.emoji import IMAGE_SIZE, PALETTE
 from zoo.train import Settings, Trainer

@@ -61,7 +61,7 @@ class Commands:
         names = json.loads(known.read_text()) if known.exists() else ["torch", "diffusers"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for name in [*names, "qdiff.cli"]:
+            for name in [*names, "qdiff.cli.commands"]:
                 with contextlib.suppress(
                     Exception
                 ):  # a module that cannot be imported alone is imported where it is needed
@@ -153,12 +153,12 @@ class Commands:
             tempfile.tempdir = None  # it was chosen in the parent
             import torch
 
-            from qdiff import cli
+            from qdiff.cli import main
 
             torch.set_num_threads(threads)
             sys.argv = ["qdiff", *arguments]
             try:
-                cli.main()
+                main.main()
             except SystemExit as leaving:
                 code = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
             if list_modules:

@@ -32,9 +32,10 @@ def main() -> int:
         os.environ.setdefault("QDIFF_HOME", str(folder / "home"))
         run = asked.run or folder / "finished"
         if asked.run is None:
-            from qdiff import cli, process
+            from qdiff.cli import commands
+            from qdiff.cli import main as process
 
-            if process.run(cli.app, ["--quiet", *RUN, "-o", str(run)]):
+            if process.run(commands.app, ["--quiet", *RUN, "-o", str(run)]):
                 return 1
         (folder / "work").mkdir()
         start = time.perf_counter()

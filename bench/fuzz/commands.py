@@ -122,7 +122,7 @@ def _harmless(name: str, options: list[Any], rng: random.Random) -> list[str]:
 
 def run_command(words: list[str], limit: float) -> tuple[int, str, float]:
     """Exit code, everything that was printed, and seconds; -1 for an exception that came through, -2 for no answer in time."""
-    from qdiff import process
+    from qdiff.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     start = time.perf_counter()
@@ -130,7 +130,7 @@ def run_command(words: list[str], limit: float) -> tuple[int, str, float]:
         signal.signal(signal.SIGALRM, _overdue)
         signal.setitimer(signal.ITIMER_REAL, limit)
         try:
-            code = process.run(_app(), words)
+            code = main.run(_app(), words)
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 0
         except Overdue:
@@ -177,9 +177,9 @@ def _fault(code: int, text: str, seconds: float, limit: float) -> str:
 
 
 def _app() -> typer.Typer:
-    from qdiff import cli
+    from qdiff.cli import commands
 
-    return cli.app
+    return commands.app
 
 
 __all__ = ["check_commands", "command_line", "run_command"]

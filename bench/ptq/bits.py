@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qdiff.formats import TENSOR_SCALE_BITS, low_rank_bits
+from qdiff.formats.table import TENSOR_SCALE_BITS, low_rank_bits
 
 SCALE_BITS = 16
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from bench.ptq.bits import Storage
 from bench.ptq.material import Made, Material
-from qdiff.formats import format_named, rotation_bits
-from qdiff.plan import LayerPlan, Structure
-from qdiff.quantize import quantize
+from qdiff.formats.table import format_named, rotation_bits
+from qdiff.plan.plan import LayerPlan, Structure
+from qdiff.quantization.quantize import quantize
 from qdiff.recipes import load_recipe
-from qdiff.scratch import Scratch
+from qdiff.runs.partial import Scratch
 
 
 def make(material: Material, recipe: str, overrides: Sequence[str] = ()) -> Made:

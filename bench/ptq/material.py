@@ -12,8 +12,8 @@ from torch import Tensor
 from bench.ptq.bits import Storage
 from qdiff.models.base import Model, quantizable_layers
 from qdiff.recipes import load_recipe
-from qdiff.statistics import Statistics
-from qdiff.trajectory import Trajectory
+from qdiff.recording.activation_statistics import Statistics
+from qdiff.recording.trajectory import Trajectory
 
 
 class NotTheSameLayersError(Exception):

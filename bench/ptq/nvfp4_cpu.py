@@ -8,12 +8,12 @@ updates. All of it is its Python code, run through ``modelopt.torch.quantization
 
 - *Dynamic blocks* (activations always, weights by default): a backend under ModelOpt's public ``register_quant_backend``,
   which a quantizer's config names. It computes tensor scale = amax / (6 · 448), block scale = E4M3(amax of the block / 6 /
-  tensor scale) and the nearest E2M1 code by :mod:`qdiff.blocks`. A test compares it bit for bit with ModelOpt's own storage
-  class for NVFP4 (``NVFP4QTensor``), which does run on a CPU but takes several times as long.
+  tensor scale) and the nearest E2M1 code by :mod:`qdiff.formats.dynamic`. A test compares it bit for bit with ModelOpt's
+  own storage class for NVFP4 (``NVFP4QTensor``), which does run on a CPU but takes several times as long.
 - *Static blocks* (weights under ``mse``, ``local_hessian`` and the published GPTQ recipe): a promoted quantizer does not ask
   for a backend, it calls the Triton kernel ``static_blockwise_fp4_fake_quant``. :func:`install` puts a function of that name
   and signature where the kernel would be imported. The scales in it are ModelOpt's own ``scaled_e4m3_impl``, with the same
-  operands in the same order as the kernel's wrapper; the rounding to E2M1 is :mod:`qdiff.grids`.
+  operands in the same order as the kernel's wrapper; the rounding to E2M1 is :mod:`qdiff.formats.elements`.
 
 One difference to the kernels is known and kept: where a dynamic block's scale is below 2^-9 tensor scales, the kernel rounds
 it to zero, the storage class and we to 2^-9. Nothing but values below 1 / 100,000 of the tensor's largest is touched by it."""
@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff import grids
-from qdiff.blocks import quantize_dequantize_blocks
-from qdiff.formats import ELEMENTS, format_named
-from qdiff.numerics import choose_tensor_scale
+from qdiff.formats import elements
+from qdiff.formats.dynamic import quantize_dequantize_blocks
+from qdiff.formats.scales import choose_tensor_scale
+from qdiff.formats.table import ELEMENTS, format_named
 
 BACKEND = "qdiff_nvfp4_cpu"
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
@@ -64,7 +64,7 @@ def static_blocks(
     scale = scale.reshape(-1, 1)
     blocks = x.float().reshape(len(scale), -1)
     zero = scale == 0
-    values = grids.round_to_grid(blocks / torch.where(zero, 1.0, scale), ELEMENTS["e2m1"]) * scale
+    values = elements.round_to_grid(blocks / torch.where(zero, 1.0, scale), ELEMENTS["e2m1"]) * scale
     return values.reshape(x.shape).to(out_dtype or x.dtype)
 
 

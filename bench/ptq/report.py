@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdiff.present import size
+from qdiff.cli.text import size
 
 Result = dict[str, Any]
 

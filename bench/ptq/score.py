@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.images import to_pixels
-from qdiff.metrics import decibels, paired, sqnr_db
+from qdiff.evaluation.images import to_pixels
+from qdiff.evaluation.metrics import decibels, paired, sqnr_db
 from qdiff.models.base import Model, Request
+from qdiff.recording.trajectory import Trajectory
 from qdiff.stages.compare import accuracy as prompt_accuracy
 from qdiff.stages.generate import simulate
-from qdiff.trajectory import Trajectory
 
 BUCKETS = 3
 BATCH = 8  # pictures denoised together; a picture does not depend on it

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from bench.ptq.material import Material, shared_layers
 from bench.ptq.score import answers
-from qdiff.artifacts import Run
 from qdiff.calib.collect import Collector
 from qdiff.errors import InputError
 from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, write_json, write_text
 from qdiff.models.base import Model, Request, default_prompts
+from qdiff.recording.activation_statistics import Statistics
+from qdiff.recording.trajectory import Trajectory
 from qdiff.resources import measure
+from qdiff.runs.run import Run
 from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
-from qdiff.statistics import Statistics
-from qdiff.trajectory import Trajectory
 
 CALIBRATION_SEED, PICTURE_SEED, CALL_SEED = 0, 10_000, 20_000
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from qdiff.formats import format_named
+from qdiff.formats.table import format_named
 from qdiff.registry import Registry
 
 Translation = Callable[..., Any]
@@ -124,7 +124,7 @@ def table_for(target: Target) -> dict[Any, Translation]:
     import qdiff.export.translations.choose as _choose  # noqa: F401
     import qdiff.export.translations.quantizers as _quantizers  # noqa: F401
     import qdiff.export.translations.sparse_attention as _sparse_attention  # noqa: F401
-    import qdiff.ops as _ops  # noqa: F401
+    import qdiff.nn.ops as _ops  # noqa: F401
 
     found = {}
     for op, function in _TABLE[target.name].items():

@@ -27,7 +27,7 @@ from typing import Any
 
 from qdiff.export.function_text import DOMAIN
 from qdiff.export.translations import translates
-from qdiff.formats import Format, format_named
+from qdiff.formats.table import Format, format_named
 
 TRT = "trt"
 _FLOAT, _INT8, _FLOAT8E4M3FN = 1, 3, 17  # onnx.TensorProto's numbers

@@ -8,7 +8,7 @@ trajectory; the operator only follows them. A list that names every block is den
 - :mod:`~qdiff.attention.packing`: queries, keys and values in that order and in the formats of a numerics.
 - Executors that agree: :mod:`~qdiff.attention.oracle` (float64), :mod:`~qdiff.attention.emulator` (what the kernel computes, tile
   by tile), :mod:`~qdiff.attention.gathered` (blocks gathered, in torch), two kernels for GPUs
-  (:mod:`~qdiff.attention.kernel`, :mod:`~qdiff.attention.hopper_kernel`; :mod:`~qdiff.attention.gpu` packs and chooses), and the
-  plain ONNX of ``export/translations/sparse_attention.py``.
+  (:mod:`~qdiff.attention.kernels.sparse_attention`, :mod:`~qdiff.attention.kernels.hopper`;
+  :mod:`~qdiff.attention.kernels.gpu` packs and chooses), and the plain ONNX of ``export/translations/sparse_attention.py``.
 - :mod:`~qdiff.attention.operator`: the custom op ``qdiff::sparse_attention`` that modules are written with.
 """

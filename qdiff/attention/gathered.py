@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qdiff import numerics as formats
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.numerics import PROBABILITY_SCALE, Numerics
 from qdiff.attention.packing import from_places, pack
-from qdiff.formats import format_named
+from qdiff.formats import scales as formats
+from qdiff.formats.table import format_named
 
 TOGETHER = 8
 

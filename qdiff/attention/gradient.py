@@ -1,4 +1,5 @@
-"""Gradients of block-sparse attention: a model is trained while its attentions follow lists (:mod:`qdiff.distillation`).
+"""Gradients of block-sparse attention: a model is trained while its attentions follow lists
+(:mod:`qdiff.quantization.distillation`).
 
 Probabilities are computed again for a few rows at a time, as FlashAttention does (arXiv 2205.14135, section 3.1), from float
 operands: what the numerics of the forward rounds is passed straight through. Where a row reads nothing, everything is zero.

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from qdiff.allocation import allocate
+from qdiff.allocation.knapsack import allocate
 from qdiff.attention.lists import Tiling
 from qdiff.attention.orders import Grid
 from qdiff.errors import InputError

@@ -25,7 +25,7 @@ PROBABILITY_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Numerics:
-    """Formats (:mod:`qdiff.formats`) of the two products; ``None``: that of the inputs.
+    """Formats (:mod:`qdiff.formats.table`) of the two products; ``None``: that of the inputs.
 
     Args:
         scores: of queries and keys.

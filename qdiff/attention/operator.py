@@ -101,13 +101,13 @@ def _lists(blocks: Tensor, bounds: Tensor, first: int, heads: int) -> BlockLists
 
 
 def _gpu() -> ModuleType:
-    """:mod:`qdiff.attention.gpu`, imported where a GPU asks for it.
+    """:mod:`qdiff.attention.kernels.gpu`, imported where a GPU asks for it.
 
     Raises:
         MissingDependencyError: there is no triton.
     """
     try:
-        from qdiff.attention import gpu
+        from qdiff.attention.kernels import gpu
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "triton":
             raise

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qdiff import numerics as formats
 from qdiff.attention.lists import Tiling
 from qdiff.attention.numerics import Numerics
-from qdiff.formats import format_named
+from qdiff.formats import scales as formats
+from qdiff.formats.table import format_named
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qdiff.attention.lists import BlockLists
-from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.errors import InputError
+from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
 TIMESTEPS = 1000.0  # of the noise schedule: what timesteps of all families are counted in
 

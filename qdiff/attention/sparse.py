@@ -1,7 +1,7 @@
 """A backbone whose self-attentions follow block lists: decided from statistics, kept as a sidecar of the plan, put into a model.
 
-The plan (:class:`qdiff.attention.plan.AttentionPlan`) says what was decided and how good it is, for people. The masks themselves
-are bits in ``attention.safetensors`` beside it; lists are made from them when a model is built.
+The plan (:class:`qdiff.plan.attention_plan.AttentionPlan`) says what was decided and how good it is, for people. The masks
+themselves are bits in ``attention.safetensors`` beside it; lists are made from them when a model is built.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from qdiff.attention import masks
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.operator import sparse_attention
 from qdiff.attention.orders import order_named
-from qdiff.attention.plan import AttentionPlan, HeadPlan, SparseLayer
 from qdiff.attention.schedule import Board, Schedule, one_timestep
 from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import IntegrityError
 from qdiff.files import open_tensors, save_tensors
+from qdiff.plan.attention_plan import AttentionPlan, HeadPlan, SparseLayer
 from qdiff.routing.blocks import branches_of, in_branches
 
 SIDECAR = "attention.safetensors"

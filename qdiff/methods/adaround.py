@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qdiff.formats.weight import QuantizedWeight
 from qdiff.methods.learned import RECONSTRUCTIONS, Fit, Iterations, LearnedWeight, Rate, Share, candidates, code_values
-from qdiff.weights import QuantizedWeight
 
 ZETA, GAMMA = 1.1, -0.1
 WARM_UP, BETA_FIRST, BETA_LAST = 0.2, 20.0, 2.0

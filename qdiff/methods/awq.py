@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from qdiff.formats.scales import to_half_grid
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.numerics import to_half_grid
 
 Points = Annotated[int, Field(ge=2, le=200)]
 SMALLEST = 1e-4

@@ -23,14 +23,15 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from qdiff import blocks, numerics, weights
 from qdiff.errors import InputError, nearest
-from qdiff.formats import Format
-from qdiff.layers import transform
+from qdiff.formats import dynamic, scales
+from qdiff.formats import weight as weights
+from qdiff.formats.table import Format
+from qdiff.formats.weight import QuantizedWeight
+from qdiff.nn.quant_linear import transform
+from qdiff.nn.rotations import Rotation
+from qdiff.recording.activation_statistics import InputStatistics
 from qdiff.registry import Registry
-from qdiff.rotations import Rotation
-from qdiff.statistics import InputStatistics
-from qdiff.weights import QuantizedWeight
 
 TRANSFORM = ("multiplier", "shift", "rotation", "low_rank")
 LARGEST_STRETCH = 1e4  # of r[t]
@@ -45,11 +46,11 @@ class Solution:
     Args:
         strength: SmoothQuant's, for the plan; the numbers are in ``multiplier``.
         multiplier, shift: ``[in]``; ``(x * multiplier - shift)`` is what is rotated and quantized.
-        centered: whether tokens are quantized without the mean of their sample (:func:`qdiff.layers.centered`).
+        centered: whether tokens are quantized without the mean of their sample (:func:`qdiff.nn.quant_linear.centered`).
         rotation: of the moved input; ``None``: none.
         low_rank: for each layer ``(down [rank, in], up [out, rank])`` in transformed coordinates, or ``None``: no branch.
         weight_format: in place of the problem's, with the same bits and scales; ``None``: the problem's.
-        rule: how the weights' scales are chosen (:data:`qdiff.weights.Rule`).
+        rule: how the weights' scales are chosen (:data:`qdiff.formats.weight.Rule`).
         rounded: for each layer its weight as a method rounded it; ``None``: to nearest.
         rounding: name of that method, for the plan.
         correction: for each layer what its bias has to add ``[out]``.
@@ -202,13 +203,13 @@ class Problem:
             return solution.input_scale
         widest = (ranges := self.ranges(solution)).max()
         if self.activation_format.tensor_scale:
-            return numerics.choose_tensor_scale(widest, self.activation_format), None
+            return scales.choose_tensor_scale(widest, self.activation_format), None
         if not self.static(solution):
             return None, None
-        scale = numerics.choose_scale(widest, self.activation_format)
+        scale = scales.choose_scale(widest, self.activation_format)
         if not solution.timestep_scales:
             return scale, None
-        return scale, numerics.to_half_grid(
+        return scale, scales.to_half_grid(
             torch.where(ranges > 0, widest / ranges, torch.ones_like(ranges)).clamp(max=LARGEST_STRETCH)
         )
 
@@ -220,7 +221,7 @@ class Problem:
             return x
         scale, stretch = self.activation_scale(solution)
         if self.activation_format.block:
-            quantized = partial(blocks.quantize_dequantize_blocks, format=self.activation_format, tensor_scale=scale)
+            quantized = partial(dynamic.quantize_dequantize_blocks, format=self.activation_format, tensor_scale=scale)
             if not solution.centered:
                 return quantized(x)
             assert rows.means is not None, "what is centered has means"
@@ -228,11 +229,11 @@ class Problem:
             coarse = quantized(mean)
             return quantized(x - mean) + coarse + quantized(mean - coarse)
         if scale is None:
-            return blocks.quantize_dequantize_tokens(x, self.activation_format)
+            return dynamic.quantize_dequantize_tokens(x, self.activation_format)
         if stretch is None:
-            return numerics.quantize_dequantize(x, scale, self.activation_format)
+            return scales.quantize_dequantize(x, scale, self.activation_format)
         by_row = stretch[rows.timestep][:, None]
-        return numerics.quantize_dequantize(x * by_row, scale, self.activation_format) / by_row
+        return scales.quantize_dequantize(x * by_row, scale, self.activation_format) / by_row
 
     def weight_tensor_scale(self, solution: Solution) -> Tensor | None:
         """The tensor scale that all weights of the group share, because engines may run them as one; ``None`` without one."""

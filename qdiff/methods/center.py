@@ -3,8 +3,8 @@
 What the tokens of one picture have in common is much of a DiT's activation: channels have means after AdaLN and after a GELU, and
 those differ from picture to picture and from step to step. Where scales follow blocks at run time the common part sets them, and
 what tells tokens apart gets what is left of four bits. Without it scales fit the rest, and the mean, which is one token, is
-quantized twice: itself, and what the first time lost of it (:func:`qdiff.layers.centered`). All of it stays in one product of the
-same format with two rows more; nothing is kept in 16 bit and no weight is stored twice.
+quantized twice: itself, and what the first time lost of it (:func:`qdiff.nn.quant_linear.centered`). All of it stays in one
+product of the same format with two rows more; nothing is kept in 16 bit and no weight is stored twice.
 
 Taking means off before FP4 is Averis (arXiv 2603.10444, which measures 2.2 % of a training step for it); there the mean's product
 is computed apart, and gradients are split as well. The constant part of a mean can be had for nothing

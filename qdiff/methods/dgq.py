@@ -36,8 +36,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from qdiff.formats.scales import to_half_grid
 from qdiff.methods.base import METHODS, Decibels, Problem, Shares, Solution, decibels
-from qdiff.numerics import to_half_grid
 
 Axis = Literal["channel", "token"]
 Groups = Annotated[int, Field(ge=1, le=4096)]

@@ -2,7 +2,7 @@
 
 At equal bits grids differ in where they are fine: E3M0 near zero, E1M2 and integers everywhere alike, E2M1 between. FP4DiT gives
 up-projections E3M0, since GELU is sensitive near zero, and everything else E2M1 or E1M2; here the layers' outputs decide. The
-candidates are the rows of :data:`qdiff.formats.FORMATS` with the bits, block and scales of the recipe's weights: for
+candidates are the rows of :data:`qdiff.formats.table.FORMATS` with the bits, block and scales of the recipe's weights: for
 ``fp4_e2m1_g128`` its E1M2 and E3M0 sisters and INT4, for ``int8`` FP8, for ``nvfp4`` NVINT4. What a target does not run is
 refused at export, so name the ``candidates`` that it does.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qdiff.errors import InputError
-from qdiff.formats import FORMATS, Format, format_named
+from qdiff.formats.table import FORMATS, Format, format_named
+from qdiff.formats.weight import stretches
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.weights import stretches
 
 
 def sisters(format: Format) -> list[str]:

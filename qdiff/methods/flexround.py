@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qdiff import grids
+from qdiff.formats import elements
+from qdiff.formats.weight import QuantizedWeight
 from qdiff.methods.learned import RECONSTRUCTIONS, Fit, Iterations, LearnedWeight, Rate, Share, candidates, code_values
-from qdiff.weights import QuantizedWeight
 
 
 class Divided(LearnedWeight):
@@ -34,11 +34,11 @@ class Divided(LearnedWeight):
 
     def forward(self) -> Tensor:
         quotient = self.quotient()
-        rounded = grids.round_to_grid(quotient.detach(), self.start.format.element)
+        rounded = elements.round_to_grid(quotient.detach(), self.start.format.element)
         return (quotient + (rounded - quotient.detach())) * self.scale
 
     def values(self) -> Tensor:
-        return grids.round_to_grid(self.quotient(), self.start.format.element)
+        return elements.round_to_grid(self.quotient(), self.start.format.element)
 
 
 def _start(ratio: Tensor, start: QuantizedWeight) -> Tensor:
@@ -47,7 +47,7 @@ def _start(ratio: Tensor, start: QuantizedWeight) -> Tensor:
     below, above = candidates(ratio, chosen, start)
     other = torch.where(below == chosen, above, below)
     inside = chosen + 0.49 * (other - chosen)  # on the side of the weight
-    moved = grids.round_to_grid(ratio, element) != chosen
+    moved = elements.round_to_grid(ratio, element) != chosen
     reachable = moved & (inside * ratio > 0)
     return torch.where(reachable, torch.log((ratio / inside).clamp(min=1e-6)), torch.zeros_like(ratio))
 

@@ -18,10 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qdiff import numerics
 from qdiff.errors import InputError
+from qdiff.formats import scales
+from qdiff.formats.weight import QuantizedWeight
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.weights import QuantizedWeight
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Columns = Annotated[int, Field(ge=1, le=4096)]
@@ -67,7 +67,7 @@ def round_columns(weight: Tensor, nearest: QuantizedWeight, factor: Tensor, orde
         errors = torch.empty_like(left[:, start:stop])
         for column in range(start, stop):
             now = left[:, column]
-            rounded = numerics.quantize_dequantize(now.float(), scale[:, column], nearest.format).double()
+            rounded = scales.quantize_dequantize(now.float(), scale[:, column], nearest.format).double()
             values[:, column] = rounded
             error = (now - rounded) / factor[column, column]
             left[:, column + 1 : stop] -= torch.outer(error, factor[column, column + 1 : stop])

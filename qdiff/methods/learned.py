@@ -6,8 +6,8 @@ arXiv 2102.05426). So these methods have a table of their own, :data:`RECONSTRUC
 transforms, scales and low-rank branches that those decided. None of that changes here: codes do, and biases.
 
 A method is a function ``(fit, **options)`` that says what is learned and how (:meth:`Fit.learn`); the loop, the inputs, the
-targets and the judgement are :mod:`qdiff.reconstruction`'s, the same for all methods. So are the options of that loop
-(:class:`Course`): what a recorded call counts, and whether scales of inputs are learned once the codes are there.
+targets and the judgement are :mod:`qdiff.quantization.reconstruction`'s, the same for all methods. So are the options of
+that loop (:class:`Course`): what a recorded call counts, and whether scales of inputs are learned once the codes are there.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qdiff import grids
 from qdiff.errors import InputError
+from qdiff.formats import elements
+from qdiff.formats.weight import QuantizedWeight
 from qdiff.methods.base import check_keywords
 from qdiff.registry import Registry
-from qdiff.weights import QuantizedWeight
 
 Iterations = Annotated[int, Field(ge=1, le=100_000)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -97,8 +97,10 @@ class Course:
     """Options that go with every method.
 
     Args:
-        weighting: what recorded calls count: all the same, or by timestep what makes gradients agree (:mod:`qdiff.weighting`).
-        input_scale_iterations: for how many calls the constant scales of inputs are learned (:mod:`qdiff.input_scales`).
+        weighting: what recorded calls count: all the same, or by timestep what makes gradients agree
+            (:mod:`qdiff.quantization.timestep_weights`).
+        input_scale_iterations: for how many calls the constant scales of inputs are learned
+            (:mod:`qdiff.quantization.learned_input_scales`).
         input_scale_rate: Adam's at the first of them, as a share of the scale.
     """
 
@@ -136,7 +138,7 @@ def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
 
 def code_values(weight: QuantizedWeight) -> Tensor:
     """Codes as values of their grid ``[out, in]``, float32: the weight without its scales."""
-    return grids.decode(weight.codes, weight.format.element).float()
+    return elements.decode(weight.codes, weight.format.element).float()
 
 
 def candidates(ratio: Tensor, chosen: Tensor, start: QuantizedWeight) -> tuple[Tensor, Tensor]:
@@ -148,7 +150,7 @@ def candidates(ratio: Tensor, chosen: Tensor, start: QuantizedWeight) -> tuple[T
     """
     element = start.format.element
     towards = (ratio - chosen).sign()
-    quarter = grids.step(chosen, element) / 4  # below a power of two the next value is half a step away
-    below, above = grids.neighbours(chosen + towards * quarter, element)
+    quarter = elements.step(chosen, element) / 4  # below a power of two the next value is half a step away
+    below, above = elements.neighbours(chosen + towards * quarter, element)
     still = towards == 0
     return torch.where(still, chosen, below), torch.where(still, chosen, above)

@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from qdiff.errors import InputError
+from qdiff.formats.scales import fits_float16, to_half_grid
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.numerics import fits_float16, to_half_grid
 
 Rank = Annotated[int, Field(ge=1)]
 Times = Annotated[int, Field(ge=1, le=1000)]

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import torch
 
+from qdiff.formats.scales import to_half_grid
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
 from qdiff.methods.shift import middles
-from qdiff.numerics import to_half_grid
 
 SMALLEST = 1e-5
 

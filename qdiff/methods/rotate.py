@@ -1,4 +1,4 @@
-"""Rotation of the input (:mod:`qdiff.rotations`): an outlier is spread over its block before the quantizer sees it.
+"""Rotation of the input (:mod:`qdiff.nn.rotations`): an outlier is spread over its block before the quantizer sees it.
 
 It helps grids whose step follows the largest value (INT4, INT8, MXFP4), and costs NVFP4 something: a float grid is fine near
 zero, where rotated values are not (MR-GPTQ, arXiv 2509.23202: NVFP4 94.7 % to 93.8 %). So *no rotation* is always a candidate.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qdiff.errors import InputError
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.rotations import BLOCKS, Rotation, hadamard, largest_block, outlier_rotation
+from qdiff.nn.rotations import BLOCKS, Rotation, hadamard, largest_block, outlier_rotation
 
 Kind = Literal["hadamard", "randomised", "outlier"]
 Kinds = Annotated[tuple[Kind, ...], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""Scales of weights: which value of a block gets the largest code (:mod:`qdiff.weights` has the rules).
+"""Scales of weights: which value of a block gets the largest code (:mod:`qdiff.formats.weight` has the rules).
 
 A rule that brings the weights nearer to float can still move the outputs away, because inputs do not weigh all columns alike.
 So the rules are candidates, and the one with the smallest output error is kept, ``amax`` among them.
@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from qdiff.formats.weight import Rule, has_rule
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.weights import Rule, has_rule
 
 Rules = Annotated[tuple[Rule, ...], Field(min_length=1)]
 

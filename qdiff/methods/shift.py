@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qdiff.formats.scales import to_half_grid
 from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
-from qdiff.numerics import to_half_grid
 
 
 def _after_multiplier(values: Tensor, solution: Solution) -> Tensor:

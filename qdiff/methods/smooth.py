@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qdiff.formats.scales import to_half_grid
 from qdiff.methods.base import METHODS, Decibels, Problem, Shares, Solution, decibels
-from qdiff.numerics import to_half_grid
 
 _SMALLEST = 1e-5
 

@@ -20,13 +20,13 @@ from qdiff.errors import InputError, UsageError
 from qdiff.models.finite import finite_pictures
 from qdiff.models.parts import require_latents
 from qdiff.models.schedulers import check_steps, count_calls, named
+from qdiff.nn.conv import is_plain
 from qdiff.registry import Registry
-from qdiff.windows import is_plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from qdiff.video import Clip
+    from qdiff.evaluation.video import Clip
 
 Axis = int | str
 
@@ -306,8 +306,8 @@ class Family(ABC):
         return {} if mask is None or not mask.any() else dict.fromkeys(self.masked_layers(backbone), mask)
 
     def blocks(self, backbone: nn.Module) -> list[str]:
-        """Names of the blocks that the hidden states pass one after the other (:mod:`qdiff.sequential`); empty where no block of
-        the backbone is known."""
+        """Names of the blocks that the hidden states pass one after the other (:mod:`qdiff.quantization.block_walk`); empty
+        where no block of the backbone is known."""
         if self.block_list is None:
             return []
         return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]
@@ -407,7 +407,7 @@ FAMILIES: Registry[Family] = Registry("model")
 
 def quantizable_layers(backbone: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers that can be quantized, by name, in module order: linear layers, and convolutions that are plain
-    (:func:`qdiff.windows.is_plain`). What subclasses ``nn.Linear`` has a forward of its own. Left out are those of
+    (:func:`qdiff.nn.conv.is_plain`). What subclasses ``nn.Linear`` has a forward of its own. Left out are those of
     :data:`ASKED_FOR_DTYPE`."""
     left_out = tuple(
         f"{name}.{child}."
@@ -427,7 +427,7 @@ ASKED_FOR_DTYPE = {"WanTimeTextImageEmbedding": ("time_embedder",)}
 
 def default_prompts(count: int, seed: int, media: str = "image") -> list[str]:
     """Prompts for calibration and reports when the user gives none: of the kind the bundled models know."""
-    from qdiff import motion, prompt_accuracy
+    from qdiff.evaluation import motion, prompt_accuracy
 
     return (motion if media == "video" else prompt_accuracy).default_prompts(count, seed)
 

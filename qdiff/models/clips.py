@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdiff.evaluation.video import Clip
 from qdiff.models.base import Model, Request, StepCallback
-from qdiff.video import Clip
 
 
 def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 from qdiff.errors import InputError, IntegrityError
 from qdiff.events import log
 from qdiff.files import read_json
-from qdiff.numerics import require_finite
+from qdiff.formats.scales import require_finite
 
 LIBRARIES = ("diffusers", "transformers")
 # What a folder may have and no picture needs: their classes are diffusers' own, and they are not loaded.

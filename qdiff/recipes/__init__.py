@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from qdiff.errors import InputError, UsageError, nearest, unknown_name
 from qdiff.files import path_of, read_user_text
-from qdiff.recipe import Recipe
+from qdiff.plan.recipe import Recipe
 
 MOST_BYTES = 1_000_000  # of a recipe
 EXAMPLE = "see qdiff/recipes/int8.yaml for an example"

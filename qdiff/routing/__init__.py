@@ -4,7 +4,6 @@ A block of a chain can be there twice, in a careful recipe (INT8) and in a cheap
 added the last time it was computed. Which way a call goes is its *route*: an input of the exported graph, set for every step by
 a :class:`~.router.Router` from what the blocks reported for the step before (6Bit-Diffusion, arXiv 2603.18742) or from a table.
 
-- :mod:`.plan` says what was decided, :mod:`.blocks` are the modules, :mod:`.router` drives them;
-- :mod:`.measure` replays the recorded trajectory, :mod:`.fit` makes tables and predictors from it, :mod:`.decide` chooses by
-  pictures.
+Here is what runs: :mod:`.blocks` are the modules, :mod:`.router` drives them, :mod:`.follow` makes a backbone follow a plan. What
+decides is in :mod:`qdiff.allocation`, what was decided in :mod:`qdiff.plan.routing_plan`.
 """

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
+from qdiff.plan.routing_plan import RoutingPlan
 from qdiff.routing.blocks import board_of
-from qdiff.routing.plan import RoutingPlan
 from qdiff.routing.router import Router, nearest
 
 

@@ -3,7 +3,7 @@
 State belongs to a *branch of guidance of one picture*: calls with the same condition (text states, masks) whose timesteps fall.
 It is found by the condition's value and begins anew when the timestep does not fall, so pictures that take turns, guidance with
 one call or two a step, and cancelled pictures need no help from the pipeline. A graph has one route for a whole call, so where
-routes depend on samples (:attr:`qdiff.routing.plan.RoutingPlan.by_sample`) a batch is cut into calls of one sample each
+routes depend on samples (:attr:`qdiff.plan.routing_plan.RoutingPlan.by_sample`) a batch is cut into calls of one sample each
 (:meth:`Router.one_by_one`): pictures do not depend on their batch mates. The number of the sample in its batch is a part of the
 condition, as several have the same negative prompt. Where routes follow the timestep alone, a batch is one call.
 
@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qdiff.routing.plan import REUSE, RoutedBlock, RoutingPlan
+from qdiff.plan.routing_plan import REUSE, RoutedBlock, RoutingPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Router:
     record: bool = False
     script: Mapping[float, list[int]] | None = None
     disturbed: int | None = (
-        None  # index of a timestep at which blocks are to err, see :func:`qdiff.routing.decide.influence`
+        None  # index of a timestep at which blocks are to err, see :func:`qdiff.allocation.routed.influence`
     )
 
     def __post_init__(self) -> None:

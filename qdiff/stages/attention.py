@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.files import sha256_json
-from qdiff.scratch import Scratch
+from qdiff.runs.partial import Scratch
+from qdiff.runs.run import Run
 from qdiff.stages.calibrate import options_of, reload_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdiff.attention.plan import AttentionPlan
     from qdiff.models.base import Model
-    from qdiff.recipe import Attention
+    from qdiff.plan.attention_plan import AttentionPlan
+    from qdiff.plan.recipe import Attention
 
 STAGE = "attention"
 STATISTICS = "attention/statistics.safetensors"
@@ -31,7 +31,7 @@ def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
         InputError: a family whose self-attentions are not known, or a trajectory that is too short.
     """
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
-    from qdiff.trajectory import Trajectory
+    from qdiff.recording.trajectory import Trajectory
 
     options = AttentionOptions()
     inputs = {"calibrate": run.outputs_hash("calibrate"), **asdict(options)}

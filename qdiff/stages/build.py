@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import EDITABLE, Run
 from qdiff.errors import InputError, MissingDependencyError, UsageError
+from qdiff.runs.run import EDITABLE, Run
 
 if TYPE_CHECKING:
-    from qdiff.attention.plan import AttentionPlan
     from qdiff.engines import BuildOptions, Engine, Profile, Runner
     from qdiff.engines.base import Shape
     from qdiff.models.base import Model
+    from qdiff.plan.attention_plan import AttentionPlan
 
 DEFAULT_BATCH = "batch=1-2-8"
 LONGEST_PROMPT = 512
@@ -28,7 +28,7 @@ def make_options(
     """Build options from the words of the command line. Without a profile: the model's own size, batch 1 to 8."""
     from qdiff.engines import BuildOptions
     from qdiff.models import FAMILIES
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
     if engine.name == "tensorrt_rtx" and plan.attention is not None and plan.structure.branches:
@@ -60,7 +60,7 @@ def _has_kernel(plan: Any) -> bool:
 
 def _switches_blocks(plan: Any) -> bool:
     """Whether some block has a branch with scales for blocks of values (NVFP4) beside another."""
-    from qdiff.formats import FORMATS
+    from qdiff.formats.table import FORMATS
 
     several = tuple(f"{name}.branches." for name, count in plan.structure.branches.items() if count > 1)
     return any(layer.name.startswith(several) and FORMATS[layer.activations].block for layer in plan.layers)
@@ -134,7 +134,7 @@ def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:
     import math
 
     from qdiff.models import FAMILIES
-    from qdiff.routing.plan import DELTAS
+    from qdiff.plan.routing_plan import DELTAS
 
     grid, width = FAMILIES[plan.family].grid, plan.config["num_attention_heads"] * plan.config["attention_head_dim"]
     count = len(plan.routing.blocks)
@@ -150,8 +150,8 @@ def _with_lists(
     import dataclasses
     import math
 
-    from qdiff.attention.plan import BLOCKS, BOUNDS
     from qdiff.engines.profiles import make_profile
+    from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
     heads, columns = attention.heads, -(-math.prod(attention.grid) // attention.block_k)
     rows = -(-math.prod(attention.grid) // attention.block_q)
@@ -195,7 +195,7 @@ def build(
     from qdiff.engines.graph import graph_bytes
     from qdiff.engines.parts import options_for
     from qdiff.engines.trust import MANIFEST, trusted
-    from qdiff.graph_files import parts_of, read
+    from qdiff.graphs.parts import parts_of, read
     from qdiff.resources import require_disk
     from qdiff.stages.disk import engine_bytes
 
@@ -330,12 +330,12 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
         IntegrityError: its files were changed since it was built.
     """
     from qdiff import device
-    from qdiff.checkpoint import load_quantized
     from qdiff.engines import choose
     from qdiff.engines.cache import load_trusted
     from qdiff.models import FAMILIES
     from qdiff.models.base import NamedInputs
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
+    from qdiff.quantization.checkpoint import load_quantized
 
     engine = choose(engine_name)
     if engine.runs_module:
@@ -382,7 +382,7 @@ def assembled(step: Runner, parts: Iterable[tuple[Runner, Sequence[str]]]) -> Ru
 
 def scheduled(run: Run, runner: Runner) -> Runner:
     """The runner of an exported graph; one that gives it its lists where the plan's attention is sparse, or its routes."""
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
     if (

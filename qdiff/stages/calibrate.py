@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import InputError, UsageError
 from qdiff.events import duration, log
 from qdiff.files import sha256_json, write_text
+from qdiff.runs.run import Run
 from qdiff.stages.disk import SMALL_FILES, statistics_bytes, trajectory_bytes
 
 if TYPE_CHECKING:
@@ -188,8 +188,8 @@ def _at_recorded_commit(run: Run, options: CalibrateOptions) -> CalibrateOptions
 def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], work: Any, later: Later | None) -> None:
     from qdiff.calib.collect import PARTIAL, Collector
     from qdiff.calib.record import record
+    from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import require_disk
-    from qdiff.trajectory import Trajectory
 
     estimate = _estimate(model, recording)
     log.info("%s", model.note)

@@ -7,11 +7,11 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import QualityGateError, UsageError
 from qdiff.events import log
 from qdiff.files import write_json
 from qdiff.resources import require_disk
+from qdiff.runs.run import Run
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.disk import picture_bytes
@@ -22,8 +22,8 @@ from qdiff.stages.speed import measure_speeds
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qdiff.evaluation.timing import Speed
     from qdiff.models.base import Model, Request
-    from qdiff.timing import Speed
 
 DEFAULT_PICTURES = 16
 # Seeds of compared pictures start here: far from calibration's, so that no picture was calibrated on.
@@ -157,8 +157,8 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
 
 
 def _judge(name: str, made: dict[str, Pictures], speed: Speed, request: Request, model: Model) -> dict[str, Any]:
-    from qdiff.images import to_pixels
-    from qdiff.metrics import motion, paired
+    from qdiff.evaluation.images import to_pixels
+    from qdiff.evaluation.metrics import motion, paired
 
     pictures = made[name]
     row: dict[str, Any] = {
@@ -186,9 +186,9 @@ def accuracy(model: Model, images: list[Any], prompts: list[str]) -> dict[str, A
     """Share of pictures or clips that show what their prompt names; ``None`` for models that were not trained on the emoji."""
     if model.weights != "bundled":
         return None
-    from qdiff.images import to_pixels
-    from qdiff.motion import motion_accuracy
-    from qdiff.prompt_accuracy import prompt_accuracy
+    from qdiff.evaluation.images import to_pixels
+    from qdiff.evaluation.motion import motion_accuracy
+    from qdiff.evaluation.prompt_accuracy import prompt_accuracy
 
     judge = motion_accuracy if model.family.media == "video" else prompt_accuracy
     return judge(to_pixels(images).numpy(), prompts)

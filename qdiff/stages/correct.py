@@ -19,11 +19,11 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from qdiff.artifacts import Run
 from qdiff.errors import InputError, UsageError
 from qdiff.events import Progress, log
 from qdiff.files import read_json, sha256_json, write_json
-from qdiff.scratch import Scratch
+from qdiff.runs.partial import Scratch
+from qdiff.runs.run import Run
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
 from qdiff.stages.calibrate import options_of, reload_model
 from qdiff.stages.generate import CORRECTION, Session, check_pictures, make_request
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qdiff.correction import Correction
     from qdiff.correction.moments import PairMoments
     from qdiff.models.base import Request
-    from qdiff.trajectory import Step
+    from qdiff.recording.trajectory import Step
 
 Goal = Literal["float", "prompt"]
 Scorer = Callable[["Session", "Correction | None"], float]
@@ -108,7 +108,7 @@ def correct(
 
 
 def _few_steps(run: Run) -> bool:
-    from qdiff.statistics import Statistics
+    from qdiff.recording.activation_statistics import Statistics
 
     return len(set(Statistics.load(run.file("calibration", "statistics.safetensors")).timesteps)) <= FEW_STEPS
 
@@ -173,7 +173,7 @@ class _Work:
         import torch
 
         from qdiff.correction.moments import PairMoments
-        from qdiff.trajectory import Trajectory
+        from qdiff.recording.trajectory import Trajectory
 
         family, moments = self.model.family, PairMoments()
         steps = list(islice(Trajectory(self.run.file("calibration"), self.model.device), MOST_CALLS))
@@ -213,8 +213,8 @@ class _Work:
         return remembered
 
     def _new_scorer(self, request: Request) -> Scorer:
-        from qdiff.images import to_pixels
-        from qdiff.metrics import paired
+        from qdiff.evaluation.images import to_pixels
+        from qdiff.evaluation.metrics import paired
         from qdiff.stages.compare import accuracy
 
         def pictures(session: Session, correction: Correction | None) -> list[Any]:

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qdiff.events import log
 from qdiff.files import sha256_json, write_json
 from qdiff.recipes import members_of, versions_of
-from qdiff.scratch import Scratch
+from qdiff.runs.partial import Scratch
 from qdiff.stages.calibrate import options_of
 from qdiff.stages.judging import look_of, pictures_judge
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qdiff.artifacts import Run
-    from qdiff.candidates import Candidates
-    from qdiff.drafting import Draft
-    from qdiff.mixing import Allocation, Judge
+    from qdiff.allocation.candidates import Candidates
+    from qdiff.allocation.mixed import Allocation, Judge
+    from qdiff.allocation.sensitivity import Sensitivity
     from qdiff.models.base import Model
-    from qdiff.plan import Plan
-    from qdiff.recipe import Attention, Floors, Recipe
-    from qdiff.sensitivity import Sensitivity
-    from qdiff.statistics import Statistics
-    from qdiff.trajectory import Trajectory
+    from qdiff.plan.plan import Plan
+    from qdiff.plan.recipe import Attention, Floors, Recipe
+    from qdiff.quantization.layer_plans import Draft
+    from qdiff.recording.activation_statistics import Statistics
+    from qdiff.recording.trajectory import Trajectory
+    from qdiff.runs.run import Run
 
 ALLOCATION, TABLE, ROUTING = "allocation.json", "sensitivity.json", "routing.json"
 MEASURED = "calibration/sensitivity"  # what was measured for mixed recipes, by fingerprint
@@ -39,7 +39,7 @@ class Given:
 
     Args:
         work: what further files go through.
-        complete: as of :func:`qdiff.quantize.carry_out`; every source sees to it that it is called once.
+        complete: as of :func:`qdiff.quantization.quantize.carry_out`; every source sees to it that it is called once.
     """
 
     trajectory: Trajectory
@@ -101,12 +101,12 @@ class ByRecipe:
         return {"recipe": self.recipe.model_dump(mode="json")}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.drafting import draft
+        from qdiff.quantization.layer_plans import draft
 
         return draft(model, self.recipe, statistics)
 
     def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
-        from qdiff.quantize import carry_out
+        from qdiff.quantization.quantize import carry_out
 
         return carry_out(model, self.recipe, drafted, given.trajectory, given.scratch, given.complete)
 
@@ -130,19 +130,19 @@ class ByPlan:
 
     @property
     def floors(self) -> Floors:
-        from qdiff.recipe import Floors
+        from qdiff.plan.recipe import Floors
 
         return Floors()
 
     def inputs(self) -> dict[str, Any]:
-        from qdiff.edited_plan import decisions
+        from qdiff.quantization.edited_plan import decisions
 
         return {"plan": decisions(self.plan)}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.drafting import Draft, change
-        from qdiff.edited_plan import settle
         from qdiff.errors import InputError
+        from qdiff.quantization.edited_plan import settle
+        from qdiff.quantization.layer_plans import Draft, change
 
         if self.plan.structure.branches:
             raise InputError(
@@ -154,7 +154,7 @@ class ByPlan:
         return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})
 
     def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
-        from qdiff.quantize import quantize_as_planned
+        from qdiff.quantization.quantize import quantize_as_planned
 
         plan = self.plan.model_copy(update={"layers": list(drafted.entries.values())})
         plan = quantize_as_planned(model, plan, drafted.statistics)
@@ -193,8 +193,8 @@ class ByBudget:
         return {"members": members, "shared": shared, **measured}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.drafting import Draft, entries_of, prepare
-        from qdiff.mixing import check_wishes
+        from qdiff.allocation.mixed import check_wishes
+        from qdiff.quantization.layer_plans import Draft, entries_of, prepare
 
         structure, statistics = prepare(model, self.recipe, statistics)
         assert self.recipe.mixed is not None
@@ -208,7 +208,7 @@ class ByBudget:
         return Draft(structure, statistics, open_entries)
 
     def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
-        from qdiff.quantize import carry_out
+        from qdiff.quantization.quantize import carry_out
 
         # what was chosen from is let go before the model is made: it holds every layer in every format
         drafted, table, made = self._chosen(model, drafted, given.trajectory, given.scratch)
@@ -223,8 +223,8 @@ class ByBudget:
     def _chosen(
         self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch
     ) -> tuple[Draft, Sensitivity, Allocation]:
-        from qdiff.candidates import Candidates
-        from qdiff.mixing import Allocation
+        from qdiff.allocation.candidates import Candidates
+        from qdiff.allocation.mixed import Allocation
 
         candidates = Candidates(model, self.recipe, drafted.statistics)
         table = measured(self.run, model, candidates, trajectory, self.measured_inputs())
@@ -234,8 +234,8 @@ class ByBudget:
         return candidates.draft(drafted, made.choice), table, made
 
     def _decided(self, model: Model, candidates: Candidates, table: Sensitivity) -> Allocation:
-        from qdiff.costs import MEASURED_ON
-        from qdiff.mixing import decide
+        from qdiff.allocation.costs import MEASURED_ON
+        from qdiff.allocation.mixed import decide
 
         assert self.recipe.mixed is not None
         calibrated, judge = options_of(self.run), None
@@ -282,8 +282,8 @@ class ByRouting:
         return {"recipe": self.recipe.model_dump(mode="json"), "versions": versions}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.drafting import draft
         from qdiff.errors import InputError
+        from qdiff.quantization.layer_plans import draft
 
         if not model.family.chain or not model.family.blocks(model.backbone):
             raise InputError(
@@ -293,7 +293,7 @@ class ByRouting:
         return [draft(model, version, statistics) for version in versions_of(self.recipe)][0]
 
     def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
-        from qdiff.routing.quantize import quantize_routed
+        from qdiff.allocation.quantize_routed import quantize_routed
 
         assert self.recipe.routing is not None
         calibrated = options_of(self.run)
@@ -322,7 +322,7 @@ def measured(
 
     Finished groups and the whole table are kept beside the calibration, under the fingerprint of what they depend on.
     """
-    from qdiff.sensitivity import Sensitivity, measure
+    from qdiff.allocation.sensitivity import Sensitivity, measure
 
     owner = sha256_json({"calibrate": run.outputs_hash("calibrate"), **depends_on})
     scratch = Scratch(run.file(MEASURED, owner[:12]), owner)

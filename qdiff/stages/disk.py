@@ -30,8 +30,8 @@ def statistics_bytes(model: Model, recording: Recording) -> int:
     """Of the statistics and their unfinished part, which lie side by side at the end (:mod:`qdiff.calib.observers`)."""
     from qdiff.calib.observers import RowSample
     from qdiff.models.base import quantizable_layers
-    from qdiff.statistics import HISTOGRAM_BINS
-    from qdiff.windows import layer_channels
+    from qdiff.nn.conv import layer_channels
+    from qdiff.recording.activation_statistics import HISTOGRAM_BINS
 
     steps = model.steps(recording.steps)
     timesteps = min(steps, recording.shards * _kept(model, recording))

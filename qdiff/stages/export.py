@@ -8,17 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import IntegrityError, MissingDependencyError
 from qdiff.events import log
 from qdiff.files import open_tensors
+from qdiff.runs.run import Run
 from qdiff.stages.build import assembled, scheduled
 from qdiff.stages.quantize import FLOAT_PREDICTIONS
 
 if TYPE_CHECKING:
     from qdiff.engines import Runner
     from qdiff.export.parity import StepParity
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
 
 # Parity runs the graph in this engine: its CPU takes every graph that we write, for whatever target (FP4 for TensorRT emulated).
 PARITY_ENGINE = "onnxruntime"
@@ -45,7 +45,7 @@ def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = F
     require_onnx()
     from qdiff.export.precision import fitting_target
     from qdiff.export.translations import TARGETS
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
 
     target = fitting_target(
         TARGETS[target_name], run.entry("quantize").get("largest_value") if run.done("quantize") else None
@@ -79,16 +79,16 @@ def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = F
 
 
 def _work(run: Run, target: Any, work: Any) -> None:
-    from qdiff.checkpoint import load_quantized
     from qdiff.export import checks
     from qdiff.export.hoist import sources_of, write_parts
     from qdiff.export.onnx_graph import check_target, export_onnx
     from qdiff.export.parity import COSINE
     from qdiff.models import FAMILIES
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
+    from qdiff.quantization.checkpoint import load_quantized
+    from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import require_disk
     from qdiff.stages.disk import export_bytes
-    from qdiff.trajectory import Trajectory
 
     plan = Plan.load(run.file("plan.json"))
     check_target(plan, target)
@@ -131,15 +131,15 @@ def _work(run: Run, target: Any, work: Any) -> None:
 def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]:
     import tempfile
 
-    from qdiff.checkpoint import load_quantized
     from qdiff.engines import BuildOptions, choose
     from qdiff.export.emulation import emulated
     from qdiff.export.parity import compare, expected_outputs
-    from qdiff.graph_files import parts_of, read
+    from qdiff.graphs.parts import parts_of, read
     from qdiff.models import FAMILIES
     from qdiff.models.base import samples_of
+    from qdiff.quantization.checkpoint import load_quantized
+    from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import release_memory
-    from qdiff.trajectory import Trajectory
 
     with open_tensors(run.file(FLOAT_PREDICTIONS), "the float predictions") as file:
         references = list(file.get_tensor("predictions"))[:PARITY_STEPS]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import UsageError
 from qdiff.events import Progress, log
 from qdiff.files import require_writable
 from qdiff.resources import measure, release_memory
+from qdiff.runs.run import Run
 from qdiff.stages.build import beside, default_engine, load_runner
 from qdiff.stages.calibrate import check_sampling, guidance_range, options_of, reload_model
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from qdiff.correction import Correction
     from qdiff.engines import Runner
     from qdiff.engines.recorder import CallRecorder
+    from qdiff.evaluation.video import Clip
     from qdiff.models.base import Model, Request, StepCallback
-    from qdiff.video import Clip
 
 CORRECTION = "correction.json"  # of the trajectory, where the stage `correct` was done
 LONGEST_PROMPT = 2_000
@@ -248,8 +248,8 @@ def save_pictures(run: Run, made: Pictures, request: Request, model: Model, path
     Args:
         paths: of the PNGs; a clip whose path is that of an MP4 gets no strip of frames beside it.
     """
-    from qdiff.images import PictureInfo, save_png
-    from qdiff.video import Clip, save_mp4
+    from qdiff.evaluation.images import PictureInfo, save_png
+    from qdiff.evaluation.video import Clip, save_mp4
 
     for image, path, prompt, seed in zip(made.images, paths, request.prompts, request.seeds, strict=True):
         info = PictureInfo(

@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qdiff.artifacts import OPTIONAL, UPSTREAM, Run, versions
 from qdiff.errors import QdiffError
 from qdiff.events import log
+from qdiff.runs.run import OPTIONAL, UPSTREAM, Run, versions
 from qdiff.stages.build import built_parts
 
 
 def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str, Any]:
     """Stages with their state, whether their files are unchanged, and the plan in numbers (or layer by layer)."""
     from qdiff.engines.cache import list_engines
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
 
     stages = {}
     for name, entry in run.manifest["stages"].items():

@@ -12,11 +12,11 @@ from qdiff.stages.calibrate import options_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qdiff.artifacts import Run
-    from qdiff.metrics import PairedQuality
-    from qdiff.mixing import Judge
+    from qdiff.allocation.mixed import Judge
+    from qdiff.allocation.sensitivity import Look
+    from qdiff.evaluation.metrics import PairedQuality
     from qdiff.models.base import Model
-    from qdiff.sensitivity import Look
+    from qdiff.runs.run import Run
 
 PLAN_SEED = 20_000  # of the pictures that decide between plans: neither calibration's nor comparison's
 LOOK_SEED = 25_000  # of the pictures that tell what a group does to them
@@ -61,8 +61,8 @@ def comparison(
     """
     import torch
 
-    from qdiff.images import to_pixels
-    from qdiff.metrics import paired
+    from qdiff.evaluation.images import to_pixels
+    from qdiff.evaluation.metrics import paired
     from qdiff.models.base import Request
     from qdiff.stages.generate import simulate
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import log
-from qdiff.layers import QuantLinear, TimestepClock
-from qdiff.plan import LayerPlan
+from qdiff.nn.quant_linear import QuantLinear, TimestepClock
+from qdiff.plan.plan import LayerPlan
 
 if TYPE_CHECKING:
     from qdiff.engines import Runner

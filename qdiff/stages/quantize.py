@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import InputError, QualityGateError, UsageError
 from qdiff.files import read_json, save_tensors, sha256_json, write_json
-from qdiff.scratch import Scratch
+from qdiff.runs.partial import Scratch
+from qdiff.runs.run import Run
 from qdiff.stages.attention import STAGE as ATTENTION
 from qdiff.stages.attention import decide_attention, require_statistics
 from qdiff.stages.calibrate import reload_model
@@ -23,10 +23,10 @@ from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, ByRouting, Decisi
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdiff.attention.plan import AttentionPlan
     from qdiff.models.base import Model
-    from qdiff.plan import Plan
-    from qdiff.trajectory import Trajectory
+    from qdiff.plan.attention_plan import AttentionPlan
+    from qdiff.plan.plan import Plan
+    from qdiff.recording.trajectory import Trajectory
 
 DEFAULT_RECIPE = "int8"
 FLOAT_PREDICTIONS = "quantization/predictions.safetensors"  # of the float model, for the checks of later stages
@@ -53,7 +53,7 @@ def quantize(
 
     Raises:
         UsageError: a plan and a recipe at once.
-        InputError: a recipe or plan that cannot be carried out (:mod:`qdiff.recipe`, :mod:`qdiff.edited_plan`).
+        InputError: a recipe or plan that cannot be carried out (:mod:`qdiff.plan.recipe`, :mod:`qdiff.quantization.edited_plan`).
         IntegrityError: the plan of another model.
         QualityGateError: the prediction at a recorded step is below ``floors.step`` of the recipe. The files are written.
     """
@@ -88,8 +88,8 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
             "--plan holds every decision already: --recipe and --set have nothing to decide beside it",
             "give either a plan, or a recipe",
         )
-    from qdiff.edited_plan import read
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
+    from qdiff.quantization.edited_plan import read
 
     plan = read(plan_file)
     before = Plan.load(run.file(DECIDED)) if run.file(DECIDED).exists() else None
@@ -110,13 +110,13 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
 def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     import torch
 
-    from qdiff.checkpoint import save_quantized
-    from qdiff.edited_plan import BY_HAND
-    from qdiff.magnitude import Magnitude
+    from qdiff.quantization.checkpoint import save_quantized
+    from qdiff.quantization.edited_plan import BY_HAND
+    from qdiff.recording.activation_statistics import Statistics
+    from qdiff.recording.magnitude import Magnitude
+    from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import require_disk
     from qdiff.stages.disk import quantization_bytes
-    from qdiff.statistics import Statistics
-    from qdiff.trajectory import Trajectory
 
     model = reload_model(run)
     recorded = sum(path.stat().st_size for path in run.file("calibration").glob("trajectory-*.safetensors"))
@@ -194,7 +194,7 @@ def _predictions(model: Model, trajectory: Trajectory) -> list[tuple[float, Tens
 
 
 def _errors(expected: list[tuple[float, Tensor]], got: list[tuple[float, Tensor]]) -> list[dict[str, float]]:
-    from qdiff.metrics import cosine, decibels, sqnr_db
+    from qdiff.evaluation.metrics import cosine, decibels, sqnr_db
 
     return [
         {
@@ -208,15 +208,15 @@ def _errors(expected: list[tuple[float, Tensor]], got: list[tuple[float, Tensor]
 
 def _refuse_idle(plan: Plan, errors: list[dict[str, float]]) -> None:
     """A quantized model that equals the float model is one whose quantizers are off."""
-    from qdiff.metrics import DB_CAP
+    from qdiff.evaluation.metrics import DB_CAP
 
     if plan.quantized and any(error["sqnr_db"] >= DB_CAP for error in errors):
         raise RuntimeError("the quantized model's output equals the float model's: its quantizers are off")
 
 
 def floor_of(run: Run, name: str) -> float:
-    """A floor in dB (:class:`qdiff.recipe.Floors`) of the recipe that a run was quantized by."""
-    from qdiff.recipe import Floors
+    """A floor in dB (:class:`qdiff.plan.recipe.Floors`) of the recipe that a run was quantized by."""
+    from qdiff.plan.recipe import Floors
 
     return float((run.entry("quantize").get("floors") or Floors().model_dump())[name])
 
@@ -258,7 +258,7 @@ def _summary(run: Run) -> dict[str, Any]:
 
 def _dry_run(run: Run, decided: Decisions) -> dict[str, Any]:
     """Formats and bytes of every layer; nothing that only the work can decide."""
-    from qdiff.statistics import Statistics
+    from qdiff.recording.activation_statistics import Statistics
 
     model = reload_model(run)
     statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))

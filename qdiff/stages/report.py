@@ -6,22 +6,22 @@ import math
 import platform
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run, versions
 from qdiff.files import read_json
+from qdiff.runs.run import Run, versions
 from qdiff.stages.generate import CORRECTION
 from qdiff.stages.report_attention import attention_result, draw
 from qdiff.stages.report_routing import routing_result
 
 if TYPE_CHECKING:
-    from qdiff.plan import LayerPlan, Plan
-    from qdiff.report import AllocationResult, EngineResult, LayerResult, PromptResult
-    from qdiff.report_data import CorrectionResult
+    from qdiff.plan.plan import LayerPlan, Plan
+    from qdiff.report.data import CorrectionResult
+    from qdiff.report.page import AllocationResult, EngineResult, LayerResult, PromptResult
 
 
 def report(run: Run) -> dict[str, Any]:
     """Writes ``report.html`` and ``report.json`` from the manifest, the plan and the comparison (if there is one)."""
-    from qdiff.plan import Plan
-    from qdiff.report import write_report
+    from qdiff.plan.plan import Plan
+    from qdiff.report.page import write_report
 
     run.verify("quantize")
     for stage in ("correct", "compare"):
@@ -41,8 +41,8 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def gather(run: Run, plan: Plan) -> Any:
-    """The :class:`qdiff.report.ReportData` of a run."""
-    from qdiff.report import ModelInfo, Quality, ReportData, Sizes, StageResult, TimestepError
+    """The :class:`qdiff.report.page.ReportData` of a run."""
+    from qdiff.report.page import ModelInfo, Quality, ReportData, Sizes, StageResult, TimestepError
 
     calibrated, quantized = run.entry("calibrate"), run.entry("quantize")
     compared = read_json(run.file("compare.json"), "the comparison") if run.done("compare") else None
@@ -95,7 +95,7 @@ def gather(run: Run, plan: Plan) -> Any:
 
 def _correction(run: Run) -> CorrectionResult | None:
     """Corrections of the trajectory, of runs in which they were tried."""
-    from qdiff.report_data import CorrectionResult
+    from qdiff.report.data import CorrectionResult
 
     if not run.done("correct"):
         return None
@@ -106,7 +106,7 @@ def _correction(run: Run) -> CorrectionResult | None:
 
 def _allocation(run: Run) -> AllocationResult | None:
     """How formats were chosen, of runs with a mixed recipe."""
-    from qdiff.report import AllocationResult, PlanResult
+    from qdiff.report.page import AllocationResult, PlanResult
     from qdiff.stages.decisions import ALLOCATION, TABLE
 
     if ALLOCATION not in run.entry("quantize")["outputs"]:
@@ -164,7 +164,7 @@ def _artifacts(run: Run) -> dict[str, int]:
 
 
 def _prompts(compared: dict[str, Any] | None, best: dict[str, Any] | None) -> list[PromptResult]:
-    from qdiff.report import PromptResult
+    from qdiff.report.page import PromptResult
 
     if compared is None or best is None:
         return []
@@ -184,7 +184,7 @@ def _prompts(compared: dict[str, Any] | None, best: dict[str, Any] | None) -> li
 
 
 def _layers(run: Run, plan: Plan) -> list[LayerResult]:
-    from qdiff.report import LayerResult
+    from qdiff.report.page import LayerResult
 
     exports = {
         stage.partition(":")[2]: entry["realised"]
@@ -209,21 +209,21 @@ def _layers(run: Run, plan: Plan) -> list[LayerResult]:
 
 
 def _precision(layer: LayerPlan, found: dict[str, Any]) -> str:
-    """What a graph holds of a layer, in the words of :attr:`qdiff.plan.LayerPlan.precision`."""
+    """What a graph holds of a layer, in the words of :attr:`qdiff.plan.plan.LayerPlan.precision`."""
     names = ("weights", "by_token")
     realised = {**{name: found[name] for name in names}, "activations": found["activations"] or _plain(layer)}
     return layer.model_copy(update=realised).precision
 
 
 def _plain(layer: LayerPlan) -> str:
-    from qdiff.formats import format_named
+    from qdiff.formats.table import format_named
 
     return "float" if format_named(layer.activations).quantized else layer.activations
 
 
 def _engines(run: Run, compared: dict[str, Any] | None) -> list[EngineResult]:
     from qdiff.engines import ranked
-    from qdiff.report import EngineResult
+    from qdiff.report.page import EngineResult
 
     measured = {row["name"]: row for row in compared["engines"]} if compared else {}
     rows = []

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from qdiff.artifacts import Run
+from qdiff.runs.run import Run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qdiff.attention.plan import AttentionPlan
-    from qdiff.report import AttentionResult
+    from qdiff.plan.attention_plan import AttentionPlan
+    from qdiff.report.page import AttentionResult
 
 PICTURE = "attention.png"
 
 
 def attention_result(plan: AttentionPlan) -> AttentionResult:
     """Density, recall and error of every head."""
-    from qdiff.report import AttentionResult, HeadResult
+    from qdiff.report.page import AttentionResult, HeadResult
 
     edges = [*plan.edges, 0.0]
     groups = [f"{high:.2f} to {low:.2f}" for high, low in zip(edges, edges[1:], strict=False)]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qdiff.artifacts import Run
 from qdiff.files import read_json
+from qdiff.runs.run import Run
 from qdiff.stages.decisions import ROUTING
 
 if TYPE_CHECKING:
-    from qdiff.plan import Plan
-    from qdiff.report_data import RoutingResult
+    from qdiff.plan.plan import Plan
+    from qdiff.report.data import RoutingResult
 
 
 def routing_result(run: Run, plan: Plan) -> RoutingResult | None:
     """How precision changes with the step, of runs with a routed recipe."""
-    from qdiff.report_data import RoutesResult, RoutingResult
+    from qdiff.report.data import RoutesResult, RoutingResult
 
     if ROUTING not in run.entry("quantize")["outputs"]:
         return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qdiff.artifacts import Run
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import duration, log
 from qdiff.recipes import load_recipe
+from qdiff.runs.run import Run
 from qdiff.stages.attention import calibrate_attention, require_sparse
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
@@ -138,7 +138,7 @@ def _cannot_take(run: Run, engine: Engine) -> InputError | None:
         return None
     from qdiff.export.onnx_graph import check_target
     from qdiff.export.translations import TARGETS
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
 
     try:
         check_target(Plan.load(run.file("plan.json")), TARGETS[engine.target])

@@ -1,4 +1,5 @@
-"""Speeds of engines beside the float model: on the calls that the sampler made, each engine in turn (:mod:`qdiff.timing`).
+"""Speeds of engines beside the float model: on the calls that the sampler made, each engine in turn
+(:mod:`qdiff.evaluation.timing`).
 
 Pictures are made by one engine after the other, so their seconds say what the machine did meanwhile as much as what the engine
 can. The calls of the first batch of pictures are kept, and repeated here.
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from qdiff import device
-from qdiff.artifacts import Run
+from qdiff.evaluation.timing import LEAST_ROUNDS, Speed, take_turns
 from qdiff.events import log
 from qdiff.resources import release_memory
+from qdiff.runs.run import Run
 from qdiff.stages.build import load_runner
-from qdiff.timing import LEAST_ROUNDS, Speed, take_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ def measure_speeds(
 
 def _follows_steps(run: Run) -> bool:
     """Whether steps take different times: then all of a trajectory are timed, else as many as a few seconds hold."""
-    from qdiff.plan import Plan
+    from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
     return plan.routing is not None or plan.attention is not None

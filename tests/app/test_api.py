@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qdiff.images import read_metadata
+from qdiff.evaluation.images import read_metadata
 
 
 @pytest.fixture(scope="module")

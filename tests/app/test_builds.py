@@ -68,7 +68,7 @@ def test_a_build_that_fails_says_why(make_service):
 
 
 def test_the_time_comes_from_runs_of_the_same_model(finished, tmp_path):
-    from qdiff.artifacts import Run
+    from qdiff.runs.run import Run
 
     sources = Sources([finished.path], tmp_path)
     expected = _expected(tmp_path, Weights("pixart", "random:pixart-tiny"), 32, ["openvino"], sources)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from qdiff.app.plan_picture import inspect, route_map
 from qdiff.app.sources import Sources
-from qdiff.report_data import RoutesResult, RoutingResult
-from qdiff.routing.plan import REUSE
+from qdiff.plan.routing_plan import REUSE
+from qdiff.report.data import RoutesResult, RoutingResult
 
 ROUTING = RoutingResult(
     recipes=["int8", "nvfp4"],

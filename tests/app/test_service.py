@@ -11,7 +11,7 @@ import pytest
 from qdiff.app.limits import Limits
 from qdiff.app.settings import Settings
 from qdiff.errors import InputError, MemoryExhaustedError
-from qdiff.images import read_metadata
+from qdiff.evaluation.images import read_metadata
 
 
 def test_a_picture_says_how_it_was_made_and_can_be_made_again(service, draw):
@@ -169,7 +169,7 @@ def test_errors_name_no_path_of_this_machine(service, finished, draw):
 
 
 def test_a_changed_engine_is_refused(make_service, spoilt):
-    from qdiff.artifacts import Run
+    from qdiff.runs.run import Run
 
     folder = spoilt / Run(spoilt).entry("build:openvino")["folder"]
     file = max(folder.iterdir(), key=lambda path: path.stat().st_size)

@@ -8,7 +8,7 @@ import pytest
 
 from qdiff.app.settings import Settings
 from qdiff.errors import InputError
-from qdiff.video import read_metadata
+from qdiff.evaluation.video import read_metadata
 
 
 @pytest.fixture(scope="module")

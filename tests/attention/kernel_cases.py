@@ -11,7 +11,9 @@ import os
 import pytest
 import torch
 
-from qdiff.attention import aot, emulator, gpu, kernel, moments_kernel, oracle, pack_kernel, packing
+from qdiff.attention import emulator, oracle, packing
+from qdiff.attention.kernels import aot, gpu, pack, sparse_attention
+from qdiff.attention.kernels import moments as moments_kernel
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.nodes import KEYS, PRODUCT, QUERIES, VALUES, WHOLE, AttentionNode
 from qdiff.attention.numerics import NUMERICS
@@ -84,7 +86,7 @@ def emulated(packed, order, lists, tiling, numerics, **options):
     its FP8 tensor cores."""
     row, bits = NUMERICS[numerics], None if INTERPRETED else emulator.FP22_MANTISSA
     constants = gpu.tuned(packed.q.shape[-1], row, tiling, CAPABILITY) | options
-    launch = kernel.Launch(packed.q.shape[-1], row, tiling.block_q, tiling.block_k, **constants)
+    launch = sparse_attention.Launch(packed.q.shape[-1], row, tiling.block_q, tiling.block_k, **constants)
     return emulator.attend(packed, order, lists, tiling, row, tile=launch.keys, accumulator_bits=bits)
 
 
@@ -151,10 +153,10 @@ def test_tiles_of_a_block(tile):
 @pytest.mark.skipif(CAPABILITY != gpu.HOPPER, reason="no Hopper here")
 @pytest.mark.parametrize(("numerics", "in_gluon"), [("int8_fp8", True), ("bf16", True), ("fp8", False)])
 def test_a_hopper_has_its_own_kernel(numerics, in_gluon, monkeypatch):
-    from qdiff.attention import hopper_kernel
+    from qdiff.attention.kernels import hopper
 
     tiling, calls = TILINGS["wide text"], []
-    monkeypatch.setattr(hopper_kernel, "attend_packed", lambda *given: calls.append(given) or given[-1])
+    monkeypatch.setattr(hopper, "attend_packed", lambda *given: calls.append(given) or given[-1])
     q, k, v = heads_of(tiling, 128)
     attend(q, k, v, lists_of(tiling)[0], BlockLists.full(HEADS, tiling), tiling, numerics)
     assert bool(calls) == in_gluon
@@ -205,8 +207,8 @@ def even(tiling, width=2):
 
 
 def on_device(packed, tiling, numerics):
-    operands = vars(pack_kernel.Operands.of(packed, tiling, NUMERICS[numerics])).values()
-    return pack_kernel.Operands(*(None if x is None else x.to(DEVICE) for x in operands))
+    operands = vars(pack.Operands.of(packed, tiling, NUMERICS[numerics])).values()
+    return pack.Operands(*(None if x is None else x.to(DEVICE) for x in operands))
 
 
 @pytest.mark.parametrize(("numerics", "name"), with_some_numerics(("no text",), ("short text",), ("whole blocks",)))
@@ -220,10 +222,10 @@ def test_lists_as_a_graph_has_them(numerics, name):
     moved = on_device(packing.pack(q, k, v, order, tiling, NUMERICS[numerics]), tiling, numerics)
     found = []
     for matrix, rows in ((False, lists.by_row(tiling)), (True, (everyone.bounds[HEADS:].int(), everyone.blocks))):
-        launch = kernel.Launch(64, NUMERICS[numerics], tiling.block_q, tiling.block_k, matrix=matrix)
+        launch = sparse_attention.Launch(64, NUMERICS[numerics], tiling.block_q, tiling.block_k, matrix=matrix)
         out = torch.full_like(q, torch.nan, device=DEVICE)
         given = tuple(x.to(DEVICE) for x in rows)
-        found.append(kernel.attend_packed(moved, order.int().to(DEVICE), given, tiling, launch, out).cpu())
+        found.append(sparse_attention.attend_packed(moved, order.int().to(DEVICE), given, tiling, launch, out).cpu())
     assert torch.equal(*found) and bool(torch.isfinite(found[0]).all())
 
 
@@ -233,11 +235,11 @@ def test_no_list_leads_outside_the_keys():
     q, k, v = heads_of(tiling, 64)
     order, _ = lists_of(tiling)
     moved = on_device(packing.pack(q, k, v, order, tiling, NUMERICS["int8_fp8"]), tiling, "int8_fp8")
-    launch = kernel.Launch(64, NUMERICS["int8_fp8"], tiling.block_q, tiling.block_k, matrix=True)
+    launch = sparse_attention.Launch(64, NUMERICS["int8_fp8"], tiling.block_q, tiling.block_k, matrix=True)
     blocks = torch.tensor([NOTHING, 2**30, -(2**31)], dtype=torch.int32).expand(tiling.rows, -1).contiguous()
     rows = (torch.tensor([-5, 2**30, 2], dtype=torch.int32).to(DEVICE), blocks.to(DEVICE))
     out = torch.full_like(q, torch.nan, device=DEVICE)
-    found = kernel.attend_packed(moved, order.int().to(DEVICE), rows, tiling, launch, out)
+    found = sparse_attention.attend_packed(moved, order.int().to(DEVICE), rows, tiling, launch, out)
     assert bool(torch.isfinite(found).all())
 
 
@@ -276,17 +278,19 @@ def test_the_plugins_of_an_engine(numerics, size, name, dtype):
     places, blocks, bounds = (x.to(DEVICE) for x in (order.int(), lists.blocks, lists.bounds.int()))
     k_mean, v_mean = (x.float().mean(dim=2, keepdim=True) for x in (k, v))
     v_scale = (v.float() - v_mean).abs().amax(dim=2, keepdim=True) / 448
-    sizes, rows = (row, tiling, HEADS, size), pack_kernel.pack_rows_kernel
+    sizes, rows = (row, tiling, HEADS, size), pack.pack_rows_kernel
     coded = ["codes"] if row.scores == "fp8" else []
     q8, q_scale = run(QUERIES, rows, aot.rows_constants(*sizes, False), coded, q, places)
     k8, k_scale = run(KEYS, rows, aot.rows_constants(*sizes, True), coded, k, k_mean, places)
     columns = aot.columns_constants(*sizes)
-    (v8,) = run(VALUES, pack_kernel.pack_columns_kernel, columns, ["codes"], v, v_mean, v_scale, places)
-    launch = kernel.Launch(size, row, tiling.block_q, tiling.block_k, kernel.is_partial(tiling), 1.0, matrix=True)
+    (v8,) = run(VALUES, pack.pack_columns_kernel, columns, ["codes"], v, v_mean, v_scale, places)
+    launch = sparse_attention.Launch(
+        size, row, tiling.block_q, tiling.block_k, sparse_attention.is_partial(tiling), 1.0, matrix=True
+    )
     coded = ["q", "k", "v"] if row.scores == "fp8" else ["v"]
     operands = (q8, k8, v8, q_scale, k_scale, v_scale, v_mean, places, bounds, blocks)
     constants = launch.constants | launch.options
-    (ours,) = run(PRODUCT, kernel.sparse_attention_kernel, constants, coded, *operands)
+    (ours,) = run(PRODUCT, sparse_attention.sparse_attention_kernel, constants, coded, *operands)
     packed = packing.pack(q.cpu(), k.cpu(), v.cpu(), order, tiling, row)
     bits = None if INTERPRETED else emulator.FP22_MANTISSA
     same = emulator.attend(packed, order, lists, tiling, row, 1.0, tile=launch.keys, accumulator_bits=bits)
@@ -317,11 +321,11 @@ def test_what_is_skipped_is_not_read(numerics, size):
     order, masks = lists_of(tiling)
     masks[:, :, 1] = False
     constants = gpu.tuned(size, NUMERICS[numerics], tiling, CAPABILITY)
-    launch = kernel.Launch(size, NUMERICS[numerics], tiling.block_q, tiling.block_k, **constants)
+    launch = sparse_attention.Launch(size, NUMERICS[numerics], tiling.block_q, tiling.block_k, **constants)
 
     def run(packed, masks):
-        operands = vars(pack_kernel.Operands.of(packed, tiling, NUMERICS[numerics])).values()
-        moved = pack_kernel.Operands(*(None if x is None else x.to(DEVICE) for x in operands))
+        operands = vars(pack.Operands.of(packed, tiling, NUMERICS[numerics])).values()
+        moved = pack.Operands(*(None if x is None else x.to(DEVICE) for x in operands))
         rows = tuple(x.to(DEVICE) for x in BlockLists.of_masks(masks).by_row(tiling))
         out = torch.full_like(q, torch.nan, device=DEVICE)
         return gpu.attend_packed(moved, order.int().to(DEVICE), rows, tiling, launch, out).cpu()
@@ -353,12 +357,12 @@ def test_packs_as_packing_does(numerics, size, dtype, name):
     order, _ = lists_of(tiling)
     moved = (x.to(DEVICE) for x in (q, k, v))
     packed = packing.pack(q, k, v, order, tiling, NUMERICS[numerics])
-    theirs = pack_kernel.Operands.of(packed, tiling, NUMERICS[numerics])
+    theirs = pack.Operands.of(packed, tiling, NUMERICS[numerics])
     moments = None
     if numerics in CODED:
         means = k.mean(dim=2, dtype=torch.float32), theirs.v_mean, theirs.v_scale
         moments = moments_kernel.Moments(*(x.to(DEVICE).contiguous() for x in means))
-    ours = pack_kernel.pack(*moved, order.int().to(DEVICE), tiling, NUMERICS[numerics], moments)
+    ours = pack.pack(*moved, order.int().to(DEVICE), tiling, NUMERICS[numerics], moments)
     for part, reference in vars(theirs).items():
         if part in ("v_mean", "v_scale"):
             continue  # given

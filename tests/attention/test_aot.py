@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
-from qdiff.attention import aot
-from qdiff.attention.kernel import Launch
+from qdiff.attention.kernels import aot
+from qdiff.attention.kernels.sparse_attention import Launch
 from qdiff.attention.numerics import NUMERICS
 from qdiff.errors import InputError, IntegrityError
 

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
-from qdiff.attention import aot, gpu
-from qdiff.attention.kernel import Launch
+from qdiff.attention.kernels import aot, gpu
+from qdiff.attention.kernels.sparse_attention import Launch
 from qdiff.attention.lists import Tiling
 from qdiff.attention.numerics import NUMERICS
 from qdiff.errors import InputError

@@ -9,10 +9,10 @@ from qdiff.attention import masks
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.orders import candidates, order_named
 from qdiff.attention.packing import at_places, from_places
-from qdiff.attention.plan import AttentionPlan
 from qdiff.attention.schedule import Schedule, edges_of, one_timestep
 from qdiff.attention.sparse import load_masks, save_masks
 from qdiff.errors import InputError, IntegrityError
+from qdiff.plan.attention_plan import AttentionPlan
 
 GRIDS = ((17, 8, 8), (1, 16, 16), (3, 5, 7), (2, 1, 9), (5, 30, 45))
 

@@ -51,7 +51,7 @@ def test_every_command_and_option_has_its_turn(finished, tmp_path):
     """As typer declares them: nothing has to be listed twice."""
     import typer
 
-    from qdiff import cli
+    from qdiff.cli import commands as cli
 
     material, rng = Material(finished.path, tmp_path / "work"), random.Random(0)
     words = [word for _ in range(3_000) for word in commands.command_line(rng, material)]

@@ -19,9 +19,9 @@ from bench.ptq.material import NotTheSameLayersError
 from bench.ptq.report import markdown
 from bench.ptq.rows import ROWS, Row, named
 from bench.ptq.shared import Settings, Shared
-from qdiff import ops
-from qdiff.formats import FORMATS
-from qdiff.metrics import sqnr_db
+from qdiff.evaluation.metrics import sqnr_db
+from qdiff.formats.table import FORMATS
+from qdiff.nn import ops
 from qdiff.recipes import built_in
 
 TINY = Settings(weights="random:pixart-tiny", pictures=1, samples=2, held_out=1, steps=3)

@@ -23,8 +23,8 @@ from qdiff.calib.record import Recording, record
 from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError, IntegrityError
 from qdiff.models.base import quantizable_layers
-from qdiff.statistics import HISTOGRAM_STEP, InputStatistics, Statistics
-from qdiff.trajectory import Trajectory
+from qdiff.recording.activation_statistics import HISTOGRAM_STEP, InputStatistics, Statistics
+from qdiff.recording.trajectory import Trajectory
 
 TIMES = [999.0 - 20 * i for i in range(50)]
 

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from qdiff.artifacts import Run
 from qdiff.calib.record import Recording, record
 from qdiff.files import read_json
 from qdiff.models import FAMILIES
+from qdiff.recording.trajectory import Trajectory
+from qdiff.runs.run import Run
 from qdiff.stages.calibrate import guidance_range, options_of
 from qdiff.stages.generate import guidance_warning
-from qdiff.trajectory import Trajectory
 
 TINY = ("--weights", "random:pixart-tiny", "--samples", 4, "--steps", 3, "--batch", 1)
 

@@ -14,7 +14,7 @@ from qdiff.calib.record import Recording, joined, record
 from qdiff.errors import InputError
 from qdiff.models import FAMILIES
 from qdiff.models.base import Model
-from qdiff.trajectory import Trajectory
+from qdiff.recording.trajectory import Trajectory
 from tests.published_folders import BETAS
 
 SCHEDULERS = {

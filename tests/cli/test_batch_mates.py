@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdiff.artifacts import Run
-from qdiff.checkpoint import load_quantized
 from qdiff.engines import Runner
 from qdiff.engines.eager import ModuleRunner
 from qdiff.engines.pipeline import insert
-from qdiff.metrics import sqnr_db
+from qdiff.evaluation.metrics import sqnr_db
 from qdiff.models import FAMILIES
 from qdiff.models.base import Model, NamedInputs, Request
-from qdiff.plan import Plan
+from qdiff.plan.plan import Plan
+from qdiff.quantization.checkpoint import load_quantized
 from qdiff.recipes import built_in, load_recipe
+from qdiff.runs.run import Run
 from qdiff.stages.build import load_runner
 
 PROMPTS, SEEDS = ["a red apple", "a rocket on a blue background", "two cats, asleep"], [7, 8, 9]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.costs import DEVICES, MEASURED_ON
+from qdiff.allocation.costs import DEVICES, MEASURED_ON
 from qdiff.engines.base import ENGINES
 from qdiff.errors import InputError, UsageError
 from qdiff.files import read_json
-from qdiff.layers import HalfLinear, LinearForm, QuantLinear, TimestepClock
-from qdiff.plan import LayerPlan
+from qdiff.nn.quant_linear import HalfLinear, LinearForm, QuantLinear, TimestepClock
+from qdiff.plan.plan import LayerPlan
 from qdiff.stages.layer_times import LayerTimes
 
 

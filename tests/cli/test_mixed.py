@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qdiff.files import read_json
-from qdiff.plan import Plan
+from qdiff.plan.plan import Plan
 
 FOUR = (
     "{version: 1, name: four, scheme: {weights: int4_g32, activations: int8}, methods: {}, "
@@ -29,9 +29,9 @@ def test_a_finished_quantization_is_not_touched_without_force(spoilt, fails, wis
 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_measured(spoilt, fails, wish, monkeypatch):
-    import qdiff.sensitivity
+    import qdiff.allocation.sensitivity
 
-    monkeypatch.setattr(qdiff.sensitivity, "measure", None)
+    monkeypatch.setattr(qdiff.allocation.sensitivity, "measure", None)
     fails(3, "below", "quantize", spoilt, *wish, "--budget", "bits=3", "--force")
     fails(3, "unknown device 'rtx-9090'", "quantize", spoilt, *wish, "--set", "mixed.device=rtx-9090", "--force")
     pattern = "mixed.minimum={pixart: {'blocks.*': int8}}"
@@ -55,9 +55,9 @@ def test_formats_by_budget_and_another_budget_without_measuring_again(spoilt, cl
     table = read_json(spoilt / "sensitivity.json", "the sensitivities")
     assert len(table["errors"]) == len(made["groups"]) and len(table["timesteps"]) == 3
 
-    import qdiff.sensitivity
+    import qdiff.allocation.sensitivity
 
-    monkeypatch.setattr(qdiff.sensitivity, "measure", None)
+    monkeypatch.setattr(qdiff.allocation.sensitivity, "measure", None)
     assert cli("quantize", spoilt, *wish, "--budget", "bits=6.6", "--force").code == 0
     assert read_json(spoilt / "sensitivity.json", "the sensitivities") == table
     fewer = read_json(spoilt / "allocation.json", "the allocation")
@@ -70,18 +70,18 @@ def test_formats_by_budget_and_another_budget_without_measuring_again(spoilt, cl
 
 
 def test_a_killed_run_goes_on_with_the_plan_that_it_had_chosen(spoilt, cli, wish, monkeypatch):
-    import qdiff.mixing
-    import qdiff.quantize
+    import qdiff.allocation.mixed
+    import qdiff.quantization.quantize
 
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     arguments = ("quantize", spoilt, *wish, "--budget", "bits=7")
     with monkeypatch.context() as patch:
-        patch.setattr(qdiff.quantize, "carry_out", killed)
+        patch.setattr(qdiff.quantization.quantize, "carry_out", killed)
         assert cli(*arguments, "--force").code != 0
     with monkeypatch.context() as patch:
-        patch.setattr(qdiff.mixing, "decide", None)
+        patch.setattr(qdiff.allocation.mixed, "decide", None)
         assert cli(*arguments).code == 0, "without force: it goes on"
     made = read_json(spoilt / "allocation.json", "the allocation")
     assert made["budget"] == 7 and made["solutions"][made["chosen"]]["psnr_db"] is not None

@@ -80,7 +80,7 @@ def test_models_and_recordings_with_nothing_in_them(cli, fails, tmp_path):
 
 
 def test_a_damaged_engine_is_not_called_built(spoilt, cli, fails):
-    from qdiff.artifacts import Run
+    from qdiff.runs.run import Run
 
     assert cli("build", spoilt, "--engine", "openvino", "--force").code == 0
     folder = spoilt / Run(spoilt).entry("build:openvino")["folder"]

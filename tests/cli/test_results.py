@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qdiff.engines import integer_products
-from qdiff.images import read_metadata
+from qdiff.evaluation.images import read_metadata
 
 CALIBRATE = ["calibrate", "--weights", "random:pixart-tiny", "--samples", "2", "--steps", "2"]
 

@@ -8,16 +8,16 @@ from importlib import resources
 import pytest
 import torch
 
-from qdiff.artifacts import Run
-from qdiff.checkpoint import load_quantized
 from qdiff.errors import InputError
 from qdiff.files import read_json
 from qdiff.models import FAMILIES
-from qdiff.plan import Plan
+from qdiff.plan.plan import Plan
+from qdiff.plan.routing_plan import REUSE
+from qdiff.quantization.checkpoint import load_quantized
+from qdiff.recording.trajectory import Trajectory
 from qdiff.routing.follow import predict
-from qdiff.routing.plan import REUSE
+from qdiff.runs.run import Run
 from qdiff.stages.build import load_runner
-from qdiff.trajectory import Trajectory
 
 SETTINGS = ("--weights", "random:pixart-tiny", "--samples", 4, "--batch", 2, "--steps", 6)
 ROUTED = ("--recipe", "routed", "--set", "routing.pictures=1", "--set", "routing.rule=table")
@@ -115,12 +115,12 @@ def test_an_engine_takes_the_routes_and_deltas_that_torch_takes(routed, engine, 
 
 
 def test_one_route_for_all_is_the_recipe_itself(calibrated):
-    from qdiff.candidates import with_own_backbone
-    from qdiff.quantize import quantize
+    from qdiff.allocation.assemble import Version, assemble, joined_plan, share_clock
+    from qdiff.allocation.candidates import with_own_backbone
+    from qdiff.quantization.quantize import quantize
     from qdiff.recipes import load_recipe
-    from qdiff.routing.assemble import Version, assemble, joined_plan, share_clock
+    from qdiff.recording.activation_statistics import Statistics
     from qdiff.stages.calibrate import reload_model
-    from qdiff.statistics import Statistics
 
     model, trajectory = reload_model(Run.existing(calibrated)), Trajectory(calibrated / "calibration")
     statistics = Statistics.load(calibrated / "calibration" / "statistics.safetensors")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from qdiff.artifacts import Run
 from qdiff.engines import choose
+from qdiff.runs.run import Run
 from qdiff.stages.build import make_options
 
 

@@ -7,15 +7,15 @@ import shutil
 import pytest
 import torch
 
-from qdiff.artifacts import Run
 from qdiff.attention.sparse import SIDECAR, board_of, load_masks, schedule_of
-from qdiff.checkpoint import load_quantized
 from qdiff.events import Progress
 from qdiff.files import read_json
 from qdiff.models import FAMILIES
-from qdiff.plan import Plan
+from qdiff.plan.plan import Plan
+from qdiff.quantization.checkpoint import load_quantized
+from qdiff.recording.trajectory import Trajectory
 from qdiff.routing.follow import predict
-from qdiff.trajectory import Trajectory
+from qdiff.runs.run import Run
 
 SETTINGS = ("--model", "wan", "--weights", "random:wan-tiny", "--samples", 2, "--steps", 8, "--batch", 2)
 
@@ -195,7 +195,7 @@ def test_masses_are_those_of_all_probabilities(joint):
 def test_blocks_with_branches_follow_lists_in_each_of_them(routed):
     from qdiff.engines import choose
     from qdiff.errors import UsageError
-    from qdiff.routing.plan import REUSE
+    from qdiff.plan.routing_plan import REUSE
     from qdiff.stages.build import load_runner, make_options
 
     run, plan = Run.existing(routed), Plan.load(routed / "plan.json")
@@ -225,7 +225,7 @@ def test_calibration_of_attention_resumes(sparse, monkeypatch):
     """A killed calibration goes on with the next pass, to the same numbers."""
     from qdiff.attention.statistics import AttentionStatistics
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
-    from qdiff.scratch import Scratch
+    from qdiff.runs.partial import Scratch
     from qdiff.stages.calibrate import reload_model
 
     run = Run.existing(sparse)

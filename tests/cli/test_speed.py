@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qdiff import timing
+from qdiff.evaluation import timing
 
 
 @pytest.fixture(scope="module")

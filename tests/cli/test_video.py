@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
+from qdiff.evaluation.video import read_metadata
 from qdiff.files import read_json
-from qdiff.trajectory import Trajectory
-from qdiff.video import read_metadata
+from qdiff.recording.trajectory import Trajectory
 
 
 def test_a_run_has_clips_and_says_how_they_move(filmed):

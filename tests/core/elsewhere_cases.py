@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qdiff.artifacts import Run
+from qdiff.runs.run import Run
 from tests.elsewhere import watched
 
 
@@ -15,8 +15,8 @@ def decide_unsaved(run: Run) -> None:
     """What was seen of attention is of the host before it went through a file, too."""
     from qdiff.attention.sparse import decide
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
+    from qdiff.recording.trajectory import Trajectory
     from qdiff.stages.calibrate import reload_model
-    from qdiff.trajectory import Trajectory
 
     model = reload_model(run)
     trajectory = Trajectory(run.file("calibration"), model.device)

@@ -21,9 +21,9 @@ class Denoised(Exception):
 
 def main(run_folder: str, folder: str, *names: str) -> None:
     """Write the last latents of each engine, and what it said of its integer products."""
-    from qdiff.artifacts import Run
     from qdiff.engines import choose
     from qdiff.files import save_tensors
+    from qdiff.runs.run import Run
     from qdiff.stages.build import default_engine
     from qdiff.stages.calibrate import reload_model
     from qdiff.stages.generate import Session, make_request

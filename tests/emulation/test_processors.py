@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qdiff.artifacts import Run
-from qdiff.metrics import psnr
+from qdiff.evaluation.metrics import psnr
+from qdiff.runs.run import Run
 from qdiff.stages.calibrate import reload_model
 
 QEMU = shutil.which("qemu-x86_64")

@@ -7,12 +7,12 @@ import gc
 import torch
 
 from qdiff.attention.lists import BlockLists, Tiling
-from qdiff.attention.plan import BLOCKS, BOUNDS
 from qdiff.attention.schedule import Schedule
 from qdiff.engines.base import Runner
 from qdiff.engines.hoisted import HoistedRunner
 from qdiff.engines.inputs import Copies, TensorSpec, conform
 from qdiff.engines.scheduled import ScheduledRunner
+from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 from tests.elsewhere import watched
 
 

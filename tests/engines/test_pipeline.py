@@ -9,7 +9,7 @@ from qdiff.engines import ModuleRunner, Runner
 from qdiff.engines.hoisted import same_bytes
 from qdiff.engines.pipeline import EngineBackbone, insert, replace
 from qdiff.errors import InputError
-from qdiff.images import to_pixels
+from qdiff.evaluation.images import to_pixels
 from qdiff.models import FAMILIES
 from qdiff.models.base import NamedInputs, Request
 from qdiff.stages.generate import simulate

@@ -17,8 +17,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this system")
 
-from qdiff.attention import aot
-from qdiff.attention.kernel import Launch
+from qdiff.attention.kernels import aot
+from qdiff.attention.kernels.sparse_attention import Launch
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.nodes import KEYS, PARTS, PLUGIN_ATTRIBUTES, PRODUCT, QUERIES, VALUES, WHOLE, AttentionNode
 from qdiff.attention.numerics import NUMERICS
@@ -272,7 +272,7 @@ class Graph:
     """The exported graph of one attention, and what it is given."""
 
     def __init__(self, path, numerics="int8_fp8", size=64, tiling=Tiling(300, 17, 64, 64), batch=2):  # noqa: B008
-        import qdiff.ops  # noqa: F401
+        import qdiff.nn.ops  # noqa: F401
         from qdiff.export.onnx_graph import write_graph
         from qdiff.export.translations import TARGETS
 
@@ -371,10 +371,10 @@ def test_lists_are_padded_to_what_the_engine_is_for():
     """After the last bound comes what nobody reads; an engine of any width gets them as they are."""
     from types import SimpleNamespace
 
-    from qdiff.attention.plan import BLOCKS, BOUNDS
     from qdiff.attention.schedule import Schedule
     from qdiff.engines.inputs import TensorSpec
     from qdiff.engines.scheduled import ScheduledRunner
+    from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
     tiling = Tiling(256, 0, 64, 64)
     masks = torch.eye(4, dtype=torch.bool).expand(2, -1, -1)
@@ -396,7 +396,7 @@ def test_lists_are_padded_to_what_the_engine_is_for():
 def test_the_usual_profile_of_such_an_engine_has_one_size(monkeypatch):
     from types import SimpleNamespace
 
-    from qdiff.attention.plan import BLOCKS, BOUNDS
+    from qdiff.plan.attention_plan import BLOCKS, BOUNDS
     from qdiff.stages import build
 
     attention = SimpleNamespace(heads=4, grid=(4, 16, 16), block_k=128, block_q=128, density=0.3)

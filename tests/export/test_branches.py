@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff import ops
 from qdiff.export.branches import sink_branches
 from qdiff.export.onnx_graph import write_graph
 from qdiff.export.translations import TARGETS
-from qdiff.protobuf import graphs, nodes
+from qdiff.graphs.walk import graphs, nodes
+from qdiff.nn import ops
 
 
 class Chain(nn.Module):

@@ -15,19 +15,19 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from qdiff import ops
-from qdiff.checkpoint import load_quantized
 from qdiff.engines import BuildOptions, choose
 from qdiff.errors import InputError, IntegrityError, QualityGateError
+from qdiff.evaluation.metrics import cosine
 from qdiff.export import checks, parity
 from qdiff.export.onnx_graph import check_target
 from qdiff.export.translations import TARGETS, table_for
 from qdiff.files import open_tensors
-from qdiff.metrics import cosine
 from qdiff.models import FAMILIES
-from qdiff.plan import Plan
+from qdiff.nn import ops
+from qdiff.plan.plan import Plan
+from qdiff.quantization.checkpoint import load_quantized
+from qdiff.recording.trajectory import Trajectory
 from qdiff.stages.quantize import FLOAT_PREDICTIONS
-from qdiff.trajectory import Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +272,9 @@ def test_a_damaged_file_is_no_onnx(finished, tmp_path):
 
 def test_quantized_differs_from_float_and_recipes_from_each_other(finished, plan, quantized, tiny):
     """The guard: every method of the recipe changes the output, none of them into the float model's."""
-    from qdiff.quantize import quantize
+    from qdiff.quantization.quantize import quantize
     from qdiff.recipes import load_recipe
-    from qdiff.statistics import Statistics
+    from qdiff.recording.activation_statistics import Statistics
 
     step = next(iter(Trajectory(finished.path / "calibration")))
     statistics = Statistics.load(finished.path / "calibration" / "statistics.safetensors")

@@ -18,21 +18,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdiff import protobuf
 from qdiff.engines import BuildOptions, Profile, choose, integer_products
 from qdiff.errors import InputError
+from qdiff.evaluation.metrics import sqnr_db
 from qdiff.export import support
 from qdiff.export.codes import bytes_as_codes
 from qdiff.export.emulation import emulated
 from qdiff.export.onnx_graph import InComputeDtype, write_graph
 from qdiff.export.reading import Graph, Realised
 from qdiff.export.translations import TARGETS, Target
-from qdiff.formats import FORMATS, format_named
-from qdiff.layers import LinearForm, QuantLinear
-from qdiff.metrics import sqnr_db
-from qdiff.packing import pack, unpack
-from qdiff.rotations import hadamard, outlier_rotation
-from qdiff.weights import quantize_weight
+from qdiff.formats.packing import pack, unpack
+from qdiff.formats.table import FORMATS, format_named
+from qdiff.formats.weight import quantize_weight
+from qdiff.graphs import walk
+from qdiff.nn.quant_linear import LinearForm, QuantLinear
+from qdiff.nn.rotations import hadamard, outlier_rotation
 
 COLUMNS, ROWS = 256, 96
 PLAIN = "float16"
@@ -279,8 +279,8 @@ def test_onnxruntime_gets_codes_of_six_bits_as_int8(tmp_path, branched):
         path = in_a_branch(path, tmp_path / "branch.onnx")
     model = onnx.load(path, load_external_data=False)
     codes = take_out_unpacking(model, path.parent)
-    assert not [node.op_type for node in protobuf.nodes(model.graph) if node.op_type.startswith("Unpack_")]
-    assert not [each.name for each in protobuf.initializers(model.graph) if each.name.endswith(".codes")]
+    assert not [node.op_type for node in walk.nodes(model.graph) if node.op_type.startswith("Unpack_")]
+    assert not [each.name for each in walk.initializers(model.graph) if each.name.endswith(".codes")]
     for name, layer in wanted.items():
         (found,) = (values for key, values in codes.items() if f".{name}." in key)
         expected = unpack(layer.codes, format_named(layer.form.weights)).numpy()

@@ -17,7 +17,7 @@ from qdiff.errors import InputError, UsageError
 from qdiff.export.hoist import write_parts
 from qdiff.export.onnx_graph import write_graph
 from qdiff.export.translations import TARGETS
-from qdiff.graph_files import parts_of, read
+from qdiff.graphs.parts import parts_of, read
 
 SOURCES = {"prompt": frozenset({"text", "mask"}), "timestep": frozenset({"t"})}
 NAMES = ["x", "text", "mask", "t"]

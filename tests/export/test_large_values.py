@@ -9,13 +9,13 @@ import onnx
 import pytest
 import torch
 
-from qdiff.artifacts import Run
 from qdiff.engines import BuildOptions, choose
+from qdiff.evaluation.metrics import sqnr_db
 from qdiff.export.onnx_graph import write_graph
 from qdiff.export.precision import fitting_target
 from qdiff.export.translations import TARGETS
-from qdiff.layers import LinearForm, QuantLinear
-from qdiff.metrics import sqnr_db
+from qdiff.nn.quant_linear import LinearForm, QuantLinear
+from qdiff.runs.run import Run
 from qdiff.stages.export import export
 
 

@@ -13,16 +13,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from made_up import made_up_family
 
-from qdiff.artifacts import Run
 from qdiff.calib.collect import find_groups
-from qdiff.plan import Plan
+from qdiff.plan.plan import Plan
+from qdiff.recording.activation_statistics import Statistics
+from qdiff.recording.trajectory import Trajectory
+from qdiff.runs.run import Run
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
 from qdiff.stages.compare import compare
 from qdiff.stages.export import export
 from qdiff.stages.quantize import quantize
-from qdiff.statistics import Statistics
-from qdiff.trajectory import Trajectory
 
 
 @pytest.fixture(scope="module")

@@ -10,22 +10,22 @@ import onnx
 import pytest
 import torch
 
-from qdiff.artifacts import Run
-from qdiff.checkpoint import load_quantized
-from qdiff.drafting import change
-from qdiff.edited_plan import read, settle
 from qdiff.engines import choose
+from qdiff.evaluation.metrics import sqnr_db
 from qdiff.export.reading import Graph
-from qdiff.metrics import sqnr_db
 from qdiff.models import FAMILIES
-from qdiff.plan import Plan
-from qdiff.quantize import quantize_as_planned
+from qdiff.plan.plan import Plan
+from qdiff.quantization.checkpoint import load_quantized
+from qdiff.quantization.edited_plan import read, settle
+from qdiff.quantization.layer_plans import change
+from qdiff.quantization.quantize import quantize_as_planned
+from qdiff.recording.activation_statistics import Statistics
+from qdiff.recording.trajectory import Trajectory
+from qdiff.runs.run import Run
 from qdiff.stages.build import build, load_runner
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
 from qdiff.stages.export import export
 from qdiff.stages.quantize import quantize
-from qdiff.statistics import Statistics
-from qdiff.trajectory import Trajectory
 
 MODELS = {"sd": ("random:sd-tiny", "onnxruntime"), "sdxl": ("random:sdxl-tiny", "tensorrt")}
 

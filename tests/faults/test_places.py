@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdiff.artifacts import Run
 from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, read_json, temporary_beside, write_text
-from qdiff.scratch import Scratch
+from qdiff.runs.partial import Scratch
+from qdiff.runs.run import Run
 
 
 @pytest.fixture(autouse=True)

@@ -128,12 +128,14 @@ def test_shell_lines_are_taken_apart():
 @pytest.fixture(scope="module")
 def command():
     """The command line as an object that can parse without running."""
-    pytest.importorskip("qdiff.cli", reason="there is no qdiff/cli.py yet", exc_type=ModuleNotFoundError)
+    pytest.importorskip(
+        "qdiff.cli.commands", reason="there is no qdiff/cli/commands.py yet", exc_type=ModuleNotFoundError
+    )
     import typer
 
-    import qdiff.cli
+    import qdiff.cli.commands
 
-    applications = [value for value in vars(qdiff.cli).values() if isinstance(value, typer.Typer)]
+    applications = [value for value in vars(qdiff.cli.commands).values() if isinstance(value, typer.Typer)]
     return typer.main.get_command(applications[0])
 
 

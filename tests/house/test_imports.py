@@ -108,7 +108,9 @@ def test_the_core_has_no_backend_at_module_level(shipped):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", ["qdiff", "qdiff.registry", "qdiff.artifacts", "qdiff.cli"])
+@pytest.mark.parametrize(
+    "module", ["qdiff", "qdiff.registry", "qdiff.runs.run", "qdiff.cli.commands", "qdiff.cli.main"]
+)
 def test_import_is_lean(module, shipped):
     if module not in {source.module for source in shipped}:
         pytest.skip(f"there is no {module} yet")

@@ -86,7 +86,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel, files):
 def test_the_wheel_has_its_licence_and_its_command(wheel):
     info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
     assert any(name.startswith(f"{info}/licenses/LICENSE") for name in wheel.namelist())
-    assert "qdiff = qdiff.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "qdiff = qdiff.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
 def test_the_wheel_works_by_itself(wheel, tmp_path):

@@ -1,0 +1,192 @@
+"""The quantized checkpoint: a backbone whose layers are packed, written to one safetensors file and built again from it.
+
+The plan says what every layer is, the file holds its numbers; the float weights are not needed to come back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff import device
+from qdiff.errors import InputError, IntegrityError
+from qdiff.files import open_tensors, save_tensors
+from qdiff.formats.scales import to_storage
+from qdiff.nn.conv import Window
+from qdiff.nn.quant_linear import HalfConv2d, HalfLinear, LinearForm, QuantConv2d, QuantLinear, TimestepClock
+from qdiff.nn.rotations import hadamard
+from qdiff.nn.surgery import restructure
+from qdiff.plan.plan import Kept, LayerPlan, Plan
+from qdiff.routing.blocks import install_branches
+
+TIMESTEPS = "calibrated_timesteps"
+
+
+def empty_layer(
+    plan: LayerPlan, timesteps: int, clock: TimestepClock | None, kept: Kept, replaced: nn.Module
+) -> nn.Module:
+    """The layer that ``plan`` describes, without numbers (its buffers are on the meta device).
+
+    Args:
+        replaced: the layer whose place it takes; a convolution's geometry is read from it.
+
+    Raises:
+        IntegrityError: it takes the place of another kind of layer.
+    """
+    out_features, in_features = plan.matrix
+    window = _window(plan, replaced)
+    with torch.device("meta"):
+        if not plan.quantized:
+            storage = getattr(torch, plan.weights)
+            if window is None:
+                return HalfLinear(in_features, out_features, plan.bias, storage)
+            return HalfConv2d((out_features, plan.shape[1], *window.kernel), window, plan.bias, storage)
+        form = LinearForm(
+            in_features,
+            out_features,
+            plan.bias or plan.bias_correction,
+            plan.weights,
+            plan.activations,
+            by_token=plan.by_token,
+            smooth=plan.multiplier,
+            shift=plan.shift,
+            centered=plan.centered,
+            rotation=plan.rotation,
+            outliers=plan.outliers,
+            rank=plan.rank,
+            timesteps=timesteps if plan.timestep_scales else 0,
+            output=plan.output,
+            kept=kept,
+            window=window,
+        )
+        return QuantLinear(form, clock) if window is None else QuantConv2d(form, clock)
+
+
+def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
+    if plan.kind == "Linear":
+        return None
+    if isinstance(replaced, nn.Conv2d):
+        window = Window.of(replaced)
+    elif isinstance(replaced, QuantConv2d | HalfConv2d):
+        window = replaced.window
+    else:
+        raise IntegrityError(
+            f"the plan calls layer {plan.name} a convolution, the model has a {type(replaced).__name__}",
+            "quantize again with --force",
+        )
+    if tuple(plan.shape[2:]) != window.kernel:
+        raise IntegrityError(
+            f"the plan gives layer {plan.name} the shape {list(plan.shape)}, its kernel is {window.kernel}"
+        )
+    return window
+
+
+def install_clock(backbone: nn.Module, clock: TimestepClock, timesteps: Tensor) -> None:
+    """Sets the clock at the start of every forward of the backbone, from the value of its ``timestep`` argument."""
+    backbone.register_buffer(TIMESTEPS, timesteps.float().to(device.of(backbone)))
+    names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+
+    def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        timestep = given["timestep"]
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor([float(timestep)])
+        clock.set(timestep, getattr(module, TIMESTEPS))
+
+    backbone.register_forward_pre_hook(set_clock, with_kwargs=True)
+
+
+def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
+    """Writes codes, scales and everything that was kept as one safetensors file, really packed. Hadamard matrices are left out:
+    their size says all."""
+    parameters, known = dict(backbone.named_parameters()), set(_hadamards(plan))
+    tensors = {
+        name: to_storage(tensor.detach(), plan.kept) if name in parameters else tensor.detach()
+        for name, tensor in backbone.state_dict().items()
+        if name not in known
+    }
+    save_tensors(path, tensors, {"qdiff": json.dumps({"recipe": plan.recipe, "fingerprint": plan.fingerprint})})
+
+
+def _hadamards(plan: Plan) -> dict[str, int]:
+    """Names of the Hadamard matrices of a plan's layers, and their sizes."""
+    return {f"{layer.name}.rotation": layer.rotation for layer in plan.layers if layer.rotation}
+
+
+def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module:
+    """Builds the quantized backbone from the plan and the packed tensors; the float weights are not needed. The masks of
+    sparse attention are read from beside ``path``.
+
+    Args:
+        outputs: ``False`` leaves the quantizers of layers' outputs away, for targets that run what follows in 16 bit.
+
+    Raises:
+        InputError: the file is missing.
+        IntegrityError: the file is damaged or does not fit the plan.
+    """
+    import accelerate
+    import diffusers
+
+    cls = getattr(diffusers, plan.backbone_class, None)
+    if cls is None or not hasattr(cls, "from_config"):
+        raise IntegrityError(
+            f"the plan names the backbone class {plan.backbone_class!r}, which diffusers does not have"
+        )
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            backbone = cls.from_config(plan.config)
+    except Exception as error:  # whatever diffusers and torch say about a config that is none
+        raise IntegrityError(
+            f"the plan's config does not make a {plan.backbone_class}: {str(error)[:200]}",
+            "quantize again with --force",
+        ) from error
+    clock = TimestepClock()
+    install_clock(backbone, clock, torch.tensor(plan.timesteps))
+    try:
+        restructure(backbone, plan.structure)
+        if plan.structure.branches:
+            install_branches(backbone, plan.structure.branches)
+    except InputError as error:
+        raise IntegrityError(
+            f"the plan does not fit its model: {error.message}", "quantize again with --force"
+        ) from None
+    for layer in plan.layers:
+        try:
+            planned = layer if outputs else layer.model_copy(update={"output": None})
+            replaced = backbone.get_submodule(layer.name)
+            made = empty_layer(planned, len(plan.timesteps), clock, plan.kept, replaced)
+            backbone.set_submodule(layer.name, made, strict=True)
+        except AttributeError:
+            raise IntegrityError(
+                f"the plan names the layer {layer.name!r}, which the model does not have", "quantize again with --force"
+            ) from None
+    parameters = {name for name, _ in backbone.named_parameters()}
+    with open_tensors(path, "the quantized checkpoint") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    state = {
+        name: tensor.float() if name in parameters else tensor
+        for name, tensor in tensors.items()
+        if outputs or not name.endswith(".output_scale")
+    }
+    state |= {name: hadamard(size) for name, size in _hadamards(plan).items()}
+    try:
+        backbone.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise IntegrityError(f"{path} does not fit the plan: {reason[:200]}", "quantize again with --force") from None
+    if plan.attention is not None:
+        from qdiff.attention.sparse import install, load_schedule
+        from qdiff.models import FAMILIES
+
+        install(FAMILIES[plan.family], backbone, plan.attention, load_schedule(plan.attention, path.parent))
+    if plan.routing is not None:
+        from qdiff.models import FAMILIES
+        from qdiff.routing.follow import follow
+
+        follow(FAMILIES[plan.family], backbone, plan.routing)
+    return backbone.eval().requires_grad_(False)

@@ -1,0 +1,424 @@
+"""The run folder: every stage reads and writes one folder, and its manifest says what is finished.
+
+    run.json         manifest: per stage its inputs, the sha256 of its outputs, seconds, peak memory, versions; and its copy
+    calibration/     trajectory shards and statistics
+    plan.json  model.safetensors  correction.json  onnx/<target>/  engines/<key>/  images/  report.html  report.json
+
+Rules that every stage gets from here, not from its own code:
+
+- a file appears whole or not at all (:mod:`qdiff.files`: temporary name, fsync, rename);
+- a finished stage with the same inputs is skipped, after its outputs' hashes were compared;
+- a stage that was cut off may go on from what it left (its inputs were recorded before it began);
+- other inputs than the recorded ones are refused, never mixed; ``force`` starts the stage anew;
+- finishing a stage forgets the stages that were made from its former outputs, and removes their summaries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Container, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import qdiff
+from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
+from qdiff.events import log
+from qdiff.files import break_links, open_lock, require_writable, safe_child, sha256_file, sha256_json
+from qdiff.resources import Usage, measure, release_memory
+from qdiff.runs import leftovers as leftovers_of
+from qdiff.runs import manifest
+from qdiff.runs.json_diff import differences
+
+# The stages in order, and what each is made from: when one of those is made anew, the stage is out of date. Export is done
+# once for each target and build once for each engine: their entries are ``export:tensorrt``, ``build:openvino`` and so on.
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "calibrate": (),
+    "attention": ("calibrate",),
+    "quantize": ("calibrate", "attention"),
+    "export": ("quantize",),
+    "build": ("export",),
+    "correct": ("quantize",),  # with an engine, where one is there
+    "compare": ("quantize", "correct", "build"),
+    "report": ("quantize", "correct", "export", "build", "compare"),
+}
+OPTIONAL = ("attention", "correct")  # done only where it is asked for
+EDITABLE = "plan.json"  # the one output that people edit; --plan applies what they wrote
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on; packages that are not installed are left out."""
+    found = {"qdiff": qdiff.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _command(stage: str, path: Path) -> str:
+    verb, _, choice = stage.partition(":")
+    option = {"export": f" --target {choice}", "build": f" --engine {choice}"}.get(verb, "") if choice else ""
+    return f"qdiff {verb} -o {path}" if verb == "calibrate" else f"qdiff {verb} {path}{option}"
+
+
+def _given() -> str:
+    """The command line of this process."""
+    return shlex.join(["qdiff", *sys.argv[1:]])
+
+
+def _again(entry: dict[str, Any], stage: str) -> str | None:
+    """The command that goes on with a stage that was cut off, with its options; ``None`` where that was no command line."""
+    words = str(entry.get("command", "")).split(" ")
+    made_by = (stage.partition(":")[0], "run")
+    return " ".join(word for word in words if word != "--force") if words[1:2] and words[1] in made_by else None
+
+
+def _anew(entry: dict[str, Any], stage: str, path: Path) -> str:
+    """The command that makes a finished stage anew from the same options."""
+    decided = stage in ("calibrate", "attention", "quantize", "correct")  # by options that its name does not tell
+    return f"{(_again(entry, stage) if decided else None) or _command(stage, path)} --force"
+
+
+class StageRun:
+    """One stage at work, between its beginning and its end. Made by :meth:`Run.stage`."""
+
+    def __init__(self, run: Run, name: str, inputs: dict[str, Any]) -> None:
+        self.run, self.name, self.inputs = run, name, inputs
+        self.usage = Usage()
+        self.resumed = False
+        self._facts: dict[str, Any] = {}
+        self._outputs: list[Path] = []
+
+    def output(self, path: Path) -> Path:
+        """Declares a file that this stage made; its hash goes into the manifest when the stage ends."""
+        self._outputs.append(path)
+        return path
+
+    def fact(self, **values: Any) -> None:
+        """Adds JSON facts about this stage (counts, seconds of a part, warnings) to its manifest entry."""
+        self._facts.update(values)
+
+    def entry(self, status: str) -> dict[str, Any]:
+        """The manifest entry of this stage."""
+        return {
+            "status": status,
+            "inputs": self.inputs,
+            "outputs": {str(path.relative_to(self.run.path)): sha256_file(path) for path in self._outputs},
+            "seconds": round(self.usage.seconds, 3),
+            "peak_memory_bytes": self.usage.peak_bytes,
+            "command": _given(),
+            "versions": versions(),
+            **self._facts,
+        }
+
+
+class Run:
+    """A run folder and its manifest.
+
+    Args:
+        path: the folder; made when the first stage begins.
+
+    Raises:
+        IntegrityError: when ``run.json`` is there but is not one of ours.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).absolute()
+        self.manifest: dict[str, Any] = {"version": manifest.VERSION, "stages": {}}
+        self._locked = False
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file, not a run folder", "name a folder")
+        if manifest.is_there(self.path):
+            self._read()
+
+    def _read(self) -> None:
+        self.manifest = manifest.read(self.path, UPSTREAM)
+
+    @classmethod
+    def existing(cls, path: Path | str) -> Run:
+        """Opens a run folder that has to be there.
+
+        Raises:
+            InputError: when the folder holds no manifest.
+        """
+        if not manifest.is_there(Path(path)):
+            raise InputError(
+                f"{path} is not a run folder (it has no run.json)",
+                "make one with: qdiff calibrate --model pixart -o RUN",
+            )
+        return cls(path)
+
+    def require_writable(self, *folders: str) -> None:
+        """Before work whose results go into the run folder, and into ``folders`` in it: tries whether they can.
+
+        Raises:
+            UsageError: they cannot be made or written to.
+            MemoryExhaustedError: the disk is full.
+        """
+        require_writable(self.path, make=True)
+        for name in folders:
+            folder = safe_child(self.path, name)
+            if folder.is_file() and name.partition("/")[0] not in leftovers_of.FOLDERS:
+                continue
+            inside = [one for one in folder.iterdir() if one.is_dir()] if folder.is_dir() else []
+            for place in [folder, *inside] if folder.exists() or folder.is_symlink() else []:
+                require_writable(place)
+
+    def file(self, *parts: str) -> Path:
+        """A path inside the run folder."""
+        return self.path.joinpath(*parts)
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits that name this run: the hash of its calibration's inputs. It goes into pictures."""
+        entry = self.manifest["stages"].get("calibrate")
+        return sha256_json(entry["inputs"])[:12] if entry else "0" * 12
+
+    def entry(self, stage: str) -> dict[str, Any]:
+        """The manifest entry of a finished stage.
+
+        Raises:
+            InputError: when it is not finished, with the command that makes it.
+            RunLockedError: another process works here now, perhaps on it.
+        """
+        entry = self.manifest["stages"].get(stage)
+        if not entry or entry.get("status") != "done":
+            if self._is_locked():
+                raise RunLockedError(self.path, f"stage {stage!r} is not finished")
+            state = "was cut off" if entry else "has not been done"
+            again = _again(entry or {}, stage) or _command(stage, self.path)
+            raise InputError(f"stage {stage!r} {state} in {self.path}", f"run: {again}")
+        return entry
+
+    def done(self, stage: str) -> bool:
+        """Whether the manifest says that ``stage`` is finished."""
+        return self.manifest["stages"].get(stage, {}).get("status") == "done"
+
+    def outputs_hash(self, stage: str) -> str:
+        """One hash over the outputs of a finished stage: an input of the next one."""
+        return sha256_json(self.entry(stage)["outputs"])
+
+    def verify(self, stage: str, only: Container[str] | None = None) -> None:
+        """Compares the outputs of a finished stage, or ``only`` some of them, with the hashes in the manifest.
+
+        Raises:
+            InputError: an output is missing, or the stage is not finished.
+            IntegrityError: an output was changed after it was made.
+        """
+        entry = self.entry(stage)
+        for name, digest in entry["outputs"].items():
+            if only is not None and name not in only:
+                continue
+            path = safe_child(self.path, name)
+            if not path.is_file():
+                raise InputError(
+                    f"{name} of stage {stage!r} is missing in {self.path}", f"run: {_anew(entry, stage, self.path)}"
+                )
+            if sha256_file(path) != digest:
+                plan = f"{_command(stage, self.path)} --plan {path} --force"
+                raise IntegrityError(
+                    f"{name} is not the file that stage {stage!r} wrote (its sha256 differs)",
+                    f"put the old file back, or run: {plan if name == EDITABLE else _anew(entry, stage, self.path)}",
+                )
+            if name.startswith("onnx/"):
+                break_links(path)  # readers of ONNX refuse files with several names
+
+    def is_current(self, stage: str, inputs: dict[str, Any]) -> bool:
+        """Whether ``stage`` is finished with exactly these inputs and unchanged outputs.
+
+        Raises:
+            InputError: finished or begun with other inputs (the message lists what differs).
+        """
+        entry = self.manifest["stages"].get(stage)
+        if entry is None:
+            return False
+        changed = differences(entry["inputs"], json.loads(json.dumps(inputs)))
+        if changed:
+            raise InputError(
+                f"{self.path} holds another {stage!r}: "
+                + "; ".join(changed[:6])
+                + (f"; and {len(changed) - 6} more changes" if len(changed) > 6 else ""),
+                self._fix(stage),
+            )
+        if entry["status"] != "done":
+            return False
+        self.verify(stage)
+        return True
+
+    def _verify_all(self, stages: Iterable[str]) -> None:
+        for stage in stages:
+            self.verify(stage)
+
+    def _fix(self, stage: str) -> str:
+        """What to do about a stage that was made from other inputs, and what that costs."""
+        later = self._made_from(stage)
+        fix = f"add --force to make {stage} anew"
+        fix += f", which forgets what was made from it: {', '.join(later)}" if later else ""
+        if not UPSTREAM[stage.partition(":")[0]]:
+            return f"choose another folder with -o, or {fix}"
+        return f"{fix}; `{_command(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
+
+    def _made_from(self, name: str) -> list[str]:
+        """Recorded stages that were made from ``name``, directly or not."""
+        own = name.partition(":")[0]
+        verbs = {own}
+        for verb, sources in UPSTREAM.items():  # in order: a stage comes after all that it is made from
+            if verbs & set(sources):
+                verbs.add(verb)
+        return [stage for stage in self.manifest["stages"] if stage.partition(":")[0] in verbs - {own}]
+
+    @contextlib.contextmanager
+    def stage(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        *,
+        force: bool = False,
+        replace: bool = False,
+        leftovers: Iterable[str] = (),
+        needs: Iterable[str] = (),
+    ) -> Iterator[StageRun | None]:
+        """Does a stage unless it is done already.
+
+        Yields ``None`` when the stage is finished with the same inputs: the caller's block then has nothing to do.
+        Otherwise yields the :class:`StageRun`; its ``resumed`` says that an earlier try with the same inputs was cut off
+        and may have left parts. When the block ends without an error the stage is recorded as done.
+
+        Args:
+            inputs: JSON value that decides the outputs.
+            force: forget what is there (``leftovers`` are deleted) and begin anew.
+            replace: other inputs than the recorded ones are no error: the stage is done anew, its files are keyed by its inputs.
+            leftovers: paths in the run folder that belong to this stage.
+            needs: stages whose files this one reads: they are verified (:meth:`verify`) before anything is deleted or begun.
+        """
+        assert name.partition(":")[0] in UPSTREAM
+        leftovers = list(leftovers)
+        self.require_writable(*leftovers)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            if manifest.is_there(self.path):
+                self._read()
+                manifest.refresh_copy(self.path)
+            leftovers_of.sweep(self.path)
+            before, deleted = dict(self.manifest["stages"]), False
+            if force:
+                self._verify_all(needs)
+                self._forget(name)
+                for leftover in leftovers:
+                    recorded = {*before.get(name, {}).get("outputs", {}), *self.manifest.get("leftovers", ())}
+                    deleted |= leftovers_of.remove(self.path, leftover, recorded, unfinished=name in before)
+            recorded = self.manifest["stages"].get(name, {}).get("inputs")
+            if replace and recorded != json.loads(json.dumps(inputs)):
+                self._forget(name)
+                lost = [stage for stage in before if stage not in self.manifest["stages"] and stage != name]
+                if lost:
+                    log.warning("%s: %s of what was there before no longer count", name, " and ".join(lost))
+            if self.is_current(name, inputs):
+                log.info("%s: done already in %s", name, self.path)
+                yield None
+                return
+            if not force:
+                self._verify_all(needs)
+            work = StageRun(self, name, json.loads(json.dumps(inputs)))
+            work.resumed = name in self.manifest["stages"]
+            begun = {"status": "begun", "inputs": work.inputs, "outputs": {}, "command": _given()}
+            self.manifest["stages"][name] = begun
+            self._write()
+            release_memory()
+            try:
+                with measure() as work.usage:
+                    yield work
+            except QdiffError:
+                if not (work._outputs or work.resumed or deleted):  # nothing was touched: what was finished still is
+                    self.manifest["stages"] = before
+                    self._write()
+                raise
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                raise MemoryExhaustedError(
+                    f"{name} ran out of memory", "use fewer samples or a smaller batch"
+                ) from error
+            self._forget(name)
+            self.manifest["stages"][name] = work.entry("done")
+            self._remove_summaries()  # before the manifest on disk forgets them: a kill between would leave them
+            self._write()
+
+    def _remove_summaries(self) -> None:
+        """Removes what forgotten stages had written in the run folder itself (a report, a comparison, a correction): it speaks of
+        what is no longer there. Pictures, graphs and engines stay."""
+        current = {output for entry in self.manifest["stages"].values() for output in entry.get("outputs", {})}
+        for output in self.manifest["leftovers"]:
+            if output not in current and "/" not in output:
+                safe_child(self.path, output).unlink(missing_ok=True)
+
+    def _forget(self, name: str) -> None:
+        """Drops the entries of a stage and of what was made from it; their files that stay are remembered as ours."""
+        names = set(self.manifest.get("leftovers", ()))
+        for stage in [name, *self._made_from(name)]:
+            names |= self.manifest["stages"].pop(stage, {}).get("outputs", {}).keys()
+        self.manifest["leftovers"] = sorted(names)
+
+    def _write(self) -> None:
+        order = list(UPSTREAM)
+        stages = self.manifest["stages"]
+        ordered = {
+            stage: stages[stage]
+            for stage in sorted(stages, key=lambda stage: (order.index(stage.partition(":")[0]), stage))
+        }
+        current = {output for entry in ordered.values() for output in entry.get("outputs", {})}
+        remaining = [
+            output
+            for output in self.manifest.get("leftovers", ())
+            if output not in current and self.file(output).exists()
+        ]
+        self.manifest = {"version": manifest.VERSION, "stages": ordered} | (
+            {"leftovers": remaining} if remaining else {}
+        )
+        manifest.write(self.path, self.manifest)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        path = self.path / ".lock"
+        if path.is_file() and path.stat().st_nlink > 1:  # a hard-linked copy of a run would share its lock
+            path.unlink(missing_ok=True)
+        with os.fdopen(open_lock(path)) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunLockedError(self.path) from None
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+    def _is_locked(self) -> bool:
+        """Whether another process works here now."""
+        if self._locked:
+            return False
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock yet, or a folder that cannot be read
+            return False
+        return False
+
+
+class RunLockedError(QdiffError):
+    """Another process works in the same run folder."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path, because: str | None = None) -> None:
+        message = f"another qdiff works in {path}" + (f", and {because}" if because else "")
+        super().__init__(message, "wait until it ends")

@@ -1,0 +1,239 @@
+"""Recipes and plans: what is checked before anything runs, and what a hand that edited them gets to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qdiff.errors import InputError, IntegrityError, UsageError
+from qdiff.files import read_json
+from qdiff.models import FAMILIES
+from qdiff.models.base import quantizable_layers
+from qdiff.plan.plan import Plan
+from qdiff.recipes import built_in, load_recipe
+
+MINIMAL = {"version": 1, "name": "mine", "scheme": {"weights": "int8", "activations": "int8"}}
+
+
+SMALLEST = {"cogvideox": "cogvideox-tiny", "pixart": "pixart-tiny", "stable-diffusion": "sd-tiny", "wan": "wan-tiny"}
+
+
+@pytest.fixture(scope="module")
+def layers_of() -> dict[str, list[str]]:
+    """The layers of every family's smallest model that can be quantized."""
+    backbones = {family: FAMILIES[family].load(f"random:{SMALLEST[family]}").backbone for family in FAMILIES}
+    return {family: list(quantizable_layers(backbone)) for family, backbone in backbones.items()}
+
+
+def linear_names(tiny) -> list[str]:
+    import torch
+
+    return [name for name, module in tiny().backbone.named_modules() if type(module) is torch.nn.Linear]
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_a_built_in_recipe_validates_and_fits_the_families_that_it_names(name, layers_of):
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.description
+    assert set(FAMILIES) >= set(recipe.ignore) >= set(recipe.outputs)
+    for family in recipe.ignore:
+        names = layers_of[family]
+        ignored, outputs = recipe.ignored(family, names), recipe.with_output(family, names)
+        assert 0 < len(ignored) < len(names) and not ignored.keys() & outputs.keys()
+        assert all(ignored[layer] in recipe.ignore[family] for layer in ignored)
+
+
+def test_int8_token_is_int8_gptq_with_scales_by_token_allowed():
+    recipe, constant = load_recipe("int8-token"), load_recipe("int8-gptq")
+    same = ("scheme", "ignore", "sequential", "targets", "kept")
+    assert all(getattr(recipe, name) == getattr(constant, name) for name in same)
+    assert recipe.methods == {**constant.methods, "dgq": {"tokens": True}} and not recipe.outputs
+    assert list(recipe.methods).index("dgq") == list(recipe.methods).index("smooth") + 1, "before codes are chosen"
+    assert set(recipe.ignore) == set(FAMILIES)
+
+
+def test_the_int8_recipe_keeps_what_the_field_keeps(tiny):
+    ignored = load_recipe("int8").ignored("pixart", linear_names(tiny))
+    assert {"adaln_single", "caption_projection", "proj_out"} <= {name.split(".")[0] for name in ignored}
+    assert sum(name.startswith("transformer_blocks") for name in ignored) <= 1, "blocks are what is quantized"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scheem": {}}, ["scheem", "did you mean scheme"]),
+        ({"scheme": {"weights": "int7", "activations": "int8"}}, ["scheme.weights", "unknown format 'int7'", "int8"]),
+        ({"scheme": {"weights": "int8"}}, ["scheme.activations"]),
+        ({"version": 2}, ["version"]),
+        ({"kept": "float64"}, ["kept"]),
+        ({"targets": ["Conv3d"]}, ["targets"]),
+        ({"targets": []}, ["targets"]),
+        ({"ignore": ["proj_out"]}, ["ignore"]),
+        ({"methods": {"smoth": {}}}, ["smoth", "did you mean smooth"]),
+        ({"methods": {"smooth": {"strength": [0.5]}}}, ["'strength'", "did you mean strengths"]),
+    ],
+)
+def test_a_wrong_recipe_says_where_and_what_is_allowed(tmp_path, change, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    assert load_recipe(str(path)).name == "mine"
+    path.write_text(yaml.safe_dump({**MINIMAL, **change}))
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(path))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "methods.smooth.strengths=[]", "methods.smooth.strengths=high", "methods.smooth.strengths=[2]",
+        "methods.clip.ratios=[]", "methods.clip.ratios=0.5", "methods.clip.ratios=[0]", "methods.clip.ratios=[.nan]",
+        "methods.timestep_scales.minimum_gain_db=much",
+    ],
+)  # fmt: skip
+def test_a_wrong_value_of_a_methods_option_is_an_input_error(setting):
+    with pytest.raises(InputError, match=setting.split("=")[0].split(".")[1]):
+        load_recipe("int8", [setting])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1\n", "\x00", "!!python/object/apply:os.system [echo]\n"])
+def test_what_is_no_recipe_at_all(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="mine.yaml"):
+        load_recipe(str(path))
+
+
+def test_unknown_recipes_files_and_patterns_get_the_nearest_names(tmp_path, tiny):
+    with pytest.raises(InputError, match="did you mean int8"):
+        load_recipe("int88")
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError):
+            load_recipe(str(path.with_suffix(".yaml")))
+    recipe = load_recipe("int8", ['ignore.pixart=["transformer_blocks.9.attn1.to_q"]'])
+    with pytest.raises(InputError, match=r"nearest layers: transformer_blocks\.\d\.attn1\.to_q"):
+        recipe.ignored("pixart", linear_names(tiny))
+
+
+def test_set_changes_single_entries():
+    recipe = load_recipe(
+        "int8", ["methods.smooth.strengths=[0.5]", "kept=bfloat16", "methods.smooth.minimum_gain_db=2"]
+    )
+    assert recipe.methods["smooth"]["strengths"] == [0.5] and recipe.kept == "bfloat16"
+    assert recipe.methods["smooth"]["minimum_gain_db"] == 2 and recipe.methods["timestep_scales"]["minimum_gain_db"]
+    for wrong in ("kept", "=bfloat16", "kept.deeper=1", "name=[1"):
+        with pytest.raises(UsageError, match="--set"):
+            load_recipe("int8", [wrong])
+
+
+def edit(plan: dict, how: str) -> None:
+    layer = next(layer for layer in plan["layers"] if layer["weights"] == "int8")
+    match how:
+        case "unknown format":
+            layer["weights"] = "int7"
+        case "duplicate":
+            plan["layers"].append(layer)
+        case "missing field":
+            del layer["shape"]
+        case "extra field":
+            layer["bits"] = 8
+        case "wrong type":
+            plan["timesteps"] = "all"
+        case "wrong version":
+            plan["version"] = 99
+        case "layers gone":
+            del plan["layers"]
+        case "unknown kept":
+            plan["kept"] = "float8"
+        case "unknown layer":
+            layer["name"] = "transformer_blocks.0.attn9.to_q"
+        case "other shape":
+            layer["shape"] = [3, 3]
+        case "fewer layers":
+            plan["layers"].remove(layer)
+        case "not a linear layer":
+            layer["name"] = "transformer_blocks.0.norm1"
+        case "unknown class":
+            plan["backbone_class"] = "torch"
+        case "another class":
+            plan["backbone_class"] = "UNet2DConditionModel"
+        case "another config":
+            plan["config"]["num_layers"] = 1
+        case "nonsense config":
+            plan["config"]["num_attention_heads"] = "many"
+        case "another format":
+            layer["weights"] = layer["activations"] = "float16"
+        case "fewer timesteps":
+            plan["timesteps"].pop()
+
+
+BY_ITSELF = ["unknown format", "duplicate", "missing field", "extra field", "wrong type", "wrong version", "layers gone",
+             "unknown kept"]  # fmt: skip
+WITH_TENSORS = ["unknown layer", "other shape", "fewer layers", "not a linear layer", "unknown class", "another class",
+                "another config", "nonsense config", "another format", "fewer timesteps"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BY_ITSELF)
+def test_a_plan_edited_by_hand_is_refused_in_one_sentence(finished, tmp_path, how):
+    value = json.loads((finished.path / "plan.json").read_text())
+    edit(value, how)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(IntegrityError, match="plan.json") as caught:
+        Plan.load(path)
+    assert len(caught.value.message) < 400 and caught.value.fix
+
+
+@pytest.mark.parametrize("how", WITH_TENSORS)
+def test_a_plan_that_does_not_fit_its_tensors_is_refused(finished, how):
+    from qdiff.quantization.checkpoint import load_quantized
+
+    value = json.loads((finished.path / "plan.json").read_text())
+    edit(value, how)
+    with pytest.raises(IntegrityError):
+        load_quantized(Plan.model_validate(value), finished.path / "model.safetensors")
+
+
+def test_a_plan_comes_back_from_its_file(finished, tmp_path: Path):
+    plan = Plan.load(finished.path / "plan.json")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert read_json(tmp_path / "plan.json", "the plan") == read_json(finished.path / "plan.json", "the plan")
+    assert all(layer.why for layer in plan.layers)
+    assert all(layer.sqnr_db is not None and layer.group for layer in plan.quantized)
+
+
+def test_bytes_of_the_67m_model_fit_the_bound_before_it_is_ever_exported():
+    """The packed checkpoint of the recipe is below 0.30 of float32 (from shapes alone: nothing is allocated)."""
+    import accelerate
+    import torch
+    from diffusers import PixArtTransformer2DModel
+
+    from qdiff.models.pixart import _CONFIGURATIONS
+    from qdiff.plan.plan import LayerPlan
+
+    config = _CONFIGURATIONS["pixart-67m"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    with accelerate.init_empty_weights():
+        backbone = PixArtTransformer2DModel(cross_attention_dim=width, use_additional_conditions=False, **config)
+    recipe = load_recipe("int8")
+    layers = {name: module for name, module in backbone.named_modules() if type(module) is torch.nn.Linear}
+    ignored = recipe.ignored("pixart", list(layers))
+    float_bytes = 4 * sum(parameter.numel() for parameter in backbone.parameters())
+    packed = float_bytes / 2  # everything in 16 bit, and then
+    for name, module in layers.items():
+        if name not in ignored:
+            plan = LayerPlan(
+                name=name,
+                kind="Linear",
+                shape=tuple(module.weight.shape),
+                bias=True,
+                weights="int8",
+                activations="int8",
+            )
+            packed += plan.weight_bytes() - 2 * module.weight.numel()
+    assert 0.25 < packed / float_bytes <= 0.30
