@@ -65,7 +65,7 @@ def rows(
     run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
 ) -> Iterator[tuple[str, Any, Tensor]]:
     """Name, plan and masks of every row; of those named ``only``, where there are any."""
-    from qdiff.attention.sparse import decide
+    from qdiff.allocation.attention_masks import decide_masks
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
     from qdiff.recording.trajectory import Trajectory
 
@@ -84,10 +84,10 @@ def rows(
     }
     dense = len(model.family.self_attentions(model.backbone)) - len(found["qdiff"].layers)
     for coded in ("fp8", "int8_fp8"):
-        yield f"dense, {coded}", *decide(found["qdiff"], 1.0, coded, timesteps, dense)
+        yield f"dense, {coded}", *decide_masks(found["qdiff"], 1.0, coded, timesteps, dense)
     for density in densities:
         for name, statistics in found.items():
-            plan, masks = decide(statistics, density, numerics, timesteps, dense)
+            plan, masks = decide_masks(statistics, density, numerics, timesteps, dense)
             yield name, plan, masks
             if name == "qdiff":
                 yield WINDOWS, *windows(plan, density)

@@ -37,7 +37,8 @@ from qdiff.attention.schedule import Schedule, edges_of
 from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import InputError
 from qdiff.events import Progress
-from qdiff.models.base import Model, latent_of
+from qdiff.models.base import Model
+from qdiff.recording.inputs import latent_of
 from qdiff.recording.trajectory import Step, Trajectory
 from qdiff.runs.partial import Scratch
 

@@ -24,9 +24,9 @@ import torch
 from qdiff import device
 from qdiff.engines.base import Runner
 from qdiff.errors import InputError
-from qdiff.models.base import InputSpec, latent_of
 from qdiff.models.finite import require_finite_step
 from qdiff.models.given import flattened, unknown
+from qdiff.recording.inputs import InputSpec, latent_of
 
 UNNAMED = "(unnamed)"
 

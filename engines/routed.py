@@ -32,7 +32,7 @@ class RoutedRunner(Runner):
         self.runner, self.router = runner, router
         self.inputs = tuple(spec for spec in runner.inputs if spec.name not in (ROUTES, DELTAS))
         self._family, self._config = family, config
-        from qdiff.models.base import latent_of
+        from qdiff.recording.inputs import latent_of
 
         self._latent = latent_of(family.inputs(config)).name
         self._width = config["num_attention_heads"] * config["attention_head_dim"]

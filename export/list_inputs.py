@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qdiff.attention.lists import BlockLists
-from qdiff.models.base import InputSpec
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
+from qdiff.recording.inputs import InputSpec
 
 LISTED = "listed"  # the axis along which all lists lie
 

@@ -35,11 +35,12 @@ from qdiff.export.list_inputs import LISTED, fixed_sizes, list_inputs
 from qdiff.export.routes import CELLS, Output, RoutesAsInputs
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
-from qdiff.models.base import Family, InputSpec, latent_of
+from qdiff.models.base import Family
 from qdiff.nn.quant_linear import HalfConv2d, HalfLinear, QuantLinear
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 from qdiff.plan.plan import Plan
 from qdiff.quantization.checkpoint import TIMESTEPS
+from qdiff.recording.inputs import InputSpec, latent_of
 from qdiff.routing.blocks import board_of as switchboard_of
 
 # A first token that is computed apart leaves at least two others: with one the tracer would take the axis for a constant.
@@ -207,7 +208,7 @@ class ListsAsInputs(nn.Module):
 class InComputeDtype(nn.Module):
     """A backbone that computes in ``dtype`` between float32 inputs and a float32 output. Scales survive the change: they lie
     on the float16 grid, or are left as they are (:meth:`qdiff.nn.quant_linear.QuantLinear.exact`). Timesteps stay float32,
-    inside (the calibrated values) and outside (:attr:`qdiff.models.base.InputSpec.exact`), until they meet the first layer
+    inside (the calibrated values) and outside (:attr:`qdiff.recording.inputs.InputSpec.exact`), until they meet the first layer
     or normalization: what a layer returns, and what a module with 16-bit parameters is given, is in ``dtype``. So an exact
     input that joins the modulation makes no attention of two dtypes."""
 
@@ -294,7 +295,7 @@ def _forget_origin(model: Any) -> None:
 
 
 def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]) -> None:
-    """Gives dynamic axes the names of :class:`qdiff.models.base.InputSpec` instead of the tracer's symbols, inside the graph
+    """Gives dynamic axes the names of :class:`qdiff.recording.inputs.InputSpec` instead of the tracer's symbols, inside the graph
     too."""
     import onnx_ir
 

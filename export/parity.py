@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qdiff.errors import QualityGateError
 from qdiff.evaluation.metrics import cosine, decibels, sqnr_db
 from qdiff.events import track
-from qdiff.models.base import Family, InputSpec, samples_of
+from qdiff.models.base import Family
+from qdiff.recording.inputs import InputSpec, samples_of
 from qdiff.recording.trajectory import Step
 from qdiff.routing.follow import predict
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.models.base import Axis, InputSpec
 from qdiff.plan.routing_plan import CHANGES, DELTAS, DRIFTS, NEW_DELTAS, ROUTES
+from qdiff.recording.inputs import Axis, InputSpec
 from qdiff.routing.blocks import Switchboard
 
 CELLS = "cells"  # the axis of a block's tokens

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.models import FAMILIES
-from qdiff.models.base import InputSpec
 from qdiff.models.pixart import PixArt
+from qdiff.recording.inputs import InputSpec
 
 KINDS, STYLES = 5, 6
 

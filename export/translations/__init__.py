@@ -116,6 +116,15 @@ def translates(op: str, *targets: str) -> Callable[[Translation], Translation]:
     return add
 
 
+def custom_ops() -> dict[str, Any]:
+    """Return the ops ``qdiff::*`` that quantized graphs consist of, by name; importing them registers them."""
+    from qdiff.attention.operator import sparse_attention
+    from qdiff.nn.ops import OPS
+    from qdiff.routing.ops import OPS as BRANCH_OPS
+
+    return {**OPS, **BRANCH_OPS, "sparse_attention": sparse_attention}
+
+
 def table_for(target: Target) -> dict[Any, Translation]:
     """The exporter's table: torch op overload -> translation."""
     import torch
@@ -124,8 +133,8 @@ def table_for(target: Target) -> dict[Any, Translation]:
     import qdiff.export.translations.choose as _choose  # noqa: F401
     import qdiff.export.translations.quantizers as _quantizers  # noqa: F401
     import qdiff.export.translations.sparse_attention as _sparse_attention  # noqa: F401
-    import qdiff.nn.ops as _ops  # noqa: F401
 
+    custom_ops()  # importing registers them
     found = {}
     for op, function in _TABLE[target.name].items():
         namespace, name = op.split("::")

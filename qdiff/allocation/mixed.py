@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from qdiff.allocation import knapsack
 from qdiff.allocation.candidates import Candidates
-from qdiff.allocation.costs import device_named, milliseconds
+from qdiff.allocation.costs import milliseconds
 from qdiff.allocation.sensitivity import Sensitivity
 from qdiff.errors import InputError
 from qdiff.events import Progress
 from qdiff.formats.table import FORMATS
+from qdiff.plan.devices import device_named
 from qdiff.plan.plan import LayerPlan
 from qdiff.plan.recipe import Mixed, match
 

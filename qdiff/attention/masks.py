@@ -2,20 +2,16 @@
 
 Every row of a head keeps equally many blocks (:mod:`qdiff.attention.lists` says why). Always among them: the row's own blocks
 (the diagonal), and those that hold the first frame, which attention falls back on (a sink). How many a head keeps is decided
-for all heads, layers and groups of timesteps together, by what the prediction loses (:func:`allot`).
+for all heads, layers and groups of timesteps together, by what the prediction loses (:mod:`qdiff.allocation.attention_masks`).
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from qdiff.allocation.knapsack import allocate
 from qdiff.attention.lists import Tiling
 from qdiff.attention.orders import Grid
-from qdiff.errors import InputError
 
 STEPS = 16  # densities to choose from are multiples of 1 / STEPS
 
@@ -57,30 +53,3 @@ def recall(mass: Tensor, chosen: Tensor) -> float:
     """Share of the mass that the chosen blocks hold."""
     total = float(mass.double().sum())
     return float(mass.double()[chosen].sum()) / total if total else 1.0
-
-
-def allot(errors: Tensor, options: list[int], columns: int, density: float) -> Tensor:
-    """How many blocks each row keeps, by group of timesteps, layer and head: the least error within one budget.
-
-    Args:
-        errors: ``[groups, layers, heads, options]``: what is lost when a head keeps ``options[i]`` blocks.
-        options: rising.
-        columns: all blocks of a row.
-        density: mean share of the blocks that may be read.
-
-    Returns:
-        int64 ``[groups, layers, heads]``.
-
-    Raises:
-        InputError: a density that even the fewest blocks exceed.
-    """
-    if options[0] / columns > density:
-        raise InputError(
-            f"a density of {density:g} is below {options[0] / columns:.3f}, one block of {columns} in a row",
-            f"at least {math.ceil(1000 * options[0] / columns) / 1000:g} can be had",
-        )
-    flat = errors.reshape(-1, len(options))
-    monotone = flat.flip(1).cummax(dim=1).values.flip(1)  # reading more is never worse: what says so is noise
-    costs = torch.tensor(options, dtype=torch.float64).expand_as(flat)
-    choice = allocate(monotone, costs, density * columns * len(flat))
-    return torch.tensor(options)[choice].view(errors.shape[:-1])

@@ -1,6 +1,7 @@
-"""A backbone whose self-attentions follow block lists: decided from statistics, kept as a sidecar of the plan, put into a model.
+"""A backbone whose self-attentions follow block lists: the lists beside the plan, and their way into a model.
 
-The plan (:class:`qdiff.plan.attention_plan.AttentionPlan`) says what was decided and how good it is, for people. The masks
+The plan (:class:`qdiff.plan.attention_plan.AttentionPlan`, made by :mod:`qdiff.allocation.attention_masks`) says what was
+decided and how good it is, for people. The masks
 themselves are bits in ``attention.safetensors`` beside it; lists are made from them when a model is built.
 """
 
@@ -14,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import device
-from qdiff.attention import masks
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.operator import sparse_attention
 from qdiff.attention.orders import order_named
 from qdiff.attention.schedule import Board, Schedule, one_timestep
-from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import IntegrityError
 from qdiff.files import open_tensors, save_tensors
-from qdiff.plan.attention_plan import AttentionPlan, HeadPlan, SparseLayer
+from qdiff.plan.attention_plan import AttentionPlan
 from qdiff.routing.blocks import branches_of, in_branches
 
 SIDECAR = "attention.safetensors"
@@ -31,66 +30,6 @@ SIDECAR = "attention.safetensors"
 def tiling_of(plan: AttentionPlan) -> Tiling:
     """How the tokens of a plan are cut."""
     return Tiling(plan.tokens, plan.text, plan.block_q, plan.block_k)
-
-
-def decide(
-    statistics: AttentionStatistics, density: float, numerics: str, timesteps: list[float], dense_layers: int
-) -> tuple[AttentionPlan, Tensor]:
-    """Which blocks every head reads.
-
-    Args:
-        density: mean share of the blocks, over layers and groups that are sparse.
-        numerics: a name of :data:`qdiff.attention.numerics.NUMERICS`.
-        timesteps: recorded ones, for the overall density.
-        dense_layers: self-attentions that are not in ``statistics`` and stay dense.
-
-    Returns:
-        the plan, and bool masks ``[groups, heads of all layers, rows, columns]``.
-
-    Raises:
-        InputError: a density that cannot be had.
-    """
-    tiling, columns = statistics.tiling, statistics.tiling.columns
-    wanted = masks.allot(statistics.errors, statistics.options, columns, density)
-    chosen = torch.zeros(statistics.mass.shape, dtype=torch.bool)
-    layers = []
-    for layer, name in enumerate(statistics.layers):
-        heads = []
-        for head, order in enumerate(statistics.orders[layer]):
-            kept = masks.always(order_named(order, statistics.grid), statistics.grid, tiling)
-            entry = HeadPlan(order=order, density=[], recall=[], error=[])
-            for group in range(len(chosen)):
-                mass, width = statistics.mass[group, layer, head].float(), int(wanted[group, layer, head])
-                chosen[group, layer, head] = masks.choose(mass, kept, width)
-                entry.density.append(width / columns)
-                entry.recall.append(masks.recall(mass, chosen[group, layer, head]))
-                option = statistics.options.index(width)
-                entry.error.append(float(statistics.errors[group, layer, head, option]))
-            heads.append(entry)
-        layers.append(SparseLayer(name=name, heads=heads))
-    by_group = wanted.double().mean(dim=(1, 2)) / columns
-    plan = AttentionPlan(
-        numerics=numerics,
-        asked=density,
-        density=float(by_group.mean()),
-        overall=_overall(by_group, statistics.edges, timesteps, len(statistics.layers), dense_layers),
-        tokens=tiling.tokens,
-        text=tiling.text,
-        block_q=tiling.block_q,
-        block_k=tiling.block_k,
-        grid=statistics.grid,
-        edges=statistics.edges,
-        layers=layers,
-    )
-    return plan, chosen.flatten(1, 2)
-
-
-def _overall(by_group: Tensor, edges: list[float], timesteps: list[float], sparse: int, dense: int) -> float:
-    schedule = Schedule(edges, [])
-    densities = [1.0, *by_group.tolist()]
-    steps = [densities[schedule.group(timestep)] for timestep in timesteps]
-    mean = sum(steps) / len(steps)
-    return (mean * sparse + dense) / (sparse + dense)
 
 
 def save_masks(chosen: Tensor, path: Path) -> None:

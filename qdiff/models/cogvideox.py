@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from qdiff.errors import InputError
 from qdiff.evaluation.video import Clip
 from qdiff.models import clips
-from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback
+from qdiff.models.base import FAMILIES, Attend, Family, Model, Request, StepCallback
 from qdiff.models.parts import require_width
+from qdiff.recording.inputs import Axis, InputSpec
 
 _CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # CogVideoX-2B as published: 30 blocks, 30 heads of 64, T5-XXL states of width 4096.

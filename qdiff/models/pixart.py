@@ -15,18 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
-from qdiff.models.base import (
-    FAMILIES,
-    Attend,
-    Axis,
-    Family,
-    InputSpec,
-    Model,
-    NamedInputs,
-    Request,
-    StepCallback,
-)
+from qdiff.models.base import FAMILIES, Attend, Family, Model, NamedInputs, Request, StepCallback
 from qdiff.models.parts import require_width
+from qdiff.recording.inputs import Axis, InputSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image

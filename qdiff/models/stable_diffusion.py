@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
-from qdiff.models.base import FAMILIES, Axis, Family, InputSpec, Model, Request, StepCallback
+from qdiff.models.base import FAMILIES, Family, Model, Request, StepCallback
 from qdiff.models.parts import require_width
+from qdiff.recording.inputs import Axis, InputSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qdiff.errors import InputError
 from qdiff.evaluation.video import Clip
 from qdiff.models import clips
-from qdiff.models.base import FAMILIES, Attend, Axis, Family, InputSpec, Model, Request, StepCallback
+from qdiff.models.base import FAMILIES, Attend, Family, Model, Request, StepCallback
 from qdiff.models.parts import require_width
+from qdiff.recording.inputs import Axis, InputSpec
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # Wan2.1-T2V-1.3B as published: 30 blocks, 12 heads of 128, UMT5-XXL states of width 4096.

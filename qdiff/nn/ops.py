@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.attention.operator import sparse_attention
 from qdiff.formats import dynamic, scales
 from qdiff.formats.table import format_named
 from qdiff.formats.weight import QuantizedWeight
@@ -100,36 +99,9 @@ def _(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: str, dt
     return torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
 
 
-@torch.library.custom_op("qdiff::choose", mutates_args=())
-def choose(which: Tensor, alternatives: list[Tensor]) -> Tensor:
-    """One of several tensors of one shape: number ``which`` (0-dim int64), the last one for any other number. In a graph the
-    others are not computed (:mod:`qdiff.export.branches`)."""
-    number = int(which)
-    return alternatives[number if 0 <= number < len(alternatives) else -1].clone()
-
-
-@choose.register_fake
-def _(which: Tensor, alternatives: list[Tensor]) -> Tensor:
-    return torch.empty_like(alternatives[0])
-
-
-@torch.library.custom_op("qdiff::shaped_like", mutates_args=())
-def shaped_like(x: Tensor, reference: Tensor) -> Tensor:
-    """``x`` in the shape of a tensor of as many elements. A reshape, but the tracer need not see that their sizes agree."""
-    return x.reshape(reference.shape).clone()
-
-
-@shaped_like.register_fake
-def _(x: Tensor, reference: Tensor) -> Tensor:
-    return torch.empty_like(reference, dtype=x.dtype)
-
-
 OPS = {
-    "choose": choose,
-    "shaped_like": shaped_like,
     "quantize_dequantize": quantize_dequantize,
     "token_quantize_dequantize": token_quantize_dequantize,
     "block_quantize_dequantize": block_quantize_dequantize,
     "dequantize_weight": dequantize_weight,
-    "sparse_attention": sparse_attention,
 }

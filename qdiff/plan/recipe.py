@@ -129,7 +129,7 @@ class Mixed(BaseModel):
                 " it is reckoned with"
             )
         if self.device is not None:
-            from qdiff.allocation.costs import DEVICES, MEASURED_ON
+            from qdiff.plan.devices import DEVICES, MEASURED_ON
 
             if self.device not in (*DEVICES, *MEASURED_ON):
                 known = f"GPUs: {', '.join(DEVICES)}; engines of this machine: {', '.join(MEASURED_ON)}"

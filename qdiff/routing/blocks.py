@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
+from qdiff.routing import ops
 
 if TYPE_CHECKING:
     from qdiff.routing.router import Router
@@ -51,15 +52,11 @@ class Switchboard:
         """The cached delta of a block, in the shape of its input ``[batch, tokens, width]``."""
         if self.deltas is None:
             return None
-        from qdiff.nn import ops
-
         return ops.shaped_like(self.deltas[index].to(states.dtype), states)
 
     def choose(self, index: int, alternatives: Sequence[Callable[[], Tensor]]) -> Tensor:
         """What the route of a block says."""
         if isinstance(self.routes, Tensor):
-            from qdiff.nn import ops
-
             return ops.choose(self.routes[index], [alternative() for alternative in alternatives])
         return alternatives[self.routes[index]]()
 

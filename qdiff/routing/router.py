@@ -31,7 +31,7 @@ from qdiff.plan.routing_plan import REUSE, RoutedBlock, RoutingPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdiff.models.base import InputSpec
+    from qdiff.recording.inputs import InputSpec
 
 REMEMBERED = 4  # pictures and branches of guidance whose state is kept: deltas are large
 
@@ -168,7 +168,7 @@ class Router:
         """
         import torch
 
-        from qdiff.models.base import samples_of
+        from qdiff.recording.inputs import samples_of
 
         count = len(inputs["timestep"])
         self._remembered = max(self._remembered, count * REMEMBERED)

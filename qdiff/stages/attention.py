@@ -84,9 +84,9 @@ def require_statistics(run: Run) -> None:
 
 
 def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[AttentionPlan, Tensor]:
-    """Which blocks every head reads, for a recipe's wish: :func:`qdiff.attention.sparse.decide`."""
+    """Which blocks every head reads, for a recipe's wish: :func:`qdiff.allocation.attention_masks.decide_masks`."""
+    from qdiff.allocation.attention_masks import decide_masks
     from qdiff.attention.numerics import numerics_named
-    from qdiff.attention.sparse import decide
     from qdiff.attention.statistics import AttentionStatistics
 
     run.verify(STAGE)
@@ -95,4 +95,4 @@ def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[Attention
     statistics = AttentionStatistics.load(run.file(STATISTICS))
     dense = len(model.family.self_attentions(model.backbone)) - len(statistics.layers)
     timesteps = run.entry("calibrate")["timesteps"]
-    return decide(statistics, wish.density, wish.numerics, timesteps, dense)
+    return decide_masks(statistics, wish.density, wish.numerics, timesteps, dense)

@@ -91,7 +91,7 @@ def _profile(
     """
     from qdiff.engines.profiles import make_profile, parse_profile
     from qdiff.models import FAMILIES
-    from qdiff.models.base import latent_of
+    from qdiff.recording.inputs import latent_of
 
     config = plan.config
     specs = FAMILIES[plan.family].inputs(config)

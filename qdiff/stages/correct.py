@@ -186,7 +186,7 @@ class _Work:
 
     def _guided(self, prediction: Tensor, step: Step) -> Tensor:
         """What the pipeline hands to the scheduler: both branches joined, a learned variance left out."""
-        from qdiff.models.base import latent_of
+        from qdiff.recording.inputs import latent_of
 
         latent = step.inputs[latent_of(self.model.family.inputs(self.float_backbone.config)).name]  # type: ignore[arg-type]
         prediction = prediction[:, : latent.shape[1]].float()

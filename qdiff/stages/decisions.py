@@ -234,8 +234,8 @@ class ByBudget:
         return candidates.draft(drafted, made.choice), table, made
 
     def _decided(self, model: Model, candidates: Candidates, table: Sensitivity) -> Allocation:
-        from qdiff.allocation.costs import MEASURED_ON
         from qdiff.allocation.mixed import decide
+        from qdiff.plan.devices import MEASURED_ON
 
         assert self.recipe.mixed is not None
         calibrated, judge = options_of(self.run), None

@@ -136,8 +136,8 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     from qdiff.export.parity import compare, expected_outputs
     from qdiff.graphs.parts import parts_of, read
     from qdiff.models import FAMILIES
-    from qdiff.models.base import samples_of
     from qdiff.quantization.checkpoint import load_quantized
+    from qdiff.recording.inputs import samples_of
     from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import release_memory
 

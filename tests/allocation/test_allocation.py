@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from qdiff.allocation.candidates import Candidates, shared_copy
-from qdiff.allocation.costs import DEVICES, milliseconds
+from qdiff.allocation.costs import milliseconds
 from qdiff.allocation.knapsack import _relaxed, _solve, allocate, best, equal_loss_bits, total
 from qdiff.allocation.mixed import costs_of, decide
 from qdiff.allocation.sensitivity import measure, spread
 from qdiff.errors import InputError, UsageError
 from qdiff.nn.quant_linear import QuantLinear
+from qdiff.plan.devices import DEVICES
 from qdiff.plan.plan import LayerPlan
 from qdiff.plan.recipe import Recipe
 from qdiff.quantization.layer_plans import prepare

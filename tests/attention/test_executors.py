@@ -7,12 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qdiff.attention import emulator, gathered, oracle
+from qdiff.attention import (
+    emulator,
+    gathered,
+    operator,  # noqa: F401  registers the op
+    oracle,
+)
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.numerics import NUMERICS
 from qdiff.attention.packing import pack
 from qdiff.errors import InputError, UsageError
-from qdiff.nn import ops  # noqa: F401  registers the op
 
 BATCH, HEADS = 2, 3
 SHAPES = {"whole": (256, 0, 64, 64, 32), "text and tails": (333, 17, 64, 32, 72), "wide rows": (256, 0, 128, 32, 64)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qdiff.allocation.attention_masks import allocate_blocks
 from qdiff.attention import masks
 from qdiff.attention.lists import NOTHING, BlockLists, Tiling
 from qdiff.attention.orders import candidates, order_named
@@ -118,13 +119,13 @@ def test_a_mask_holds_what_is_always_kept_and_as_many_as_asked():
 def test_blocks_go_where_they_are_missed_most():
     options = [2, 4, 8, 16]
     errors = torch.tensor([[[[8.0, 4.0, 2.0, 0.0], [0.8, 0.4, 0.2, 0.0]]]])
-    found = masks.allot(errors, options, 16, 0.375)
+    found = allocate_blocks(errors, options, 16, 0.375)
     assert found.shape == (1, 1, 2) and int(found.sum()) <= 12
     assert found[0, 0, 0] > found[0, 0, 1]
-    totals = [int(masks.allot(errors, options, 16, density).sum()) for density in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    totals = [int(allocate_blocks(errors, options, 16, density).sum()) for density in (0.2, 0.4, 0.6, 0.8, 1.0)]
     assert totals == sorted(totals) and totals[-1] == 32
     with pytest.raises(InputError, match="one block"):
-        masks.allot(errors, options, 16, 0.1)
+        allocate_blocks(errors, options, 16, 0.1)
 
 
 def test_groups_go_by_the_value_of_the_timestep():

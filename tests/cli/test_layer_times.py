@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.allocation.costs import DEVICES, MEASURED_ON
 from qdiff.engines.base import ENGINES
 from qdiff.errors import InputError, UsageError
 from qdiff.files import read_json
 from qdiff.nn.quant_linear import HalfLinear, LinearForm, QuantLinear, TimestepClock
+from qdiff.plan.devices import DEVICES, MEASURED_ON
 from qdiff.plan.plan import LayerPlan
 from qdiff.stages.layer_times import LayerTimes
 

@@ -13,7 +13,7 @@ from tests.elsewhere import watched
 
 def decide_unsaved(run: Run) -> None:
     """What was seen of attention is of the host before it went through a file, too."""
-    from qdiff.attention.sparse import decide
+    from qdiff.allocation.attention_masks import decide_masks
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
     from qdiff.recording.trajectory import Trajectory
     from qdiff.stages.calibrate import reload_model
@@ -21,7 +21,7 @@ def decide_unsaved(run: Run) -> None:
     model = reload_model(run)
     trajectory = Trajectory(run.file("calibration"), model.device)
     statistics = AttentionCalibration(model, trajectory, AttentionOptions(orders=("fhw",)), None).run()
-    decide(statistics, 0.5, "float", run.entry("calibrate")["timesteps"], 0)
+    decide_masks(statistics, 0.5, "float", run.entry("calibrate")["timesteps"], 0)
 
 
 RECIPES = {

@@ -272,7 +272,7 @@ class Graph:
     """The exported graph of one attention, and what it is given."""
 
     def __init__(self, path, numerics="int8_fp8", size=64, tiling=Tiling(300, 17, 64, 64), batch=2):  # noqa: B008
-        import qdiff.nn.ops  # noqa: F401
+        import qdiff.attention.operator  # noqa: F401
         from qdiff.export.onnx_graph import write_graph
         from qdiff.export.translations import TARGETS
 

@@ -12,7 +12,7 @@ from qdiff.export.branches import sink_branches
 from qdiff.export.onnx_graph import write_graph
 from qdiff.export.translations import TARGETS
 from qdiff.graphs.walk import graphs, nodes
-from qdiff.nn import ops
+from qdiff.routing import ops
 
 
 class Chain(nn.Module):

@@ -79,7 +79,7 @@ def test_the_pipeline_takes_an_engine_in_its_place(made_up, recorded):
 
 
 def test_samples_of_a_call_are_cut_where_their_axis_is(made_up):
-    from qdiff.models.base import InputSpec, latent_of, samples_of
+    from qdiff.recording.inputs import InputSpec, latent_of, samples_of
 
     specs = (
         InputSpec("table", (3, "batch")),
