@@ -343,7 +343,7 @@ def demo(
     from qdiff.app.sources import Sources, Weights
 
     # Its float pictures are timed beside engines of the host, and its budget of memory is the host's.
-    device.choose(device.HOST)
+    device.set_device(device.HOST)
     sources = Sources(runs, output, [Weights.parse(text) for text in allow])
     service = Service(sources, Limits(), None if memory is None else int(memory * 1e9))
     before = signal.signal(signal.SIGTERM, _end)  # also while the model loads, so that what is below runs

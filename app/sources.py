@@ -87,9 +87,9 @@ class Source:
 
     def engines(self) -> list[EngineChoice]:
         """Float first, then by speed; engines that were not built are not in the list."""
-        from qdiff.engines import choose, ranked
+        from qdiff.engines import choose_engine, ranked
 
-        chosen = [EngineChoice("float", choose("float").title)]
+        chosen = [EngineChoice("float", choose_engine("float").title)]
         if self.run is None or not self.quantized:
             return chosen
         for engine in (engine for engine in ranked() if engine.name != "float"):

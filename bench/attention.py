@@ -228,7 +228,7 @@ class Graphs:
     """The operator and dense attention as plain ONNX in CPU engines."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        from qdiff.engines import BuildOptions, choose
+        from qdiff.engines import BuildOptions, choose_engine
         from qdiff.export.onnx_graph import write_graph
         from qdiff.export.translations import TARGETS
 
@@ -254,8 +254,8 @@ class Graphs:
                 built = folder / f"{kind}-{engine}"
                 built.mkdir()
                 options = BuildOptions(threads=torch.get_num_threads(), flags=FLAGS.get(engine, {}))
-                choose(engine).build(path, built, options)
-                self.runners[kind, engine] = choose(engine).load(built, options)
+                choose_engine(engine).build(path, built, options)
+                self.runners[kind, engine] = choose_engine(engine).load(built, options)
 
     def dense(self, engine: str) -> Callable[[], Tensor]:
         """Reads everything."""

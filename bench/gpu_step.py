@@ -116,12 +116,12 @@ class Variants:
 
     def sparse(self, density: float, numerics: str) -> Any:
         """One that follows lists, in the reversed order of tokens."""
-        from qdiff.attention.schedule import Board, Schedule
+        from qdiff.attention.schedule import Schedule, ScheduleState
         from qdiff.attention.sparse import SparseSelfAttention
 
-        board = Board(Schedule([], [random_lists(self.heads, self.tiling, density)]))
+        schedule_state = ScheduleState(Schedule([], [random_lists(self.heads, self.tiling, density)]))
         orders = torch.arange(self.tiling.tokens).flip(0).expand(self.heads, -1)
-        attend = SparseSelfAttention(orders, 0, self.tiling, numerics, board).to("cuda")
+        attend = SparseSelfAttention(orders, 0, self.tiling, numerics, schedule_state).to("cuda")
         return self.family.attention_processor(attend)
 
     def put(self, processor: Any) -> None:

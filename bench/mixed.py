@@ -129,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     from qdiff import device
 
-    device.choose(device.HOST)
+    device.set_device(device.HOST)
     from qdiff.cli.text import table
     from qdiff.events import TerminalListener, listening
 

@@ -20,17 +20,17 @@ from typing import Any
 SMOOTH = "methods.smooth.strengths=[0.3,0.4,0.5]"
 SCALES = "methods.timestep_scales.minimum_gain_db=0.0"
 VARIANTS: tuple[tuple[str, list[str], str], ...] = (
-    ("round to nearest, linears only", ["methods={}", "outputs={}"], "f32"),
-    ("+ smoothing search", ["methods={}", SMOOTH, "outputs={}"], "f32"),
-    ("+ scales by timestep wherever they gain", ["methods={}", SMOOTH, SCALES, "outputs={}"], "f32"),
-    ("+ range search", ["methods={}", SMOOTH, SCALES, "methods.clip={}", "outputs={}"], "f32"),
-    ("scales by timestep alone", ["methods={}", SCALES, "outputs={}"], "f32"),
+    ("round to nearest, linears only", ["methods={}", "quantize_outputs={}"], "f32"),
+    ("+ smoothing search", ["methods={}", SMOOTH, "quantize_outputs={}"], "f32"),
+    ("+ scales by timestep wherever they gain", ["methods={}", SMOOTH, SCALES, "quantize_outputs={}"], "f32"),
+    ("+ range search", ["methods={}", SMOOTH, SCALES, "methods.clip={}", "quantize_outputs={}"], "f32"),
+    ("scales by timestep alone", ["methods={}", SCALES, "quantize_outputs={}"], "f32"),
     (
         "smoothing searched up to 0.8",
-        ["methods={}", "methods.smooth.strengths=[0.3,0.5,0.6,0.7,0.8]", "outputs={}"],
+        ["methods={}", "methods.smooth.strengths=[0.3,0.5,0.6,0.7,0.8]", "quantize_outputs={}"],
         "f32",
     ),
-    ("the recipe, q k in float", ["outputs={}"], "f32"),
+    ("the recipe, q k in float", ["quantize_outputs={}"], "f32"),
     ("the recipe", [], "f32"),
     ("the recipe, rest in bf16", [], "bf16"),
 )
@@ -87,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from qdiff import device
 
-    device.choose(device.HOST)
+    device.set_device(device.HOST)
 
     from qdiff.cli.text import table
     from qdiff.events import TerminalListener, listening

@@ -202,7 +202,7 @@ def main() -> None:
     from qdiff.events import TerminalListener, listening
     from qdiff.runs.run import Run
 
-    device.choose(options.device)
+    device.set_device(options.device)
     run = Run.existing(options.run)
     if options.only == [THE_RUN] and not run.done("quantize"):
         parser.error(f"{options.run} is not quantized")

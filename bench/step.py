@@ -296,7 +296,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from qdiff import device
 
-    device.choose(device.HOST)
+    device.set_device(device.HOST)
     peers = not arguments.no_peers
     if peers:
         import importlib.util

@@ -264,7 +264,7 @@ class AttentionCalibration:
 
     def _lists(self, mass: Tensor, order: str, width: int) -> BlockLists:
         kept = masks.always(self.orders[order], self.grid, self.tiling)
-        return BlockLists.of_masks(masks.choose(mass, kept, width)[None])
+        return BlockLists.of_masks(masks.choose_blocks(mass, kept, width)[None])
 
     def _errors(self, orders: list[list[str]], mass: Tensor, options: list[int]) -> dict[str, Tensor]:
         errors = torch.zeros(self.groups, len(self.layers), self.heads, len(options))

@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def choose(prompts: list[str], samples: int | None) -> list[str]:
+def choose_prompts(prompts: list[str], samples: int | None) -> list[str]:
     """The first ``samples`` prompts (all when ``None``).
 
     Raises:

@@ -22,7 +22,7 @@ __all__ = [
     "Profile",
     "Row",
     "Runner",
-    "choose",
+    "choose_engine",
     "describe",
     "ranked",
 ]
@@ -48,7 +48,7 @@ def ranked() -> list[Engine]:
     return sorted((ENGINES[name]() for name in ENGINES), key=lambda engine: -engine.rank)
 
 
-def choose(name: str | None = None) -> Engine:
+def choose_engine(name: str | None = None) -> Engine:
     """The engine of that name, whether or not it can run here; without a name the best that can.
 
     Raises:

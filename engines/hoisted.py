@@ -17,7 +17,7 @@ LARGE = 64 * 1024  # bytes of inputs from which on few results are kept
 FEW, MANY = 2, 256  # results that are kept: of prompts (two branches of guidance that come one by one), of timesteps
 
 
-class Once:
+class CachedPart:
     """A part whose results are kept by the values of its inputs, not by who they are: buffers are used again.
 
     Args:
@@ -90,7 +90,7 @@ class HoistedRunner(Runner):
     def __init__(self, step: Runner, parts: Sequence[tuple[Runner, Sequence[str]]]) -> None:
         self.step = step
         specs = {spec.name: spec for spec in step.inputs}
-        self.parts = [Once(runner, outputs, specs) for runner, outputs in parts]
+        self.parts = [CachedPart(runner, outputs, specs) for runner, outputs in parts]
         carried = {name for _, outputs in parts for name in outputs}
         own = {spec.name: spec for runner, _ in parts for spec in runner.inputs if spec.name not in carried}
         self.inputs = tuple(({name: spec for name, spec in specs.items() if name not in carried} | own).values())

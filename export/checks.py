@@ -66,7 +66,7 @@ def downgraded(plan: Plan, realised: dict[str, Realised], outputs: frozenset[str
     for layer in plan.layers:
         activations = layer.activations if format_named(layer.activations).quantized else None
         output = layer.output if layer.output in outputs else None
-        asked = Realised(layer.weights, activations, layer.by_token, output)
+        asked = Realised(layer.weights, activations, layer.per_token, output)
         got = realised[layer.name]
         if got != asked:
             lost.append(f"{layer.name}: asked {asked}, the graph has {got}")

@@ -43,7 +43,7 @@ def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
                     f"layer {name} has the very codes of another layer, and the exporter kept one of them",
                     "leave such tiny layers alone (recipe: ignore)",
                 )
-            format = format_named(layer.form.weights)
+            format = format_named(layer.config.weights)
             if format.bits == 4:
                 packed = codes.const_value.numpy()
                 _set(codes, packed, (packed.shape[0], 2 * packed.shape[1]), _element_type(format, target))

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.attention.numerics import numerics_named, require_exported
-from qdiff.attention.schedule import Board
-from qdiff.attention.sparse import board_of
+from qdiff.attention.schedule import ScheduleState
+from qdiff.attention.sparse import schedule_state_of
 from qdiff.errors import InputError
 from qdiff.export.branches import is_choice, sink_branches
 from qdiff.export.codes import bytes_as_codes, store_codes
@@ -36,12 +36,12 @@ from qdiff.export.routes import CELLS, Output, RoutesAsInputs
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
 from qdiff.models.base import Family
-from qdiff.nn.quant_linear import HalfConv2d, HalfLinear, QuantLinear
+from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantLinear
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 from qdiff.plan.plan import Plan
 from qdiff.quantization.checkpoint import TIMESTEPS
 from qdiff.recording.inputs import InputSpec, latent_of
-from qdiff.routing.blocks import board_of as switchboard_of
+from qdiff.routing.blocks import branch_state_of
 
 # A first token that is computed apart leaves at least two others: with one the tracer would take the axis for a constant.
 SHORTEST_PROMPT, LONGEST_PROMPT, LARGEST_CELLS = 3, 4096, 1024
@@ -58,9 +58,9 @@ def check_target(plan: Plan, target: Target) -> None:
     if plan.attention is not None:
         require_exported(numerics_named(plan.attention.numerics))
     for layer in plan.quantized:
-        if not target.takes(layer.weights, layer.activations, layer.by_token):
-            scales = " with scales by token" if layer.by_token else ""
-            constant = layer.by_token and target.takes(layer.weights, layer.activations)
+        if not target.takes(layer.weights, layer.activations, layer.per_token):
+            scales = " with scales per token" if layer.per_token else ""
+            constant = layer.per_token and target.takes(layer.weights, layer.activations)
             other = "a constant scale or another format" if constant else "another format"
             raise InputError(
                 f"layer {layer.name} is {layer.weights} x {layer.activations}{scales}, which {target.title} cannot run",
@@ -87,19 +87,19 @@ def export_onnx(
     named = family.for_export(backbone)
     # A batch of one would be taken for a constant; two of everything keeps the axis dynamic.
     values = tuple(_at_least_two(example[spec.name], spec.batch_axis) for spec in specs)
-    board = board_of(backbone)
-    one_size = board is not None or family.one_size
+    schedule_state = schedule_state_of(backbone)
+    one_size = schedule_state is not None or family.one_size
     if one_size:
         specs = fixed_sizes(specs, example)
-    if board is not None:
-        lists = board.schedule.widest()
+    if schedule_state is not None:
+        lists = schedule_state.schedule.widest()
         specs = (*specs, *list_inputs(lists))
-        named, values = ListsAsInputs(named, board), (*values, lists.blocks, lists.bounds)
+        named, values = ListsAsInputs(named, schedule_state), (*values, lists.blocks, lists.bounds)
     outputs = [Output("prediction", family.output_axes(backbone.config))]  # type: ignore[arg-type]
-    switchboard = switchboard_of(backbone)
-    if switchboard is not None:
+    branch_state = branch_state_of(backbone)
+    if branch_state is not None:
         config: Any = backbone.config
-        routes = RoutesAsInputs(named, switchboard, config["num_attention_heads"] * config["attention_head_dim"])
+        routes = RoutesAsInputs(named, branch_state, config["num_attention_heads"] * config["attention_head_dim"])
         cells = math.prod(family.grid(config, latent))
         added, more = routes.interface(example, cells, fixed=one_size)
         named, specs, outputs = routes, (*specs, *(spec for spec, _ in added)), [*outputs, *more]
@@ -189,20 +189,20 @@ def _add_functions(model: Any) -> None:
 class ListsAsInputs(nn.Module):
     """A backbone with sparse attention that is given its lists, after its own inputs, instead of looking them up."""
 
-    def __init__(self, module: nn.Module, board: Board) -> None:
+    def __init__(self, module: nn.Module, schedule_state: ScheduleState) -> None:
         super().__init__()
-        self.module, self.board = module, board
+        self.module, self.schedule_state = module, schedule_state
         names: Any = module.names
         self.names = (*names, BLOCKS, BOUNDS)
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def forward(self, *values: Tensor) -> Tensor:
         """The backbone's inputs in order, ``blocks`` and ``bounds``."""
-        self.board.pinned = values[-2], values[-1]
+        self.schedule_state.pinned = values[-2], values[-1]
         try:
             return self.module(*values[:-2])
         finally:
-            self.board.pinned = None
+            self.schedule_state.pinned = None
 
 
 class InComputeDtype(nn.Module):
@@ -225,7 +225,7 @@ class InComputeDtype(nn.Module):
                             cast = tensor.detach().to(dtype)
                             kept[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
                 if isinstance(
-                    submodule, HalfLinear | HalfConv2d
+                    submodule, KeptLinear | KeptConv2d
                 ):  # in the dtype of its input, whatever its weight's is
                     submodule.register_forward_hook(lambda module, args, output: _cast(output, dtype))
                 elif isinstance(submodule, QuantLinear) or any(

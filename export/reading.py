@@ -33,11 +33,11 @@ class Realised:
 
     weights: str
     activations: str | None = None
-    by_token: bool = False
+    per_token: bool = False
     output: str | None = None
 
     def __str__(self) -> str:
-        tokens = " by token" if self.by_token else ""
+        tokens = " per token" if self.per_token else ""
         output = f" -> {self.output}" if self.output else ""
         return f"{self.weights} x {self.activations or 'float'}{tokens}{output}"
 
@@ -180,7 +180,7 @@ class Graph:
         return next(rows, element)
 
     def _activation(self, value: str) -> tuple[str | None, bool]:
-        """Format of the quantizer that a product's operand comes from, and whether its scales are by token."""
+        """Format of the quantizer that a product's operand comes from, and whether its scales are per token."""
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH and not node.domain:
             node = self.producer.get(node.input[0])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qdiff.plan.routing_plan import CHANGES, DELTAS, DRIFTS, NEW_DELTAS, ROUTES
 from qdiff.recording.inputs import Axis, InputSpec
-from qdiff.routing.blocks import Switchboard
+from qdiff.routing.blocks import BranchState
 
 CELLS = "cells"  # the axis of a block's tokens
 
@@ -36,11 +36,11 @@ class Output:
 class RoutesAsInputs(nn.Module):
     """A backbone that is given its routes, after its own inputs, instead of asking a router."""
 
-    def __init__(self, module: nn.Module, board: Switchboard, width: int) -> None:
+    def __init__(self, module: nn.Module, branch_state: BranchState, width: int) -> None:
         super().__init__()
-        self.module, self.board, self.width = module, board, width
+        self.module, self.branch_state, self.width = module, branch_state, width
         names: Any = module.names
-        self.names = (*names, ROUTES, DELTAS) if board.caching else (*names, ROUTES)
+        self.names = (*names, ROUTES, DELTAS) if branch_state.caching else (*names, ROUTES)
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def interface(
@@ -52,10 +52,10 @@ class RoutesAsInputs(nn.Module):
             example: one recorded call, whose blocks have ``cells`` tokens.
             fixed: whether the graph takes that many alone, as sparse attention wants.
         """
-        count = self.board.blocks
+        count = self.branch_state.blocks
         inputs = [(InputSpec(ROUTES, (count,), torch.int64, varies=True), torch.zeros(count, dtype=torch.int64))]
         outputs = [Output(CHANGES, (count, "batch"))]
-        if self.board.caching:
+        if self.branch_state.caching:
             batch = max(2, len(example["timestep"]))
             axes: tuple[Axis, ...] = (count, "batch", cells if fixed else CELLS, self.width)
             inputs.append((InputSpec(DELTAS, axes, varies=True), torch.zeros(count, batch, cells, self.width)))
@@ -64,14 +64,14 @@ class RoutesAsInputs(nn.Module):
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The backbone's inputs in order, ``routes`` and with reuse ``deltas``."""
-        board, added = self.board, 2 if self.board.caching else 1
-        board.pinned, board.routes = True, values[-added]
-        board.deltas = values[-1] if board.caching else None
+        branch_state, added = self.branch_state, 2 if self.branch_state.caching else 1
+        branch_state.pinned, branch_state.routes = True, values[-added]
+        branch_state.deltas = values[-1] if branch_state.caching else None
         try:
             prediction = self.module(*values[:-added])
-            if not board.caching:
-                return prediction, board.changes()
-            return prediction, board.changes(), board.drifts(), board.new_deltas()
+            if not branch_state.caching:
+                return prediction, branch_state.changes()
+            return prediction, branch_state.changes(), branch_state.drifts(), branch_state.new_deltas()
         finally:
-            board.pinned, board.deltas = False, None
-            board.clear()
+            branch_state.pinned, branch_state.deltas = False, None
+            branch_state.clear()

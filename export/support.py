@@ -48,7 +48,7 @@ def _activations(row: Format, target: Target) -> str:
     if any(activations == row.name for _, activations in target.runs):
         ways.append("at run time" if row.block else "static")
     if any(activations == row.name for _, activations in target.tokens):
-        ways.append("by token")
+        ways.append("per token")
     if not ways:
         return NO
     weights = sorted({weights for weights, activations in target.runs if activations == row.name})

@@ -23,7 +23,7 @@ HOST = "cpu"
 _chosen: str | None = None
 
 
-def choose(name: str | None) -> None:
+def set_device(name: str | None) -> None:
     """Takes a device by torch's name of it: ``cpu``, ``cuda``, ``cuda:1``; ``None``: the first GPU, or the host where there is
     none.
 
@@ -38,7 +38,7 @@ def choose(name: str | None) -> None:
 
 
 def require(name: str) -> None:
-    """Refuses a device that is not there. Raises as :func:`choose`."""
+    """Refuses a device that is not there. Raises as :func:`set_device`."""
     if name == HOST:
         return
     import torch

@@ -63,7 +63,7 @@ _open: list[Usage] = []  # the blocks around this one: a reset of the mark must 
 
 
 @contextlib.contextmanager
-def measure() -> Iterator[Usage]:
+def measure_usage() -> Iterator[Usage]:
     """Measures the block. The kernel's own high-water mark is used where it can be reset (Linux), else a thread polls.
     Blocks may stand inside each other."""
     usage = Usage(start_bytes=resident_bytes())

@@ -160,7 +160,7 @@ def _plain_logging() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         logging.getLogger("qdiff").setLevel(level)
-        device.choose(None)
+        device.set_device(None)
 
 
 def _fault(code: int, text: str, seconds: float, limit: float) -> str:

@@ -48,7 +48,7 @@ WORDS = {
     "timesteps": ("uniform", "normal", "all", "Uniform"),
     "recipe": ("int8", "nvfp4", "w4a8", "fp8", "mixed", "routed", "int9", "int8.yaml", "missing.yaml"),
     "budget": ("bits=5.5", "bits=0", "bits=", "bytes=1", "latency=-1", "bits=nan", "bytes=1e400", "5"),
-    "set": ("methods.smooth.strengths=[0.5]", "scheme=1", "a.b.c=[", "kept=float8", "methods=null", "ignore=*", 
+    "set": ("methods.smooth.strengths=[0.5]", "scheme=1", "a.b.c=[", "storage_dtype=float8", "methods=null", "ignore=*", 
             "distil.iterations=-1",
             "sequential.tokens=1e9", "mixed.device=x", "scheme.weights=int8", "methods.smooth=3"),
     "engine": ("openvino", "onnxruntime", "eager", "float", "tensorrt_rtx", "tensorrt", "OpenVINO", "none"),

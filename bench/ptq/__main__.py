@@ -24,7 +24,7 @@ from bench.ptq.shared import Settings, Shared
 from qdiff.events import TerminalListener, listening, log
 from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, write_json
 from qdiff.recipes import load_recipe
-from qdiff.resources import measure, release_memory
+from qdiff.resources import measure_usage, release_memory
 
 TIMES = ("seconds", "cpu_seconds")
 
@@ -44,7 +44,7 @@ def run_row(shared: Shared, row: Row) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         material = shared.material(Path(scratch))
         release_memory()
-        with measure() as usage:
+        with measure_usage() as usage:
             started = time.process_time()
             made = row.make(material)
             cpu_seconds = time.process_time() - started
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     from qdiff import device
 
-    device.choose(device.HOST)
+    device.set_device(device.HOST)
     if given.list:
         print("\n".join(row.name for row in chosen(None, given.model)))
         return

@@ -28,7 +28,7 @@ def make(material: Material, recipe: str, overrides: Sequence[str] = ()) -> Made
     parts = Counter(originals.values())
     return Made(
         {originals[layer.name]: storage(layer, parts[originals[layer.name]]) for layer in plan.quantized},
-        scaled_inputs=sum(layer.multiplier for layer in plan.quantized),
+        scaled_inputs=sum(layer.input_multiplier for layer in plan.quantized),
     )
 
 

@@ -131,30 +131,30 @@ ROWS: tuple[Row, ...] = (
     *_qdiff(
         INT8,
         "int8",
-        ("to nearest", ["methods={}", "outputs={}"]),
-        ("smooth", ["methods={}", "methods.smooth.strengths=[0.3,0.4,0.5]", "outputs={}"]),
-        ("shift", ["methods={}", "methods.shift={}", "outputs={}"]),
-        ("awq", ["methods={}", "methods.awq={}", "outputs={}"]),
-        ("repq", ["methods={}", "methods.repq={}", "outputs={}"]),
-        ("rotate", ["methods={}", "methods.rotate={}", "outputs={}"]),
-        ("bias", ["methods={}", "methods.bias={}", "outputs={}"]),
-        ("scales by timestep", ["methods={}", "methods.timestep_scales.minimum_gain_db=0.0", "outputs={}"]),
-        ("gptq", ["methods={}", "methods.gptq={}", "sequential.tokens=4096", "outputs={}"]),
-        ("recipe int8, q k float", ["outputs={}"]),
+        ("to nearest", ["methods={}", "quantize_outputs={}"]),
+        ("smooth", ["methods={}", "methods.smooth.strengths=[0.3,0.4,0.5]", "quantize_outputs={}"]),
+        ("shift", ["methods={}", "methods.shift={}", "quantize_outputs={}"]),
+        ("awq", ["methods={}", "methods.awq={}", "quantize_outputs={}"]),
+        ("repq", ["methods={}", "methods.repq={}", "quantize_outputs={}"]),
+        ("rotate", ["methods={}", "methods.rotate={}", "quantize_outputs={}"]),
+        ("bias", ["methods={}", "methods.bias={}", "quantize_outputs={}"]),
+        ("scales by timestep", ["methods={}", "methods.timestep_scales.minimum_gain_db=0.0", "quantize_outputs={}"]),
+        ("gptq", ["methods={}", "methods.gptq={}", "sequential.tokens=4096", "quantize_outputs={}"]),
+        ("recipe int8, q k float", ["quantize_outputs={}"]),
         ("recipe int8", []),
     ),
     *_qdiff(
         INT8,
         "int8-gptq",
-        ("recipe int8-gptq, q k float", ["outputs={}"]),
+        ("recipe int8-gptq, q k float", ["quantize_outputs={}"]),
         ("recipe int8-gptq", []),
-        ("recipe int8-gptq, by token", ["outputs={}", "scheme.by_token=true"]),
+        ("recipe int8-gptq, per token", ["quantize_outputs={}", "scheme.per_token=true"]),
     ),
     *_qdiff(
         INT8,
         "int8-rotate",
-        ("recipe int8-rotate, q k float", ["outputs={}"]),
-        ("recipe int8-rotate, no gptq, q k float", ["outputs={}", ROTATED]),
+        ("recipe int8-rotate, q k float", ["quantize_outputs={}"]),
+        ("recipe int8-rotate, no gptq, q k float", ["quantize_outputs={}", ROTATED]),
         ("recipe int8-rotate", []),
     ),
     *_qdiff(INT8, "int8-token", ("recipe int8-token", [])),
@@ -262,7 +262,7 @@ ROWS += (
 # A U-Net has convolutions, which none but ModelOpt of the peers quantizes.
 UNET_INT8, UNET_W4A8, UNET_NVFP4 = "U-Net INT8 W8A8", "U-Net INT4 W4A8", "U-Net NVFP4, convolutions INT8"
 UNSPLIT, TOGETHER = "split_shortcuts=false", "first_token=false"
-BARE = ["methods={}", "outputs={}"]
+BARE = ["methods={}", "quantize_outputs={}"]
 G32 = "scheme.weights=int4_g32"  # the bundled model's 160 columns do not divide into groups of 64
 BY_TIMESTEP = "methods.timestep_scales.minimum_gain_db=0.0"
 ROWS += tuple(
@@ -279,7 +279,7 @@ ROWS += tuple(
             ("dgq, tokens too", [*BARE, UNSPLIT, TOGETHER, "methods.dgq.tokens=true"]),
             ("recipe int8, unsplit", [UNSPLIT]),
             ("recipe int8, first token quantized", [TOGETHER]),
-            ("recipe int8, q k float", ["outputs={}"]),
+            ("recipe int8, q k float", ["quantize_outputs={}"]),
             ("recipe int8", []),
         ),
         *_qdiff(UNET_INT8, "int8-gptq", ("recipe int8-gptq", [])),

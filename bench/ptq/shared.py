@@ -27,7 +27,7 @@ from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, writ
 from qdiff.models.base import Model, Request, default_prompts
 from qdiff.recording.activation_statistics import Statistics
 from qdiff.recording.trajectory import Trajectory
-from qdiff.resources import measure
+from qdiff.resources import measure_usage
 from qdiff.runs.run import Run
 from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
 
@@ -107,7 +107,7 @@ class Shared:
         predictions, pictures, accuracy = answers(model, self.held_out, self.request(model))
         save_tensors(self.folder / "float.safetensors", {"predictions": predictions, "pictures": pictures})
         started = time.process_time()
-        with measure() as usage:
+        with measure_usage() as usage:
             Collector(model, Trajectory(self.calibration.file("calibration")), "timed").collect(
                 self.folder / "timed.safetensors"
             )

@@ -29,7 +29,7 @@ class Target:
         compute: dtype of everything that is not quantized. GPUs get 16 bit: a strongly typed TensorRT engine computes what
             the graph says, and float32 attention would cost more than INT8 gains. CPUs get 32 bit, their engines choose.
         runs: formats of (weights, activations) that its graphs can hold; ``None`` for activations that stay as they are.
-        tokens: those of ``runs`` that it also takes with scales by token.
+        tokens: those of ``runs`` that it also takes with scales per token.
         outputs: formats in which it runs what follows a quantized output (the product of q and k). Empty: those quantizers
             are left out, because its engines fuse attention in 16 bit and a Q/DQ pair in the middle would break the fusion.
     """
@@ -42,10 +42,10 @@ class Target:
     tokens: frozenset[tuple[str, str | None]]
     outputs: frozenset[str]
 
-    def takes(self, weights: str, activations: str, by_token: bool = False) -> bool:
+    def takes(self, weights: str, activations: str, per_token: bool = False) -> bool:
         """Whether a layer in these formats can be written for this target."""
         pair = (weights, activations if format_named(activations).quantized else None)
-        return pair in (self.tokens if by_token else self.runs)
+        return pair in (self.tokens if per_token else self.runs)
 
 
 TARGETS: Registry[Target] = Registry("target")

@@ -10,9 +10,9 @@ from torch import nn
 
 from qdiff.allocation.route_table import Costs
 from qdiff.formats.table import FORMATS
-from qdiff.nn.quant_linear import QuantLinear, TimestepClock
+from qdiff.nn.quant_linear import QuantLinear, TimestepIndex
 from qdiff.plan.plan import LayerPlan, Plan, Structure
-from qdiff.routing.blocks import BranchedBlock, Switchboard, branch_name
+from qdiff.routing.blocks import BranchedBlock, BranchState, branch_name
 
 
 @dataclass
@@ -27,19 +27,24 @@ class Version:
         return [layer for layer in self.plan.layers if layer.name.startswith(f"{block}.")]
 
 
-def clock_of(backbone: nn.Module) -> TimestepClock | None:
-    """The clock that its layers read."""
-    return next((m.clock for m in backbone.modules() if isinstance(m, QuantLinear) and m.clock is not None), None)
+def clock_of(backbone: nn.Module) -> TimestepIndex | None:
+    """Return the timestep index that its layers read."""
+    return next(
+        (m.timestep_index for m in backbone.modules() if isinstance(m, QuantLinear) and m.timestep_index is not None),
+        None,
+    )
 
 
-def share_clock(versions: Sequence[Version]) -> TimestepClock:
-    """Makes the layers of all versions read one clock, which is given back."""
-    clock = next((found for each in versions if (found := clock_of(each.backbone)) is not None), TimestepClock())
+def share_clock(versions: Sequence[Version]) -> TimestepIndex:
+    """Let the layers of all versions read one timestep index, and return it."""
+    timestep_index = next(
+        (found for each in versions if (found := clock_of(each.backbone)) is not None), TimestepIndex()
+    )
     for version in versions:
         for module in version.backbone.modules():
             if isinstance(module, QuantLinear):
-                module.clock = clock
-    return clock
+                module.timestep_index = timestep_index
+    return timestep_index
 
 
 def branches_of(versions: Sequence[Version], block: str) -> list[nn.Module]:
@@ -47,7 +52,7 @@ def branches_of(versions: Sequence[Version], block: str) -> list[nn.Module]:
     return [version.backbone.get_submodule(block) for version in versions]
 
 
-def assemble(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bool) -> Switchboard:
+def assemble(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bool) -> BranchState:
     """Puts branches into the first version's backbone, in place.
 
     Args:
@@ -58,13 +63,13 @@ def assemble(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bo
         name: [versions[index].backbone.get_submodule(name) for index in chosen] for name, chosen in blocks.items()
     }
     branched = [name for name, modules in found.items() if keep or len(modules) > 1]
-    board, backbone = Switchboard(len(branched)), versions[0].backbone
+    branch_state, backbone = BranchState(len(branched)), versions[0].backbone
     for name, modules in found.items():
         if name in branched:
-            backbone.set_submodule(name, BranchedBlock(modules, branched.index(name), board))
+            backbone.set_submodule(name, BranchedBlock(modules, branched.index(name), branch_state))
         else:
             backbone.set_submodule(name, modules[0])
-    return board
+    return branch_state
 
 
 def joined_plan(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bool, recipe: str) -> Plan:

@@ -48,7 +48,7 @@ def decide_masks(
             entry = HeadPlan(order=order, density=[], recall=[], error=[])
             for group in range(len(chosen)):
                 mass, width = statistics.mass[group, layer, head].float(), int(wanted[group, layer, head])
-                chosen[group, layer, head] = masks.choose(mass, kept, width)
+                chosen[group, layer, head] = masks.choose_blocks(mass, kept, width)
                 entry.density.append(width / columns)
                 entry.recall.append(masks.recall(mass, chosen[group, layer, head]))
                 option = statistics.options.index(width)

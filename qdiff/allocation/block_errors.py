@@ -55,7 +55,7 @@ class Measured:
         return {name: getattr(self, name).contiguous() for name in names}
 
 
-def measure(
+def measure_block_errors(
     model: Model,
     trial: nn.Module,
     blocks: Sequence[str],
@@ -69,7 +69,7 @@ def measure(
 
     Args:
         model: for its family.
-        trial: a float backbone whose blocks can be replaced; it sets the clock that the branches read.
+        trial: a float backbone whose blocks can be replaced; it sets the timestep_index that the branches read.
         blocks: names, in the order of the chain.
         branches: of each block, the cheap one last.
         guided: whether each prompt is twice in a batch.

@@ -2,7 +2,7 @@
 
 The float weights are shared with the model, packed ones are small, so all of it together takes little more memory than the float
 model. What is put in is made from the float model's statistics; the model that comes out in the end is made anew, block by block
-where the recipes say so (:func:`qdiff.quantization.quantize.carry_out`).
+where the recipes say so (:func:`qdiff.quantization.quantize.quantize_from_draft`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.models.base import Model, quantizable_layers
-from qdiff.nn.quant_linear import QuantLinear, TimestepClock
+from qdiff.nn.quant_linear import QuantLinear, TimestepIndex
 from qdiff.plan.plan import LayerPlan
 from qdiff.plan.recipe import Recipe
-from qdiff.quantization.checkpoint import install_clock
-from qdiff.quantization.kept import half_layer, round_kept
+from qdiff.quantization.checkpoint import install_timestep_index
 from qdiff.quantization.layer_plans import Draft, entries_of, groups_of, kept_entry
-from qdiff.quantization.quantize import realise_all
+from qdiff.quantization.quantize import quantize_groups
+from qdiff.quantization.storage import half_layer, round_to_storage
 from qdiff.recipes import members_of
 from qdiff.recording.activation_statistics import Statistics
 
@@ -55,9 +55,9 @@ class Candidates:
             if layer not in ignored:
                 self.groups.setdefault(group, []).append(layer)
         self.backbone = shared_copy(model.backbone)
-        round_kept(self.backbone, recipe.kept)
-        self.clock = TimestepClock()
-        install_clock(self.backbone, self.clock, torch.tensor(statistics.timesteps))
+        round_to_storage(self.backbone, recipe.storage_dtype)
+        self.timestep_index = TimestepIndex()
+        install_timestep_index(self.backbone, self.timestep_index, torch.tensor(statistics.timesteps))
         layers = quantizable_layers(self.backbone)
         self._float = {name: layers[name] for names in self.groups.values() for name in names}
         self._modules: list[dict[str, nn.Module]] = []
@@ -100,7 +100,9 @@ class Candidates:
         """The draft of the plan that gives every group the format with that index; ``drafted`` says what is not chosen for."""
         entries, recipes = dict(drafted.entries), {}
         if all(self.members[format] is None for format in choice.values()):
-            raise InputError(f"the budget leaves every layer in {self.recipe.kept}", "lower it, or quantize nothing")
+            raise InputError(
+                f"the budget leaves every layer in {self.recipe.storage_dtype}", "lower it, or quantize nothing"
+            )
         for group, format in choice.items():
             member = self.members[format]
             for layer in self.groups[group]:
@@ -111,7 +113,7 @@ class Candidates:
 
     def _add(self, name: str, member: Recipe | None, statistics: Statistics) -> None:
         if member is None:
-            kept, reason = self.recipe.kept, "the budget leaves it"
+            kept, reason = self.recipe.storage_dtype, "the budget leaves it"
             entries = {layer: kept_entry(layer, module, kept, reason) for layer, module in self._float.items()}
             self._modules.append({layer: half_layer(entries[layer], module) for layer, module in self._float.items()})
             self.entries.append(entries)
@@ -121,7 +123,7 @@ class Candidates:
         copied = with_own_backbone(self.model)
         wanted = {layer for layers in self.groups.values() for layer in layers}
         entries = entries_of(copied, member, statistics, lenient=True)
-        planned = realise_all(copied, member, entries, statistics)
+        planned = quantize_groups(copied, member, entries, statistics)
         made = {
             layer: copied.backbone.get_submodule(layer)
             for layer, entry in planned.items()
@@ -129,7 +131,7 @@ class Candidates:
         }
         for module in made.values():
             if isinstance(module, QuantLinear):
-                module.clock = self.clock
+                module.timestep_index = self.timestep_index
         self._modules.append(made)
         self._drafts.append(entries)
         self.entries.append({layer: planned[layer] for layer in made})

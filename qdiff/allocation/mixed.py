@@ -92,7 +92,7 @@ class Allocation:
         return asdict(self)
 
 
-def decide(
+def decide_formats(
     mixed: Mixed,
     family: str,
     candidates: Candidates,

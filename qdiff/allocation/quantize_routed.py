@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from qdiff.allocation.assemble import Version, assemble, branches_of, costs_of, joined_plan, share_clock
-from qdiff.allocation.block_errors import Measured, measure
+from qdiff.allocation.block_errors import Measured, measure_block_errors
 from qdiff.allocation.candidates import shared_copy, with_own_backbone
-from qdiff.allocation.routed import Court, Decision, decide, reduced
+from qdiff.allocation.routed import Decision, PlanScorer, decide_routes, reduced
 from qdiff.events import log
 from qdiff.models.base import Model
 from qdiff.plan.plan import Plan
 from qdiff.plan.recipe import Recipe, Routing
 from qdiff.plan.routing_plan import RoutingPlan
-from qdiff.quantization.checkpoint import install_clock
-from qdiff.quantization.layer_plans import draft
-from qdiff.quantization.quantize import carry_out
+from qdiff.quantization.checkpoint import install_timestep_index
+from qdiff.quantization.layer_plans import draft_plan
+from qdiff.quantization.quantize import quantize_from_draft
 from qdiff.recipes import versions_of
 from qdiff.recording.activation_statistics import Statistics
 from qdiff.recording.trajectory import Trajectory
@@ -31,7 +31,7 @@ MEASURED = "routing"  # the part of the scratch that holds what was measured
 
 @dataclass(frozen=True)
 class Routed:
-    """A plan, and what was tried on the way to it."""
+    """A plan, and what was scored on the way to it."""
 
     plan: Plan
     decision: Decision
@@ -58,25 +58,25 @@ def quantize_routed(
     """
     assert recipe.routing is not None
     versions = [_version(model, each, statistics, trajectory, scratch) for each in versions_of(recipe)]
-    clock = share_clock(versions)
+    timestep_index = share_clock(versions)
     blocks = model.family.blocks(model.backbone)
     trial = shared_copy(model.backbone)
-    install_clock(trial, clock, torch.tensor(statistics.timesteps))
+    install_timestep_index(trial, timestep_index, torch.tensor(statistics.timesteps))
     found = _measured(model, recipe.routing, trial, blocks, versions, trajectory, scratch, guided)
     del trial
     costs = costs_of(versions, blocks)
     everything = {name: list(range(len(versions))) for name in blocks}
     modules = {name: branches_of(versions, name) for name in blocks}
-    board = assemble(versions, everything, keep=True)
+    branch_state = assemble(versions, everything, keep=True)
     backbone = versions[0].backbone
-    # a plan to begin with: the court gives the router others
+    # a plan to begin with: the scorer gives the router others
     start = RoutingPlan(
         rule="static", timesteps=found.timesteps, used_bits=0, used_activation_bits=0, resident_bits=0, blocks=[]
     )
     following = follow(model.family, backbone, start)
-    board.caching = recipe.routing.reuse is not None
-    court = Court(following.router, judge_of(backbone), costs)
-    chosen, decision = decide(recipe.routing, blocks, found, costs, court)
+    branch_state.caching = recipe.routing.reuse is not None
+    scorer = PlanScorer(following.router, judge_of(backbone), costs)
+    chosen, decision = decide_routes(recipe.routing, blocks, found, costs, scorer)
     routing, kept = reduced(chosen, recipe.routing.recipes)
     following.stop()
     for name, branches in modules.items():
@@ -94,7 +94,7 @@ def _version(model: Model, recipe: Recipe, statistics: Statistics, trajectory: T
     log.info("routing: the whole model by recipe %s", recipe.name)
     own = with_own_backbone(model)
     part = Scratch(scratch.folder / recipe.name, scratch.owner)
-    plan = carry_out(own, recipe, draft(own, recipe, statistics), trajectory, part)
+    plan = quantize_from_draft(own, recipe, draft_plan(own, recipe, statistics), trajectory, part)
     return Version(plan, own.backbone)
 
 
@@ -113,6 +113,6 @@ def _measured(
         return Measured(timesteps=kept[1], **kept[0])
     branches = [branches_of(versions, name) for name in blocks]
     changes, reuse = routing.follows_changes, routing.reuse is not None
-    found = measure(model, trial, blocks, branches, trajectory, guided, changes, reuse)
+    found = measure_block_errors(model, trial, blocks, branches, trajectory, guided, changes, reuse)
     scratch.save(MEASURED, found.tensors(), found.timesteps)
     return found

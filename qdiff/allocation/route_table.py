@@ -48,7 +48,7 @@ class Costs:
         return float((bits.gather(1, table) * self.shares[:, None]).mean(dim=1).sum())
 
 
-def solve(errors: Tensor, costs: Costs, budget: float, routed: int) -> Tensor:
+def solve_routes(errors: Tensor, costs: Costs, budget: float, routed: int) -> Tensor:
     """The cheap blocks and timesteps.
 
     Args:

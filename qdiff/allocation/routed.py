@@ -1,6 +1,6 @@
 """From what was measured to routes: tables and predictors within a budget, and pictures that decide between them.
 
-Three rules are tried at the same average bits: ``static`` (each block one branch for good), ``table`` (a branch for each block
+Three rules are scored at the same average bits: ``static`` (each block one branch for good), ``table`` (a branch for each block
 and timestep) and ``predicted`` (a branch by what the block changed the step before). The pictures that come closest to the
 float model's win; where ``static`` wins, no block carries two branches. Then, with reuse, the tolerance is raised as far as
 those pictures allow.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qdiff.allocation.block_errors import Measured
 from qdiff.allocation.route_predictor import fit, threshold
-from qdiff.allocation.route_table import Costs, solve
+from qdiff.allocation.route_table import Costs, solve_routes
 from qdiff.events import Progress, log
 from qdiff.plan.recipe import Routing
 from qdiff.plan.routing_plan import Predictor, ReusePlan, RoutedBlock, RoutingPlan, Rule
@@ -32,7 +32,7 @@ WEIGHED = ", weighed"  # a rule whose errors were multiplied by the influence of
 
 
 @dataclass
-class Tried:
+class ScoredPlan:
     """One set of routes and its pictures.
 
     Args:
@@ -50,7 +50,7 @@ class Tried:
 
 @dataclass
 class Decision:
-    """What was tried, as JSON values.
+    """What was scored, as JSON values.
 
     Args:
         recipes: of the branches.
@@ -67,12 +67,12 @@ class Decision:
     blocks: list[str]
     influence: list[float]
     chosen: str = ""
-    final: Tried | None = None
+    final: ScoredPlan | None = None
     r2: dict[str, float | None] = field(default_factory=dict)
 
-    rules: list[Tried] = field(default_factory=list)
-    uniform: list[Tried] = field(default_factory=list)
-    reuse: list[Tried] = field(default_factory=list)
+    rules: list[ScoredPlan] = field(default_factory=list)
+    uniform: list[ScoredPlan] = field(default_factory=list)
+    reuse: list[ScoredPlan] = field(default_factory=list)
     history: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Decision:
 
 
 @dataclass
-class Court:
+class PlanScorer:
     """Makes pictures of plans.
 
     Args:
@@ -94,7 +94,7 @@ class Court:
     judge: Callable[[], float]
     costs: Costs
 
-    def hear(self, name: str, plan: RoutingPlan, disturbed: int | None = None) -> Tried:
+    def score(self, name: str, plan: RoutingPlan, disturbed: int | None = None) -> ScoredPlan:
         """Pictures of a plan whose blocks have all branches.
 
         Args:
@@ -109,20 +109,20 @@ class Court:
                 if route >= 0:
                     spent += float(self.costs.weight_bits[index, route] * self.costs.shares[index])
                     evaluated += float(self.costs.shares[index])
-        return Tried(name, spent / max(evaluated, 1e-30), psnr, self.router.skipped)
+        return ScoredPlan(name, spent / max(evaluated, 1e-30), psnr, self.router.skipped)
 
 
-def decide(
-    routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs, court: Court
+def decide_routes(
+    routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs, scorer: PlanScorer
 ) -> tuple[RoutingPlan, Decision]:
-    """The plan whose pictures are best, every block with all branches, and what else was tried.
+    """The plan whose pictures are best, every block with all branches, and what else was scored.
 
     Args:
         blocks: names, in the order of the chain.
         measured: of them.
         costs: of their branches, which are ``routing.recipes``.
     """
-    weights = influence(routing, blocks, measured, court)
+    weights = influence(routing, blocks, measured, scorer)
     weighed = replace(measured, predictions=measured.predictions * weights[:, None], reused=measured.reused * weights)
     found = plans(routing, blocks, measured, costs)
     again = plans(routing, blocks, weighed, costs)
@@ -131,27 +131,29 @@ def decide(
     rounds = len(found) + len(routing.recipes) + (ROUNDS if routing.reuse else 0)
     with Progress("pictures of routes", rounds) as progress:
         for name, plan in found.items():
-            decision.rules.append(court.hear(name, plan))
+            decision.rules.append(scorer.score(name, plan))
             progress.advance()
         for branch, recipe in enumerate(routing.recipes):
             constant = torch.full((len(blocks), len(measured.timesteps)), branch)
-            decision.uniform.append(court.hear(recipe, _of_table(routing, "static", blocks, measured, constant, costs)))
+            decision.uniform.append(
+                scorer.score(recipe, _of_table(routing, "static", blocks, measured, constant, costs))
+            )
             progress.advance()
-        best = max(decision.rules, key=lambda tried: (found[tried.name].rule == routing.rule, tried.psnr_db))
+        best = max(decision.rules, key=lambda scored: (found[scored.name].rule == routing.rule, scored.psnr_db))
         chosen = found[best.name]
         if chosen.rule == "static" and len(routing.recipes) > 1:
             log.warning("routing: pictures are best when no block switches (docs/guide/routing.md)")
         if routing.reuse is not None:
-            chosen = _with_reuse(routing, chosen, best.psnr_db, weighed, court, decision, progress)
+            chosen = _with_reuse(routing, chosen, best.psnr_db, weighed, scorer, decision, progress)
     decision.chosen = best.name
-    decision.final = court.hear(best.name, chosen)
+    decision.final = scorer.score(best.name, chosen)
     predictors = {block.name: block.predictor for plan in found.values() for block in plan.blocks if block.predictor}
     decision.r2 = {name: predictor.r2 for name, predictor in predictors.items()}
-    decision.history = court.router.latest()
+    decision.history = scorer.router.latest()
     return chosen, decision
 
 
-def influence(routing: Routing, blocks: Sequence[str], measured: Measured, court: Court) -> Tensor:
+def influence(routing: Routing, blocks: Sequence[str], measured: Measured, scorer: PlanScorer) -> Tensor:
     """How much of a squared error of the prediction is left in the pictures, by timestep: ``[steps]``, 1 on average.
 
     What a step gets wrong, later steps may put right; the last one's errors stay. So for every timestep pictures are made whose
@@ -162,7 +164,7 @@ def influence(routing: Routing, blocks: Sequence[str], measured: Measured, court
     careful = _of_table(routing, "table", blocks, measured, torch.zeros(len(blocks), steps, dtype=torch.int64), None)
 
     def error(disturbed: int | None) -> float:
-        return 10 ** (-court.hear("", careful, disturbed).psnr_db / 10)
+        return 10 ** (-scorer.score("", careful, disturbed).psnr_db / 10)
 
     chosen, floor = influence_steps(steps), error(None)
     logarithms = []
@@ -185,17 +187,17 @@ def influence_steps(steps: int) -> list[int]:
 
 
 def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs) -> dict[str, RoutingPlan]:
-    """A plan for every rule, by its name, all of the same average bits. Arguments as of :func:`decide`."""
+    """A plan for every rule, by its name, all of the same average bits. Arguments as of :func:`decide_routes`."""
     if len(routing.recipes) == 1:
         zeros = torch.zeros(len(blocks), len(measured.timesteps), dtype=torch.int64)
         return {"static": _of_table(routing, "static", blocks, measured, zeros, costs)}
     assert routing.budget is not None
     budget = routing.budget["bits"]
     most = len(blocks) if routing.blocks is None else min(routing.blocks, len(blocks))
-    static = solve(measured.predictions, costs, budget, 0)
+    static = solve_routes(measured.predictions, costs, budget, 0)
     found: dict[str, RoutingPlan] = {"static": _of_table(routing, "static", blocks, measured, static, costs)}
     if most and len(measured.timesteps) > 1:
-        table = solve(measured.predictions, costs, budget, most)
+        table = solve_routes(measured.predictions, costs, budget, most)
         found["table"] = _of_table(routing, "table", blocks, measured, table, costs)
         if routing.predicts:
             found["predicted"] = _of_predictors(found["table"], measured, costs, budget)
@@ -257,7 +259,7 @@ def _with_reuse(
     chosen: RoutingPlan,
     psnr: float,
     measured: Measured,
-    court: Court,
+    scorer: PlanScorer,
     decision: Decision,
     progress: Progress,
 ) -> RoutingPlan:
@@ -280,12 +282,12 @@ def _with_reuse(
         tolerance = float(torch.tensor(middle).exp())
         reuse = ReusePlan(tolerance=tolerance, in_a_row=routing.reuse.in_a_row)
         plan = chosen.model_copy(update={"reuse": reuse})
-        tried = court.hear(f"{tolerance:.4g}", plan)
-        decision.reuse.append(tried)
-        if tried.psnr_db >= psnr - routing.reuse.loss_db:
+        scored = scorer.score(f"{tolerance:.4g}", plan)
+        decision.reuse.append(scored)
+        if scored.psnr_db >= psnr - routing.reuse.loss_db:
             low = middle
-            if tried.skipped > skipped:
-                kept, skipped = plan.model_copy(update={"skipped": tried.skipped}), tried.skipped
+            if scored.skipped > skipped:
+                kept, skipped = plan.model_copy(update={"skipped": scored.skipped}), scored.skipped
         else:
             high = middle
         progress.advance()

@@ -150,7 +150,7 @@ class Sensitivity:
         write_json(path, {**asdict(self), "rank_correlations": self.rank_correlations()})
 
 
-def measure(
+def measure_sensitivity(
     model: Model,
     candidates: Candidates,
     trajectory: Trajectory,
@@ -367,8 +367,10 @@ def _weight_error(module: nn.Module, weight: Tensor) -> float | None:
         return None
     else:
         quantized = ops.dequantize_weight(
-            module.codes, module.scale, module.tensor_scale, module.form.weights, torch.float32
+            module.codes, module.scale, module.tensor_scale, module.config.weights, torch.float32
         )
-        if module.multiplier is not None:
-            quantized = quantized * module.multiplier.repeat_interleave(weight.shape[1] // len(module.multiplier))
+        if module.input_multiplier is not None:
+            quantized = quantized * module.input_multiplier.repeat_interleave(
+                weight.shape[1] // len(module.input_multiplier)
+            )
     return float((quantized - weight).double().square().sum())

@@ -34,7 +34,7 @@ def widths(tiling: Tiling) -> list[int]:
     return sorted({max(1, round(every * part / STEPS)) for part in range(1, STEPS + 1)})
 
 
-def choose(mass: Tensor, kept: Tensor, width: int) -> Tensor:
+def choose_blocks(mass: Tensor, kept: Tensor, width: int) -> Tensor:
     """The ``width`` blocks of each row with the most mass, ``kept`` before others.
 
     Args:

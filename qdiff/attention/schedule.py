@@ -66,7 +66,7 @@ def edges_of(timesteps: list[float], dense: float, groups: int) -> list[float]:
     return [dense, *middles]
 
 
-class Board:
+class ScheduleState:
     """Where the lists in force hang, for the attentions of one backbone to read.
 
     A backbone that runs in torch sets it from its schedule at the start of a forward (:func:`qdiff.attention.sparse.install`);

@@ -18,7 +18,7 @@ from qdiff import device
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.operator import sparse_attention
 from qdiff.attention.orders import order_named
-from qdiff.attention.schedule import Board, Schedule, one_timestep
+from qdiff.attention.schedule import Schedule, ScheduleState, one_timestep
 from qdiff.errors import IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.plan.attention_plan import AttentionPlan
@@ -74,9 +74,11 @@ def load_schedule(plan: AttentionPlan, folder: Path) -> Schedule:
     return schedule_of(plan, load_masks(plan, folder / SIDECAR))
 
 
-def board_of(backbone: nn.Module) -> Board | None:
+def schedule_state_of(backbone: nn.Module) -> ScheduleState | None:
     """Where the lists of a backbone hang, or ``None`` where its attentions are dense."""
-    return next((module.board for module in backbone.modules() if isinstance(module, SparseSelfAttention)), None)
+    return next(
+        (module.schedule_state for module in backbone.modules() if isinstance(module, SparseSelfAttention)), None
+    )
 
 
 class SparseSelfAttention(nn.Module):
@@ -87,14 +89,16 @@ class SparseSelfAttention(nn.Module):
         first: number of its first head among those of all sparse attentions.
     """
 
-    def __init__(self, orders: Tensor, first: int, tiling: Tiling, numerics: str, board: Board) -> None:
+    def __init__(
+        self, orders: Tensor, first: int, tiling: Tiling, numerics: str, schedule_state: ScheduleState
+    ) -> None:
         super().__init__()
         self.register_buffer("orders", orders.to(torch.int32), persistent=False)
-        self.first, self.tiling, self.numerics, self.board = first, tiling, numerics, board
+        self.first, self.tiling, self.numerics, self.schedule_state = first, tiling, numerics, schedule_state
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``[batch, heads, tokens, size]`` to the same."""
-        blocks, bounds = self.board.read()
+        blocks, bounds = self.schedule_state.read()
         tiling = self.tiling
         cut = (tiling.text, tiling.block_q, tiling.block_k)
         return sparse_attention(
@@ -102,7 +106,7 @@ class SparseSelfAttention(nn.Module):
         )
 
 
-def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Schedule) -> Board:
+def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Schedule) -> ScheduleState:
     """Puts the lists into ``backbone``: its attentions of the plan follow them, by the value of its ``timestep`` argument, in
     every branch of their block.
 
@@ -112,7 +116,7 @@ def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Sch
     Raises:
         IntegrityError: an attention that the model does not have.
     """
-    board, first, branches = Board(schedule), 0, branches_of(backbone)
+    schedule_state, first, branches = ScheduleState(schedule), 0, branches_of(backbone)
     known = family.self_attentions(backbone)
     for layer in plan.layers:
         if layer.name not in known:
@@ -123,15 +127,15 @@ def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Sch
         orders = torch.stack([order_named(head.order, plan.grid) for head in layer.heads]).to(device.of(backbone))
         for name in in_branches(layer.name, branches):
             module: Any = backbone.get_submodule(name)
-            module.sparse = SparseSelfAttention(orders, first, tiling_of(plan), plan.numerics, board)
+            module.sparse = SparseSelfAttention(orders, first, tiling_of(plan), plan.numerics, schedule_state)
             module.set_processor(family.attention_processor(module.sparse))
         first += len(layer.heads)
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
 
     def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if board.pinned is None:
+        if schedule_state.pinned is None:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            board.set(one_timestep(given["timestep"]))
+            schedule_state.set(one_timestep(given["timestep"]))
 
     backbone.register_forward_pre_hook(follow, with_kwargs=True)
-    return board
+    return schedule_state

@@ -65,7 +65,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
-        callback=device.choose,
+        callback=device.set_device,
         help="where torch computes: cpu, cuda, cuda:1 [default: a GPU if there is one]",
     ),
 ]

@@ -75,9 +75,9 @@ def fits_float16(*tensors: Tensor | None) -> bool:
     return all(x is None or not x.numel() or float(x.detach().abs().max()) <= LARGEST_FLOAT16 for x in tensors)
 
 
-def to_storage(x: Tensor, kept: str) -> Tensor:
+def to_storage(x: Tensor, storage_dtype: str) -> Tensor:
     """``x`` as the dtype named ``kept`` stores it, or in float32 where that is float16 and would turn values into infinity."""
-    return x.to(getattr(torch, kept)) if kept != "float16" or fits_float16(x) else x.float()
+    return x.to(getattr(torch, storage_dtype)) if storage_dtype != "float16" or fits_float16(x) else x.float()
 
 
 def largest_scale(element: Element) -> float:

@@ -16,14 +16,14 @@ from qdiff.methods import scales as scales
 from qdiff.methods import shift as shift
 from qdiff.methods import smooth as smooth
 from qdiff.methods import timestep_scales as timestep_scales
-from qdiff.methods.base import METHODS, Problem, Solution, apply_method, check_options
+from qdiff.methods.base import METHODS, Decisions, LayerGroup, apply_method, check_options
 from qdiff.methods.learned import RECONSTRUCTIONS, check_reconstruction
 
 __all__ = [
     "METHODS",
     "RECONSTRUCTIONS",
-    "Problem",
-    "Solution",
+    "LayerGroup",
+    "Decisions",
     "apply_method",
     "check_options",
     "check_reconstruction",

@@ -15,33 +15,38 @@ from pydantic import Field
 from torch import Tensor
 
 from qdiff.formats.scales import to_half_grid
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 Points = Annotated[int, Field(ge=2, le=200)]
 SMALLEST = 1e-4
 
 
-def multiplier_for(problem: Problem, strength: float) -> Tensor:
+def multiplier_for(layer_group: LayerGroup, strength: float) -> Tensor:
     """``1 / s [in]`` on the float16 grid, from the fitting tokens."""
-    x = problem.rows(held_out=False).x
+    x = layer_group.rows(held_out=False).x
     s = x.abs().mean(dim=0).clamp(min=SMALLEST).pow(strength)
     s = s / (s.max() * s.min()).sqrt()
     return to_half_grid((1 / s).clamp(min=1e-3, max=1e3))
 
 
 @METHODS.register("awq")
-def awq(problem: Problem, solution: Solution, points: Points = 20, minimum_gain_db: Decibels = 0.1) -> Solution:
+def awq(
+    layer_group: LayerGroup, decisions: Decisions, points: Points = 20, minimum_gain_db: Decibels = 0.1
+) -> Decisions:
     """Takes the best strength of a grid of ``points``, in place of a smoothing that is there, if it gains enough."""
-    plain = problem.error(solution)
-    best, least, chosen = solution, plain, 0.0
+    plain = layer_group.error(decisions)
+    best, least, chosen = decisions, plain, 0.0
     for strength in torch.linspace(0, 1, points + 1).tolist()[1:]:
-        trial = solution.decide("awq", "", multiplier=multiplier_for(problem, strength), strength=None)
-        error = problem.error(trial)
+        trial = decisions.decide("awq", "", input_multiplier=multiplier_for(layer_group, strength), smoothing=None)
+        error = layer_group.error(trial)
         if error < least:
             best, least, chosen = trial, error, strength
     gain = decibels(least, plain)
-    if best is solution or gain < minimum_gain_db:
-        return solution.decide("awq", f"no activation-aware scaling (best would gain {gain:.1f} dB)")
-    return solution.decide(
-        "awq", f"activation-aware scaling {chosen:g} gains {gain:.1f} dB", strength=None, multiplier=best.multiplier
+    if best is decisions or gain < minimum_gain_db:
+        return decisions.decide("awq", f"no activation-aware scaling (best would gain {gain:.1f} dB)")
+    return decisions.decide(
+        "awq",
+        f"activation-aware scaling {chosen:g} gains {gain:.1f} dB",
+        smoothing=None,
+        input_multiplier=best.input_multiplier,
     )

@@ -11,24 +11,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qdiff.errors import InputError
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 
 @METHODS.register("bias")
-def bias(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.0) -> Solution:
+def bias(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.0) -> Decisions:
     """Corrects every layer's bias of the group if that gains more than ``minimum_gain_db``."""
-    rows = problem.rows(held_out=False)
+    rows = layer_group.rows(held_out=False)
     if not len(rows.x):
         raise InputError(
-            f"bias: layer {problem.names[0]} has no tokens to fit on", "calibrate with more prompts or steps"
+            f"bias: layer {layer_group.names[0]} has no tokens to fit on", "calibrate with more prompts or steps"
         )
-    uncorrected = replace(solution, correction=None)
-    targets = [rows.x @ weight.T for weight in problem.weights]
+    uncorrected = replace(decisions, bias_correction=None)
+    targets = [rows.x @ weight.T for weight in layer_group.weights]
     found = tuple(
         (target - output).mean(dim=0)
-        for target, output in zip(targets, problem.outputs(uncorrected, rows), strict=True)
+        for target, output in zip(targets, layer_group.outputs(uncorrected, rows), strict=True)
     )
-    gain = decibels(problem.error(replace(solution, correction=found)), problem.error(solution))
+    gain = decibels(layer_group.error(replace(decisions, bias_correction=found)), layer_group.error(decisions))
     if gain <= minimum_gain_db:
-        return solution.decide("bias", f"bias as it is (correction {gain:+.1f} dB)")
-    return solution.decide("bias", f"bias correction gains {gain:.1f} dB", correction=found)
+        return decisions.decide("bias", f"bias as it is (correction {gain:+.1f} dB)")
+    return decisions.decide("bias", f"bias correction gains {gain:.1f} dB", bias_correction=found)

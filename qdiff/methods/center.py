@@ -15,18 +15,18 @@ A picture's mean needs its tokens, so it is known where a recipe is sequential, 
 
 from __future__ import annotations
 
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 
 @METHODS.register("center")
-def center(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.3) -> Solution:
+def center(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.3) -> Decisions:
     """Centers the tokens where that gains at least ``minimum_gain_db`` (a mean and two rows are not free)."""
-    if not problem.activation_format.block:
-        return solution.decide("center", "not centered: scales do not follow blocks")
-    if problem.statistics.means is None:
-        return solution.decide("center", "not centered: no mean of its own tokens is known")
-    trial = solution.decide("center", "", centered=True)
-    gain = decibels(problem.error(trial), problem.error(solution))
+    if not layer_group.activation_format.block:
+        return decisions.decide("center", "not centered: scales do not follow blocks")
+    if layer_group.statistics.means is None:
+        return decisions.decide("center", "not centered: no mean of its own tokens is known")
+    trial = decisions.decide("center", "", centered=True)
+    gain = decibels(layer_group.error(trial), layer_group.error(decisions))
     if gain < minimum_gain_db:
-        return solution.decide("center", f"not centered ({gain:+.1f} dB)")
-    return solution.decide("center", f"tokens without their mean gain {gain:.1f} dB", centered=True)
+        return decisions.decide("center", f"not centered ({gain:+.1f} dB)")
+    return decisions.decide("center", f"tokens without their mean gain {gain:.1f} dB", centered=True)

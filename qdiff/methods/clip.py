@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qdiff.methods.base import METHODS, Decibels, Problem, Shares, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, Shares, decibels
 
 
 @METHODS.register("clip")
 def clip(
-    problem: Problem, solution: Solution, ratios: Shares = (1.0, 0.9, 0.8, 0.7), minimum_gain_db: Decibels = 0.1
-) -> Solution:
+    layer_group: LayerGroup,
+    decisions: Decisions,
+    ratios: Shares = (1.0, 0.9, 0.8, 0.7),
+    minimum_gain_db: Decibels = 0.1,
+) -> Decisions:
     """Keeps the share of the range with the smallest output error."""
-    plain = problem.error(solution)
-    error, ratio = min((problem.error(replace(solution, clip=ratio)), -ratio) for ratio in ratios)
+    plain = layer_group.error(decisions)
+    error, ratio = min((layer_group.error(replace(decisions, clip=ratio)), -ratio) for ratio in ratios)
     gain = decibels(error, plain)
     if gain < minimum_gain_db:
-        return solution.decide("clip", "full range")
-    return solution.decide("clip", f"range cut to {-ratio:g} gains {gain:.1f} dB", clip=-ratio)
+        return decisions.decide("clip", "full range")
+    return decisions.decide("clip", f"range cut to {-ratio:g} gains {gain:.1f} dB", clip=-ratio)

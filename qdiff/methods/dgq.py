@@ -1,7 +1,7 @@
 """DGQ's separation of outliers (arXiv 2501.04304): ask on which axis of an activation they lie, and divide that axis.
 
-Outliers that fill whole channels want scales by channel, outliers that are single pixels (here: tokens) want scales by token, and
-scales on the wrong axis help neither. With the least and the largest value of every index a of an axis d, DGQ compares
+Outliers that fill whole channels want scales by channel, outliers that are single pixels (here: tokens) want scales per token,
+and scales on the wrong axis help neither. With the least and the largest value of every index a of an axis d, DGQ compares
 
     D_d = (max_a high_a - min_a high_a) + (max_a low_a - min_a low_a)
 
@@ -21,7 +21,7 @@ them nearer to float is taken, the one with the larger D where both do within th
 
 A multiplier that is there is not replaced: groups are of what it leaves, and are multiplied into it, so after ``smooth`` this
 method divides what smoothing could not level. A rotation spreads every channel over its block and leaves no groups to divide.
-Scales by token end those by timestep and a cut range, which are of constant scales.
+Scales per token end those by timestep and a cut range, which are of constant scales.
 
 Not built: DGQ's cross attention, whose scores are kept as powers of two at a scale by prompt, the <start> column in float. No
 target here runs that softmax; attention probabilities stay in 16 bit.
@@ -37,7 +37,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qdiff.formats.scales import to_half_grid
-from qdiff.methods.base import METHODS, Decibels, Problem, Shares, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, Shares, decibels
 
 Axis = Literal["channel", "token"]
 Groups = Annotated[int, Field(ge=1, le=4096)]
@@ -47,7 +47,7 @@ ITERATIONS = 100  # of K-means at most; it ends when no index changes its group
 
 @dataclass(frozen=True)
 class Division:
-    """One way to divide an axis: its ``changes`` of a solution, and what they gain in the layers' outputs, dB."""
+    """One way to divide an axis: its ``changes`` of the decisions, and what they gain in the layers' outputs, dB."""
 
     axis: Axis
     name: str
@@ -60,10 +60,10 @@ def spread(low: Tensor, high: Tensor) -> float:
     return float((high.max() - high.min()) + (low.max() - low.min()))
 
 
-def spreads(problem: Problem, solution: Solution) -> dict[Axis, float]:
+def spreads(layer_group: LayerGroup, decisions: Decisions) -> dict[Axis, float]:
     """D of both axes, on the fitting tokens as the transform leaves them."""
-    x = problem.inputs(solution, problem.rows(held_out=False).x)
-    channels = spread(-problem.by_channel(-x.amin(dim=0)), problem.by_channel(x.amax(dim=0)))
+    x = layer_group.inputs(decisions, layer_group.rows(held_out=False).x)
+    channels = spread(-layer_group.by_channel(-x.amin(dim=0)), layer_group.by_channel(x.amax(dim=0)))
     return {"channel": channels, "token": spread(x.amin(dim=1), x.amax(dim=1))}
 
 
@@ -95,57 +95,57 @@ def _distances(points: Tensor, centres: Tensor) -> Tensor:
     return torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def group_ranges(problem: Problem, solution: Solution, groups: int) -> Tensor:
+def group_ranges(layer_group: LayerGroup, decisions: Decisions, groups: int) -> Tensor:
     """For each column the largest magnitude, over all timesteps, of its group of channels ``[in]``."""
-    low = problem.inputs(solution, problem.statistics.low).amin(dim=0)
-    high = problem.inputs(solution, problem.statistics.high).amax(dim=0)
+    low = layer_group.inputs(decisions, layer_group.statistics.low).amin(dim=0)
+    high = layer_group.inputs(decisions, layer_group.statistics.high).amax(dim=0)
     labels = k_means(torch.stack([low, high], dim=1), groups)
     widest = low.new_zeros(groups).scatter_reduce(0, labels, torch.maximum(-low, high), "amax")
     return widest[labels].clamp(min=SMALLEST)
 
 
-def levelled(solution: Solution, ranges: Tensor, strength: float) -> dict[str, Any]:
+def levelled(decisions: Decisions, ranges: Tensor, strength: float) -> dict[str, Any]:
     """The changes that bring groups of these ranges ``[in]`` to one (strength 1), or part of the way.
 
     Normalised to a geometric mean of 1, as smoothing is. A shift that is there is of the multiplied input, and moves along.
     """
     factors = ranges.pow(-strength)
     factors = factors / factors.log().mean().exp()
-    before = torch.ones_like(factors) if solution.multiplier is None else solution.multiplier
+    before = torch.ones_like(factors) if decisions.input_multiplier is None else decisions.input_multiplier
     multiplier = to_half_grid((before * factors).clamp(min=1e-3, max=1e3))
-    changes = {"strength": None, "multiplier": multiplier}
-    if solution.shift is None:
+    changes = {"smoothing": None, "input_multiplier": multiplier}
+    if decisions.shift is None:
         return changes
-    moved = solution.shift * multiplier / before
+    moved = decisions.shift * multiplier / before
     return {**changes, "shift": to_half_grid(moved)}
 
 
 def channel_divisions(
-    problem: Problem, solution: Solution, groups: int, strengths: tuple[float, ...]
+    layer_group: LayerGroup, decisions: Decisions, groups: int, strengths: tuple[float, ...]
 ) -> list[Division]:
     """Groups of channels, where there is a scale of more than a block, and channels are still apart."""
-    format = problem.activation_format
-    if not format.quantized or format.block or solution.rotation is not None:
+    format = layer_group.activation_format
+    if not format.quantized or format.block or decisions.rotation is not None:
         return []
-    ranges = group_ranges(problem, solution, groups)
+    ranges = group_ranges(layer_group, decisions, groups)
     return [
         Division(
             "channel",
             f"{groups} groups of channels at strength {strength:g}",
-            levelled(solution, ranges, strength),
+            levelled(decisions, ranges, strength),
         )
         for strength in strengths
     ]
 
 
-def token_divisions(problem: Problem, solution: Solution) -> list[Division]:
+def token_divisions(layer_group: LayerGroup, decisions: Decisions) -> list[Division]:
     """A scale for each token, in place of one constant."""
-    if problem.convolution or not problem.static(solution):
+    if layer_group.convolution or not layer_group.static(decisions):
         return []
-    return [Division("token", "scales by token", {"by_token": True, "clip": 1.0, "timestep_scales": False})]
+    return [Division("token", "scales per token", {"per_token": True, "clip": 1.0, "timestep_scales": False})]
 
 
-def choose(judged: list[Division], wider: Axis, minimum_gain_db: float) -> Division:
+def choose_division(judged: list[Division], wider: Axis, minimum_gain_db: float) -> Division:
     """The division that gains most, or one of the axis with the larger D where that gains enough and not clearly less."""
     best = max(judged, key=lambda division: division.gain)
     enough = max(best.gain - minimum_gain_db, minimum_gain_db)
@@ -155,27 +155,27 @@ def choose(judged: list[Division], wider: Axis, minimum_gain_db: float) -> Divis
 
 @METHODS.register("dgq")
 def dgq(
-    problem: Problem,
-    solution: Solution,
+    layer_group: LayerGroup,
+    decisions: Decisions,
     groups: Groups = 8,
     strengths: Shares = (0.5, 1.0),
     tokens: bool = False,
     minimum_gain_db: Decibels = 0.1,
-) -> Solution:
+) -> Decisions:
     """Divides the axis that gains most, at least ``minimum_gain_db``; ``tokens`` allows scales that TensorRT cannot run."""
-    divisions = channel_divisions(problem, solution, groups, strengths)
+    divisions = channel_divisions(layer_group, decisions, groups, strengths)
     if tokens:
-        divisions += token_divisions(problem, solution)
+        divisions += token_divisions(layer_group, decisions)
     if not divisions:
-        return solution.decide("dgq", "its input has no scale that could be divided")
-    plain = problem.error(solution)
+        return decisions.decide("dgq", "its input has no scale that could be divided")
+    plain = layer_group.error(decisions)
     judged = [
-        replace(division, gain=decibels(problem.error(solution.decide("dgq", "", **division.changes)), plain))
+        replace(division, gain=decibels(layer_group.error(decisions.decide("dgq", "", **division.changes)), plain))
         for division in divisions
     ]
-    widths = spreads(problem, solution)
-    best = choose(judged, max(widths, key=lambda axis: widths[axis]), minimum_gain_db)
-    found = f"D {widths['channel']:.3g} by channel, {widths['token']:.3g} by token"
+    widths = spreads(layer_group, decisions)
+    best = choose_division(judged, max(widths, key=lambda axis: widths[axis]), minimum_gain_db)
+    found = f"D {widths['channel']:.3g} by channel, {widths['token']:.3g} per token"
     if best.gain < minimum_gain_db:
-        return solution.decide("dgq", f"scales not divided ({found}; best would gain {best.gain:+.1f} dB)")
-    return solution.decide("dgq", f"{best.name} gain {best.gain:.1f} dB ({found})", **best.changes)
+        return decisions.decide("dgq", f"scales not divided ({found}; best would gain {best.gain:+.1f} dB)")
+    return decisions.decide("dgq", f"{best.name} gain {best.gain:.1f} dB ({found})", **best.changes)

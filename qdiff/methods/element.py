@@ -14,7 +14,7 @@ from dataclasses import replace
 from qdiff.errors import InputError
 from qdiff.formats.table import FORMATS, Format, format_named
 from qdiff.formats.weight import stretches
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 
 def sisters(format: Format) -> list[str]:
@@ -28,17 +28,17 @@ def sisters(format: Format) -> list[str]:
 
 @METHODS.register("element")
 def element(
-    problem: Problem,
-    solution: Solution,
+    layer_group: LayerGroup,
+    decisions: Decisions,
     candidates: tuple[str, ...] | None = None,
     minimum_gain_db: Decibels = 0.1,
-) -> Solution:
+) -> Decisions:
     """Takes the candidate whose outputs come nearest to float, if it gains at least ``minimum_gain_db`` over the recipe's format.
 
     Raises:
         InputError: a candidate that does not exist, or of another size than the recipe's weights.
     """
-    asked = problem.weight_format
+    asked = layer_group.weight_format
     possible = sisters(asked)
     names = possible if candidates is None else [name for name in candidates if name != asked.name]
     for name in names:
@@ -51,24 +51,28 @@ def element(
     trials = []
     for name in names:
         row = format_named(name)
-        fits = solution.rule != "four_over_six" or len(_rule(solution, row)) > 1
+        fits = decisions.scale_rule != "four_over_six" or len(_rule(decisions, row)) > 1
         trial = replace(
-            solution, weight_format=row, rounded=None, rounding="nearest", rule=solution.rule if fits else "amax"
+            decisions,
+            weight_format=row,
+            rounded=None,
+            rounding="nearest",
+            scale_rule=decisions.scale_rule if fits else "amax",
         )
-        trials.append((problem.error(trial), name, trial))
+        trials.append((layer_group.error(trial), name, trial))
     if not trials:
-        return solution.decide("element", f"{asked.name} has no sister of its size")
+        return decisions.decide("element", f"{asked.name} has no sister of its size")
     least, name, best = min(trials, key=lambda trial: trial[0])
-    gain = decibels(least, problem.error(solution))
+    gain = decibels(least, layer_group.error(decisions))
     if gain < minimum_gain_db:
-        return solution.decide("element", f"{asked.name} ({name} {gain:+.1f} dB)")
+        return decisions.decide("element", f"{asked.name} ({name} {gain:+.1f} dB)")
     note = f"{name} instead of {asked.name} gains {gain:.1f} dB"
-    return solution.decide("element", note, weight_format=best.weight_format, rule=best.rule)
+    return decisions.decide("element", note, weight_format=best.weight_format, scale_rule=best.scale_rule)
 
 
-def _rule(solution: Solution, row: Format) -> list[float]:
-    """Candidates of the solution's rule in another format; one where the rule is not for it."""
+def _rule(decisions: Decisions, row: Format) -> list[float]:
+    """Candidates of the decisions' rule in another format; one where the rule is not for it."""
     try:
-        return stretches(solution.rule, row)
+        return stretches(decisions.scale_rule, row)
     except InputError:
         return [1.0]

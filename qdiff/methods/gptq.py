@@ -21,7 +21,7 @@ from torch import Tensor
 from qdiff.errors import InputError
 from qdiff.formats import scales
 from qdiff.formats.weight import QuantizedWeight
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Columns = Annotated[int, Field(ge=1, le=4096)]
@@ -78,34 +78,35 @@ def round_columns(weight: Tensor, nearest: QuantizedWeight, factor: Tensor, orde
 
 @METHODS.register("gptq")
 def gptq(
-    problem: Problem,
-    solution: Solution,
+    layer_group: LayerGroup,
+    decisions: Decisions,
     damping: Positive = 0.01,
     width: Columns = 128,
     minimum_gain_db: Decibels = 0.0,
-) -> Solution:
-    """Rounds every layer of the group by GPTQ, on the solution's transform and scales."""
-    rows = problem.rows(held_out=False)
+) -> Decisions:
+    """Rounds every layer of the group by GPTQ, on the decisions' transform and scales."""
+    rows = layer_group.rows(held_out=False)
     if len(rows.x) < 2:
         raise InputError(
-            f"gptq: layer {problem.names[0]} has {len(rows.x)} tokens to fit on", "calibrate with more prompts or steps"
+            f"gptq: layer {layer_group.names[0]} has {len(rows.x)} tokens to fit on",
+            "calibrate with more prompts or steps",
         )
-    inputs = problem.quantized_inputs(solution, rows).double()
+    inputs = layer_group.quantized_inputs(decisions, rows).double()
     hessian = (inputs.T @ inputs).mul_(2 / len(inputs))
     del inputs
     if not hessian.diagonal().any():
-        return solution.decide("gptq", "its input is zero on every token: to nearest")
+        return decisions.decide("gptq", "its input is zero on every token: to nearest")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     hessian = hessian[order].index_select(1, order)
-    factor, share = inverse_factor(hessian, damping, problem.names)
+    factor, share = inverse_factor(hessian, damping, layer_group.names)
     del hessian
-    nearest = problem.nearest_weights(solution)
+    nearest = layer_group.nearest_weights(decisions)
     rounded = tuple(
         start.with_values(round_columns(weight, start, factor, order, width))
-        for weight, start in zip(problem.residuals(solution), nearest, strict=True)
+        for weight, start in zip(layer_group.residuals(decisions), nearest, strict=True)
     )
-    gain = decibels(problem.error(replace(solution, rounded=rounded)), problem.error(solution))
+    gain = decibels(layer_group.error(replace(decisions, rounded=rounded)), layer_group.error(decisions))
     if gain <= minimum_gain_db:
-        return solution.decide("gptq", f"to nearest (GPTQ {gain:+.1f} dB)")
+        return decisions.decide("gptq", f"to nearest (GPTQ {gain:+.1f} dB)")
     raised = f", damping {share:g}" if share != damping else ""
-    return solution.decide("gptq", f"GPTQ gains {gain:.1f} dB{raised}", rounded=rounded)
+    return decisions.decide("gptq", f"GPTQ gains {gain:.1f} dB{raised}", rounded=rounded)

@@ -7,7 +7,8 @@ transforms, scales and low-rank branches that those decided. None of that change
 
 A method is a function ``(fit, **options)`` that says what is learned and how (:meth:`Fit.learn`); the loop, the inputs, the
 targets and the judgement are :mod:`qdiff.quantization.reconstruction`'s, the same for all methods. So are the options of
-that loop (:class:`Course`): what a recorded call counts, and whether scales of inputs are learned once the codes are there.
+that loop (:class:`ReconstructionOptions`): what a recorded call counts, and whether scales of inputs are learned once the codes
+are there.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ RECONSTRUCTIONS: Registry[Reconstruction] = Registry("reconstruction", InputErro
 
 
 @dataclass(frozen=True)
-class Course:
+class ReconstructionOptions:
     """Options that go with every method.
 
     Args:
@@ -115,7 +116,7 @@ class Reconstruct:
 
     method: str
     options: dict[str, Any]
-    course: Course
+    course: ReconstructionOptions
 
 
 def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
@@ -131,9 +132,9 @@ def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
             f"add method: one of {', '.join(RECONSTRUCTIONS)}, or leave it out",
         )
     name = str(left.pop("method"))
-    own = check_keywords(f"reconstruction {name!r}", left, ("fit",), RECONSTRUCTIONS[name], Course)
-    common = {field.name: own.pop(field.name) for field in fields(Course) if field.name in own}
-    return Reconstruct(name, own, Course(**common))
+    own = check_keywords(f"reconstruction {name!r}", left, ("fit",), RECONSTRUCTIONS[name], ReconstructionOptions)
+    common = {field.name: own.pop(field.name) for field in fields(ReconstructionOptions) if field.name in own}
+    return Reconstruct(name, own, ReconstructionOptions(**common))
 
 
 def code_values(weight: QuantizedWeight) -> Tensor:

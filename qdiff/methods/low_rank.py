@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qdiff.errors import InputError
 from qdiff.formats.scales import fits_float16, to_half_grid
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 Rank = Annotated[int, Field(ge=1)]
 Times = Annotated[int, Field(ge=1, le=1000)]
@@ -45,48 +45,48 @@ def factors(matrix: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Ten
 
 @METHODS.register("low_rank")
 def low_rank(
-    problem: Problem,
-    solution: Solution,
+    layer_group: LayerGroup,
+    decisions: Decisions,
     rank: Rank = 32,
     iterations: Times = 4,
     weighted: bool = True,
     minimum_gain_db: Decibels = 0.1,
-) -> Solution:
+) -> Decisions:
     """Adds a branch of ``rank`` to every layer of the group where it gains at least ``minimum_gain_db``.
 
     Raises:
         InputError: the rank is not smaller than the layer.
     """
-    for name, weight in zip(problem.names, problem.weights, strict=True):
+    for name, weight in zip(layer_group.names, layer_group.weights, strict=True):
         if rank >= min(weight.shape):
             raise InputError(
                 f"low_rank: rank {rank} is not smaller than layer {name} of shape {list(weight.shape)}",
                 "choose a smaller rank, or keep this layer (recipe: ignore)",
             )
-    moved = problem.transformed_weights(solution)
-    root = _root(problem, solution) if weighted else None
-    best, least = solution, (plain := problem.error(solution))
+    moved = layer_group.transformed_weights(decisions)
+    root = _root(layer_group, decisions) if weighted else None
+    best, least = decisions, (plain := layer_group.error(decisions))
     branches = tuple(factors(weight, rank, root) for weight in moved)
     for _ in range(iterations):
-        trial = replace(solution, low_rank=branches, rounded=None, rounding="nearest")
-        error = problem.error(trial)
+        trial = replace(decisions, low_rank=branches, rounded=None, rounding="nearest")
+        error = layer_group.error(trial)
         if error < least:
             best, least = trial, error
-        quantized = problem.nearest_weights(trial)
+        quantized = layer_group.nearest_weights(trial)
         branches = tuple(
             factors(weight - rest.dequantize(), rank, root) for weight, rest in zip(moved, quantized, strict=True)
         )
     gain = decibels(least, plain)
     if best.low_rank is not None and not fits_float16(*itertools.chain(*best.low_rank)):
-        return solution.decide("low_rank", "no low-rank branch (its factors are beyond float16)")
-    if best is solution or gain < minimum_gain_db:
-        return solution.decide("low_rank", f"no low-rank branch (rank {rank} would gain {gain:.1f} dB)")
-    return solution.decide("low_rank", f"rank {rank} gains {gain:.1f} dB", low_rank=best.low_rank)
+        return decisions.decide("low_rank", "no low-rank branch (its factors are beyond float16)")
+    if best is decisions or gain < minimum_gain_db:
+        return decisions.decide("low_rank", f"no low-rank branch (rank {rank} would gain {gain:.1f} dB)")
+    return decisions.decide("low_rank", f"rank {rank} gains {gain:.1f} dB", low_rank=best.low_rank)
 
 
-def _root(problem: Problem, solution: Solution) -> Tensor:
-    x = problem.rows(held_out=False).x
-    moved = problem.inputs(solution, x).double()
+def _root(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
+    x = layer_group.rows(held_out=False).x
+    moved = layer_group.inputs(decisions, x).double()
     moment = moved.T @ moved / max(len(moved), 1)
     mean = moment.diagonal().mean().clamp(min=1e-12)
     return torch.linalg.cholesky(

@@ -15,23 +15,23 @@ from __future__ import annotations
 import torch
 
 from qdiff.formats.scales import to_half_grid
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 from qdiff.methods.shift import middles
 
 SMALLEST = 1e-5
 
 
 @METHODS.register("repq")
-def repq(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.1) -> Solution:
+def repq(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.1) -> Decisions:
     """Equalises channels, in place of a smoothing and a shift that are there, where it gains at least ``minimum_gain_db``."""
-    low, high = problem.statistics.low.amin(dim=0), problem.statistics.high.amax(dim=0)
+    low, high = layer_group.statistics.low.amin(dim=0), layer_group.statistics.high.amax(dim=0)
     half = ((high - low) / 2).clamp(min=SMALLEST)
     multiplier = to_half_grid((half.mean() / half).clamp(min=1e-3, max=1e3))
-    moved = solution.decide("repq", "", multiplier=multiplier, strength=None, shift=None)
-    trial = moved.decide("repq", "", shift=middles(problem, moved))
-    gain = decibels(problem.error(trial), problem.error(solution))
+    moved = decisions.decide("repq", "", input_multiplier=multiplier, smoothing=None, shift=None)
+    trial = moved.decide("repq", "", shift=middles(layer_group, moved))
+    gain = decibels(layer_group.error(trial), layer_group.error(decisions))
     if gain < minimum_gain_db:
-        return solution.decide("repq", f"channels stay as they are (equalising {gain:+.1f} dB)")
+        return decisions.decide("repq", f"channels stay as they are (equalising {gain:+.1f} dB)")
     spread = float(half.max() / half.median().clamp(min=torch.finfo(torch.float32).tiny))
     note = f"channels equalised (widest {spread:.1f} times the median) gain {gain:.1f} dB"
-    return solution.decide("repq", note, multiplier=multiplier, strength=None, shift=trial.shift)
+    return decisions.decide("repq", note, input_multiplier=multiplier, smoothing=None, shift=trial.shift)

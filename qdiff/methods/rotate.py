@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qdiff.errors import InputError
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 from qdiff.nn.rotations import BLOCKS, Rotation, hadamard, largest_block, outlier_rotation
 
 Kind = Literal["hadamard", "randomised", "outlier"]
@@ -31,32 +31,32 @@ def fluctuation(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def rotated(problem: Problem, solution: Solution, kind: Kind, block: int) -> Solution:
-    """The solution with a rotation of that kind, in place of one that is there."""
+def rotated(layer_group: LayerGroup, decisions: Decisions, kind: Kind, block: int) -> Decisions:
+    """The decisions with a rotation of that kind, in place of one that is there."""
     if kind == "hadamard":
-        return solution.decide("rotate", "", rotation=Rotation(hadamard(block).to(problem.weights[0])))
+        return decisions.decide("rotate", "", rotation=Rotation(hadamard(block).to(layer_group.weights[0])))
     if kind == "randomised":
-        signs = torch.ones(problem.weights[0].shape[1])
-        generator = torch.Generator().manual_seed(zlib.crc32(problem.names[0].encode()))
+        signs = torch.ones(layer_group.weights[0].shape[1])
+        generator = torch.Generator().manual_seed(zlib.crc32(layer_group.names[0].encode()))
         signs[torch.rand(len(signs), generator=generator) < 0.5] = -1
-        signs, last = signs.to(problem.weights[0]), hadamard(block).to(problem.weights[0])
-        multiplier = signs if solution.multiplier is None else solution.multiplier * signs
-        shift = None if solution.shift is None else solution.shift * signs
-        return solution.decide("rotate", "", multiplier=multiplier, shift=shift, rotation=Rotation(last))
-    x = problem.rows(held_out=False).x
-    unrotated = solution.decide("rotate", "", rotation=None)
-    return solution.decide("rotate", "", rotation=outlier_rotation(problem.inputs(unrotated, x), block))
+        signs, last = signs.to(layer_group.weights[0]), hadamard(block).to(layer_group.weights[0])
+        multiplier = signs if decisions.input_multiplier is None else decisions.input_multiplier * signs
+        shift = None if decisions.shift is None else decisions.shift * signs
+        return decisions.decide("rotate", "", input_multiplier=multiplier, shift=shift, rotation=Rotation(last))
+    x = layer_group.rows(held_out=False).x
+    unrotated = decisions.decide("rotate", "", rotation=None)
+    return decisions.decide("rotate", "", rotation=outlier_rotation(layer_group.inputs(unrotated, x), block))
 
 
 @METHODS.register("rotate")
 def rotate(
-    problem: Problem,
-    solution: Solution,
+    layer_group: LayerGroup,
+    decisions: Decisions,
     kinds: Kinds = ("hadamard", "randomised", "outlier"),
     most: Most = 64,
     choice: Literal["error", "fluctuation"] = "error",
     minimum_gain_db: Decibels = 0.3,
-) -> Solution:
+) -> Decisions:
     """Rotates where that gains at least ``minimum_gain_db`` (a product with a small matrix is not free).
 
     Args:
@@ -65,21 +65,23 @@ def rotate(
     Raises:
         InputError: no block divides the columns.
     """
-    columns = problem.weights[0].shape[1]
+    columns = layer_group.weights[0].shape[1]
     block = largest_block(columns, most)
     if not block:
         raise InputError(
-            f"rotate: no block of {', '.join(map(str, BLOCKS))} divides the {columns} columns of layer {problem.names[0]}",
+            f"rotate: no block of {', '.join(map(str, BLOCKS))} divides the {columns} columns of layer {layer_group.names[0]}",
             "keep this layer (recipe: ignore), or leave rotate out",
         )
-    plain = problem.error(solution)
+    plain = layer_group.error(decisions)
     if choice == "fluctuation":
-        x = problem.rows(held_out=False).x
-        kinds = ("hadamard",) if fluctuation(problem.inputs(solution, x)) < 1 else ("outlier",)
-    trials = [(kind, rotated(problem, solution, kind, block)) for kind in kinds]
-    least, kind, best = min(((problem.error(trial), kind, trial) for kind, trial in trials), key=lambda trial: trial[0])
+        x = layer_group.rows(held_out=False).x
+        kinds = ("hadamard",) if fluctuation(layer_group.inputs(decisions, x)) < 1 else ("outlier",)
+    trials = [(kind, rotated(layer_group, decisions, kind, block)) for kind in kinds]
+    least, kind, best = min(
+        ((layer_group.error(trial), kind, trial) for kind, trial in trials), key=lambda trial: trial[0]
+    )
     gain = decibels(least, plain)
     if gain < minimum_gain_db:
-        return solution.decide("rotate", f"no rotation ({kind} of {block} {gain:+.1f} dB)")
-    changes = {"multiplier": best.multiplier, "shift": best.shift, "rotation": best.rotation}
-    return solution.decide("rotate", f"{kind} rotation of {block} gains {gain:.1f} dB", **changes)
+        return decisions.decide("rotate", f"no rotation ({kind} of {block} {gain:+.1f} dB)")
+    changes = {"input_multiplier": best.input_multiplier, "shift": best.shift, "rotation": best.rotation}
+    return decisions.decide("rotate", f"{kind} rotation of {block} gains {gain:.1f} dB", **changes)

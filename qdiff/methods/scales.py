@@ -12,21 +12,25 @@ from typing import Annotated
 from pydantic import Field
 
 from qdiff.formats.weight import Rule, has_rule
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 Rules = Annotated[tuple[Rule, ...], Field(min_length=1)]
 
 
 @METHODS.register("scales")
-def scales(problem: Problem, solution: Solution, rules: Rules = ("mse",), minimum_gain_db: Decibels = 0.0) -> Solution:
+def scales(
+    layer_group: LayerGroup, decisions: Decisions, rules: Rules = ("mse",), minimum_gain_db: Decibels = 0.0
+) -> Decisions:
     """Takes the rule whose outputs come nearest to float."""
-    plain = problem.error(solution)
-    if problem.convolution:  # a recipe's rules may be meant for the formats of its linear layers
-        format = solution.weight_format or problem.weight_format
+    plain = layer_group.error(decisions)
+    if layer_group.convolution:  # a recipe's rules may be meant for the formats of its linear layers
+        format = decisions.weight_format or layer_group.weight_format
         rules = tuple(rule for rule in rules if has_rule(rule, format)) or ("amax",)
-    trials = [replace(solution, rule=rule, rounded=None, rounding="nearest") for rule in rules]
-    error, best = min(((problem.error(trial), trial) for trial in trials), key=lambda pair: pair[0])
+    trials = [replace(decisions, scale_rule=rule, rounded=None, rounding="nearest") for rule in rules]
+    error, best = min(((layer_group.error(trial), trial) for trial in trials), key=lambda pair: pair[0])
     gain = decibels(error, plain)
     if gain <= minimum_gain_db:
-        return solution.decide("scales", f"weight scales from {solution.rule} (others {gain:+.1f} dB)")
-    return solution.decide("scales", f"weight scales by {best.rule} gain {gain:.1f} dB", rule=best.rule)
+        return decisions.decide("scales", f"weight scales from {decisions.scale_rule} (others {gain:+.1f} dB)")
+    return decisions.decide(
+        "scales", f"weight scales by {best.scale_rule} gain {gain:.1f} dB", scale_rule=best.scale_rule
+    )

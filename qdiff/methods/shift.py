@@ -17,37 +17,39 @@ import torch
 from torch import Tensor
 
 from qdiff.formats.scales import to_half_grid
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 
-def _after_multiplier(values: Tensor, solution: Solution) -> Tensor:
-    """``values [in]`` of the input's channels after the solution's multiplier, on the float16 grid."""
-    if solution.multiplier is not None:
-        values = values * solution.multiplier
+def _after_multiplier(values: Tensor, decisions: Decisions) -> Tensor:
+    """``values [in]`` of the input's channels after the decisions' multiplier, on the float16 grid."""
+    if decisions.input_multiplier is not None:
+        values = values * decisions.input_multiplier
     return to_half_grid(values)
 
 
-def means(problem: Problem, solution: Solution) -> Tensor:
-    """Mean of every channel over the calibration tokens, after the solution's multiplier: ``[in]`` on the float16 grid."""
-    return _after_multiplier(problem.statistics.rows.float().mean(dim=0), solution)
+def means(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
+    """Mean of every channel over the calibration tokens, after the decisions' multiplier: ``[in]`` on the float16 grid."""
+    return _after_multiplier(layer_group.statistics.rows.float().mean(dim=0), decisions)
 
 
-def middles(problem: Problem, solution: Solution) -> Tensor:
-    """Middle of every channel's range over all timesteps, after the solution's multiplier: ``[in]`` on the float16 grid."""
-    low, high = problem.statistics.low.amin(dim=0), problem.statistics.high.amax(dim=0)
-    return _after_multiplier((low + high) / 2, solution)
+def middles(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
+    """Middle of every channel's range over all timesteps, after the decisions' multiplier: ``[in]`` on the float16 grid."""
+    low, high = layer_group.statistics.low.amin(dim=0), layer_group.statistics.high.amax(dim=0)
+    return _after_multiplier((low + high) / 2, decisions)
 
 
 @METHODS.register("shift")
-def shift(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.2) -> Solution:
+def shift(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.2) -> Decisions:
     """Shifts the input where that gains at least ``minimum_gain_db`` (a subtraction is not free)."""
-    plain = problem.error(solution)
-    own = middles(problem, solution)
+    plain = layer_group.error(decisions)
+    own = middles(layer_group, decisions)
     one = to_half_grid(torch.full_like(own, float((own.min() + own.max()) / 2)))
-    found = {"its own middle": own, "one middle": one, "its mean": means(problem, solution)}
-    trials = [(name, solution.decide("shift", "", shift=value)) for name, value in found.items()]
-    least, name, best = min(((problem.error(trial), name, trial) for name, trial in trials), key=lambda trial: trial[0])
+    found = {"its own middle": own, "one middle": one, "its mean": means(layer_group, decisions)}
+    trials = [(name, decisions.decide("shift", "", shift=value)) for name, value in found.items()]
+    least, name, best = min(
+        ((layer_group.error(trial), name, trial) for name, trial in trials), key=lambda trial: trial[0]
+    )
     gain = decibels(least, plain)
     if gain < minimum_gain_db:
-        return solution.decide("shift", f"no shift (best would gain {gain:.1f} dB)")
-    return solution.decide("shift", f"channels shifted by {name} gain {gain:.1f} dB", shift=best.shift)
+        return decisions.decide("shift", f"no shift (best would gain {gain:.1f} dB)")
+    return decisions.decide("shift", f"channels shifted by {name} gain {gain:.1f} dB", shift=best.shift)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from qdiff.formats.scales import to_half_grid
-from qdiff.methods.base import METHODS, Decibels, Problem, Shares, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, Shares, decibels
 
 _SMALLEST = 1e-5
 
 
-def multiplier_for(problem: Problem, strength: float) -> Tensor:
+def multiplier_for(layer_group: LayerGroup, strength: float) -> Tensor:
     """``1 / s [in]``. Normalised to a geometric mean of 1, which changes no code and keeps the numbers near where they were."""
-    activation = problem.statistics.amax.amax(dim=0).clamp(min=_SMALLEST)
-    columns = torch.stack([w.abs().amax(dim=0) for w in problem.weights]).amax(dim=0)
-    weight = problem.by_channel(columns).clamp(min=_SMALLEST)
+    activation = layer_group.statistics.amax.amax(dim=0).clamp(min=_SMALLEST)
+    columns = torch.stack([w.abs().amax(dim=0) for w in layer_group.weights]).amax(dim=0)
+    weight = layer_group.by_channel(columns).clamp(min=_SMALLEST)
     s = activation.pow(strength) / weight.pow(1 - strength)
     s = s / s.log().mean().exp()
     return to_half_grid((1 / s).clamp(min=1e-3, max=1e3))
@@ -28,21 +28,24 @@ def multiplier_for(problem: Problem, strength: float) -> Tensor:
 
 @METHODS.register("smooth")
 def smooth(
-    problem: Problem, solution: Solution, strengths: Shares = (0.3, 0.5, 0.7), minimum_gain_db: Decibels = 0.1
-) -> Solution:
+    layer_group: LayerGroup, decisions: Decisions, strengths: Shares = (0.3, 0.5, 0.7), minimum_gain_db: Decibels = 0.1
+) -> Decisions:
     """Tries every strength; keeps the best if it gains at least ``minimum_gain_db`` over none (a multiplication is not free)."""
-    plain = problem.error(solution)
+    plain = layer_group.error(decisions)
     candidates = [
-        (problem.error(candidate), candidate)
+        (layer_group.error(candidate), candidate)
         for strength in strengths
         for candidate in [
-            solution.decide("smooth", "", strength=strength, multiplier=multiplier_for(problem, strength))
+            decisions.decide("smooth", "", smoothing=strength, input_multiplier=multiplier_for(layer_group, strength))
         ]
     ]
-    error, best = min(candidates, key=lambda pair: pair[0], default=(plain, solution))
+    error, best = min(candidates, key=lambda pair: pair[0], default=(plain, decisions))
     gain = decibels(error, plain)
     if gain < minimum_gain_db:
-        return solution.decide("smooth", f"no smoothing (best would gain {gain:.1f} dB)")
-    return solution.decide(
-        "smooth", f"smoothing {best.strength} gains {gain:.1f} dB", strength=best.strength, multiplier=best.multiplier
+        return decisions.decide("smooth", f"no smoothing (best would gain {gain:.1f} dB)")
+    return decisions.decide(
+        "smooth",
+        f"smoothing {best.smoothing} gains {gain:.1f} dB",
+        smoothing=best.smoothing,
+        input_multiplier=best.input_multiplier,
     )

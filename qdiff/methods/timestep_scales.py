@@ -10,22 +10,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qdiff.methods.base import METHODS, Decibels, Problem, Solution, decibels
+from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibels
 
 
 @METHODS.register("timestep_scales")
-def timestep_scales(problem: Problem, solution: Solution, minimum_gain_db: Decibels = 0.5) -> Solution:
+def timestep_scales(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.5) -> Decisions:
     """Switches per-timestep scales on where they gain at least ``minimum_gain_db`` (they cost two multiplications)."""
-    if not problem.static(solution):
-        return solution.decide("timestep_scales", "no constant scale that could follow the timestep")
-    ranges = problem.ranges(solution)
+    if not layer_group.static(decisions):
+        return decisions.decide("timestep_scales", "no constant scale that could follow the timestep")
+    ranges = layer_group.ranges(decisions)
     smallest, widest = float(ranges.min()), float(ranges.max())
     spread = widest / smallest if smallest > 0 else float("inf")
-    gain = decibels(problem.error(replace(solution, timestep_scales=True)), problem.error(solution))
+    gain = decibels(layer_group.error(replace(decisions, timestep_scales=True)), layer_group.error(decisions))
     if gain < minimum_gain_db:
-        return solution.decide(
+        return decisions.decide(
             "timestep_scales", f"one scale for all timesteps (ranges within {spread:.2f}x, {gain:+.1f} dB)"
         )
-    return solution.decide(
+    return decisions.decide(
         "timestep_scales", f"scales by timestep gain {gain:.1f} dB (ranges within {spread:.2f}x)", timestep_scales=True
     )

@@ -245,7 +245,7 @@ class Family(ABC):
         return []
 
     def masked_layers(self, backbone: nn.Module) -> list[str]:
-        """Layers that read text states token by token, of which :meth:`text_mask` says which are ever looked at."""
+        """Layers that read text states token per token, of which :meth:`text_mask` says which are ever looked at."""
         return []
 
     def text_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:

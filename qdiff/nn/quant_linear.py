@@ -2,17 +2,17 @@
 
 :class:`QuantLinear` computes, with every piece but the weight's quantizer optional,
 
-    x' = (x * multiplier - shift) R
+    x' = (x * input_multiplier - shift) R
     y  = ( Q(x' * r[t]) · Qw(W')ᵀ ) / r[t]  +  (x' · downᵀ) · upᵀ  +  bias
 
-- ``multiplier [in]`` is SmoothQuant's 1/s (arXiv 2211.10438, eq. 3); the weight carries s.
+- ``input_multiplier [in]`` is SmoothQuant's 1/s (arXiv 2211.10438, eq. 3); the weight carries s.
 - ``shift [in]`` moves the middle of asymmetric channels to zero; the bias carries what that takes away (``bias + W shift``).
 - ``R`` is a rotation (:mod:`qdiff.nn.rotations`), a block Hadamard matrix or one fitted to outliers; the weight carries its
   inverse.
 - ``centered``, tokens are quantized without the mean of their sample, which two more rows of the product give back
   (:func:`centered`).
 - ``down [rank, in]``, ``up [out, rank]`` is a low-rank branch in 16 bit (SVDQuant, arXiv 2411.05007); Qw holds the rest.
-- ``Q`` is static (one constant scale: INT8, FP8), by token, or by block at run time with a constant tensor scale (NVFP4) or
+- ``Q`` is static (one constant scale: INT8, FP8), per token, or by block at run time with a constant tensor scale (NVFP4) or
   none (MX); without Q only weights are quantized.
 - ``r[t]`` is the per-timestep activation scale. A static engine needs a *constant* scale for Q, so instead of changing the
   scale with t, the tensor is stretched to the range of the widest timestep and the output shrunk back. ``r[t]`` is one
@@ -26,7 +26,7 @@ All of it but the rounding in Q and Qw is exact: without rounding y is the float
 
 Between the timesteps that were calibrated the nearest one is used. The table is float32 and tiny (one number a timestep).
 
-:class:`HalfLinear` and :class:`HalfConv2d` stay unquantized: their weight is stored in 16 bits (in float32, where it is beyond
+:class:`KeptLinear` and :class:`KeptConv2d` stay unquantized: their weight is stored in 16 bits (in float32, where it is beyond
 float16) and used in the dtype of x.
 """
 
@@ -47,10 +47,10 @@ from qdiff.nn.rotations import rotate
 MEAN_ROWS = 2  # of :func:`centered`
 
 
-class TimestepClock:
+class TimestepIndex:
     """Tells quantized layers which calibrated timestep is the nearest to the one that the backbone is called with.
 
-    One clock is shared by all layers of a backbone and set by a hook on the backbone at the start of every forward.
+    One is shared by all layers of a backbone and set by a hook on the backbone at the start of every forward.
     It is not a module: it owns no weights (the calibrated values are a buffer of the backbone).
     """
 
@@ -65,27 +65,27 @@ class TimestepClock:
     def gather(self, table: Tensor) -> Tensor:
         """``table [T]`` at the current timesteps: ``[batch]``."""
         if self._index is None:
-            raise RuntimeError("the clock was not set: call the backbone, not a layer of it")
+            raise RuntimeError("no timestep was set: call the backbone, not a layer of it")
         return table[self._index]
 
 
 @dataclass(frozen=True)
-class LinearForm:
+class QuantLinearConfig:
     """Which pieces a :class:`QuantLinear` has. Everything about its shape, nothing about its numbers.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
         weights: a quantized row of :data:`qdiff.formats.table.FORMATS`.
         activations: a row; one that is not quantized leaves the input as it is.
-        by_token: dynamic scales, one for each token, instead of a static one (formats without blocks).
-        smooth, shift: whether there is a ``multiplier`` and a ``shift``.
+        per_token: dynamic scales, one for each token, instead of a static one (formats without blocks).
+        input_multiplier, shift: whether there is an ``input_multiplier`` and a ``shift``.
         centered: whether tokens are quantized without their sample's mean (formats with run-time blocks).
         rotation: block size of the rotation; 0: none.
         outliers: whether the rotation has factors fitted to outliers before its Hadamard matrix.
         rank: of the low-rank branch; 0: none.
         timesteps: number of calibrated timesteps if the layer has per-timestep scales, else 0.
         output: format of the output, or ``None``: it stays float.
-        kept: storage of the low-rank branch.
+        storage_dtype: of the low-rank branch.
         window: of a convolution, whose ``in_features`` are the columns of its matrix.
     """
 
@@ -94,8 +94,8 @@ class LinearForm:
     bias: bool
     weights: str
     activations: str
-    by_token: bool = False
-    smooth: bool = False
+    per_token: bool = False
+    input_multiplier: bool = False
     shift: bool = False
     centered: bool = False
     rotation: int = 0
@@ -103,7 +103,7 @@ class LinearForm:
     rank: int = 0
     timesteps: int = 0
     output: str | None = None
-    kept: str = "float16"
+    storage_dtype: str = "float16"
     window: Window | None = None
 
     @property
@@ -115,7 +115,7 @@ class LinearForm:
     def static(self) -> bool:
         """Whether the input's scale is one constant."""
         format = format_named(self.activations)
-        return format.quantized and not format.block and not self.by_token
+        return format.quantized and not format.block and not self.per_token
 
 
 class QuantLinear(nn.Module):
@@ -123,13 +123,13 @@ class QuantLinear(nn.Module):
 
     Buffers, those that are not used being absent: ``codes`` (packed, :mod:`qdiff.formats.packing`), ``scale`` (as the
     format stores it), ``tensor_scale []`` (of the weight), ``bias [out]``, ``input_scale []`` (static scale, or the tensor
-    scale of run-time blocks), ``multiplier [in]``, ``shift [in]``, ``rotation [block, block]`` (H),
+    scale of run-time blocks), ``input_multiplier [in]``, ``shift [in]``, ``rotation [block, block]`` (H),
     ``outlier_rotation [in / block, block, block]`` (G), ``outlier_order [in]`` (P), ``down [rank, in]``, ``up [out, rank]``,
-    ``timestep_scale [T]``, ``output_scale []``.
+    ``timestep_scales [T]``, ``output_scale []``.
 
     Args:
-        form: which pieces there are.
-        clock: the backbone's clock; needed with per-timestep scales.
+        config: which pieces there are.
+        timestep_index: of the backbone; needed with per-timestep scales.
     """
 
     codes: Tensor
@@ -137,23 +137,23 @@ class QuantLinear(nn.Module):
     tensor_scale: Tensor | None
     bias: Tensor | None
     input_scale: Tensor | None
-    multiplier: Tensor | None
+    input_multiplier: Tensor | None
     shift: Tensor | None
     rotation: Tensor | None
     outlier_rotation: Tensor | None
     outlier_order: Tensor | None
     down: Tensor | None
     up: Tensor | None
-    timestep_scale: Tensor | None
+    timestep_scales: Tensor | None
     output_scale: Tensor | None
 
-    def __init__(self, form: LinearForm, clock: TimestepClock | None = None) -> None:
+    def __init__(self, config: QuantLinearConfig, timestep_index: TimestepIndex | None = None) -> None:
         super().__init__()
-        self.form, self.clock = form, clock
-        weight, activation = format_named(form.weights), format_named(form.activations)
-        shape = (form.out_features, form.in_features)
+        self.config, self.timestep_index = config, timestep_index
+        weight, activation = format_named(config.weights), format_named(config.activations)
+        shape = (config.out_features, config.in_features)
         scale_dtype = getattr(torch, weight.scale_storage or "float32")
-        kept = getattr(torch, form.kept)
+        storage = getattr(torch, config.storage_dtype)
 
         def add(name: str, present: bool, *size: int, dtype: torch.dtype = torch.float32) -> None:
             self.register_buffer(name, torch.ones(size).to(dtype) if present else None)
@@ -161,38 +161,38 @@ class QuantLinear(nn.Module):
         add("codes", True, *weight.packed_shape(shape), dtype=getattr(torch, weight.packed_storage))
         add("scale", True, *weight.scale_shape(shape), dtype=scale_dtype)
         add("tensor_scale", weight.tensor_scale)
-        add("bias", form.bias or form.shift, form.out_features)
-        add("input_scale", form.static or activation.tensor_scale)
-        add("multiplier", form.smooth, form.channels)
-        add("shift", form.shift, form.in_features)
-        add("rotation", form.rotation > 0, form.rotation, form.rotation)
-        blocks = form.in_features // form.rotation if form.outliers else 0
-        add("outlier_rotation", form.outliers, blocks, form.rotation, form.rotation)
-        add("outlier_order", form.outliers, form.in_features, dtype=torch.int64)
-        add("down", form.rank > 0, form.rank, form.in_features, dtype=kept)
-        add("up", form.rank > 0, form.out_features, form.rank, dtype=kept)
-        add("timestep_scale", form.timesteps > 0, form.timesteps)
-        add("output_scale", form.output is not None)
+        add("bias", config.bias or config.shift, config.out_features)
+        add("input_scale", config.static or activation.tensor_scale)
+        add("input_multiplier", config.input_multiplier, config.channels)
+        add("shift", config.shift, config.in_features)
+        add("rotation", config.rotation > 0, config.rotation, config.rotation)
+        blocks = config.in_features // config.rotation if config.outliers else 0
+        add("outlier_rotation", config.outliers, blocks, config.rotation, config.rotation)
+        add("outlier_order", config.outliers, config.in_features, dtype=torch.int64)
+        add("down", config.rank > 0, config.rank, config.in_features, dtype=storage)
+        add("up", config.rank > 0, config.out_features, config.rank, dtype=storage)
+        add("timestep_scales", config.timesteps > 0, config.timesteps)
+        add("output_scale", config.output is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [batch, ..., in]`` to ``[batch, ..., out]``."""
         x = self._transformed(x)
-        if self.timestep_scale is None:
+        if self.timestep_scales is None:
             y = self._product(x, self.bias)
         else:
-            assert self.clock is not None
-            stretch = self.clock.gather(self.timestep_scale)  # [batch]
+            assert self.timestep_index is not None
+            stretch = self.timestep_index.gather(self.timestep_scales)  # [batch]
             stretch = stretch.reshape(-1, *[1] * (x.dim() - 1))  # [batch, 1, ...]
             y = self._product(x * stretch, None) / stretch
             y = y if self.bias is None else y + self._along_output(self.bias)
         if self.down is not None and self.up is not None:
             y = y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        if self.output_scale is None or self.form.output is None:
+        if self.output_scale is None or self.config.output is None:
             return y
-        return ops.quantize_dequantize(y, self.output_scale, self.form.output)
+        return ops.quantize_dequantize(y, self.output_scale, self.config.output)
 
     def _transformed(self, x: Tensor) -> Tensor:
-        x = transform(x, self.multiplier, self.shift)
+        x = transform(x, self.input_multiplier, self.shift)
         return rotate(x, self.rotation, self.outlier_rotation, self.outlier_order)
 
     def _along_output(self, x: Tensor) -> Tensor:
@@ -200,22 +200,22 @@ class QuantLinear(nn.Module):
         return x
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.form.centered:
+        if not self.config.centered:
             return F.linear(self._quantized(x), self._weight(x.dtype), bias)
         y = F.linear(self._quantized(centered(x, self._quantized)), self._weight(x.dtype))
         y = y[..., :-MEAN_ROWS, :] + y[..., -MEAN_ROWS:, :].sum(dim=-2, keepdim=True)
         return y if bias is None else y + bias
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        return ops.dequantize_weight(self.codes, self.scale, self.tensor_scale, self.form.weights, dtype)
+        return ops.dequantize_weight(self.codes, self.scale, self.tensor_scale, self.config.weights, dtype)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        format = format_named(self.form.activations)
+        format = format_named(self.config.activations)
         if not format.quantized:
             return x
         if format.block:
             return ops.block_quantize_dequantize(x, self.input_scale, format.name)
-        if self.form.by_token:
+        if self.config.per_token:
             return ops.token_quantize_dequantize(x, format.name)
         assert self.input_scale is not None
         return ops.quantize_dequantize(x, self.input_scale, format.name)
@@ -223,54 +223,63 @@ class QuantLinear(nn.Module):
     def exact(self) -> set[str]:
         """Buffers that lose something in 16 bit: scales of a whole tensor, which are no float16 numbers, and stored codes."""
         names = {"codes", "tensor_scale"}
-        if format_named(self.form.weights).scale != "float16":
+        if format_named(self.config.weights).scale != "float16":
             names.add("scale")
-        if format_named(self.form.activations).tensor_scale:
+        if format_named(self.config.activations).tensor_scale:
             names.add("input_scale")
         return names
 
     def extra_repr(self) -> str:
-        return f"{self.form.in_features}, {self.form.out_features}, {self.form.weights} x {self.form.activations}"
+        return (
+            f"{self.config.in_features}, {self.config.out_features}, {self.config.weights} x {self.config.activations}"
+        )
 
 
 class QuantConv2d(QuantLinear):
     """A convolution with packed weights ``[out, in * height * width]`` and a quantized input.
 
-    Buffers are those of :class:`QuantLinear`, ``multiplier`` being of the input's channels. Scales of the input are static.
+    Buffers are those of :class:`QuantLinear`, ``input_multiplier`` being of the input's channels. Scales of the input are static.
 
     Args:
-        form: with a ``window``.
-        clock: as there.
+        config: with a ``window``.
+        timestep_index: as there.
     """
 
-    def __init__(self, form: LinearForm, clock: TimestepClock | None = None) -> None:
-        if form.window is None or form.shift or form.centered or form.rotation or form.rank or form.by_token:
+    def __init__(self, config: QuantLinearConfig, timestep_index: TimestepIndex | None = None) -> None:
+        if (
+            config.window is None
+            or config.shift
+            or config.centered
+            or config.rotation
+            or config.rank
+            or config.per_token
+        ):
             raise ValueError(
-                "a convolution needs a window, and has no shift, mean, rotation, low-rank branch or scales by token"
+                "a convolution needs a window, and has no shift, mean, rotation, low-rank branch or scales per token"
             )
-        super().__init__(form, clock)
-        self.window = form.window
+        super().__init__(config, timestep_index)
+        self.window = config.window
 
     # What diffusers and export ask of a convolution.
     @property
     def in_channels(self) -> int:
         """Channels of the input."""
-        return self.form.channels
+        return self.config.channels
 
     @property
     def out_channels(self) -> int:
         """Channels of the output."""
-        return self.form.out_features
+        return self.config.out_features
 
     def _transformed(self, x: Tensor) -> Tensor:
-        return x if self.multiplier is None else x * self.multiplier[:, None, None]
+        return x if self.input_multiplier is None else x * self.input_multiplier[:, None, None]
 
     def _along_output(self, x: Tensor) -> Tensor:
         return x[:, None, None]
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x [B, in, H, W]``."""
-        weight = self._weight(x.dtype).unflatten(1, (self.form.channels, *self.window.kernel))
+        weight = self._weight(x.dtype).unflatten(1, (self.config.channels, *self.window.kernel))
         return _convolve(self._quantized(x), weight, bias, self.window)
 
 
@@ -291,7 +300,7 @@ def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Ten
     return x if shift is None else x - shift
 
 
-class HalfLinear(nn.Module):
+class KeptLinear(nn.Module):
     """An unquantized linear layer whose weight is stored in float16 or bfloat16 (or float32, where the values are beyond float16)
     and used in the dtype of its input."""
 
@@ -309,8 +318,8 @@ class HalfLinear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-class HalfConv2d(nn.Module):
-    """A convolution that stays unquantized, as :class:`HalfLinear` does. Weight ``[out, in, height, width]``."""
+class KeptConv2d(nn.Module):
+    """A convolution that stays unquantized, as :class:`KeptLinear` does. Weight ``[out, in, height, width]``."""
 
     weight: Tensor
     bias: Tensor | None

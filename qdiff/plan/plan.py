@@ -10,15 +10,17 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qdiff.errors import IntegrityError
 from qdiff.files import read_json, write_json
 from qdiff.formats.table import FORMATS, low_rank_bits, rotation_bits
+from qdiff.plan import renamed
 from qdiff.plan.attention_plan import AttentionPlan
+from qdiff.plan.renamed import with_new_names
 from qdiff.plan.routing_plan import RoutingPlan
 
-Kept = Literal["float16", "bfloat16"]  # storage of every tensor that is not quantized
+StorageDtype = Literal["float16", "bfloat16"]  # storage of every tensor that is not quantized
 
 
 class LayerPlan(BaseModel):
@@ -38,12 +40,12 @@ class LayerPlan(BaseModel):
     output: str | None = Field(
         None, description="format of the output, where targets run what follows in it; null: float"
     )
-    by_token: bool = Field(False, description="activation scales by token at run time instead of one constant")
+    per_token: bool = Field(False, description="activation scales per token at run time instead of one constant")
     group: str | None = Field(
         None, description="layers with the same group read one tensor and share scale and smoothing"
     )
     smoothing: float | None = Field(None, description="SmoothQuant strength; null: none")
-    multiplier: bool = Field(
+    input_multiplier: bool = Field(
         False, description="whether channels of the input are scaled, by smoothing or another method"
     )
     shift: bool = Field(False, description="whether channels of the input are moved to the middle of their range")
@@ -69,6 +71,11 @@ class LayerPlan(BaseModel):
     why: str = ""
     sqnr_db: float | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        return with_new_names(values, renamed.LAYER)
+
     @property
     def quantized(self) -> bool:
         """Whether this layer's weights are in a quantized format."""
@@ -81,10 +88,10 @@ class LayerPlan(BaseModel):
 
     @property
     def precision(self) -> str:
-        """Formats in one word or two: ``float16``, ``int8 x int8``, ``int4_g64 x int8 by token``, ``int4_g64 x float16``."""
+        """Formats in one word or two: ``float16``, ``int8 x int8``, ``int4_g64 x int8 per token``, ``int4_g64 x float16``."""
         if not self.quantized:
             return self.weights
-        return f"{self.weights} x {self.activations}{' by token' if self.by_token else ''}"
+        return f"{self.weights} x {self.activations}{' per token' if self.per_token else ''}"
 
     def weight_bits(self) -> float:
         """Bits of the stored weight with all its scales, its low-rank branch and a rotation that was fitted, for each of its
@@ -125,11 +132,16 @@ class Plan(BaseModel):
     config: dict[str, Any] = Field(description="the backbone's diffusers config: the model is rebuilt from it")
     backbone_class: str
     timesteps: list[float] = Field(description="calibrated timestep values, in sampling order")
-    kept: Kept = Field("float16", description="storage of every tensor that is not quantized")
+    storage_dtype: StorageDtype = Field("float16", description="storage of every tensor that is not quantized")
     structure: Structure = Field(Structure(), description="what was changed in the model before it was quantized")
     attention: AttentionPlan | None = Field(None, description="self-attentions that follow block lists")
     routing: RoutingPlan | None = Field(None, description="blocks whose precision changes with the step")
     layers: list[LayerPlan]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        return with_new_names(values, renamed.PLAN)
 
     def save(self, path: Path) -> None:
         """Writes ``plan.json``."""

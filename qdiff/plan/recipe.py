@@ -14,13 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qdiff.errors import InputError, nearest, unknown_name
 from qdiff.formats.table import FORMATS
-from qdiff.plan.plan import Kept
+from qdiff.plan import renamed
+from qdiff.plan.plan import StorageDtype
+from qdiff.plan.renamed import with_new_names
 
 
 class Scheme(BaseModel):
     """Formats of weights and activations of every targeted layer.
 
-    ``activations`` may be a plain format: then only weights are quantized. ``by_token`` gives activations one scale for each
+    ``activations`` may be a plain format: then only weights are quantized. ``per_token`` gives activations one scale for each
     token at run time instead of one constant; formats with blocks scale their blocks at run time anyway.
     """
 
@@ -28,7 +30,12 @@ class Scheme(BaseModel):
 
     weights: str
     activations: str
-    by_token: bool = False
+    per_token: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        return with_new_names(values, renamed.SCHEME)
 
     @field_validator("weights", "activations")
     @classmethod
@@ -42,8 +49,8 @@ class Scheme(BaseModel):
         if not FORMATS[self.weights].quantized:
             raise ValueError(f"weights: {self.weights!r} is no quantized format; leave layers alone with ignore")
         activations = FORMATS[self.activations]
-        if self.by_token and (activations.block or not activations.quantized):
-            raise ValueError(f"by_token: {self.activations!r} has no scale by token")
+        if self.per_token and (activations.block or not activations.quantized):
+            raise ValueError(f"per_token: {self.activations!r} has no scale per token")
         return self
 
 
@@ -239,10 +246,10 @@ class Recipe(BaseModel):
     split_shortcuts: bool = Field(True, description="two scales where a layer reads a skip connection (U-Nets)")
     first_token: bool = Field(True, description="CLIP's constant first token apart from the quantized ones")
     ignore: dict[str, list[str]] = Field(default={}, description="patterns of layers that stay unquantized, by family")
-    outputs: dict[str, list[str]] = Field(
+    quantize_outputs: dict[str, list[str]] = Field(
         default={}, description="patterns of layers whose output is quantized too (q and k of attentions), by family"
     )
-    kept: Kept = "float16"
+    storage_dtype: StorageDtype = "float16"
     floors: Floors = Field(
         Floors(), description="quality in dB below which layers are kept and stages end with exit code 7"
     )
@@ -251,13 +258,18 @@ class Recipe(BaseModel):
     distil: Distillation | None = None
     attention: Attention | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        return with_new_names(values, renamed.RECIPE)
+
     @model_validator(mode="after")
     def _one_source(self) -> Recipe:
         sources = [name for name in ("scheme", "mixed", "routing") if getattr(self, name) is not None]
         if len(sources) != 1:
             raise ValueError("a recipe has either a scheme, or mixed, or routing")
         if self.scheme is None:
-            own = ["convolutions", "methods", "outputs", "targets"]
+            own = ["convolutions", "methods", "quantize_outputs", "targets"]
             own += ["sequential", "distil"] if self.routing is not None else []
             beside = [name for name in own if name in self.model_fields_set and getattr(self, name)]
             if beside:
@@ -284,7 +296,7 @@ class Recipe(BaseModel):
         known = list(known)
         named: dict[str, Iterable[str]] = {
             "ignore": self.ignore,
-            "outputs": self.outputs,
+            "quantize_outputs": self.quantize_outputs,
             "mixed.minimum": self.mixed.minimum if self.mixed else {},
             "distil.layers": self.distil.layers if self.distil else {},
         }
@@ -303,7 +315,7 @@ class Recipe(BaseModel):
 
     def with_output(self, family: str, names: list[str]) -> dict[str, str]:
         """Which of ``names`` have their output quantized too, with the pattern that says so. Raises as :meth:`ignored`."""
-        return match(f"recipe {self.name!r}: the outputs", self.outputs.get(family, []), family, names)
+        return match(f"recipe {self.name!r}: quantize_outputs", self.quantize_outputs.get(family, []), family, names)
 
 
 def match(what: str, patterns: list[str], family: str, names: list[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from qdiff.errors import InputError
 from qdiff.models.base import Model
 from qdiff.nn.conv import sample_windows
 from qdiff.nn.conv import tokens as tokens_of
-from qdiff.nn.quant_linear import TimestepClock
+from qdiff.nn.quant_linear import TimestepIndex
 from qdiff.recording.activation_statistics import InputStatistics
 from qdiff.recording.trajectory import Step
 
@@ -56,7 +56,7 @@ class BlockWalk:
 
     Args:
         model: its backbone is replaced layer by layer by the caller while the walk goes on.
-        clock: of the backbone's quantized layers; blocks are called without the backbone that would set it.
+        timestep_index: of the backbone's quantized layers; blocks are called without the backbone that would set it.
         steps: recorded calls.
         timesteps: the calibrated values, as in the statistics.
         tokens: about how many tokens of each tensor to keep for fitting and judging, over all calls.
@@ -69,14 +69,14 @@ class BlockWalk:
     def __init__(
         self,
         model: Model,
-        clock: TimestepClock,
+        timestep_index: TimestepIndex,
         steps: Iterable[Step],
         timesteps: list[float],
         tokens: int,
         backbone: nn.Module | None = None,
     ) -> None:
         self.family, self.backbone = model.family, model.backbone if backbone is None else backbone
-        self.clock, self.timesteps = clock, torch.tensor(timesteps, device=model.device)
+        self.timestep_index, self.timesteps = timestep_index, torch.tensor(timesteps, device=model.device)
         self.blocks = self.family.blocks(self.backbone)
         if not self.blocks:
             raise InputError(
@@ -198,7 +198,7 @@ class BlockWalk:
 
     def run(self, block: str, call: Call) -> Tensor:
         """What the block as it is now makes of a call's states; with gradients where they are on."""
-        self.clock.set(self.timesteps.new_tensor([call.value]), self.timesteps)
+        self.timestep_index.set(self.timesteps.new_tensor([call.value]), self.timesteps)
         result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
 

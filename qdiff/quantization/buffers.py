@@ -7,36 +7,38 @@ from torch import Tensor
 
 from qdiff.formats import scales
 from qdiff.formats.table import format_named
-from qdiff.methods import Problem, Solution
-from qdiff.plan.plan import Kept, LayerPlan
+from qdiff.methods import Decisions, LayerGroup
+from qdiff.plan.plan import LayerPlan, StorageDtype
 
 
 def buffers_of(
-    problem: Problem, solution: Solution, index: int, bias: Tensor | None, kept: Kept
+    layer_group: LayerGroup, decisions: Decisions, index: int, bias: Tensor | None, storage_dtype: StorageDtype
 ) -> dict[str, Tensor | None]:
     """Return the buffers of a group's layer ``index`` (:class:`qdiff.nn.quant_linear.QuantLinear`), but for its output's
     scale."""
-    storage = getattr(torch, kept)
-    weight = problem.quantized_weights(solution)[index]
-    scale, stretch = problem.activation_scale(solution)
-    given = problem.biases(solution)[index]
+    storage = getattr(torch, storage_dtype)
+    weight = layer_group.quantized_weights(decisions)[index]
+    scale, stretch = layer_group.activation_scale(decisions)
+    given = layer_group.biases(decisions)[index]
     bias = None if bias is None else bias.detach().float()
     total = given if bias is None else bias if given is None else bias + given
-    down, up = (None, None) if solution.low_rank is None else solution.low_rank[index]
+    down, up = (None, None) if decisions.low_rank is None else decisions.low_rank[index]
     return {
         "codes": weight.packed(),
         "scale": weight.scale,
         "tensor_scale": weight.tensor_scale,
-        "bias": None if total is None else scales.to_storage(total, kept).float(),
+        "bias": None if total is None else scales.to_storage(total, storage_dtype).float(),
         "input_scale": scale,
-        "multiplier": None if solution.multiplier is None else solution.multiplier[:: problem.taps],
-        "shift": solution.shift,
-        "rotation": None if solution.rotation is None else solution.rotation.last,
-        "outlier_rotation": None if solution.rotation is None else solution.rotation.first,
-        "outlier_order": None if solution.rotation is None else solution.rotation.order,
+        "input_multiplier": None
+        if decisions.input_multiplier is None
+        else decisions.input_multiplier[:: layer_group.taps],
+        "shift": decisions.shift,
+        "rotation": None if decisions.rotation is None else decisions.rotation.last,
+        "outlier_rotation": None if decisions.rotation is None else decisions.rotation.first,
+        "outlier_order": None if decisions.rotation is None else decisions.rotation.order,
         "down": None if down is None else down.to(storage),
         "up": None if up is None else up.to(storage),
-        "timestep_scale": stretch,
+        "timestep_scales": stretch,
     }
 
 

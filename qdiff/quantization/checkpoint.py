@@ -18,17 +18,22 @@ from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.formats.scales import to_storage
 from qdiff.nn.conv import Window
-from qdiff.nn.quant_linear import HalfConv2d, HalfLinear, LinearForm, QuantConv2d, QuantLinear, TimestepClock
+from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantConv2d, QuantLinear, QuantLinearConfig, TimestepIndex
 from qdiff.nn.rotations import hadamard
 from qdiff.nn.surgery import restructure
-from qdiff.plan.plan import Kept, LayerPlan, Plan
+from qdiff.plan.plan import LayerPlan, Plan, StorageDtype
+from qdiff.plan.renamed import buffer_name
 from qdiff.routing.blocks import install_branches
 
 TIMESTEPS = "calibrated_timesteps"
 
 
 def empty_layer(
-    plan: LayerPlan, timesteps: int, clock: TimestepClock | None, kept: Kept, replaced: nn.Module
+    plan: LayerPlan,
+    timesteps: int,
+    timestep_index: TimestepIndex | None,
+    storage_dtype: StorageDtype,
+    replaced: nn.Module,
 ) -> nn.Module:
     """The layer that ``plan`` describes, without numbers (its buffers are on the meta device).
 
@@ -44,16 +49,16 @@ def empty_layer(
         if not plan.quantized:
             storage = getattr(torch, plan.weights)
             if window is None:
-                return HalfLinear(in_features, out_features, plan.bias, storage)
-            return HalfConv2d((out_features, plan.shape[1], *window.kernel), window, plan.bias, storage)
-        form = LinearForm(
+                return KeptLinear(in_features, out_features, plan.bias, storage)
+            return KeptConv2d((out_features, plan.shape[1], *window.kernel), window, plan.bias, storage)
+        config = QuantLinearConfig(
             in_features,
             out_features,
             plan.bias or plan.bias_correction,
             plan.weights,
             plan.activations,
-            by_token=plan.by_token,
-            smooth=plan.multiplier,
+            per_token=plan.per_token,
+            input_multiplier=plan.input_multiplier,
             shift=plan.shift,
             centered=plan.centered,
             rotation=plan.rotation,
@@ -61,10 +66,10 @@ def empty_layer(
             rank=plan.rank,
             timesteps=timesteps if plan.timestep_scales else 0,
             output=plan.output,
-            kept=kept,
+            storage_dtype=storage_dtype,
             window=window,
         )
-        return QuantLinear(form, clock) if window is None else QuantConv2d(form, clock)
+        return QuantLinear(config, timestep_index) if window is None else QuantConv2d(config, timestep_index)
 
 
 def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
@@ -72,7 +77,7 @@ def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
         return None
     if isinstance(replaced, nn.Conv2d):
         window = Window.of(replaced)
-    elif isinstance(replaced, QuantConv2d | HalfConv2d):
+    elif isinstance(replaced, QuantConv2d | KeptConv2d):
         window = replaced.window
     else:
         raise IntegrityError(
@@ -86,19 +91,19 @@ def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
     return window
 
 
-def install_clock(backbone: nn.Module, clock: TimestepClock, timesteps: Tensor) -> None:
-    """Sets the clock at the start of every forward of the backbone, from the value of its ``timestep`` argument."""
+def install_timestep_index(backbone: nn.Module, timestep_index: TimestepIndex, timesteps: Tensor) -> None:
+    """Sets the timestep index at the start of every forward of the backbone, from the value of its ``timestep`` argument."""
     backbone.register_buffer(TIMESTEPS, timesteps.float().to(device.of(backbone)))
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
 
-    def set_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def set_timestep_index(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         timestep = given["timestep"]
         if not torch.is_tensor(timestep):
             timestep = torch.tensor([float(timestep)])
-        clock.set(timestep, getattr(module, TIMESTEPS))
+        timestep_index.set(timestep, getattr(module, TIMESTEPS))
 
-    backbone.register_forward_pre_hook(set_clock, with_kwargs=True)
+    backbone.register_forward_pre_hook(set_timestep_index, with_kwargs=True)
 
 
 def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
@@ -106,7 +111,7 @@ def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
     their size says all."""
     parameters, known = dict(backbone.named_parameters()), set(_hadamards(plan))
     tensors = {
-        name: to_storage(tensor.detach(), plan.kept) if name in parameters else tensor.detach()
+        name: to_storage(tensor.detach(), plan.storage_dtype) if name in parameters else tensor.detach()
         for name, tensor in backbone.state_dict().items()
         if name not in known
     }
@@ -145,8 +150,8 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
             f"the plan's config does not make a {plan.backbone_class}: {str(error)[:200]}",
             "quantize again with --force",
         ) from error
-    clock = TimestepClock()
-    install_clock(backbone, clock, torch.tensor(plan.timesteps))
+    timestep_index = TimestepIndex()
+    install_timestep_index(backbone, timestep_index, torch.tensor(plan.timesteps))
     try:
         restructure(backbone, plan.structure)
         if plan.structure.branches:
@@ -159,7 +164,7 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
         try:
             planned = layer if outputs else layer.model_copy(update={"output": None})
             replaced = backbone.get_submodule(layer.name)
-            made = empty_layer(planned, len(plan.timesteps), clock, plan.kept, replaced)
+            made = empty_layer(planned, len(plan.timesteps), timestep_index, plan.storage_dtype, replaced)
             backbone.set_submodule(layer.name, made, strict=True)
         except AttributeError:
             raise IntegrityError(
@@ -167,7 +172,7 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
             ) from None
     parameters = {name for name, _ in backbone.named_parameters()}
     with open_tensors(path, "the quantized checkpoint") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {buffer_name(name): file.get_tensor(name) for name in file.keys()}
     state = {
         name: tensor.float() if name in parameters else tensor
         for name, tensor in tensors.items()

@@ -53,7 +53,7 @@ PART, KEEP_EVERY = "distillation", 50
 CALLS_FOR_UNIT = 24  # on which a block's error is called 1 in the loss
 
 
-class Nudged(LearnedWeight):
+class CodeVariable(LearnedWeight):
     """A weight whose codes move when its variable has gone far enough. Args as :class:`LearnedWeight`, whose ``weight`` is the
     quantized one."""
 
@@ -264,7 +264,7 @@ class _Work:
         learned = {}
         for name, layer in self.quantized.items():
             start = codes_of(layer)
-            learned[name] = learned_layer(layer, Nudged(start.dequantize(), start), self.how.bias_rate > 0)
+            learned[name] = learned_layer(layer, CodeVariable(start.dequantize(), start), self.how.bias_rate > 0)
             learned[name].learned.requires_grad_(self.how.rate > 0)
             self.backbone.set_submodule(name, learned[name])
         return learned
@@ -275,9 +275,9 @@ class _Work:
             state = {key: value.clone() for key, value in self.quantized[name].state_dict().items()}
             state["codes"] = layer.learned.finished().packed()
             if isinstance(layer.bias, nn.Parameter):
-                state["bias"] = scales.to_storage(layer.bias.detach(), layer.form.kept).float()
+                state["bias"] = scales.to_storage(layer.bias.detach(), layer.config.storage_dtype).float()
             with torch.device("meta"):
-                placed = type(self.quantized[name])(layer.form, layer.clock)
+                placed = type(self.quantized[name])(layer.config, layer.timestep_index)
             placed.load_state_dict(state, assign=True)
             self.backbone.set_submodule(name, placed)
 

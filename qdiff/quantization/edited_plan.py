@@ -32,7 +32,7 @@ from qdiff.runs.json_diff import shortened
 BY_HAND = "set by hand: "
 FROM_FILE = "from a plan file: "
 OF_KEPT = ("weights", "activations")  # all that is decided about a layer that is not quantized
-SHARED = (*OF_KEPT, "by_token", "smoothing", "clip", "timestep_scales")  # one value for all that read one tensor
+SHARED = (*OF_KEPT, "per_token", "smoothing", "clip", "timestep_scales")  # one value for all that read one tensor
 DECISIONS = (*SHARED, "output")
 FACTS = ("name", "kind", "shape", "bias", "group")
 WRITTEN = ("methods", "why", "sqnr_db")  # anew, whatever the file says
@@ -61,7 +61,7 @@ def decisions(plan: Plan) -> dict[str, Any]:
     """What the plan decides, as JSON: two plans with equal decisions make the same tensors."""
     return {
         "recipe": plan.recipe,
-        "kept": plan.kept,
+        "storage_dtype": plan.storage_dtype,
         "attention": plan.attention and plan.attention.model_dump(mode="json"),
         "layers": {layer.name: {name: getattr(layer, name) for name in _decided(layer)} for layer in plan.layers},
     }
@@ -91,10 +91,10 @@ def settle(plan: Plan, model: Model, statistics: Statistics, before: Plan | None
     wrong = [
         fault
         for layer in plan.layers
-        for fault in _impossible(layer, plan.kept, known.get(layer.name), layers[layer.name])
+        for fault in _impossible(layer, plan.storage_dtype, known.get(layer.name), layers[layer.name])
     ]
     unreached = [layer.name for layer in plan.quantized if layer.name not in groups]
-    wrong += [f"{name}: calibration never reached this layer; keep it in {plan.kept}" for name in unreached]
+    wrong += [f"{name}: calibration never reached this layer; keep it in {plan.storage_dtype}" for name in unreached]
     wrong += _disagreements([layer for layer in plan.quantized if layer.name in groups], groups)
     if not plan.quantized:
         wrong.append("it quantizes no layer")
@@ -167,42 +167,46 @@ def _is_smoothing(layer: LayerPlan, before: LayerPlan | None) -> bool:
     """Whether a layer's multiplier follows from its smoothing, or did before the hand took the smoothing away."""
     if layer.smoothing is not None or before is None:
         return layer.smoothing is not None
-    return before.smoothing is not None or not before.multiplier
+    return before.smoothing is not None or not before.input_multiplier
 
 
-def _impossible(layer: LayerPlan, kept: str, before: LayerPlan | None, linear: nn.Module) -> Iterator[str]:
+def _impossible(layer: LayerPlan, storage_dtype: str, before: LayerPlan | None, linear: nn.Module) -> Iterator[str]:
     """Decisions about one layer that no layer can carry out."""
     activations = FORMATS[layer.activations]
     if activations.quantized and not layer.quantized:
         pair = f"weights {layer.weights} with activations {layer.activations}"
-        yield f"{layer.name}: {pair}: quantize the weights too, or keep both in {kept}"
+        yield f"{layer.name}: {pair}: quantize the weights too, or keep both in {storage_dtype}"
     elif layer.quantized:
-        by_token_possible = activations.quantized and not activations.block
-        if layer.by_token and not by_token_possible:
-            yield f"{layer.name}: by_token is true; activations {layer.activations} have no scale by token"
-        if layer.timestep_scales and (layer.by_token or not by_token_possible):
+        per_token_possible = activations.quantized and not activations.block
+        if layer.per_token and not per_token_possible:
+            yield f"{layer.name}: per_token is true; activations {layer.activations} have no scale per token"
+        if layer.timestep_scales and (layer.per_token or not per_token_possible):
             yield f"{layer.name}: timestep_scales is true; its activations have no constant scale that it could follow"
         if layer.smoothing is not None and not 0 < layer.smoothing <= 1:
             yield f"{layer.name}: smoothing is {_text(layer.smoothing)}; it is null, or above 0 and at most 1"
         if not 0 < layer.clip <= 1:
             yield f"{layer.name}: clip is {_text(layer.clip)}; it is above 0 and at most 1"
         try:
-            check_formats(layer.kind, layer.matrix, layer.weights, layer.activations, layer.by_token)
+            check_formats(layer.kind, layer.matrix, layer.weights, layer.activations, layer.per_token)
         except InputError as error:
             yield f"{layer.name}: {error.message}"
-        outputs = (None, layer.activations) if by_token_possible else (None,)
+        outputs = (None, layer.activations) if per_token_possible else (None,)
         if layer.output not in outputs:
             yield f"{layer.name}: output is {layer.output}; it can be {' or '.join(map(_text, outputs))}"
         for name in BY_METHODS:
             value, unset = getattr(layer, name), _UNSET[name]
-            if value != unset and not (name == "multiplier" and _is_smoothing(layer, before)):
+            if value != unset and not (name == "input_multiplier" and _is_smoothing(layer, before)):
                 yield f"{layer.name}: {name} is {_text(value)}, which only a recipe can do; by hand it is {_text(unset)}"
     else:
-        fits = kept != "float16" or fits_float16(linear.weight)  # type: ignore[arg-type]
-        storage = kept if fits else "float32"
+        fits = storage_dtype != "float16" or fits_float16(linear.weight)  # type: ignore[arg-type]
+        storage = storage_dtype if fits else "float32"
         for name in OF_KEPT:
             if getattr(layer, name) != storage:
-                reason = f"this plan's kept is {kept}" if fits else "its weight is beyond float16: keep it in float32"
+                reason = (
+                    f"this plan's storage_dtype is {storage_dtype}"
+                    if fits
+                    else "its weight is beyond float16: keep it in float32"
+                )
                 yield f"{layer.name}: {name} is {getattr(layer, name)}, but {reason}"
 
 

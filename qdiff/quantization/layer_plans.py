@@ -18,7 +18,7 @@ from qdiff.formats.scales import fits_float16
 from qdiff.formats.table import format_named
 from qdiff.models.base import Model, quantizable_layers
 from qdiff.nn.surgery import divide, restructure
-from qdiff.plan.plan import Kept, LayerPlan, Structure
+from qdiff.plan.plan import LayerPlan, StorageDtype, Structure
 from qdiff.plan.recipe import Recipe, Scheme
 from qdiff.quantization.splits import gaining_splits
 from qdiff.recording.activation_statistics import Statistics
@@ -81,7 +81,7 @@ class Draft:
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
 
 
-def draft(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
+def draft_plan(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
     """Changes the model's structure as the recipe wants it, in place, and says what the recipe makes of every layer.
 
     Raises:
@@ -105,7 +105,7 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
         lenient: layers that the formats do not fit are kept, instead of an error.
 
     Raises:
-        InputError: as :func:`draft`.
+        InputError: as :func:`draft_plan`.
     """
     groups, layers = groups_of(model, statistics), quantizable_layers(model.backbone)
     ignored = recipe.ignored(model.family.name, list(layers))
@@ -116,7 +116,7 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
         if name in ignored:
             reason = f"ignore pattern {ignored[name]!r} of recipe {recipe.name}"
         elif name not in groups:
-            log.warning("quantize: calibration never reached layer %s; it is kept in %s", name, recipe.kept)
+            log.warning("quantize: calibration never reached layer %s; it is kept in %s", name, recipe.storage_dtype)
             reason = "calibration never reached this layer"
         elif kind not in recipe.targets:
             reason = f"recipe {recipe.name} does not target {kind}"
@@ -128,7 +128,7 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
                     raise
                 reason = error.message
         if reason is not None:
-            entries[name] = kept_entry(name, linear, recipe.kept, reason)
+            entries[name] = kept_entry(name, linear, recipe.storage_dtype, reason)
             continue
         scheme = recipe.scheme_of(kind)
         output = scheme.activations if name in with_output else None
@@ -136,7 +136,7 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
             **_facts(name, linear),
             weights=scheme.weights,
             activations=scheme.activations,
-            by_token=scheme.by_token,
+            per_token=scheme.per_token,
             output=output,
             group=groups[name],
             why=f"output {output} where the target runs it" if output else "",
@@ -144,10 +144,10 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
     return entries
 
 
-def kept_entry(name: str, layer: nn.Linear | nn.Conv2d, kept: Kept, reason: str) -> LayerPlan:
-    """The entry of a layer that stays unquantized, in ``kept``, or in float32 where that cannot hold its weight."""
-    storage: str = kept
-    if kept == "float16" and not fits_float16(layer.weight):
+def kept_entry(name: str, layer: nn.Linear | nn.Conv2d, storage_dtype: StorageDtype, reason: str) -> LayerPlan:
+    """The entry of a layer that stays unquantized, in ``storage_dtype``, or in float32 where that cannot hold its weight."""
+    storage: str = storage_dtype
+    if storage_dtype == "float16" and not fits_float16(layer.weight):
         storage = "float32"
         reason += (
             f"; in float32, as its weight reaches {layer.weight.detach().abs().max():.2g} and float16 ends at 65,504"
@@ -170,13 +170,13 @@ def _check_shape(name: str, layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> Non
     shape = tuple(layer.weight.shape)
     try:
         check_formats(
-            kind_of(layer), (shape[0], math.prod(shape[1:])), scheme.weights, scheme.activations, scheme.by_token
+            kind_of(layer), (shape[0], math.prod(shape[1:])), scheme.weights, scheme.activations, scheme.per_token
         )
     except InputError as error:
         raise InputError(f"layer {name} of shape {list(shape)}: {error.message}", error.fix) from None
 
 
-def check_formats(kind: str, matrix: tuple[int, int], weights: str, activations: str, by_token: bool) -> None:
+def check_formats(kind: str, matrix: tuple[int, int], weights: str, activations: str, per_token: bool) -> None:
     """Refuses formats that a layer of that kind and matrix cannot have.
 
     Raises:
@@ -185,8 +185,8 @@ def check_formats(kind: str, matrix: tuple[int, int], weights: str, activations:
     of_weights, of_input = format_named(weights), format_named(activations)
     of_weights.packed_shape(matrix)
     of_weights.check_columns(matrix[1])
-    if kind == "Conv2d" and (of_input.block or by_token):
-        scales = f"{of_input.name}'s blocks" if of_input.block else "scales by token"
+    if kind == "Conv2d" and (of_input.block or per_token):
+        scales = f"{of_input.name}'s blocks" if of_input.block else "scales per token"
         raise InputError(
             f"a convolution's input cannot have {scales}",
             "give convolutions formats of their own (recipe: convolutions), or keep them (targets: [Linear])",

@@ -18,7 +18,7 @@ Layers that read one tensor (q, k and v) have one scale and keep one. A layer wi
 timestep (TALSQ of EfficientDM, arXiv 2310.03270) in the form that a static engine can run.
 
 In the loop, scales already lie on float16's grid as every scale of a layer does, straight through that rounding too: what is
-learned on is what is stored. Scales by token and of blocks are made at run time, and there is nothing to learn.
+learned on is what is stored. Scales per token and of blocks are made at run time, and there is nothing to learn.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ class LearnedInputScale:
 
     def __init__(self, layers: list[QuantLinear]) -> None:
         self.layers = layers
-        self.scale, self.table = layers[0].input_scale, layers[0].timestep_scale
+        self.scale, self.table = layers[0].input_scale, layers[0].timestep_scales
         assert self.scale is not None, "only static scales are learned"
         self.variable = nn.Parameter((self.scale if self.table is None else self.table).log())
 
     def value(self) -> Tensor:
         """The scale ``[]``, or the table ``[T]``, as it is now: positive and on float16's grid, differentiable."""
-        element = format_named(self.layers[0].form.activations).element
+        element = format_named(self.layers[0].config.activations).element
         largest = scales.largest_scale(element) if self.table is None else LARGEST_STRETCH
         value = self.variable.exp().clamp(scales.SMALLEST_SCALE, largest)
         return value + (scales.to_half_grid(value) - value).detach()
 
     def install(self) -> None:
         """Lets the layers compute with :meth:`value`."""
-        name, value = "input_scale" if self.table is None else "timestep_scale", self.value()
+        name, value = "input_scale" if self.table is None else "timestep_scales", self.value()
         for layer in self.layers:
             setattr(layer, name, value)
 
     def finished(self) -> tuple[Tensor, Tensor | None]:
-        """Scale and table, as :meth:`qdiff.methods.base.Problem.activation_scale` gives them."""
+        """Scale and table, as :meth:`qdiff.methods.base.LayerGroup.activation_scale` gives them."""
         assert self.scale is not None
         with torch.no_grad():
             value = scales.to_half_grid(self.value())

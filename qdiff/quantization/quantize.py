@@ -1,7 +1,7 @@
 """(float model, decisions, statistics) -> (plan, quantized backbone).
 
 Decisions are those of a recipe's methods (:func:`quantize`) or of a plan that somebody wrote (:func:`quantize_as_planned`).
-What is made from them is made by one class, :class:`_Realisation`, so a plan that is applied as it was decided gives the same
+What is made from them is made by one class, :class:`GroupQuantizer`, so a plan that is applied as it was decided gives the same
 bytes. Layers are replaced in place, group by group, so the float model and the quantized one never stand in memory together.
 """
 
@@ -20,25 +20,25 @@ from qdiff.errors import InputError, QualityGateError
 from qdiff.events import Progress, log
 from qdiff.formats import scales
 from qdiff.formats.table import format_named
-from qdiff.methods import Problem, Solution, apply_method, check_reconstruction
+from qdiff.methods import Decisions, LayerGroup, apply_method, check_reconstruction
 from qdiff.methods.smooth import multiplier_for
 from qdiff.models.base import Model, quantizable_layers
-from qdiff.nn.quant_linear import HalfConv2d, HalfLinear, QuantLinear, TimestepClock
-from qdiff.plan.plan import Kept, LayerPlan, Plan, Structure
+from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantLinear, TimestepIndex
+from qdiff.plan.plan import LayerPlan, Plan, StorageDtype, Structure
 from qdiff.plan.recipe import Recipe, Sequential
 from qdiff.quantization.block_walk import BlockWalk, ReplayWalk
 from qdiff.quantization.buffers import buffers_of, output_scale
-from qdiff.quantization.checkpoint import empty_layer, install_clock
+from qdiff.quantization.checkpoint import empty_layer, install_timestep_index
 from qdiff.quantization.distillation import Distilled, distil, float_predictions
-from qdiff.quantization.kept import keep_layer, round_kept
-from qdiff.quantization.layer_plans import Draft, draft, kept_entry
+from qdiff.quantization.layer_plans import Draft, draft_plan, kept_entry
 from qdiff.quantization.reconstruction import Decided, reconstruct, split
+from qdiff.quantization.storage import keep_layer, round_to_storage
 from qdiff.recording.activation_statistics import InputStatistics, Statistics
 from qdiff.recording.trajectory import Trajectory
 from qdiff.runs.partial import Scratch
 
 # What is decided for the layers of a group, given their entries as far as they are known before.
-Solve = Callable[[Problem, list[LayerPlan]], Solution]
+Decide = Callable[[LayerGroup, list[LayerPlan]], Decisions]
 
 
 def quantize(
@@ -58,10 +58,10 @@ def quantize(
         InputError: a pattern or method of the recipe that does not exist, NaN in a weight, statistics of another model, or
             a recipe that would quantize nothing.
     """
-    return carry_out(model, recipe, draft(model, recipe, statistics), trajectory, scratch)
+    return quantize_from_draft(model, recipe, draft_plan(model, recipe, statistics), trajectory, scratch)
 
 
-def carry_out(
+def quantize_from_draft(
     model: Model,
     recipe: Recipe,
     drafted: Draft,
@@ -76,9 +76,9 @@ def carry_out(
             the whole trains that too. Called once, when all layers are quantized.
     """
 
-    def solve(problem: Problem, members: list[LayerPlan]) -> Solution:
+    def decide(layer_group: LayerGroup, members: list[LayerPlan]) -> Decisions:
         own = drafted.recipes.get(members[0].group or "", recipe)
-        return solve_by(own, problem)
+        return decide_by(own, layer_group)
 
     entries, statistics = drafted.entries, drafted.statistics
     if not any(entry.quantized for entry in entries.values()):
@@ -94,12 +94,12 @@ def carry_out(
         )
     targets = float_predictions(model, trajectory) if recipe.distil and trajectory else []
     teacher = copy.deepcopy(model.backbone) if recipe.distil and recipe.distil.blocks else None
-    work = _Realisation(model, entries, solve, statistics, recipe.kept, recipe.floors.layer)
+    quantizer = GroupQuantizer(model, entries, decide, statistics, recipe.storage_dtype, recipe.floors.layer)
     if recipe.sequential is None or trajectory is None:
-        work.all_groups()
+        quantizer.all_groups()
     else:
-        work.block_by_block(trajectory, recipe.sequential, scratch)
-    plan = work.plan(recipe.name, drafted.structure)
+        quantizer.block_by_block(trajectory, recipe.sequential, scratch)
+    plan = quantizer.plan(recipe.name, drafted.structure)
     if not plan.quantized:
         raise QualityGateError(
             f"recipe {recipe.name!r}: the output of every layer is below {recipe.floors.layer:g} dB, so none is quantized",
@@ -111,15 +111,15 @@ def carry_out(
     return distilled(plan, distil(model, trajectory, targets, recipe.distil, scratch, teacher))
 
 
-def solve_by(recipe: Recipe, problem: Problem) -> Solution:
+def decide_by(recipe: Recipe, layer_group: LayerGroup) -> Decisions:
     """What a recipe's methods decide about a group, one after the other."""
-    solution = Solution()
+    decisions = Decisions()
     for method, options in recipe.methods.items():
-        solution = apply_method(method, options or {}, problem, solution)
-    return solution
+        decisions = apply_method(method, options or {}, layer_group, decisions)
+    return decisions
 
 
-def realise_all(
+def quantize_groups(
     model: Model, recipe: Recipe, entries: dict[str, LayerPlan], statistics: Statistics
 ) -> dict[str, LayerPlan]:
     """Quantizes ``model.backbone`` in place by a recipe's methods on the float model's statistics, every group on its own.
@@ -130,9 +130,11 @@ def realise_all(
     Returns:
         what became of every layer.
     """
-    work = _Realisation(model, entries, lambda problem, members: solve_by(recipe, problem), statistics, recipe.kept)
-    work.all_groups()
-    return work.planned
+    quantizer = GroupQuantizer(
+        model, entries, lambda layer_group, members: decide_by(recipe, layer_group), statistics, recipe.storage_dtype
+    )
+    quantizer.all_groups()
+    return quantizer.planned
 
 
 def distilled(plan: Plan, result: Distilled) -> Plan:
@@ -159,29 +161,31 @@ def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Pla
         plan: one that :func:`qdiff.quantization.edited_plan.settle` has checked against this model and these statistics.
     """
 
-    def solve(problem: Problem, members: list[LayerPlan]) -> Solution:
+    def decide(layer_group: LayerGroup, members: list[LayerPlan]) -> Decisions:
         decided = members[0]  # the others of the group agree: settle() has seen to it
-        return Solution(
-            strength=decided.smoothing,
-            multiplier=None if decided.smoothing is None else multiplier_for(problem, decided.smoothing),
+        return Decisions(
+            smoothing=decided.smoothing,
+            input_multiplier=None if decided.smoothing is None else multiplier_for(layer_group, decided.smoothing),
             clip=decided.clip,
             timestep_scales=decided.timestep_scales,
             methods=tuple(decided.methods),
         )
 
-    work = _Realisation(model, {layer.name: layer for layer in plan.layers}, solve, statistics, plan.kept)
-    work.all_groups()
-    return work.plan(plan.recipe, plan.structure)
+    quantizer = GroupQuantizer(
+        model, {layer.name: layer for layer in plan.layers}, decide, statistics, plan.storage_dtype
+    )
+    quantizer.all_groups()
+    return quantizer.plan(plan.recipe, plan.structure)
 
 
-class _Realisation:
+class GroupQuantizer:
     """Carries decisions out, group by group: float layers go, quantized ones come.
 
     Args:
         model: its backbone is changed in place.
         entries: what is known of every layer before.
-        solve: decides about a group.
-        kept: storage of what is not quantized.
+        decide: decides about a group.
+        storage_dtype: of what is not quantized.
         floor: SQNR in dB of a layer's output below which it is kept; ``None``: decisions are carried out whatever comes of them.
     """
 
@@ -189,19 +193,25 @@ class _Realisation:
         self,
         model: Model,
         entries: dict[str, LayerPlan],
-        solve: Solve,
+        decide: Decide,
         statistics: Statistics,
-        kept: Kept,
+        storage_dtype: StorageDtype,
         floor: float | None = None,
     ) -> None:
         self.floor = floor
-        self.model, self.entries, self.solve, self.statistics, self.kept = model, entries, solve, statistics, kept
+        self.model, self.entries, self.decide, self.statistics, self.storage_dtype = (
+            model,
+            entries,
+            decide,
+            statistics,
+            storage_dtype,
+        )
         self.backbone = model.backbone
         self.layers = quantizable_layers(self.backbone)
         self.planned = dict(entries)
-        self.clock = TimestepClock()
-        install_clock(self.backbone, self.clock, torch.tensor(statistics.timesteps))
-        round_kept(self.backbone, kept)
+        self.timestep_index = TimestepIndex()
+        install_timestep_index(self.backbone, self.timestep_index, torch.tensor(statistics.timesteps))
+        round_to_storage(self.backbone, storage_dtype)
 
     def all_groups(self) -> None:
         """Every group on the statistics of the float model."""
@@ -223,12 +233,12 @@ class _Realisation:
             # Of a chain the float model's states are moved through each block while that is still float; else a float copy of
             # the model has to stay.
             float_backbone = None if self.model.family.chain else copy.deepcopy(self.backbone)
-            reference = kind(self.model, self.clock, trajectory, timesteps, how.tokens, float_backbone)
+            reference = kind(self.model, self.timestep_index, trajectory, timesteps, how.tokens, float_backbone)
         with Progress("quantize", len(self.layers)) as progress:
             for group in outside:
                 self._group(group, groups[group])
                 progress.advance(len(groups[group].layers))
-            walk = kind(self.model, self.clock, trajectory, timesteps, how.tokens)
+            walk = kind(self.model, self.timestep_index, trajectory, timesteps, how.tokens)
             held_out = () if learning is None else split(walk.calls)[1]
             for block in walk.blocks:
                 inside = [name for name in self.layers if name.startswith(f"{block}.")]
@@ -239,7 +249,7 @@ class _Realisation:
                     decided = [self._group(group, entry) for group, entry in observed]
                     if learning is not None and reference is not None:
                         made = [group for group in decided if group is not None]
-                        reconstruct(learning, walk, reference, block, made, self._realise)
+                        reconstruct(learning, walk, reference, block, made, self._place_group)
                     if scratch is not None:
                         self._keep_block(scratch, block, inside)
                 walk.leave(block)
@@ -250,7 +260,7 @@ class _Realisation:
         for name, linear in self.layers.items():  # no group reads anything into them
             keep_layer(self.backbone, self.entries[name], linear)
         modules = self.backbone.named_modules()
-        order = [name for name, module in modules if isinstance(module, QuantLinear | HalfLinear | HalfConv2d)]
+        order = [name for name, module in modules if isinstance(module, QuantLinear | KeptLinear | KeptConv2d)]
         return Plan(
             family=self.model.family.name,
             weights=self.model.weights,
@@ -259,7 +269,7 @@ class _Realisation:
             config=backbone_config(self.backbone),
             backbone_class=type(self.backbone).__name__,
             timesteps=self.statistics.timesteps,
-            kept=self.kept,
+            storage_dtype=self.storage_dtype,
             structure=structure,
             layers=[self.planned[name] for name in order],
         )
@@ -280,19 +290,19 @@ class _Realisation:
             weight = self.layers[entry.name].weight.detach()
             scales.require_finite(weight, f"the weight of {entry.name}")
             weights.append(weight.float().flatten(1))
-        problem = Problem(
+        layer_group = LayerGroup(
             [entry.name for entry in members],
             weights,
             inputs.to(self.model.device).columns(),
             format_named(members[0].weights),
             format_named(members[0].activations),
-            members[0].by_token,
+            members[0].per_token,
             members[0].kind,
             inputs.taps,
         )
         biases: list[Tensor | None] = [self.layers[entry.name].bias for entry in members]
-        decided = Decided(members, problem, self.solve(problem, members), biases)
-        errors = problem.errors(decided.solution, held_out=True)
+        decided = Decided(members, layer_group, self.decide(layer_group, members), biases)
+        errors = layer_group.errors(decided.decisions, held_out=True)
         above = [index for index, error in enumerate(errors) if self.floor is None or sqnr_db_of(error) >= self.floor]
         for index, entry in enumerate(members):
             if index not in above:
@@ -301,55 +311,55 @@ class _Realisation:
             return None
         if len(above) < len(members):
             decided = decided.only(above)
-            errors = decided.problem.errors(decided.solution, held_out=True)
-        self._realise(decided, errors)
+            errors = decided.layer_group.errors(decided.decisions, held_out=True)
+        self._place_group(decided, errors)
         return decided
 
     def _refuse(self, entry: LayerPlan, reached: float) -> None:
         """Plans a layer to be kept, because its output would be below the floor."""
         reason = f"{entry.precision} reaches {reached:.1f} dB, the floor is {self.floor:g} dB (floors.layer)"
-        self.planned[entry.name] = kept_entry(entry.name, self.layers[entry.name], self.kept, reason)
+        self.planned[entry.name] = kept_entry(entry.name, self.layers[entry.name], self.storage_dtype, reason)
         log.warning("quantize: %s is kept: %s", entry.name, reason)
 
-    def _realise(self, decided: Decided, errors: list[float] | None = None) -> None:
+    def _place_group(self, decided: Decided, errors: list[float] | None = None) -> None:
         """Puts the layers of a group into the backbone, in the place of float or of quantized ones.
 
         Args:
             errors: of their outputs on held-out tokens, where they are known.
         """
-        members, problem, solution = decided.members, decided.problem, decided.solution
-        errors = problem.errors(solution, held_out=True) if errors is None else errors
+        members, layer_group, decisions = decided.members, decided.layer_group, decided.decisions
+        errors = layer_group.errors(decisions, held_out=True) if errors is None else errors
         for index, (entry, error) in enumerate(zip(members, errors, strict=True)):
             plan = entry.model_copy(
                 update={
-                    "weights": (solution.weight_format or problem.weight_format).name,
-                    "by_token": problem.scales_by_token(solution),
-                    "smoothing": solution.strength,
-                    "multiplier": solution.multiplier is not None,
-                    "shift": solution.shift is not None,
-                    "centered": solution.centered,
-                    "rotation": 0 if solution.rotation is None else solution.rotation.block,
-                    "outliers": solution.rotation is not None and solution.rotation.first is not None,
-                    "rank": solution.rank,
-                    "scale_rule": solution.rule,
-                    "rounding": solution.rounding,
-                    "bias_correction": solution.correction is not None,
-                    "clip": solution.clip,
-                    "timestep_scales": solution.timestep_scales,
-                    "input_scale_rule": "range" if solution.input_scale is None else "learned",
-                    "methods": list(solution.methods),
-                    "why": "; ".join(note for note in (*solution.notes, entry.why) if note),
+                    "weights": (decisions.weight_format or layer_group.weight_format).name,
+                    "per_token": layer_group.scales_per_token(decisions),
+                    "smoothing": decisions.smoothing,
+                    "input_multiplier": decisions.input_multiplier is not None,
+                    "shift": decisions.shift is not None,
+                    "centered": decisions.centered,
+                    "rotation": 0 if decisions.rotation is None else decisions.rotation.block,
+                    "outliers": decisions.rotation is not None and decisions.rotation.first is not None,
+                    "rank": decisions.rank,
+                    "scale_rule": decisions.scale_rule,
+                    "rounding": decisions.rounding,
+                    "bias_correction": decisions.bias_correction is not None,
+                    "clip": decisions.clip,
+                    "timestep_scales": decisions.timestep_scales,
+                    "input_scale_rule": "range" if decisions.input_scale is None else "learned",
+                    "methods": list(decisions.methods),
+                    "why": "; ".join(note for note in (*decisions.notes, entry.why) if note),
                     "sqnr_db": round(sqnr_db_of(error), 3),
                 }
             )
-            state = buffers_of(problem, solution, index, decided.biases[index], self.kept)
+            state = buffers_of(layer_group, decisions, index, decided.biases[index], self.storage_dtype)
             state["output_scale"] = output_scale(self.statistics.outputs[entry.name], plan)
             # Members of a group get equal values, not one shared tensor.
             self._place(plan, {key: value.clone() for key, value in state.items() if value is not None})
 
     def _place(self, plan: LayerPlan, state: dict[str, Tensor]) -> None:
         replaced = self.backbone.get_submodule(plan.name)
-        module = empty_layer(plan, len(self.statistics.timesteps), self.clock, self.kept, replaced)
+        module = empty_layer(plan, len(self.statistics.timesteps), self.timestep_index, self.storage_dtype, replaced)
         module.load_state_dict(state, assign=True)
         self.backbone.set_submodule(plan.name, module.to(self.model.device))
         self.planned[plan.name] = plan

@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from qdiff.events import Progress
 from qdiff.formats.table import format_named
 from qdiff.formats.weight import QuantizedWeight
-from qdiff.methods.base import Problem, Solution, decibels
-from qdiff.methods.learned import RECONSTRUCTIONS, Course, LearnedWeight, Reconstruct, Weighting
+from qdiff.methods.base import Decisions, LayerGroup, decibels
+from qdiff.methods.learned import RECONSTRUCTIONS, LearnedWeight, Reconstruct, ReconstructionOptions, Weighting
 from qdiff.nn.quant_linear import QuantConv2d, QuantLinear
 from qdiff.plan.plan import LayerPlan
 from qdiff.quantization.block_walk import BlockWalk, Call
@@ -53,22 +53,22 @@ class Decided:
     """A group whose methods have decided: all that is needed to place its layers, and to place them again."""
 
     members: list[LayerPlan]
-    problem: Problem
-    solution: Solution
+    layer_group: LayerGroup
+    decisions: Decisions
     biases: list[Tensor | None]
 
     def only(self, layers: Sequence[int]) -> Decided:
         """Of some of the group's layers, by their numbers."""
-        problem, solution = self.problem, self.solution
+        layer_group, decisions = self.layer_group, self.decisions
         parts: dict[str, Any] = {
             name: tuple(value[layer] for layer in layers)
             for name in ("low_rank", "rounded", "correction")
-            if (value := getattr(solution, name)) is not None
+            if (value := getattr(decisions, name)) is not None
         }
         return Decided(
             [self.members[layer] for layer in layers],
-            problem.only(layers),
-            replace(solution, **parts),
+            layer_group.only(layers),
+            replace(decisions, **parts),
             [self.biases[layer] for layer in layers],
         )
 
@@ -84,7 +84,7 @@ class LearnedLinear(QuantLinear):
 
     def __init__(self, layer: QuantLinear, weight: LearnedWeight, bias: bool) -> None:
         with torch.device("meta"):
-            super().__init__(layer.form, layer.clock)
+            super().__init__(layer.config, layer.timestep_index)
         self.load_state_dict(layer.state_dict(), assign=True)
         self.learned = weight
         if bias and self.bias is not None:
@@ -112,7 +112,7 @@ class BlockFit:
         walk: the quantized model's, at the door of the block, whose layers are quantized.
         reference: the float model's, behind the block.
         weights: of every quantized layer what was to be rounded ``[out, in]``.
-        weighting: see :class:`qdiff.methods.learned.Course`.
+        weighting: see :class:`qdiff.methods.learned.ReconstructionOptions`.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ def split(calls: Sequence[Call | Step]) -> tuple[list[int], list[int]]:
 
 def codes_of(layer: QuantLinear) -> QuantizedWeight:
     """Codes and scales of a quantized layer."""
-    return QuantizedWeight.from_packed(format_named(layer.form.weights), layer.codes, layer.scale, layer.tensor_scale)
+    return QuantizedWeight.from_packed(format_named(layer.config.weights), layer.codes, layer.scale, layer.tensor_scale)
 
 
 def reconstruct(
@@ -269,13 +269,13 @@ def reconstruct(
     weights = {
         name: weight
         for group in groups
-        for name, weight in zip(group.problem.names, group.problem.residuals(group.solution), strict=True)
+        for name, weight in zip(group.layer_group.names, group.layer_group.residuals(group.decisions), strict=True)
     }
     if not weights:
         return
     fit = BlockFit(walk, reference, block, weights, how.course.weighting)
     rounded = _better(fit, how.method, groups, place, lambda: _with_rounding(fit, how, groups))
-    static = [group for group in rounded if group.problem.static(group.solution)]
+    static = [group for group in rounded if group.layer_group.static(group.decisions)]
     if static and how.course.input_scale_iterations:
         _better(fit, LEARNED_SCALES, static, place, lambda: _with_input_scales(fit, how.course, static))
 
@@ -299,9 +299,9 @@ def _better(
     note = f"{method}: {said}" if better else f"{method} not kept: {said}"
     kept = []
     for group in learned if better else groups:
-        solution = group.solution
-        named = replace(solution, notes=(*solution.notes, note), methods=(*solution.methods, method))
-        kept.append(replace(group, solution=named))
+        decisions = group.decisions
+        named = replace(decisions, notes=(*decisions.notes, note), methods=(*decisions.methods, method))
+        kept.append(replace(group, decisions=named))
         place(kept[-1])
     return kept
 
@@ -311,28 +311,28 @@ def _with_rounding(fit: BlockFit, how: Reconstruct, groups: list[Decided]) -> li
     return [_learned(group, fit.learned, how.method) for group in groups]
 
 
-def _with_input_scales(fit: BlockFit, course: Course, groups: list[Decided]) -> list[Decided]:
+def _with_input_scales(fit: BlockFit, course: ReconstructionOptions, groups: list[Decided]) -> list[Decided]:
     """Groups, each of which reads one tensor and gets one scale."""
-    scales = [LearnedInputScale([fit.layer(name) for name in group.problem.names]) for group in groups]
+    scales = [LearnedInputScale([fit.layer(name) for name in group.layer_group.names]) for group in groups]
     fit.learn_input_scales(scales, course.input_scale_iterations, course.input_scale_rate)
     return [
-        replace(group, solution=replace(group.solution, input_scale=scale.finished()))
+        replace(group, decisions=replace(group.decisions, input_scale=scale.finished()))
         for group, scale in zip(groups, scales, strict=True)
     ]
 
 
 def _learned(group: Decided, layers: dict[str, LearnedLinear], method: str) -> Decided:
-    mine = [layers[name] for name in group.problem.names]
+    mine = [layers[name] for name in group.layer_group.names]
     rounded = tuple(layer.learned.finished() for layer in mine)
-    solution = replace(group.solution, rounded=rounded, rounding=method)
+    decisions = replace(group.decisions, rounded=rounded, rounding=method)
     # What was learned on is what is stored: the bias as it was trained, whatever the new codes make of a shift.
-    given = group.problem.biases(replace(solution, correction=None))
+    given = group.layer_group.biases(replace(decisions, bias_correction=None))
     totals = [layer.bias for layer in mine]
     if all(total is None for total in totals):
-        return replace(group, solution=solution)
+        return replace(group, decisions=decisions)
     correction = []
     for total, bias, taken in zip(totals, group.biases, given, strict=True):
         assert total is not None, "layers of a group have a bias or have none"
         rest = total.detach() - (0 if bias is None else bias.detach().float())
         correction.append(rest - (0 if taken is None else taken))
-    return replace(group, solution=replace(solution, correction=tuple(correction)))
+    return replace(group, decisions=replace(decisions, bias_correction=tuple(correction)))

@@ -14,7 +14,7 @@ from torch import nn
 from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.formats.table import format_named
-from qdiff.methods import Problem, Solution, apply_method
+from qdiff.methods import Decisions, LayerGroup, apply_method
 from qdiff.models.base import Model
 from qdiff.plan.recipe import Recipe, Scheme
 from qdiff.recipes import members_of
@@ -58,21 +58,21 @@ def _errors(recipe: Recipe, scheme: Scheme, layer: nn.Conv2d, inputs: InputStati
 
     def output(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """What quantized channels give, and what float ones do ``[N, out]``."""
-        problem = Problem(
+        layer_group = LayerGroup(
             ["layer"],
             [weight[:, part].flatten(1)],
             inputs.channels(part, ["layer"]).columns(),
             format_named(scheme.weights),
             format_named(scheme.activations),
-            scheme.by_token,
+            scheme.per_token,
             "Conv2d",
             inputs.taps,
         )
-        solution = Solution()
+        decisions = Decisions()
         if "smooth" in recipe.methods:
-            solution = apply_method("smooth", recipe.methods["smooth"] or {}, problem, solution)
-        rows = problem.rows(held_out=True)
-        return problem.outputs(solution, rows)[0], rows.x @ problem.weights[0].T
+            decisions = apply_method("smooth", recipe.methods["smooth"] or {}, layer_group, decisions)
+        rows = layer_group.rows(held_out=True)
+        return layer_group.outputs(decisions, rows)[0], rows.x @ layer_group.weights[0].T
 
     whole, target = output(slice(None))
     first, second = (output(part)[0] for part in (slice(None, at), slice(at, None)))

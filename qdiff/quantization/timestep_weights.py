@@ -13,7 +13,7 @@ smallest cosine with any of them is largest solves
 (the second is the dual of the first: the point of the hull of unit gradients that is nearest to zero; MGDA, arXiv 1810.04650,
 takes that point without the normalisation). So w_t = a_t / |g_t|, scaled to a mean of 1: the gradient of the weighted loss lies
 along d, and a small step against it raises no timestep's own loss. A weight may be 0: that timestep's gradient agrees with d
-more than the others' do, without being a part of it. This objective and its solution are ours; from the paper comes what is to
+more than the others' do, without being a part of it. This objective and its decisions are ours; from the paper comes what is to
 be reached. Weights of the paper follow the model as it is learned, these do not.
 
 Inner products are estimated from a fixed sample of the variables' elements: all of them would be T copies of the block.
@@ -54,7 +54,7 @@ def agreeing(gradients: Tensor) -> Tensor:
     if not live.any():
         return weights
     units = gradients[live] / lengths[live, None]
-    # min |U'a|^2 + (1 - sum a)^2 over a >= 0 has the simplex's solution but for its length, which is scaled away.
+    # min |U'a|^2 + (1 - sum a)^2 over a >= 0 has the simplex's decisions but for its length, which is scaled away.
     root = torch.linalg.qr(units.T, mode="r").R
     found, _ = nnls(torch.cat([root, torch.ones(1, len(units))]).numpy(), [0.0] * len(root) + [1.0])
     share = torch.from_numpy(found) / lengths[live]

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from qdiff.errors import InputError, UsageError, nearest, unknown_name
 from qdiff.files import path_of, read_user_text
 from qdiff.plan.recipe import Recipe
+from qdiff.plan.renamed import key_of_today
 
 MOST_BYTES = 1_000_000  # of a recipe
 EXAMPLE = "see qdiff/recipes/int8.yaml for an example"
@@ -98,7 +99,7 @@ def members_of(recipe: Recipe) -> list[Recipe | None]:
     assert recipe.mixed is not None
     found: list[Recipe | None] = []
     for name in recipe.mixed.recipes:
-        member = None if name == recipe.kept else _member(recipe, name)
+        member = None if name == recipe.storage_dtype else _member(recipe, name)
         if member is not None and (member.distil or (member.sequential and member.sequential.reconstruct)):
             raise InputError(
                 f"recipe {recipe.name!r}: {name!r} trains what is chosen from",
@@ -121,7 +122,7 @@ def _member(recipe: Recipe, name: str) -> Recipe:
         raise InputError(
             f"recipe {recipe.name!r}: {name!r} chooses among others itself", "name recipes that have a scheme"
         )
-    shared = ("ignore", "kept", "split_shortcuts", "first_token", "floors")
+    shared = ("ignore", "storage_dtype", "split_shortcuts", "first_token", "floors")
     return member.model_copy(update={key: getattr(recipe, key) for key in shared})
 
 
@@ -163,7 +164,7 @@ def _override(value: dict[str, Any], assignment: str) -> None:
         raise UsageError(
             f"--set {assignment!r} is not of the form a.b=value", "example: --set methods.smooth.strengths=[0.5]"
         )
-    *parents, last = path.split(".")
+    *parents, last = key_of_today(path).split(".")
     for parent in parents:
         if value.get(parent) is None:
             value[parent] = {}

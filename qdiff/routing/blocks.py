@@ -1,4 +1,4 @@
-"""The modules: blocks with several branches, and the board on which their routes hang.
+"""The modules: blocks with several branches, and the branch_state on which their routes hang.
 
     out    = branch_r(in)          or, where the block is not computed,   in + delta
     delta  = out - in
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TINY = 1e-20  # no block's input or delta sums to less, unless there is none yet
 
 
-class Switchboard:
+class BranchState:
     """Routes, deltas and reports of the blocks of one backbone.
 
     ``routes`` (a list, or in a traced graph a tensor ``[blocks]``) and ``deltas [blocks, batch, ..., width]`` (tokens on one
@@ -54,7 +54,7 @@ class Switchboard:
             return None
         return ops.shaped_like(self.deltas[index].to(states.dtype), states)
 
-    def choose(self, index: int, alternatives: Sequence[Callable[[], Tensor]]) -> Tensor:
+    def choose_branch(self, index: int, alternatives: Sequence[Callable[[], Tensor]]) -> Tensor:
         """What the route of a block says."""
         if isinstance(self.routes, Tensor):
             return ops.choose(self.routes[index], [alternative() for alternative in alternatives])
@@ -99,26 +99,26 @@ class BranchedBlock(nn.Module):
 
     Args:
         branches: modules of one signature, whose first argument and result are hidden states ``[batch, tokens, width]``.
-        index: of this block on the board.
+        index: of this block on the branch_state.
     """
 
-    def __init__(self, branches: Sequence[nn.Module], index: int, board: Switchboard) -> None:
+    def __init__(self, branches: Sequence[nn.Module], index: int, branch_state: BranchState) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
-        self.index, self.board = index, board
+        self.index, self.branch_state = index, branch_state
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the block's own."""
-        previous = self.board.previous(self.index, hidden_states)
+        previous = self.branch_state.previous(self.index, hidden_states)
         alternatives: list[Callable[[], Tensor]] = [
             _Call(branch, hidden_states, args, kwargs) for branch in self.branches
         ]
         if previous is not None:
             alternatives.append(lambda: hidden_states + previous)
-        out = self.board.choose(self.index, alternatives)
-        if self.board.noise:
-            out = disturbed(hidden_states, out, self.board.noise, self.index)
-        self.board.report(self.index, hidden_states, out, previous)
+        out = self.branch_state.choose_branch(self.index, alternatives)
+        if self.branch_state.noise:
+            out = disturbed(hidden_states, out, self.branch_state.noise, self.index)
+        self.branch_state.report(self.index, hidden_states, out, previous)
         return out
 
 
@@ -155,7 +155,7 @@ def in_branches(layer: str, branches: Mapping[str, int]) -> list[str]:
     return [layer]
 
 
-def install_branches(backbone: nn.Module, branches: dict[str, int]) -> Switchboard:
+def install_branches(backbone: nn.Module, branches: dict[str, int]) -> BranchState:
     """Gives blocks copies of themselves as branches, in place.
 
     Args:
@@ -164,7 +164,7 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> Switchboa
     Raises:
         InputError: a block that the backbone does not have.
     """
-    board = Switchboard(len(branches))
+    branch_state = BranchState(len(branches))
     for index, (name, count) in enumerate(branches.items()):
         try:
             block = backbone.get_submodule(name)
@@ -173,8 +173,8 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> Switchboa
                 f"the model has no block {name!r} to route", "the plan is of another model: quantize again with --force"
             ) from None
         copies = [block, *(copy.deepcopy(block) for _ in range(count - 1))]
-        backbone.set_submodule(name, BranchedBlock(copies, index, board))
-    return board
+        backbone.set_submodule(name, BranchedBlock(copies, index, branch_state))
+    return branch_state
 
 
 def branches_of(backbone: nn.Module) -> dict[str, int]:
@@ -184,6 +184,6 @@ def branches_of(backbone: nn.Module) -> dict[str, int]:
     }
 
 
-def board_of(backbone: nn.Module) -> Switchboard | None:
-    """The board of a backbone's blocks, or ``None`` where they have no branches."""
-    return next((module.board for module in backbone.modules() if isinstance(module, BranchedBlock)), None)
+def branch_state_of(backbone: nn.Module) -> BranchState | None:
+    """The branch_state of a backbone's blocks, or ``None`` where they have no branches."""
+    return next((module.branch_state for module in backbone.modules() if isinstance(module, BranchedBlock)), None)

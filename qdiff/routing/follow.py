@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdiff.errors import InputError
 from qdiff.plan.routing_plan import RoutingPlan
-from qdiff.routing.blocks import board_of
+from qdiff.routing.blocks import branch_state_of
 from qdiff.routing.router import Router, nearest
 
 
@@ -42,8 +42,8 @@ def predict(family: Any, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> T
         family: :class:`qdiff.models.base.Family` of the backbone.
         inputs: by name.
     """
-    board = board_of(backbone)
-    router = None if board is None or board.pinned else board.router
+    branch_state = branch_state_of(backbone)
+    router = None if branch_state is None or branch_state.pinned else branch_state.router
     if router is None or not router.plan.by_sample or len(inputs["timestep"]) == 1:
         return family.call(backbone, inputs)
     specs = family.inputs(backbone.config)
@@ -57,13 +57,13 @@ def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
         family: :class:`qdiff.models.base.Family` of the backbone.
         backbone: with the branches of ``plan``.
     """
-    board = board_of(backbone)
-    assert board is not None
+    branch_state = branch_state_of(backbone)
+    assert branch_state is not None
     router = Router(plan, varying_inputs(family, backbone.config))
-    board.router, board.caching = router, plan.reuse is not None
+    branch_state.router, branch_state.caching = router, plan.reuse is not None
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not board.pinned:
+        if not branch_state.pinned:
             inputs = family.capture(args, kwargs)
             if router.plan.by_sample and len(inputs["timestep"]) > 1:
                 raise InputError(
@@ -71,17 +71,17 @@ def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
                     "call it through qdiff.routing.follow.predict, or with one sample at a time",
                 )
             timestep = float(inputs["timestep"].reshape(-1)[0])
-            board.routes, board.deltas = router.route(timestep, inputs)
+            branch_state.routes, branch_state.deltas = router.route(timestep, inputs)
             here = nearest(router.plan.timesteps, timestep) == router.disturbed
-            board.noise = NOISE if here else 0.0
+            branch_state.noise = NOISE if here else 0.0
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not board.pinned:
-            if board.caching:
-                router.observe(board.changes(), board.drifts(), board.new_deltas())
+        if not branch_state.pinned:
+            if branch_state.caching:
+                router.observe(branch_state.changes(), branch_state.drifts(), branch_state.new_deltas())
             else:
-                router.observe(board.changes())
-            board.clear()
+                router.observe(branch_state.changes())
+            branch_state.clear()
 
     hooks = [
         backbone.register_forward_pre_hook(before, with_kwargs=True),

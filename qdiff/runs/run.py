@@ -31,7 +31,7 @@ import qdiff
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
 from qdiff.events import log
 from qdiff.files import break_links, open_lock, require_writable, safe_child, sha256_file, sha256_json
-from qdiff.resources import Usage, measure, release_memory
+from qdiff.resources import Usage, measure_usage, release_memory
 from qdiff.runs import leftovers as leftovers_of
 from qdiff.runs import manifest
 from qdiff.runs.json_diff import differences
@@ -333,7 +333,7 @@ class Run:
             self._write()
             release_memory()
             try:
-                with measure() as work.usage:
+                with measure_usage() as work.usage:
                     yield work
             except QdiffError:
                 if not (work._outputs or work.resumed or deleted):  # nothing was touched: what was finished still is

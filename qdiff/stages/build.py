@@ -190,7 +190,7 @@ def build(
         MissingDependencyError: what building needs is not there.
         IntegrityError: an engine is there whose files were changed.
     """
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
     from qdiff.engines.cache import build_cached
     from qdiff.engines.graph import graph_bytes
     from qdiff.engines.parts import options_for
@@ -199,7 +199,7 @@ def build(
     from qdiff.resources import require_disk
     from qdiff.stages.disk import engine_bytes
 
-    engine = choose(engine_name)
+    engine = choose_engine(engine_name)
     if engine.runs_module:
         return {"run": str(run.path), "engine": engine.name, "note": "runs the torch module: nothing to build"}
     missing = engine.missing_for_build()
@@ -301,9 +301,9 @@ def default_engine(run: Run) -> str:
 
 def require_runner(run: Run, engine_name: str) -> None:
     """Refuses an engine that :func:`load_runner` could not load, before anything expensive is done for it."""
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
 
-    engine = choose(engine_name)
+    engine = choose_engine(engine_name)
     if engine.runs_module:
         return
     if not run.done(f"build:{engine.name}"):
@@ -330,14 +330,14 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
         IntegrityError: its files were changed since it was built.
     """
     from qdiff import device
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
     from qdiff.engines.cache import load_trusted
     from qdiff.models import FAMILIES
     from qdiff.models.base import NamedInputs
     from qdiff.plan.plan import Plan
     from qdiff.quantization.checkpoint import load_quantized
 
-    engine = choose(engine_name)
+    engine = choose_engine(engine_name)
     if engine.runs_module:
         if engine.name == "float":
             assert model is not None

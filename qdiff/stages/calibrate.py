@@ -46,7 +46,7 @@ class CalibrateOptions:
 
 def load_prompts(options: CalibrateOptions) -> list[str]:
     """The prompts of the file, or the default ones, cut to ``samples``."""
-    from qdiff.calib.prompts import choose, read_prompts
+    from qdiff.calib.prompts import choose_prompts, read_prompts
     from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
 
@@ -54,7 +54,7 @@ def load_prompts(options: CalibrateOptions) -> list[str]:
         raise UsageError(f"--samples {options.samples} is not between 1 and {MOST_SAMPLES}", "16 to 128 are usual")
     if options.prompts is None:
         return default_prompts(options.samples or DEFAULT_SAMPLES, options.seed, FAMILIES[options.model].media)
-    return choose(read_prompts(options.prompts), options.samples)
+    return choose_prompts(read_prompts(options.prompts), options.samples)
 
 
 def load_model(options: CalibrateOptions) -> Model:

@@ -69,14 +69,14 @@ def correct(
         UsageError: the goal ``prompt`` for a model that was not trained on the emoji; the float model as the engine.
     """
     from qdiff.correction import CORRECTIONS
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
     from qdiff.models import FAMILIES
 
     calibrated = options_of(run)
     chosen = methods or [name for name in CORRECTIONS if not CORRECTIONS[name].searches or _few_steps(run)]
     for method in chosen:
         CORRECTIONS[method]
-    name = choose(engine or default_engine(run)).name
+    name = choose_engine(engine or default_engine(run)).name
     if name == "float":
         raise UsageError(
             "--engine float is the model that a correction aims at", "name an engine of the quantized model"

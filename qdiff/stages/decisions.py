@@ -34,12 +34,12 @@ MEASURED = "calibration/sensitivity"  # what was measured for mixed recipes, by 
 
 
 @dataclass(frozen=True)
-class Given:
+class ApplyContext:
     """What every source carries its decisions out with.
 
     Args:
         work: what further files go through.
-        complete: as of :func:`qdiff.quantization.quantize.carry_out`; every source sees to it that it is called once.
+        complete: as of :func:`qdiff.quantization.quantize.quantize_from_draft`; every source sees to it that it is called once.
     """
 
     trajectory: Trajectory
@@ -48,7 +48,7 @@ class Given:
     complete: Callable[[], None]
 
 
-class Decisions(Protocol):
+class DecisionSource(Protocol):
     """One source."""
 
     @property
@@ -74,7 +74,7 @@ class Decisions(Protocol):
         """What is known before the float model has run; refuses what cannot be carried out."""
         ...
 
-    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
+    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
         """Quantizes the model in place and completes it."""
         ...
 
@@ -101,14 +101,14 @@ class ByRecipe:
         return {"recipe": self.recipe.model_dump(mode="json")}
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        from qdiff.quantization.layer_plans import draft
+        from qdiff.quantization.layer_plans import draft_plan
 
-        return draft(model, self.recipe, statistics)
+        return draft_plan(model, self.recipe, statistics)
 
-    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
-        from qdiff.quantization.quantize import carry_out
+    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
+        from qdiff.quantization.quantize import quantize_from_draft
 
-        return carry_out(model, self.recipe, drafted, given.trajectory, given.scratch, given.complete)
+        return quantize_from_draft(model, self.recipe, drafted, context.trajectory, context.scratch, context.complete)
 
 
 @dataclass(frozen=True)
@@ -153,18 +153,18 @@ class ByPlan:
         settled = settle(self.plan, model, statistics, self.before, self.source)
         return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})
 
-    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
+    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
         from qdiff.quantization.quantize import quantize_as_planned
 
         plan = self.plan.model_copy(update={"layers": list(drafted.entries.values())})
         plan = quantize_as_planned(model, plan, drafted.statistics)
-        given.complete()
+        context.complete()
         return plan
 
 
 @dataclass(frozen=True)
 class ByBudget:
-    """Formats by a solver that was given sensitivities and a budget; then, as :class:`ByRecipe`, each layer's methods."""
+    """Formats by a solver that was context sensitivities and a budget; then, as :class:`ByRecipe`, each layer's methods."""
 
     recipe: Recipe
     run: Run
@@ -188,7 +188,9 @@ class ByBudget:
         """What sensitivities depend on besides the calibration: not the budget."""
         assert self.recipe.mixed is not None
         members = [member and member.model_dump(mode="json") for member in members_of(self.recipe)]
-        shared = {name: getattr(self.recipe, name) for name in ("ignore", "kept", "split_shortcuts", "first_token")}
+        shared = {
+            name: getattr(self.recipe, name) for name in ("ignore", "storage_dtype", "split_shortcuts", "first_token")
+        }
         measured = {name: getattr(self.recipe.mixed, name) for name in ("calls", "probes")}
         return {"members": members, "shared": shared, **measured}
 
@@ -207,17 +209,17 @@ class ByBudget:
         }
         return Draft(structure, statistics, open_entries)
 
-    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
-        from qdiff.quantization.quantize import carry_out
+    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
+        from qdiff.quantization.quantize import quantize_from_draft
 
         # what was chosen from is let go before the model is made: it holds every layer in every format
-        drafted, table, made = self._chosen(model, drafted, given.trajectory, given.scratch)
-        plan = carry_out(model, self.recipe, drafted, given.trajectory, given.scratch, given.complete)
+        drafted, table, made = self._chosen(model, drafted, context.trajectory, context.scratch)
+        plan = quantize_from_draft(model, self.recipe, drafted, context.trajectory, context.scratch, context.complete)
         # written last: a budget or a layer that is refused leaves an earlier quantization whole
-        table.save(given.work.output(self.run.file(TABLE)))
-        write_json(given.work.output(self.run.file(ALLOCATION)), made.to_json())
+        table.save(context.work.output(self.run.file(TABLE)))
+        write_json(context.work.output(self.run.file(ALLOCATION)), made.to_json())
         taken = made.solutions[made.chosen]
-        given.work.fact(budget={made.measure: made.budget}, cost=taken.cost, plan_psnr_db=taken.psnr_db)
+        context.work.fact(budget={made.measure: made.budget}, cost=taken.cost, plan_psnr_db=taken.psnr_db)
         return plan
 
     def _chosen(
@@ -234,7 +236,7 @@ class ByBudget:
         return candidates.draft(drafted, made.choice), table, made
 
     def _decided(self, model: Model, candidates: Candidates, table: Sensitivity) -> Allocation:
-        from qdiff.allocation.mixed import decide
+        from qdiff.allocation.mixed import decide_formats
         from qdiff.plan.devices import MEASURED_ON
 
         assert self.recipe.mixed is not None
@@ -247,7 +249,7 @@ class ByBudget:
             from qdiff.stages.layer_times import LayerTimes
 
             time = LayerTimes(device)
-        return decide(self.recipe.mixed, model.family.name, candidates, table, judge, branches, time)
+        return decide_formats(self.recipe.mixed, model.family.name, candidates, table, judge, branches, time)
 
     def check_size(self, packed: int) -> None:
         """Says when a checkpoint came out larger than a budget in bytes: the budget is kept by an estimate."""
@@ -283,16 +285,16 @@ class ByRouting:
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
         from qdiff.errors import InputError
-        from qdiff.quantization.layer_plans import draft
+        from qdiff.quantization.layer_plans import draft_plan
 
         if not model.family.chain or not model.family.blocks(model.backbone):
             raise InputError(
                 f"recipe {self.name!r} routes the blocks of a chain, and {model.family.title} is none",
                 "use --recipe mixed, which chooses once for each layer",
             )
-        return [draft(model, version, statistics) for version in versions_of(self.recipe)][0]
+        return [draft_plan(model, version, statistics) for version in versions_of(self.recipe)][0]
 
-    def apply(self, model: Model, drafted: Draft, given: Given) -> Plan:
+    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
         from qdiff.allocation.quantize_routed import quantize_routed
 
         assert self.recipe.routing is not None
@@ -301,13 +303,13 @@ class ByRouting:
             model,
             self.recipe,
             drafted.statistics,
-            given.trajectory,
-            given.scratch,
+            context.trajectory,
+            context.scratch,
             lambda backbone: self._judge(model, backbone),
             guided=model.guided(calibrated.guidance),
         )
-        given.complete()
-        write_json(given.work.output(self.run.file(ROUTING)), made.decision.to_json())
+        context.complete()
+        write_json(context.work.output(self.run.file(ROUTING)), made.decision.to_json())
         return made.plan
 
     def _judge(self, model: Model, backbone: nn.Module) -> Judge:
@@ -322,7 +324,7 @@ def measured(
 
     Finished groups and the whole table are kept beside the calibration, under the fingerprint of what they depend on.
     """
-    from qdiff.allocation.sensitivity import Sensitivity, measure
+    from qdiff.allocation.sensitivity import Sensitivity, measure_sensitivity
 
     owner = sha256_json({"calibrate": run.outputs_hash("calibrate"), **depends_on})
     scratch = Scratch(run.file(MEASURED, owner[:12]), owner)
@@ -331,7 +333,7 @@ def measured(
         return Sensitivity(**found[1])
     probes = depends_on["probes"]
     look = look_of(run, model, candidates.backbone, probes) if probes else None
-    table = measure(model, candidates, trajectory, depends_on["calls"], scratch, look)
+    table = measure_sensitivity(model, candidates, trajectory, depends_on["calls"], scratch, look)
     scratch.clear()
     scratch.save("table", {}, asdict(table))
     return table

@@ -131,7 +131,7 @@ def _work(run: Run, target: Any, work: Any) -> None:
 def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]:
     import tempfile
 
-    from qdiff.engines import BuildOptions, choose
+    from qdiff.engines import BuildOptions, choose_engine
     from qdiff.export.emulation import emulated
     from qdiff.export.parity import compare, expected_outputs
     from qdiff.graphs.parts import parts_of, read
@@ -149,11 +149,11 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)
     router = None
     if plan.routing is not None:
-        from qdiff.routing.blocks import board_of
+        from qdiff.routing.blocks import branch_state_of
 
         # Samples of a batch share routes. So it is one sample alone, and its routes are those that the module took.
-        board = board_of(backbone)
-        router = None if board is None else board.router
+        branch_state = branch_state_of(backbone)
+        router = None if branch_state is None else branch_state.router
         assert router is not None
         router.record = True
         steps = [replace(step, inputs=samples_of(specs, step.inputs, slice(-1, None))) for step in steps]
@@ -161,7 +161,7 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     expected = expected_outputs(FAMILIES[plan.family], backbone, steps)
     del backbone
     release_memory()
-    engine = choose(PARITY_ENGINE)
+    engine = choose_engine(PARITY_ENGINE)
     options = BuildOptions(flags={"memory": "low"})
     graphs = parts_of(path) or [read(path)]
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".parity-") as folder, contextlib.ExitStack() as stack:

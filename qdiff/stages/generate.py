@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qdiff.errors import UsageError
 from qdiff.events import Progress, log
 from qdiff.files import require_writable
-from qdiff.resources import measure, release_memory
+from qdiff.resources import measure_usage, release_memory
 from qdiff.runs.run import Run
 from qdiff.stages.build import beside, default_engine, load_runner
 from qdiff.stages.calibrate import check_sampling, guidance_range, options_of, reload_model
@@ -60,11 +60,11 @@ class Session:
     """
 
     def __init__(self, run: Run, engine: str | None, model: Model | None = None, threads: int | None = None) -> None:
-        from qdiff.engines import choose
+        from qdiff.engines import choose_engine
         from qdiff.engines.pipeline import replace as put_engine
 
         self.run = run
-        self.engine = choose(engine or default_engine(run)).name
+        self.engine = choose_engine(engine or default_engine(run)).name
         release_memory()
         start = time.perf_counter()
         self.model = model or reload_model(run)
@@ -103,7 +103,7 @@ class Session:
         chunks = range(0, len(request.prompts), batch)
         self._stand_in.seconds.clear()
         images: list[Image | Clip] = []
-        with measure() as usage, Progress(f"generate ({self.engine})", len(chunks) * steps) as progress:
+        with measure_usage() as usage, Progress(f"generate ({self.engine})", len(chunks) * steps) as progress:
 
             def report(step: int, timestep: float, latents: Tensor) -> None:
                 progress.advance()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import log
-from qdiff.nn.quant_linear import QuantLinear, TimestepClock
+from qdiff.nn.quant_linear import QuantLinear, TimestepIndex
 from qdiff.plan.plan import LayerPlan
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class LayerTimes:
     """
 
     def __init__(self, engine: str, threads: int | None = None) -> None:
-        from qdiff.engines import BuildOptions, choose
+        from qdiff.engines import BuildOptions, choose_engine
 
-        self.engine = choose(engine)
+        self.engine = choose_engine(engine)
         if self.engine.target is None:
             raise InputError(f"mixed.device: {engine!r} runs torch modules, no graphs", "use openvino or onnxruntime")
         missing = self.engine.missing()
@@ -72,7 +72,7 @@ class LayerTimes:
         Raises:
             InputError: formats that the engine cannot run.
         """
-        if entry.quantized and not self.target.takes(entry.weights, entry.activations, entry.by_token):
+        if entry.quantized and not self.target.takes(entry.weights, entry.activations, entry.per_token):
             raise InputError(
                 f"mixed.device: {self.engine.name} cannot run layer {entry.name} as {entry.weights} x {entry.activations}",
                 "choose other recipes for mixed.recipes, or another device",
@@ -126,7 +126,7 @@ class _OneInput(nn.Module):
         super().__init__()
         self.module = module
         if isinstance(module, QuantLinear):
-            module.clock = _FirstTimestep()
+            module.timestep_index = _FirstTimestep()
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives."""
@@ -134,7 +134,7 @@ class _OneInput(nn.Module):
         return found
 
 
-class _FirstTimestep(TimestepClock):
+class _FirstTimestep(TimestepIndex):
     def gather(self, table: Tensor) -> Tensor:
         return table[:1]
 

@@ -18,7 +18,7 @@ from qdiff.runs.run import Run
 from qdiff.stages.attention import STAGE as ATTENTION
 from qdiff.stages.attention import decide_attention, require_statistics
 from qdiff.stages.calibrate import reload_model
-from qdiff.stages.decisions import ByBudget, ByPlan, ByRecipe, ByRouting, Decisions, Given
+from qdiff.stages.decisions import ApplyContext, ByBudget, ByPlan, ByRecipe, ByRouting, DecisionSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def quantize(
     return _summary(run)
 
 
-def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> Decisions:
+def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> DecisionSource:
     """Reads the plan now: it may be the file that the work will overwrite."""
     if plan_file is None:
         from qdiff.models import FAMILIES
@@ -107,7 +107,7 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
     return ByPlan(plan, before, plan_file, masks)
 
 
-def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
+def _work(run: Run, decided: DecisionSource, work: Any, scratch: Scratch) -> None:
     import torch
 
     from qdiff.quantization.checkpoint import save_quantized
@@ -137,7 +137,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
 
             install(model.family, model.backbone, sparse[0], schedule_of(*sparse))
 
-    plan = decided.apply(model, drafted, Given(trajectory, scratch, work, complete))
+    plan = decided.apply(model, drafted, ApplyContext(trajectory, scratch, work, complete))
     if sparse is not None:
         from qdiff.attention.sparse import SIDECAR, save_masks
 
@@ -172,7 +172,7 @@ def _work(run: Run, decided: Decisions, work: Any, scratch: Scratch) -> None:
     scratch.clear()
 
 
-def _attention(run: Run, decided: Decisions, model: Model) -> tuple[AttentionPlan, Tensor] | None:
+def _attention(run: Run, decided: DecisionSource, model: Model) -> tuple[AttentionPlan, Tensor] | None:
     """Plan and masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
     if decided.attention is not None:
         return decide_attention(run, decided.attention, model)
@@ -256,7 +256,7 @@ def _summary(run: Run) -> dict[str, Any]:
     return {"run": str(run.path), "plan": str(run.file("plan.json")), **{name: entry.get(name) for name in names}}
 
 
-def _dry_run(run: Run, decided: Decisions) -> dict[str, Any]:
+def _dry_run(run: Run, decided: DecisionSource) -> dict[str, Any]:
     """Formats and bytes of every layer; nothing that only the work can decide."""
     from qdiff.recording.activation_statistics import Statistics
 

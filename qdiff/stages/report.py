@@ -210,7 +210,7 @@ def _layers(run: Run, plan: Plan) -> list[LayerResult]:
 
 def _precision(layer: LayerPlan, found: dict[str, Any]) -> str:
     """What a graph holds of a layer, in the words of :attr:`qdiff.plan.plan.LayerPlan.precision`."""
-    names = ("weights", "by_token")
+    names = ("weights", "per_token")
     realised = {**{name: found[name] for name in names}, "activations": found["activations"] or _plain(layer)}
     return layer.model_copy(update=realised).precision
 

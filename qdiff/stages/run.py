@@ -50,7 +50,7 @@ def run_all(
         QualityGateError: :func:`qdiff.stages.quantize.quantize` and :func:`qdiff.stages.compare.compare` say when; not where
             ``accept_quality``.
     """
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
 
     results: dict[str, Any] = {}
 
@@ -64,7 +64,7 @@ def run_all(
     check_pictures(pictures)
     check_gate(minimum_psnr)
     require_comparable(engines or [])
-    wanted = [choose(name) for name in (engines or DEFAULT_ENGINES)]
+    wanted = [choose_engine(name) for name in (engines or DEFAULT_ENGINES)]
     skipped = {}
     buildable = []
     for engine in wanted:

@@ -11,8 +11,8 @@ import torch
 from qdiff.allocation.candidates import Candidates, shared_copy
 from qdiff.allocation.costs import milliseconds
 from qdiff.allocation.knapsack import _relaxed, _solve, allocate, best, equal_loss_bits, total
-from qdiff.allocation.mixed import costs_of, decide
-from qdiff.allocation.sensitivity import measure, spread
+from qdiff.allocation.mixed import costs_of, decide_formats
+from qdiff.allocation.sensitivity import measure_sensitivity, spread
 from qdiff.errors import InputError, UsageError
 from qdiff.nn.quant_linear import QuantLinear
 from qdiff.plan.devices import DEVICES
@@ -181,7 +181,7 @@ def measured(finished, tiny, recipe, tmp_path_factory):
     _, statistics = prepare(model, recipe, Statistics.load(folder / "statistics.safetensors"))
     candidates = Candidates(model, recipe, statistics)
     scratch = Scratch(tmp_path_factory.mktemp("sensitivity"), "owner")
-    return model, candidates, Trajectory(folder), measure(model, candidates, Trajectory(folder), 3, scratch)
+    return model, candidates, Trajectory(folder), measure_sensitivity(model, candidates, Trajectory(folder), 3, scratch)
 
 
 def test_a_sensitivity_is_what_one_group_alone_does_to_the_prediction(measured):
@@ -217,7 +217,7 @@ def test_a_killed_measurement_goes_on(measured, tmp_path):
     scratch = Scratch(tmp_path, "owner")
     first = list(candidates.groups)[0]
     scratch.save("group-00000", {}, {"errors": [[1.0] * 3] * 3})
-    again = measure(model, candidates, trajectory, 3, scratch)
+    again = measure_sensitivity(model, candidates, trajectory, 3, scratch)
     assert again.errors[0] == [[1.0] * 3] * 3, f"{first} was not measured again"
     assert again.errors[1:] == found.errors[1:]
 
@@ -230,7 +230,7 @@ def test_pictures_are_a_second_truth_and_its_tables_choose_too(measured, recipe,
         count = sum(isinstance(module, QuantLinear) for module in candidates.backbone.modules())
         return float(count), count / 10
 
-    found = measure(model, candidates, trajectory, 2, Scratch(tmp_path, "owner"), look)
+    found = measure_sensitivity(model, candidates, trajectory, 2, Scratch(tmp_path, "owner"), look)
     sizes = [len(layers) for layers in candidates.groups.values()]
     assert [row[0] for row in found.pictures["pictures"]] == sizes
     assert [row[1] for row in found.pictures["structure"]] == [size / 10 for size in sizes]
@@ -243,39 +243,39 @@ def test_pictures_are_a_second_truth_and_its_tables_choose_too(measured, recipe,
     factor = 3 * float(tables["even"].sum() / tables["structure"].sum())
     torch.testing.assert_close(tables["apart, more content"][content], factor * tables["structure"][content])
     assert {"prediction", "structure", "layer"} <= set(found.rank_correlations())
-    chosen = decide(recipe.mixed, "pixart", candidates, found, lambda: 30.0)
+    chosen = decide_formats(recipe.mixed, "pixart", candidates, found, lambda: 30.0)
     assert {solution.weighting for solution in chosen.solutions} >= {"even", "pictures"}
 
 
 def test_without_calls_errors_are_estimated_on_the_same_scale(measured, recipe, tmp_path):
     model, candidates, trajectory, found = measured
-    estimated = measure(model, candidates, trajectory, 0, Scratch(tmp_path, "owner"))
+    estimated = measure_sensitivity(model, candidates, trajectory, 0, Scratch(tmp_path, "owner"))
     assert not estimated.errors and list(estimated.tables()) == ["estimated"] and not estimated.rank_correlations()
     ratio = (estimated.table() / found.table())[:, :2]  # the third format is float16, whose error is taken for none
     assert 0.2 < float(ratio.log().mean().exp()) < 5
-    assert decide(recipe.mixed, "pixart", candidates, estimated, None).solutions[0].cost <= 7
+    assert decide_formats(recipe.mixed, "pixart", candidates, estimated, None).solutions[0].cost <= 7
 
 
 def test_the_choice_keeps_to_budget_and_minimum(measured, recipe):
     model, candidates, _, found = measured
     mixed = recipe.mixed
-    made = decide(mixed, "pixart", candidates, found, None)
+    made = decide_formats(mixed, "pixart", candidates, found, None)
     assert made.solutions[0].cost <= 7
     costs, _ = costs_of("bits", candidates, found, None)
     assert made.solutions[0].cost == pytest.approx(total(costs, torch.tensor(made.solutions[0].formats)))
     assert {0} < set(made.solutions[0].formats), "some layers get more than the cheapest"
     bound = mixed.model_copy(update={"minimum": {"pixart": {"transformer_blocks.0.*": "int8"}}})
-    chosen = decide(bound, "pixart", candidates, found, None).choice
+    chosen = decide_formats(bound, "pixart", candidates, found, None).choice
     assert all(format >= 1 for group, format in chosen.items() if group.startswith("transformer_blocks.0."))
     with pytest.raises(InputError, match="matches no layer"):
-        decide(
+        decide_formats(
             mixed.model_copy(update={"minimum": {"pixart": {"blocks.*": "int8"}}}), "pixart", candidates, found, None
         )
     with pytest.raises(InputError, match="below"):
-        decide(mixed.model_copy(update={"budget": {"bits": 3.0}}), "pixart", candidates, found, None)
+        decide_formats(mixed.model_copy(update={"budget": {"bits": 3.0}}), "pixart", candidates, found, None)
     with pytest.raises(InputError, match="unknown device"):
         other = {"budget": {"latency": 1.0}, "device": "rtx-5080"}
-        decide(mixed.model_copy(update=other), "pixart", candidates, found, None)
+        decide_formats(mixed.model_copy(update=other), "pixart", candidates, found, None)
 
 
 def test_a_shared_copy_shares_numbers_and_nothing_else(tiny):

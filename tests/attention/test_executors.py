@@ -259,7 +259,7 @@ def test_the_graph_computes_the_same_and_takes_other_lists(numerics, target, wit
 def test_an_engine_for_a_gpu_builds_with_lists_as_inputs(tmp_path):
     """FP8 products behind Q/DQ, and shapes that follow from the numbers in an input."""
     pytest.importorskip("tensorrt_rtx")
-    from qdiff.engines import BuildOptions, choose
+    from qdiff.engines import BuildOptions, choose_engine
     from qdiff.engines.base import Profile
 
     case, path = Case("whole"), tmp_path / "model.onnx"
@@ -271,7 +271,7 @@ def test_an_engine_for_a_gpu_builds_with_lists_as_inputs(tmp_path):
     values = {"bounds": (tuple(range(7)), tuple(lists.bounds.tolist()), tuple(range(0, 25, 4)))}
     (tmp_path / "engine").mkdir()
     options = BuildOptions((Profile("one", ranges, values),), "12.0")
-    facts = choose("tensorrt_rtx").build(path, tmp_path / "engine", options)
+    facts = choose_engine("tensorrt_rtx").build(path, tmp_path / "engine", options)
     assert facts["tensors"].get("fp8", 0) >= 3 * HEADS, "queries, keys and values of each head are FP8"
 
 

@@ -103,7 +103,7 @@ def test_a_mask_holds_what_is_always_kept_and_as_many_as_asked():
     mass = random(17, 17)
     before = None
     for width in masks.widths(tiling):
-        chosen = masks.choose(mass, kept, width)
+        chosen = masks.choose_blocks(mass, kept, width)
         assert (chosen.sum(dim=1) == width).all()
         if width >= 2:
             assert chosen[kept].all()

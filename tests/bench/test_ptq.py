@@ -77,7 +77,9 @@ def bits_of_nothing(material):
 
 
 def test_other_layers_are_refused(shared):
-    row = Row("qdiff", "INT8", "all", {"recipe": "int8", "overrides": ["methods={}", "outputs={}", "ignore={}"]})
+    row = Row(
+        "qdiff", "INT8", "all", {"recipe": "int8", "overrides": ["methods={}", "quantize_outputs={}", "ignore={}"]}
+    )
     with pytest.raises(NotTheSameLayersError, match="proj_out"):
         row.make(shared.material(shared.folder / "scratch"))
 

@@ -18,7 +18,7 @@ import torch
 
 from qdiff.calib.collect import find_groups
 from qdiff.calib.observers import OBSERVERS
-from qdiff.calib.prompts import choose, read_prompts
+from qdiff.calib.prompts import choose_prompts, read_prompts
 from qdiff.calib.record import Recording, record
 from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError, IntegrityError
@@ -97,9 +97,9 @@ def test_prompts_are_the_lines(tmp_path):
     prompts = read_prompts(path)
     assert [prompt.lstrip("\ufeff") for prompt in prompts][-3:] == ["a cat", "ein Fuchs, grün", "日本"]
     assert len(prompts) == 3, "a byte order mark is no prompt"
-    assert choose(prompts, 2) == prompts[:2] and choose(prompts, None) == prompts
+    assert choose_prompts(prompts, 2) == prompts[:2] and choose_prompts(prompts, None) == prompts
     with pytest.raises(InputError, match="4 samples were asked of 3 prompts"):
-        choose(prompts, 4)
+        choose_prompts(prompts, 4)
 
 
 def observe(name: str, calls: list[tuple[torch.Tensor, int]], timesteps: int, restart: int | None = None) -> dict:

@@ -301,9 +301,9 @@ def test_the_quality_gate(fails, finished, spoilt):
 
 
 def test_running_tensorrt_rtx_without_a_gpu(fails, finished, tmp_path):
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
 
-    if choose("tensorrt_rtx").missing() is None:
+    if choose_engine("tensorrt_rtx").missing() is None:
         pytest.skip("there is a GPU here")
     out = tmp_path / "x.png"
     fails(
@@ -312,9 +312,9 @@ def test_running_tensorrt_rtx_without_a_gpu(fails, finished, tmp_path):
 
 
 def test_an_engine_that_is_not_installed(fails, finished):
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
 
-    if choose("tensorrt").missing_for_build() is None:
+    if choose_engine("tensorrt").missing_for_build() is None:
         pytest.skip("TensorRT is installed here")
     fails(4, "cannot be built here", "build", finished.path, "--engine", "tensorrt")
 

@@ -8,21 +8,21 @@ import torch
 from qdiff.engines.base import ENGINES
 from qdiff.errors import InputError, UsageError
 from qdiff.files import read_json
-from qdiff.nn.quant_linear import HalfLinear, LinearForm, QuantLinear, TimestepClock
+from qdiff.nn.quant_linear import KeptLinear, QuantLinear, QuantLinearConfig, TimestepIndex
 from qdiff.plan.devices import DEVICES, MEASURED_ON
 from qdiff.plan.plan import LayerPlan
 from qdiff.stages.layer_times import LayerTimes
 
 
-def entry(weights: str, activations: str, by_token: bool = False) -> LayerPlan:
+def entry(weights: str, activations: str, per_token: bool = False) -> LayerPlan:
     return LayerPlan(
         name="blocks.0.fc", kind="Linear", shape=(1024, 1024), bias=False, weights=weights, activations=activations,
-        by_token=by_token,
+        per_token=per_token,
     )  # fmt: skip
 
 
 def quantized(columns: int, weights: str = "int8", activations: str = "int8", **pieces: object) -> QuantLinear:
-    layer = QuantLinear(LinearForm(columns, 1024, False, weights, activations, **pieces), TimestepClock())
+    layer = QuantLinear(QuantLinearConfig(columns, 1024, False, weights, activations, **pieces), TimestepIndex())
     for name, tensor in layer.named_buffers():
         if tensor.is_floating_point() or name == "scale":
             tensor.fill_(1)
@@ -39,7 +39,7 @@ def test_times_are_of_the_layer_and_equal_layers_are_measured_once():
     assert times(quantized(1024), eight, [1, 512, 1024]) == large
     times._measure = measured
     assert times(quantized(64, timesteps=4), eight, [2, 16, 64]) >= 0, "scales by timestep need no clock"
-    half = times(HalfLinear(1024, 1024, False), entry("float16", "float16"), [1, 512, 1024])
+    half = times(KeptLinear(1024, 1024, False), entry("float16", "float16"), [1, 512, 1024])
     assert half > 0
 
 

@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_with_the_plan_that_it_had_chosen(spoilt, cli, wish
 
     arguments = ("quantize", spoilt, *wish, "--budget", "bits=7")
     with monkeypatch.context() as patch:
-        patch.setattr(qdiff.quantization.quantize, "carry_out", killed)
+        patch.setattr(qdiff.quantization.quantize, "quantize_from_draft", killed)
         assert cli(*arguments, "--force").code != 0
     with monkeypatch.context() as patch:
         patch.setattr(qdiff.allocation.mixed, "decide", None)

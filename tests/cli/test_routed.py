@@ -83,7 +83,7 @@ def test_weights_alone_change_where_activations_have_scales_by_token(cli, fails,
         "int8"
     }
     assert cli("export", path, "--target", "onnxruntime", "--force").code == 0, "parity with torch, call by call"
-    fails(3, "scales by token", "export", path, "--target", "tensorrt", "--force")
+    fails(3, "scales per token", "export", path, "--target", "tensorrt", "--force")
 
 
 def test_predictors_are_made_where_no_rule_is_named(cli, calibrated, tmp_path):
@@ -134,9 +134,9 @@ def test_one_route_for_all_is_the_recipe_itself(calibrated):
     assert not torch.equal(*alone)
     share_clock(versions)
     blocks = {name: [0, 1] for name in model.family.blocks(model.backbone)}
-    board = assemble(versions, blocks, keep=False)
+    branch_state = assemble(versions, blocks, keep=False)
     for branch, expected in enumerate(alone):
-        board.routes = [branch] * len(blocks)
+        branch_state.routes = [branch] * len(blocks)
         assert torch.equal(model.family.call(versions[0].backbone, step.inputs), expected)
     names = [layer.name for layer in joined_plan(versions, blocks, False, "routed").layers]
     assert len(set(names)) == len(names) and sum(".branches.1." in name for name in names) == sum(

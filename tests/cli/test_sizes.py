@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from qdiff.engines import choose
+from qdiff.engines import choose_engine
 from qdiff.runs.run import Run
 from qdiff.stages.build import make_options
 
@@ -24,7 +24,7 @@ def test_everything_after_a_calibration_has_its_size(cli, tmp_path):
         assert result.code == 0, result.err
     assert Image.open(picture).size == (64, 96)
     assert all(Image.open(file).size == (64, 96) for file in (path / "images").rglob("*.png"))
-    ranges = make_options(Run.existing(path), choose("onnxruntime"), [], None, {}).profiles[0].ranges
+    ranges = make_options(Run.existing(path), choose_engine("onnxruntime"), [], None, {}).profiles[0].ranges
     assert [shape[2:] for shape in ranges["hidden_states"]] == [(12, 8)] * 3
     again = cli("calibrate", *settings[:-1], 32, "-o", path)
     assert again.code == 3 and "width was 64 and is now 32" in again.err

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from qdiff.attention.sparse import SIDECAR, board_of, load_masks, schedule_of
+from qdiff.attention.sparse import SIDECAR, load_masks, schedule_of, schedule_state_of
 from qdiff.events import Progress
 from qdiff.files import read_json
 from qdiff.models import FAMILIES
@@ -62,7 +62,7 @@ def test_an_engine_gets_the_lists_of_its_timestep(sparse):
     for group, step in steps.items():
         wanted = FAMILIES["wan"].call(module, step.inputs)
         assert torch.allclose(runner(step.inputs), wanted, atol=2e-3), group
-        assert board_of(module).now[0] is board_of(module).schedule.lists[group].blocks
+        assert schedule_state_of(module).now[0] is schedule_state_of(module).schedule.lists[group].blocks
     # The same engine with everything to read: another answer, so the lists are not idle.
     dense = runner.schedule.lists[0]
     step = steps[2]
@@ -193,7 +193,7 @@ def test_masses_are_those_of_all_probabilities(joint):
 
 
 def test_blocks_with_branches_follow_lists_in_each_of_them(routed):
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
     from qdiff.errors import UsageError
     from qdiff.plan.routing_plan import REUSE
     from qdiff.stages.build import load_runner, make_options
@@ -218,7 +218,7 @@ def test_blocks_with_branches_follow_lists_in_each_of_them(routed):
     assert 'id="attention"' in page and 'id="routing"' in page
     runner.close()
     with pytest.raises(UsageError, match="crashes on sparse attention inside an If"):
-        make_options(run, choose("tensorrt_rtx"), [], "12.0", {})
+        make_options(run, choose_engine("tensorrt_rtx"), [], "12.0", {})
 
 
 def test_calibration_of_attention_resumes(sparse, monkeypatch):

@@ -17,7 +17,7 @@ from tests.conftest import run_cli
 @pytest.fixture(autouse=True)
 def as_before():
     yield
-    device.choose(None)
+    device.set_device(None)
 
 
 @pytest.mark.parametrize(("there", "name"), [(0, "cuda"), (0, "cuda:128"), (1, "cuda:1"), (2, "cuda:256")])
@@ -26,13 +26,13 @@ def test_a_gpu_that_is_not_there(monkeypatch, there, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     with pytest.raises(MissingDependencyError, match=r"sees (no GPU|one GPU|2 GPUs)"):
-        device.choose(name)
+        device.set_device(name)
 
 
 @pytest.mark.parametrize("name", ["npu", "mps", "cuda:-1", "cpu:x", "cpu:0", ""])
 def test_devices_that_qdiff_does_not_compute_on(name):
     with pytest.raises(UsageError, match="computes on cpu and cuda"):
-        device.choose(name)
+        device.set_device(name)
 
 
 def test_the_command_line_chooses(tmp_path):

@@ -34,7 +34,7 @@ def test_peak_and_seconds(monkeypatch, kernel_mark):
             raise OSError("read-only")
 
         monkeypatch.setattr(resources.Path, "write_text", no)
-    with resources.measure() as usage:
+    with resources.measure_usage() as usage:
         touch(200)
         block = taken(80)
         time.sleep(0.1)
@@ -44,16 +44,16 @@ def test_peak_and_seconds(monkeypatch, kernel_mark):
 
 
 def test_an_inner_block_does_not_hide_what_came_before_it():
-    with resources.measure() as outer:
+    with resources.measure_usage() as outer:
         touch(300)
-        with resources.measure() as inner:
+        with resources.measure_usage() as inner:
             touch(40)
     assert outer.peak_bytes - outer.start_bytes > 280 * MB
     assert inner.peak_bytes - inner.start_bytes < 200 * MB
-    with resources.measure() as outer:
-        with resources.measure() as inner:
+    with resources.measure_usage() as outer:
+        with resources.measure_usage() as inner:
             touch(300)
-        with resources.measure():
+        with resources.measure_usage():
             pass
     assert outer.peak_bytes >= inner.peak_bytes > 280 * MB
 

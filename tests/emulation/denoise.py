@@ -21,7 +21,7 @@ class Denoised(Exception):
 
 def main(run_folder: str, folder: str, *names: str) -> None:
     """Write the last latents of each engine, and what it said of its integer products."""
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
     from qdiff.files import save_tensors
     from qdiff.runs.run import Run
     from qdiff.stages.build import default_engine
@@ -47,7 +47,10 @@ def main(run_folder: str, folder: str, *names: str) -> None:
         finally:
             session.close()
     save_tensors(Path(folder, "latents.safetensors"), latents)
-    facts = {"integers": {name: choose(name).integer_arithmetic() for name in names}, "default": default_engine(run)}
+    facts = {
+        "integers": {name: choose_engine(name).integer_arithmetic() for name in names},
+        "default": default_engine(run),
+    }
     Path(folder, "facts.json").write_text(json.dumps(facts))
 
 

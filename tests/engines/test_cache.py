@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qdiff.engines import BuildOptions, Profile, choose
+from qdiff.engines import BuildOptions, Profile, choose_engine
 from qdiff.engines.cache import build_cached, folder_name, key_parts, list_engines, load_trusted, trusted
 from qdiff.errors import IntegrityError
 
-engine = choose("openvino")
+engine = choose_engine("openvino")
 pytestmark = pytest.mark.skipif(engine.missing() is not None, reason=f"needs {engine.name}: {engine.missing()}")
 
 
@@ -52,7 +52,7 @@ def test_every_part_is_in_the_key(graph, options, profile, tmp_path, monkeypatch
     )
     names["one more profile"] = name(how=BuildOptions((profile, profile)))
     names["flag"] = name(how=BuildOptions((profile,), flags={"shapes": "dynamic"}))
-    names["engine"] = name(with_engine=choose("onnxruntime"))
+    names["engine"] = name(with_engine=choose_engine("onnxruntime"))
     monkeypatch.setattr(type(engine), "version", lambda self: "2099.1")
     names["version"] = name()
     monkeypatch.undo()
@@ -161,7 +161,7 @@ def test_another_backend_version_is_refused(folder, monkeypatch):
     with pytest.raises(IntegrityError, match="installed is 2099.1"):
         trusted(folder, engine)
     with pytest.raises(IntegrityError, match="was built by engine 'openvino'"):
-        trusted(folder, choose("onnxruntime"))
+        trusted(folder, choose_engine("onnxruntime"))
 
 
 @pytest.mark.parametrize("part", ["root", "folder", "file"])
@@ -180,14 +180,14 @@ def test_a_foreign_owner_is_refused(part, folder, monkeypatch):
 
 def test_list_engines(folder, graph, root, profile):
     assert list_engines(root / "nothing") == []
-    build_cached(choose("onnxruntime"), graph.path, root, BuildOptions((profile,)))
+    build_cached(choose_engine("onnxruntime"), graph.path, root, BuildOptions((profile,)))
     entries = list_engines(root)
     assert [entry.engine for entry in entries] == ["onnxruntime", "openvino"]
     assert all(entry.problem is None and entry.bytes > 0 and entry.device == "cpu" for entry in entries)
 
 
 def test_an_onnxruntime_engine_follows_its_graph(graph, root, profile, tmp_path, inputs, write_graph):
-    ort = choose("onnxruntime")
+    ort = choose_engine("onnxruntime")
     folder = build_cached(ort, graph.path, root, BuildOptions((profile,))).folder
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000  # the weights are not copied
     moved = tmp_path / "moved"

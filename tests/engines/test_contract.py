@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qdiff.engines import ENGINES, BuildOptions, Engine, ModuleRunner, choose, describe
+from qdiff.engines import ENGINES, BuildOptions, Engine, ModuleRunner, choose_engine, describe
 from qdiff.errors import InputError, MissingDependencyError, UsageError
 
 ALL = sorted(ENGINES)
@@ -20,7 +20,7 @@ MODULES = [name for name in ALL if ENGINES[name]().runs_module]
 
 @pytest.mark.parametrize("name", ALL)
 def test_says_who_it_is(name):
-    engine = choose(name)
+    engine = choose_engine(name)
     assert engine.name == name and engine.title and isinstance(engine, Engine)
     assert engine.target in (None, "tensorrt", "onnxruntime")
     if engine.missing_for_build() is None:
@@ -34,7 +34,7 @@ def test_says_who_it_is(name):
 
 @pytest.mark.parametrize("name", BUILT)
 def test_flags_are_checked(name):
-    engine = choose(name)
+    engine = choose_engine(name)
     for flag, values in engine.known_flags.items():
         assert engine.flag(BuildOptions(), flag) == values[0]
         with pytest.raises(UsageError, match="known"):
@@ -45,7 +45,7 @@ def test_flags_are_checked(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_way_that_an_engine_does_not_have_says_so(name, tmp_path):
-    engine = choose(name)
+    engine = choose_engine(name)
     with pytest.raises(UsageError):
         if engine.runs_module:
             engine.build(tmp_path / "model.onnx", tmp_path, BuildOptions())
@@ -62,7 +62,7 @@ def _exact(engine):
 def test_builds_loads_and_agrees_with_numpy(name, graph, profile, inputs, tmp_path):
     folder = tmp_path / "engine"
     folder.mkdir()
-    engine = choose(name)
+    engine = choose_engine(name)
     options = BuildOptions(profiles=(profile,), threads=1, flags=_exact(engine))
     facts = engine.build(graph.path, folder, options)
     assert facts["bytes"] > 0
@@ -85,7 +85,7 @@ def test_builds_loads_and_agrees_with_numpy(name, graph, profile, inputs, tmp_pa
 def test_adds_no_rounding_of_its_own(name, threads, inputs, tmp_path, write_graph):
     """Weight-only layers keep float activations: backends would quantize them at run time if they were let."""
     weights_only = write_graph(tmp_path / "onnx", activations=False)
-    engine = choose(name)
+    engine = choose_engine(name)
     options = BuildOptions(threads=threads, flags=_exact(engine))
     engine.build(weights_only.path, tmp_path, options)
     given = inputs(2)
@@ -95,7 +95,7 @@ def test_adds_no_rounding_of_its_own(name, threads, inputs, tmp_path, write_grap
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_refuses_wrong_inputs_in_the_models_words(name, graph, inputs, tmp_path):
-    engine = choose(name)
+    engine = choose_engine(name)
     engine.build(graph.path, tmp_path, BuildOptions(threads=1))
     runner = engine.load(tmp_path, BuildOptions(threads=1))
     given = inputs(2)
@@ -118,7 +118,7 @@ def test_refuses_wrong_inputs_in_the_models_words(name, graph, inputs, tmp_path)
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_casts_to_what_the_graph_declares(name, inputs, tmp_path, write_graph):
     half = write_graph(tmp_path / "onnx", latent="FLOAT16")
-    engine = choose(name)
+    engine = choose_engine(name)
     engine.build(half.path, tmp_path, BuildOptions(threads=1))
     runner = engine.load(tmp_path, BuildOptions(threads=1))
     given = inputs(2)
@@ -129,7 +129,7 @@ def test_casts_to_what_the_graph_declares(name, inputs, tmp_path, write_graph):
 
 @pytest.mark.parametrize("name", BUILT)
 def test_refuses_what_is_not_a_graph(name, tmp_path):
-    engine = choose(name)
+    engine = choose_engine(name)
     if engine.missing_for_build():
         pytest.skip(f"{name} cannot be built here: {engine.missing_for_build()}")
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x3a\x05abcd")
@@ -152,7 +152,7 @@ def test_runs_a_module(name, dtype):
             return {"sample": out} if return_dict else (out,)
 
     module = Backbone().to(dtype)
-    runner = choose(name).load_module(module)
+    runner = choose_engine(name).load_module(module)
     assert isinstance(runner, ModuleRunner)
     x, t = torch.randn(2, 8), torch.tensor([1.0, 2.0])
     out = runner({"hidden_states": x, "timestep": t})
@@ -162,12 +162,12 @@ def test_runs_a_module(name, dtype):
 
 def test_the_default_is_the_best_that_can_run_here():
     rows = describe()
-    assert [row.name for row in rows] == sorted(ENGINES, key=lambda name: -choose(name).rank)
-    assert choose().name == next(row.name for row in rows if row.available)
+    assert [row.name for row in rows] == sorted(ENGINES, key=lambda name: -choose_engine(name).rank)
+    assert choose_engine().name == next(row.name for row in rows if row.available)
     for row in rows:
         assert (row.why_not is None) == row.available and (row.version is None) != row.can_build
     with pytest.raises(UsageError, match="openvino"):
-        choose("openvin")
+        choose_engine("openvin")
 
 
 def test_importing_engines_loads_no_library():

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from qdiff.engines import ENGINES, BuildOptions, choose
+from qdiff.engines import ENGINES, BuildOptions, choose_engine
 from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.errors import InputError, IntegrityError
 
@@ -63,7 +63,7 @@ def test_links(attack, graph, tmp_path):
         else:
             os.mkfifo(data)
     for name in ENGINES:
-        engine = choose(name)
+        engine = choose_engine(name)
         if engine.target and engine.missing_for_build() is None:
             with pytest.raises(IntegrityError):
                 engine.build(graph.path, tmp_path, BuildOptions(compute_capability="12.0"))

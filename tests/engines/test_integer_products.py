@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdiff.engines import choose, integer_products, ranked
+from qdiff.engines import choose_engine, integer_products, ranked
 
 LIBRARIES = ("onnxruntime", "openvino")
 
@@ -65,7 +65,7 @@ def test_the_probe_is_an_integer_product_in_both_libraries():
 @pytest.mark.parametrize("exact", [True, False])
 def test_consequences(monkeypatch, exact):
     monkeypatch.setattr(integer_products, "exact", lambda library: exact)
-    openvino, onnxruntime = choose("openvino"), choose("onnxruntime")
+    openvino, onnxruntime = choose_engine("openvino"), choose_engine("onnxruntime")
     order = [engine.name for engine in ranked() if engine.name in LIBRARIES]
     assert order == (["openvino", "onnxruntime"] if exact else ["onnxruntime", "openvino"])
     for engine in (openvino, onnxruntime):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.engines import BuildOptions, Profile, choose
+from qdiff.engines import BuildOptions, Profile, choose_engine
 from qdiff.engines.cache import build_cached, load_trusted
 from qdiff.engines.trt_run import choose_profile
 from qdiff.errors import InputError, MissingDependencyError, UsageError
 from qdiff.events import listening
 
-rtx = choose("tensorrt_rtx")
+rtx = choose_engine("tensorrt_rtx")
 needs_rtx = pytest.mark.skipif(
     rtx.missing_for_build() is not None, reason=f"needs TensorRT-RTX: {rtx.missing_for_build()}"
 )
@@ -114,7 +114,7 @@ def test_choose_profile():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])
 def test_runs_on_a_gpu(name, graph, profile, root, inputs):
-    engine = choose(name)
+    engine = choose_engine(name)
     if engine.missing():
         pytest.skip(f"{name} cannot run here: {engine.missing()}")
     static = Profile("one", {key: (shapes[0],) * 3 for key, shapes in profile.ranges.items()})

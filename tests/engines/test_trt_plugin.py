@@ -351,9 +351,9 @@ def test_numerics_without_a_kernel_stay_one_function(tmp_path):
 
 def test_the_engine_registers_what_the_graph_has(tmp_path, trt, monkeypatch):
     """Up to the builder: which plugins are there when the file is parsed, and what the parser is given."""
-    from qdiff.engines import choose, trt_engine
+    from qdiff.engines import choose_engine, trt_engine
 
-    graph, engine, seen = Graph(tmp_path / "model.onnx"), choose("tensorrt"), []
+    graph, engine, seen = Graph(tmp_path / "model.onnx"), choose_engine("tensorrt"), []
     monkeypatch.setattr(type(engine), "backend", lambda self: trt)
     monkeypatch.setattr(type(engine), "_gpu", lambda self: "9.0")
     monkeypatch.setattr(trt_engine, "build_plan", lambda *given: seen.append(given) or (memoryview(b"plan"), {}))
@@ -416,9 +416,12 @@ def test_the_usual_profile_of_such_an_engine_has_one_size(monkeypatch):
 def test_an_engine_on_a_gpu(numerics, size, tmp_path):
     """Parser, launcher, shared memory above 48 KiB, INT8 names of FP8 codes: whatever the tests above take from documents."""
     pytest.importorskip("tensorrt", reason="needs TensorRT: pip install 'qdiff-deploy[tensorrt]'")
-    from qdiff.engines import choose
+    from qdiff.engines import choose_engine
 
-    engine, graph = choose("tensorrt"), Graph(tmp_path / "model.onnx", numerics, size, Tiling(1000, 20, 128, 128))
+    engine, graph = (
+        choose_engine("tensorrt"),
+        Graph(tmp_path / "model.onnx", numerics, size, Tiling(1000, 20, 128, 128)),
+    )
     (tmp_path / "engine").mkdir()
     options = BuildOptions((graph.profile,))
     facts = engine.build(graph.path, tmp_path / "engine", options)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from qdiff.engines import BuildOptions, choose
+from qdiff.engines import BuildOptions, choose_engine
 from qdiff.errors import InputError, IntegrityError, QualityGateError
 from qdiff.evaluation.metrics import cosine
 from qdiff.export import checks, parity
@@ -75,7 +75,7 @@ def test_every_op_has_a_translation_or_its_formats_are_refused(target, op, plan)
     if getattr(torch.ops.qdiff, op).default in table_for(TARGETS[target]):
         return
     refused = {
-        "token_quantize_dequantize": {"by_token": True},
+        "token_quantize_dequantize": {"per_token": True},
         "block_quantize_dequantize": {"weights": "nvfp4", "activations": "nvfp4"},
     }[op]
     first = plan.quantized[0]
@@ -222,7 +222,7 @@ def test_codes_that_are_gone_are_an_error(plan, edited):
 
 
 def run_parity(finished, plan: Plan, path: Path, target: str, folder: Path) -> list[parity.StepParity]:
-    engine = choose("onnxruntime")
+    engine = choose_engine("onnxruntime")
     folder.mkdir()
     engine.build(path, folder, BuildOptions())
     with open_tensors(finished.path / FLOAT_PREDICTIONS, "the float predictions") as file:

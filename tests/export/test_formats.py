@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdiff.engines import BuildOptions, Profile, choose, integer_products
+from qdiff.engines import BuildOptions, Profile, choose_engine, integer_products
 from qdiff.errors import InputError
 from qdiff.evaluation.metrics import sqnr_db
 from qdiff.export import support
@@ -31,7 +31,7 @@ from qdiff.formats.packing import pack, unpack
 from qdiff.formats.table import FORMATS, format_named
 from qdiff.formats.weight import quantize_weight
 from qdiff.graphs import walk
-from qdiff.nn.quant_linear import LinearForm, QuantLinear
+from qdiff.nn.quant_linear import QuantLinear, QuantLinearConfig
 from qdiff.nn.rotations import hadamard, outlier_rotation
 
 COLUMNS, ROWS = 256, 96
@@ -44,25 +44,25 @@ class Cell:
 
     weights: str
     activations: str
-    by_token: bool = False
+    per_token: bool = False
     pieces: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return "_".join([self.weights, self.activations, *(["token"] if self.by_token else []), *self.pieces])
+        return "_".join([self.weights, self.activations, *(["token"] if self.per_token else []), *self.pieces])
 
     def layer(self) -> QuantLinear:
         generator = torch.Generator().manual_seed(len(self.name))
         outliers = "outliers" in self.pieces
         rank, rotation = (8 if "rank" in self.pieces else 0), (16 if outliers or "rotation" in self.pieces else 0)
         smooth, shift = "smooth" in self.pieces, "shift" in self.pieces
-        form = LinearForm(
+        form = QuantLinearConfig(
             COLUMNS,
             ROWS,
             True,
             self.weights,
             self.activations,
-            self.by_token,
+            self.per_token,
             smooth,
             shift,
             centered="centered" in self.pieces,
@@ -80,7 +80,7 @@ class Cell:
             if format_named(self.activations).tensor_scale:
                 layer.input_scale = torch.tensor(4 / (largest * 448))
         if smooth:
-            layer.multiplier = (torch.rand(COLUMNS, generator=generator) + 0.5).half().float()
+            layer.input_multiplier = (torch.rand(COLUMNS, generator=generator) + 0.5).half().float()
         if shift:
             layer.shift = torch.randn(COLUMNS, generator=generator).half().float()
         if rotation:
@@ -96,7 +96,7 @@ class Cell:
     @property
     def realised(self) -> Realised:
         activations = self.activations if format_named(self.activations).quantized else None
-        return Realised(self.weights, activations, self.by_token)
+        return Realised(self.weights, activations, self.per_token)
 
 
 def cells_of(target: Target) -> list[Cell]:
@@ -159,7 +159,7 @@ def outputs(
     path: Path, engine: str, folder: Path, count: int, given: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, ...]:
     options = BuildOptions()
-    made = choose(engine)
+    made = choose_engine(engine)
     made.build(path, folder, options)
     runner = made.load(folder, options)
     try:
@@ -235,7 +235,7 @@ def test_openvino_gets_codes_of_six_bits_as_constants(tmp_path):
     whole = openvino.Core().read_model(str(tmp_path / "engine" / "model.xml"))
     branch = tmp_path / "branch"
     branch.mkdir()
-    choose("openvino").build(in_a_branch(path, tmp_path / "branch.onnx"), branch, BuildOptions())
+    choose_engine("openvino").build(in_a_branch(path, tmp_path / "branch.onnx"), branch, BuildOptions())
     (chooses,) = (
         op
         for op in openvino.Core().read_model(str(branch / "model.xml")).get_ordered_ops()
@@ -253,14 +253,14 @@ def test_openvino_files_of_one_graph_have_one_hash(tmp_path, branched):
     path = written(TARGETS["onnxruntime"], [Cell("int8", "int8"), Cell("int6", "int8", True)], tmp_path)
     path = in_a_branch(path, tmp_path / "branch.onnx") if branched else path
     program = (
-        "import sys; from pathlib import Path; from qdiff.engines import BuildOptions, choose\n"
-        "choose('openvino').build(Path(sys.argv[1]), Path(sys.argv[2]), BuildOptions())"
+        "import sys; from pathlib import Path; from qdiff.engines import BuildOptions, choose_engine\n"
+        "choose_engine('openvino').build(Path(sys.argv[1]), Path(sys.argv[2]), BuildOptions())"
     )
     folders = [tmp_path / name for name in ("first", "second", "elsewhere")]
     for folder in folders:
         folder.mkdir()
     for folder in folders[:2]:
-        choose("openvino").build(path, folder, BuildOptions())
+        choose_engine("openvino").build(path, folder, BuildOptions())
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", program, str(path), str(folders[2])], check=True, env=environment)
     for name in ("model.xml", "model.bin"):
@@ -283,7 +283,7 @@ def test_onnxruntime_gets_codes_of_six_bits_as_int8(tmp_path, branched):
     assert not [each.name for each in walk.initializers(model.graph) if each.name.endswith(".codes")]
     for name, layer in wanted.items():
         (found,) = (values for key, values in codes.items() if f".{name}." in key)
-        expected = unpack(layer.codes, format_named(layer.form.weights)).numpy()
+        expected = unpack(layer.codes, format_named(layer.config.weights)).numpy()
         assert found.dtype == np.int8 and np.array_equal(found, expected.T)
 
 
@@ -323,14 +323,14 @@ def test_products_of_integers_do_not_overflow(tmp_path, monkeypatch, weights, en
 
 def test_weights_of_six_bits_take_little_memory_to_load(tmp_path):
     rows, columns = 6144, 1536
-    layer = QuantLinear(LinearForm(columns, rows, False, "int6", "int8"))
+    layer = QuantLinear(QuantLinearConfig(columns, rows, False, "int6", "int8"))
     layer.codes = torch.randint(0, 256, layer.codes.shape, dtype=torch.uint8)
     layer.input_scale = torch.tensor(4 / 127).half().float()
     saved_alone(layer, torch.randn(1, 4, columns), tmp_path)
     program = (
         "import resource, sys; from pathlib import Path; import onnx, onnxruntime, torch\n"
-        "from qdiff.engines import BuildOptions, choose\n"
-        "engine, options, folder = choose('onnxruntime'), BuildOptions(threads=1), Path(sys.argv[1])\n"
+        "from qdiff.engines import BuildOptions, choose_engine\n"
+        "engine, options, folder = choose_engine('onnxruntime'), BuildOptions(threads=1), Path(sys.argv[1])\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "engine.version(); before = peak(); engine.build(folder / 'model.onnx', folder / 'engine', options)\n"
         "print(peak() - before)"
@@ -343,7 +343,7 @@ def test_weights_of_six_bits_take_little_memory_to_load(tmp_path):
     ("architecture", "fp4"), [pytest.param("12.0", True, id="blackwell"), pytest.param("8.9", False, id="ada")]
 )
 def test_tensorrt_builds_an_engine(tmp_path, architecture, fp4):
-    engine = choose("tensorrt_rtx")
+    engine = choose_engine("tensorrt_rtx")
     if engine.missing_for_build():
         pytest.skip(engine.missing_for_build())
     target = TARGETS["tensorrt"]
@@ -359,8 +359,8 @@ def test_tensorrt_builds_an_engine(tmp_path, architecture, fp4):
 
 def test_what_a_target_cannot_run_is_no_cell():
     tensorrt, cpu = TARGETS["tensorrt"], TARGETS["onnxruntime"]
-    assert not tensorrt.takes("int4_g64", "int8") and not tensorrt.takes("int8", "int8", by_token=True)
-    assert not cpu.takes("fp6_e3m2", "float32") and cpu.takes("int4_g64", "int8", by_token=True)
+    assert not tensorrt.takes("int4_g64", "int8") and not tensorrt.takes("int8", "int8", per_token=True)
+    assert not cpu.takes("fp6_e3m2", "float32") and cpu.takes("int4_g64", "int8", per_token=True)
     assert all(tensorrt.takes("int8", name) for name in FORMATS if not FORMATS[name].quantized)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.engines import BuildOptions, choose
+from qdiff.engines import BuildOptions, choose_engine
 from qdiff.engines.base import Profile, Runner
 from qdiff.engines.hoisted import FEW, HoistedRunner
 from qdiff.engines.inputs import TensorSpec
@@ -135,9 +135,12 @@ def profile(**changes: tuple[int, int, int]) -> Profile:
 def test_profiles_have_ranges_for_what_is_carried(written, monkeypatch):
     _, path = written
     whole, (step, *_) = read(path), parts_of(path)
-    options = options_for(choose("openvino"), BuildOptions((profile(),)), whole, step)
+    options = options_for(choose_engine("openvino"), BuildOptions((profile(),)), whole, step)
     (made,) = options.profiles
-    once = {graph.name: options_for(choose("openvino"), BuildOptions(), whole, graph).flags for graph in parts_of(path)}
+    once = {
+        graph.name: options_for(choose_engine("openvino"), BuildOptions(), whole, graph).flags
+        for graph in parts_of(path)
+    }
     assert once == {"step": {}, "prompt": {"precision": "f32"}, "timestep": {"precision": "f32"}}
     carried = [name for name in step.inputs if name not in NAMES]
     keys = [name for name in carried if made.ranges[name][1] in ((2, 7, 32), (2, 32, 7))]
@@ -156,7 +159,7 @@ def test_profiles_have_ranges_for_what_is_carried(written, monkeypatch):
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_engines_call_a_part_once_for_each_new_input(written, tmp_path, name):
     module, path = written
-    engine, whole = choose(name), read(path)
+    engine, whole = choose_engine(name), read(path)
     options, runners = (
         BuildOptions((profile(),), threads=1, flags={"precision": "f32"} if name == "openvino" else {}),
         [],

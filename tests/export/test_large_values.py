@@ -9,12 +9,12 @@ import onnx
 import pytest
 import torch
 
-from qdiff.engines import BuildOptions, choose
+from qdiff.engines import BuildOptions, choose_engine
 from qdiff.evaluation.metrics import sqnr_db
 from qdiff.export.onnx_graph import write_graph
 from qdiff.export.precision import fitting_target
 from qdiff.export.translations import TARGETS
-from qdiff.nn.quant_linear import LinearForm, QuantLinear
+from qdiff.nn.quant_linear import QuantLinear, QuantLinearConfig
 from qdiff.runs.run import Run
 from qdiff.stages.export import export
 
@@ -37,7 +37,7 @@ def test_a_graph_for_a_gpu_computes_in_float32_where_values_leave_float16(grown,
     ("engine", "least"), [("onnxruntime", 80), ("openvino", 40)]
 )  # OpenVINO rounds in 16 bits between
 def test_scales_by_token_beyond_float16(tmp_path, engine, least):
-    layer = QuantLinear(LinearForm(32, 16, False, "int8", "int8", by_token=True))
+    layer = QuantLinear(QuantLinearConfig(32, 16, False, "int8", "int8", per_token=True))
     layer.codes = torch.randint(-127, 128, (16, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     layer.scale = torch.full((16,), 2.0**-7)
     x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def test_scales_by_token_beyond_float16(tmp_path, engine, least):
     module.forward = layer.forward
     write_graph(module, (x,), None, TARGETS["onnxruntime"], ["x"]).save(str(tmp_path / "model.onnx"))
     (tmp_path / "engine").mkdir()
-    chosen = choose(engine)
+    chosen = choose_engine(engine)
     chosen.build(tmp_path / "model.onnx", tmp_path / "engine", BuildOptions())
     runner = chosen.load(tmp_path / "engine", BuildOptions())
     got, expected = runner({"x": x}), layer(x)

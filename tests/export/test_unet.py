@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from qdiff.engines import choose
+from qdiff.engines import choose_engine
 from qdiff.evaluation.metrics import sqnr_db
 from qdiff.export.reading import Graph
 from qdiff.models import FAMILIES
@@ -83,7 +83,7 @@ def test_engines_compute_what_the_module_computes(exported, integer_arithmetic):
         )  # a real engine, which needs a GPU to run; the export has compared its graph with torch
         assert any(run.file("engines").iterdir())
         return
-    module = choose("eager").load_module(
+    module = choose_engine("eager").load_module(
         family.for_export(load_quantized(exported.plan, run.file("model.safetensors")))
     )
     step = next(iter(Trajectory(run.file("calibration"))))

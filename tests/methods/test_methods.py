@@ -9,7 +9,7 @@ import torch
 
 from qdiff.errors import InputError
 from qdiff.formats.table import format_named
-from qdiff.methods import METHODS, Problem, Solution, apply_method
+from qdiff.methods import METHODS, Decisions, LayerGroup, apply_method
 from qdiff.methods.element import sisters
 from qdiff.methods.gptq import inverse_factor, round_columns
 from qdiff.methods.rotate import fluctuation, rotated
@@ -21,9 +21,9 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def problem(
+def layer_group(
     x: torch.Tensor, layers: int = 2, seed: int = 9, weights: str = "int8", activations: str = "int8"
-) -> Problem:
+) -> LayerGroup:
     """A group of layers that reads ``x [T, tokens, channels]``; all tokens are fitting or held-out ones."""
     timesteps, tokens, channels = x.shape
     statistics = InputStatistics(
@@ -36,88 +36,88 @@ def problem(
         rows_timestep=torch.arange(timesteps).repeat_interleave(tokens),
     )
     values = [randn(24, channels, seed=seed + i) for i in range(layers)]
-    return Problem(statistics.layers, values, statistics, format_named(weights), format_named(activations))
+    return LayerGroup(statistics.layers, values, statistics, format_named(weights), format_named(activations))
 
 
-def plain() -> Problem:
-    return problem(randn(4, 64, 32))
+def plain() -> LayerGroup:
+    return layer_group(randn(4, 64, 32))
 
 
-def outlier_channels() -> Problem:
+def outlier_channels() -> LayerGroup:
     x = randn(4, 64, 32)
     x[..., 5] *= 80
     x[..., 11] *= 40
-    return problem(x)
+    return layer_group(x)
 
 
-def moving_range() -> Problem:
-    return problem(randn(4, 64, 32).clamp(-3, 3) * torch.tensor([50.0, 10.0, 3.0, 1.0])[:, None, None])
+def moving_range() -> LayerGroup:
+    return layer_group(randn(4, 64, 32).clamp(-3, 3) * torch.tensor([50.0, 10.0, 3.0, 1.0])[:, None, None])
 
 
-def heavy_tail() -> Problem:
+def heavy_tail() -> LayerGroup:
     # One value of half a million is five times as large as all others: the cut costs less than the finer grid gains.
     x = randn(4, 4096, 32).clamp(-2, 2)
     x[0, 0, 3] = 10.0
-    return problem(x)
+    return layer_group(x)
 
 
-def correlated() -> Problem:
+def correlated() -> LayerGroup:
     x = randn(4, 64, 3) @ randn(3, 32, seed=1) + 0.05 * randn(4, 64, 32, seed=2)
-    return problem(x, weights="int4_g32", activations="float16")
+    return layer_group(x, weights="int4_g32", activations="float16")
 
 
-def coarse_blocks() -> Problem:
-    return problem(randn(4, 64, 32), weights="nvfp4", activations="float16")
+def coarse_blocks() -> LayerGroup:
+    return layer_group(randn(4, 64, 32), weights="nvfp4", activations="float16")
 
 
-def few_directions() -> Problem:
-    given = problem(randn(4, 64, 32), weights="int4_g32", activations="float16")
+def few_directions() -> LayerGroup:
+    given = layer_group(randn(4, 64, 32), weights="int4_g32", activations="float16")
     for i, weight in enumerate(given.weights):
         weight += 30 * randn(24, 2, seed=i) @ randn(2, 32, seed=i + 5)
     return given
 
 
-def large_on_average() -> Problem:
+def large_on_average() -> LayerGroup:
     """Few channels carry the signal: their weights' rounding is what counts."""
     x = randn(4, 64, 32)
     x[..., 5] *= 30
     x[..., 11] *= 20
-    return problem(x, weights="int4_g32", activations="float16")
+    return layer_group(x, weights="int4_g32", activations="float16")
 
 
-def one_sided() -> Problem:
+def one_sided() -> LayerGroup:
     """As after a GELU: nothing below -0.2."""
-    return problem(torch.nn.functional.gelu(randn(4, 64, 32) * 4))
+    return layer_group(torch.nn.functional.gelu(randn(4, 64, 32) * 4))
 
 
-def unequal_channels() -> Problem:
-    return problem(randn(4, 64, 32) * torch.logspace(-1.5, 1, 32) + 3 * torch.logspace(-1.5, 1, 32))
+def unequal_channels() -> LayerGroup:
+    return layer_group(randn(4, 64, 32) * torch.logspace(-1.5, 1, 32) + 3 * torch.logspace(-1.5, 1, 32))
 
 
-def outlier_values() -> Problem:
+def outlier_values() -> LayerGroup:
     """One large value a token, each time in another channel: no scale a channel helps."""
     x = randn(4, 64, 32)
     where = torch.randint(32, (4, 64, 1), generator=torch.Generator().manual_seed(3))
-    return problem(x.scatter(-1, where, 40.0), weights="int8")
+    return layer_group(x.scatter(-1, where, 40.0), weights="int8")
 
 
-def powers_of_two() -> Problem:
+def powers_of_two() -> LayerGroup:
     """Weights that lie on E3M0's grid, in a recipe that says E2M1."""
-    given = problem(randn(4, 64, 128), weights="fp4_e2m1_g128", activations="float16")
+    given = layer_group(randn(4, 64, 128), weights="fp4_e2m1_g128", activations="float16")
     for i, weight in enumerate(given.weights):
         weight.copy_(torch.exp2(-randn(24, 128, seed=i).abs().mul(2).floor().clamp(max=5)) * weight.sign())
     return given
 
 
-def off_centre() -> Problem:
+def off_centre() -> LayerGroup:
     """Weights of few bits under inputs with a mean: their error moves every output one way."""
-    return problem(randn(4, 64, 32) * 0.1 + 2, weights="int4_g32", activations="float16")
+    return layer_group(randn(4, 64, 32) * 0.1 + 2, weights="int4_g32", activations="float16")
 
 
-def own_means() -> Problem:
+def own_means() -> LayerGroup:
     """Four pictures, of which the tokens have much in common, each picture's its own."""
     x = randn(4, 64, 32) + 5 * randn(4, 1, 32, seed=1)
-    given = problem(x, activations="nvfp4")
+    given = layer_group(x, activations="nvfp4")
     given.statistics.means, given.statistics.rows_sample = x.mean(dim=1), torch.arange(4).repeat_interleave(64)
     return given
 
@@ -148,7 +148,7 @@ GAINS_DB = {"scales": 1.0}
 def test_a_method_is_never_worse_on_the_fitting_tokens_and_says_why(name, make):
     given = make()
     others = [other for other in METHODS if other != name]
-    starts = [Solution(), *(apply_method(other, OPTIONS.get(other, {}), given, Solution()) for other in others)]
+    starts = [Decisions(), *(apply_method(other, OPTIONS.get(other, {}), given, Decisions()) for other in others)]
     for start in starts:
         found = apply_method(name, OPTIONS.get(name, {}), given, start)
         assert given.error(found) <= given.error(start) * (1 + 1e-9)
@@ -159,33 +159,33 @@ def test_a_method_is_never_worse_on_the_fitting_tokens_and_says_why(name, make):
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_an_unknown_option_is_refused_with_the_nearest(name):
     with pytest.raises(InputError, match="has no option 'minimum_gain'"):
-        apply_method(name, {"minimum_gain": 1}, plain(), Solution())
+        apply_method(name, {"minimum_gain": 1}, plain(), Decisions())
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():
     with pytest.raises(InputError, match="did you mean smooth"):
-        apply_method("smoth", {}, plain(), Solution())
+        apply_method("smoth", {}, plain(), Decisions())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_wins_where_its_trouble_is(name):
     """By 3 dB at least, which is half a bit, or what it can (GAINS_DB), and on tokens that it did not see."""
     given = TROUBLES[name]()
-    found = apply_method(name, OPTIONS.get(name, {}), given, Solution())
-    before, after = given.errors(Solution(), held_out=True), given.errors(found, held_out=True)
+    found = apply_method(name, OPTIONS.get(name, {}), given, Decisions())
+    before, after = given.errors(Decisions(), held_out=True), given.errors(found, held_out=True)
     assert sum(after) < sum(before) / 10 ** (GAINS_DB.get(name, 3.0) / 10), found.notes
-    assert found != Solution().decide(name, found.notes[-1])
+    assert found != Decisions().decide(name, found.notes[-1])
 
 
 def test_every_method_gives_another_result_than_every_other():
     """A method that does nothing is a bug: on a tensor that has all three troubles no two agree, and none is the identity."""
     x = heavy_tail().statistics.rows.reshape(4, 4096, 32) * torch.tensor([50.0, 10.0, 3.0, 1.0])[:, None, None]
     x[..., 5] *= 30
-    given = problem(x)
-    errors = {"none": given.error(Solution())}
+    given = layer_group(x)
+    errors = {"none": given.error(Decisions())}
     for name in METHODS:
         errors[name] = given.error(
-            apply_method(name, {"minimum_gain_db": -100.0, **OPTIONS.get(name, {})}, given, Solution())
+            apply_method(name, {"minimum_gain_db": -100.0, **OPTIONS.get(name, {})}, given, Decisions())
         )
     improved = {name: error for name, error in errors.items() if name in ("smooth", "timestep_scales", "none")}
     assert len(set(improved.values())) == len(improved), errors
@@ -193,17 +193,17 @@ def test_every_method_gives_another_result_than_every_other():
 
 def test_smoothing_moves_the_range_into_the_weight_and_keeps_the_product():
     given = outlier_channels()
-    found = apply_method("smooth", {"strengths": (0.5,)}, given, Solution())
-    assert found.strength == 0.5 and found.multiplier is not None
-    assert found.multiplier[5] < found.multiplier.median() / 4
-    x, weight, m = (t.double() for t in (given.statistics.rows, given.weights[0], found.multiplier))
+    found = apply_method("smooth", {"strengths": (0.5,)}, given, Decisions())
+    assert found.smoothing == 0.5 and found.input_multiplier is not None
+    assert found.input_multiplier[5] < found.input_multiplier.median() / 4
+    x, weight, m = (t.double() for t in (given.statistics.rows, given.weights[0], found.input_multiplier))
     assert ((x * m) @ (weight / m).T - x @ weight.T).abs().max() <= 1e-10
-    assert torch.equal(given.ranges(found), (given.statistics.amax * found.multiplier).amax(1))
+    assert torch.equal(given.ranges(found), (given.statistics.amax * found.input_multiplier).amax(1))
 
 
 def test_timestep_scales_bring_every_timestep_to_the_widest_range():
     given = moving_range()
-    found = apply_method("timestep_scales", {}, given, Solution())
+    found = apply_method("timestep_scales", {}, given, Decisions())
     scale, stretch = given.activation_scale(found)
     assert stretch is not None and float(stretch.min()) == 1
     assert torch.allclose(given.ranges(found) * stretch, given.ranges(found).max().expand(4), rtol=2**-10)
@@ -214,9 +214,9 @@ def test_timestep_scales_bring_every_timestep_to_the_widest_range():
 def test_a_timestep_without_a_signal_makes_no_nan(small):
     x = randn(3, 64, 32)
     x[1] *= small
-    given = problem(x)
+    given = layer_group(x)
     for name in METHODS:
-        found = apply_method(name, {"minimum_gain_db": -100.0, **OPTIONS.get(name, {})}, given, Solution())
+        found = apply_method(name, {"minimum_gain_db": -100.0, **OPTIONS.get(name, {})}, given, Decisions())
         assert all(error == error and error < 1 for error in given.errors(found)), (name, found.notes)
         _, stretch = given.activation_scale(found)
         assert stretch is None or torch.isfinite(stretch.half()).all()
@@ -226,16 +226,16 @@ def test_a_timestep_without_a_signal_makes_no_nan(small):
 def test_a_rotation_keeps_the_product(kind):
     """In float64 to 1e-10; the fitted factors lie on the float16 grid, and the weight carries their exact inverse."""
     given = outlier_values()
-    start = Solution().decide(
-        "smooth", "", multiplier=(randn(32).abs() + 0.5).half().float(), shift=randn(32).half().float()
+    start = Decisions().decide(
+        "smooth", "", input_multiplier=(randn(32).abs() + 0.5).half().float(), shift=randn(32).half().float()
     )
     found = rotated(given, start, kind, 16)
     assert found.rotation is not None and (found.rotation.first is not None) == (kind == "outlier")
     x = given.statistics.rows.double()
-    moved = found.rotation.forward(x * found.multiplier.double() - found.shift.double())
+    moved = found.rotation.forward(x * found.input_multiplier.double() - found.shift.double())
     for weight in given.weights:
-        turned = found.rotation.weight(weight.double() / found.multiplier.double())
-        constant = (weight.double() / found.multiplier.double()) @ found.shift.double()
+        turned = found.rotation.weight(weight.double() / found.input_multiplier.double())
+        constant = (weight.double() / found.input_multiplier.double()) @ found.shift.double()
         assert (moved @ turned.T + constant - x @ weight.double().T).abs().max() <= 1e-10
     assert given.inputs(found, x.float()).abs().max() < given.inputs(start, x.float()).abs().max() / 1.5
 
@@ -263,20 +263,20 @@ def test_fluctuation_chooses_the_kind():
             t * (0.01 if not fitted else 100) for t in (given.statistics.low, given.statistics.high)
         )
         assert (fluctuation(given.statistics.rows) >= 1) == fitted
-        found = apply_method("rotate", {"choice": "fluctuation", "minimum_gain_db": -100}, given, Solution())
+        found = apply_method("rotate", {"choice": "fluctuation", "minimum_gain_db": -100}, given, Decisions())
         assert (found.rotation.first is not None) == fitted, found.notes
 
 
 def test_a_layer_that_no_block_divides_is_named():
     with pytest.raises(InputError, match="divides the 30 columns of layer layer0"):
-        apply_method("rotate", {}, problem(randn(4, 64, 30)), Solution())
+        apply_method("rotate", {}, layer_group(randn(4, 64, 30)), Decisions())
 
 
 @pytest.mark.parametrize("name", ["shift", "repq"])
 def test_the_bias_gives_back_what_a_shift_takes(name):
     """Through the weight as it is in the layer, so the weight's own error meets the input and not the shifted input."""
     given = unequal_channels()
-    found = apply_method(name, {"minimum_gain_db": -100.0}, given, Solution())
+    found = apply_method(name, {"minimum_gain_db": -100.0}, given, Decisions())
     assert found.shift is not None
     x = given.rows(held_out=True).x
     moved, plain = given.inputs(found, x), replace(found, shift=None)
@@ -291,7 +291,7 @@ def test_the_bias_gives_back_what_a_shift_takes(name):
 
 def test_a_corrected_bias_leaves_no_mean_error():
     given = off_centre()
-    found = apply_method("bias", {}, given, Solution())
+    found = apply_method("bias", {}, given, Decisions())
     rows = given.rows(held_out=False)
     for weight, output in zip(given.weights, given.outputs(found, rows), strict=True):
         assert (output - rows.x @ weight.T).mean(0).abs().max() < 1e-4
@@ -299,7 +299,7 @@ def test_a_corrected_bias_leaves_no_mean_error():
 
 def test_ranges_after_a_shift_are_those_of_all_values_not_of_the_tokens():
     given = one_sided()
-    found = apply_method("shift", {}, given, Solution())
+    found = apply_method("shift", {}, given, Decisions())
     given.statistics.rows = given.statistics.rows[:2]
     given.statistics.rows_timestep = given.statistics.rows_timestep[:2]
     low, high = given.statistics.low - found.shift, given.statistics.high - found.shift
@@ -310,7 +310,7 @@ def test_a_centered_token_keeps_its_mean_and_its_range():
     """The mean, quantized twice, is nearly what it was; every value that meets the quantizer is within the range; and codes for
     the weights that were chosen before stay."""
     given = own_means()
-    chosen = apply_method("gptq", {}, given, Solution())
+    chosen = apply_method("gptq", {}, given, Decisions())
     found = apply_method("center", {}, given, chosen)
     assert found.centered and found.rounded is chosen.rounded
     rows = given.rows(held_out=True)
@@ -328,7 +328,7 @@ def test_what_cannot_be_centered_is_not(activations, known, why):
     given.activation_format = format_named(activations)
     if not known:
         given.statistics.means = None
-    found = apply_method("center", {"minimum_gain_db": -100.0}, given, Solution())
+    found = apply_method("center", {"minimum_gain_db": -100.0}, given, Decisions())
     assert not found.centered and why in found.notes[-1]
 
 
@@ -336,42 +336,42 @@ def test_blocks_scaled_at_run_time_are_shifted_by_means():
     """Middles of ranges are where rare large values pull them; with scales by block the others are nearer to their mean."""
     x = randn(4, 64, 32) + 2 * randn(32, seed=3)
     x[0, 0] += 40
-    given = problem(x, weights="nvfp4", activations="nvfp4")
-    found = apply_method("shift", {}, given, Solution())
+    given = layer_group(x, weights="nvfp4", activations="nvfp4")
+    found = apply_method("shift", {}, given, Decisions())
     torch.testing.assert_close(found.shift, x.mean((0, 1)), rtol=1e-3, atol=1e-3)
     assert "by its mean gain" in found.notes[-1]
 
 
 def test_the_element_is_chosen_among_formats_of_one_size():
-    found = apply_method("element", {}, powers_of_two(), Solution())
+    found = apply_method("element", {}, powers_of_two(), Decisions())
     assert found.weight_format is not None and found.weight_format.name == "fp4_e3m0_g128", found.notes
     assert sisters(format_named("fp4_e2m1_g128")) == ["int4_g128", "fp4_e1m2_g128", "fp4_e3m0_g128"]
     assert sisters(format_named("int8")) == ["fp8", "fp8_e5m2"] and sisters(format_named("mxfp4")) == []
     with pytest.raises(InputError, match="nvfp4 has other bits, blocks or scales than fp4_e2m1_g128"):
-        apply_method("element", {"candidates": ("nvfp4",)}, powers_of_two(), Solution())
+        apply_method("element", {"candidates": ("nvfp4",)}, powers_of_two(), Decisions())
     searched = apply_method(
-        "scales", {"rules": ("four_over_six",), "minimum_gain_db": -100}, coarse_blocks(), Solution()
+        "scales", {"rules": ("four_over_six",), "minimum_gain_db": -100}, coarse_blocks(), Decisions()
     )
     changed = apply_method("element", {"minimum_gain_db": -100}, coarse_blocks(), searched)
-    assert changed.weight_format is not None and changed.weight_format.name == "nvint4" and changed.rule == "amax"
+    assert changed.weight_format is not None and changed.weight_format.name == "nvint4" and changed.scale_rule == "amax"
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_nearest():
     """H = 1: no column can make up for another."""
     given = correlated()
-    weight, nearest = given.weights[0], given.nearest_weights(Solution())[0]
+    weight, nearest = given.weights[0], given.nearest_weights(Decisions())[0]
     values = round_columns(weight, nearest, torch.eye(32, dtype=torch.float64), torch.arange(32), 8)
     assert torch.equal(nearest.with_values(values).codes, nearest.codes)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4_g32", "fp8", "nvfp4", "mxfp4"])
 def test_gptq_never_loses_on_its_hessian_and_stays_on_the_grid(weights):
-    given = problem(correlated().statistics.rows.reshape(4, 64, 32), weights=weights, activations="float16")
+    given = layer_group(correlated().statistics.rows.reshape(4, 64, 32), weights=weights, activations="float16")
     x = given.rows(held_out=False).x.double()
     hessian = x.T @ x
-    found = apply_method("gptq", {}, given, Solution())
+    found = apply_method("gptq", {}, given, Decisions())
     assert found.rounding == "gptq" and found.rounded is not None, found.notes
-    for weight, nearest, rounded in zip(given.weights, given.nearest_weights(Solution()), found.rounded, strict=True):
+    for weight, nearest, rounded in zip(given.weights, given.nearest_weights(Decisions()), found.rounded, strict=True):
         losses = [
             torch.trace(d @ hessian @ d.T) for d in (q.dequantize().double() - weight for q in (nearest, rounded))
         ]
@@ -381,24 +381,24 @@ def test_gptq_never_loses_on_its_hessian_and_stays_on_the_grid(weights):
 
 def test_gptq_does_not_depend_on_how_it_is_blocked():
     given = correlated()
-    results = [apply_method("gptq", {"width": width}, given, Solution()).rounded for width in (1, 5, 32)]
+    results = [apply_method("gptq", {"width": width}, given, Decisions()).rounded for width in (1, 5, 32)]
     assert all(torch.equal(r[0].codes, results[0][0].codes) for r in results)
 
 
 def test_gptq_says_which_layer_has_too_little():
-    few = problem(randn(1, 2, 32))
+    few = layer_group(randn(1, 2, 32))
     with pytest.raises(InputError, match="layer layer0 has 1 tokens"):
-        apply_method("gptq", {}, few, Solution())
+        apply_method("gptq", {}, few, Decisions())
     with pytest.raises(InputError, match="layer0 have no positive definite Hessian"):
         inverse_factor(torch.full((4, 4), float("nan"), dtype=torch.float64), 0.01, ["layer0"])
-    still = problem(torch.zeros(2, 8, 32))
-    assert apply_method("gptq", {}, still, Solution()).rounding == "nearest"
+    still = layer_group(torch.zeros(2, 8, 32))
+    assert apply_method("gptq", {}, still, Decisions()).rounding == "nearest"
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_branch_and_rest_are_the_weight(weighted):
     given = few_directions()
-    found = apply_method("low_rank", {"rank": 4, "weighted": weighted}, given, Solution())
+    found = apply_method("low_rank", {"rank": 4, "weighted": weighted}, given, Decisions())
     assert found.low_rank is not None and found.rank == 4
     for weight, rest, (down, up) in zip(given.weights, given.residuals(found), found.low_rank, strict=True):
         assert ((up @ down + rest) - weight).abs().max() <= 1e-5 * weight.abs().max()
@@ -407,10 +407,10 @@ def test_branch_and_rest_are_the_weight(weighted):
 
 def test_a_rank_as_large_as_the_layer_is_refused_by_name():
     with pytest.raises(InputError, match=r"rank 24 is not smaller than layer layer0 of shape \[24, 32\]"):
-        apply_method("low_rank", {"rank": 24}, plain(), Solution())
+        apply_method("low_rank", {"rank": 24}, plain(), Decisions())
 
 
 def test_a_later_transform_drops_codes_that_were_rounded_for_an_earlier_one():
-    rounded = apply_method("gptq", {}, correlated(), Solution())
-    moved = rounded.decide("smooth", "", multiplier=torch.ones(32))
+    rounded = apply_method("gptq", {}, correlated(), Decisions())
+    moved = rounded.decide("smooth", "", input_multiplier=torch.ones(32))
     assert rounded.rounded is not None and moved.rounded is None and moved.rounding == "nearest"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from qdiff.calib.first_token import FirstToken
 from qdiff.errors import InputError, IntegrityError
 from qdiff.formats.table import format_named
-from qdiff.methods import Problem, Solution, apply_method
+from qdiff.methods import Decisions, LayerGroup, apply_method
 from qdiff.methods.base import LINEAR_ONLY
 from qdiff.models import FAMILIES
 from qdiff.models.base import quantizable_layers
@@ -86,10 +86,12 @@ def test_a_bimodal_input_gains_ten_decibels_where_it_is_small():
         windows = sample_windows(conv, seen, 64, torch.Generator().manual_seed(0))
         entry = table(windows, tokens(conv, seen), ["conv"])
         int8 = format_named("int8")
-        problem = Problem(["conv"], [conv.weight.detach().flatten(1)], entry.columns(), int8, int8, False, "Conv2d", 9)
-        solution = Solution()
-        weight = problem.quantized_weights(solution)[0].dequantize().view_as(conv.weight)
-        scale, _ = problem.activation_scale(solution)
+        layer_group = LayerGroup(
+            ["conv"], [conv.weight.detach().flatten(1)], entry.columns(), int8, int8, False, "Conv2d", 9
+        )
+        decisions = Decisions()
+        weight = layer_group.quantized_weights(decisions)[0].dequantize().view_as(conv.weight)
+        scale, _ = layer_group.activation_scale(decisions)
         rounded = (seen / scale).round().clamp(-128, 127) * scale
         return F.conv2d(rounded, weight, padding=1)
 
@@ -160,12 +162,14 @@ def test_smoothing_factors_of_a_convolution_belong_to_its_channels():
     layer = nn.Conv2d(4, 8, 3, padding=1, bias=False)
     entry = table(sample_windows(layer, x, 64, torch.Generator()), tokens(layer, x), ["conv"])
     int8 = format_named("int8")
-    problem = Problem(["conv"], [layer.weight.detach().flatten(1)], entry.columns(), int8, int8, False, "Conv2d", 9)
-    solution = apply_method("smooth", {}, problem, Solution())
-    factors = solution.multiplier.view(4, 9)
+    layer_group = LayerGroup(
+        ["conv"], [layer.weight.detach().flatten(1)], entry.columns(), int8, int8, False, "Conv2d", 9
+    )
+    decisions = apply_method("smooth", {}, layer_group, Decisions())
+    factors = decisions.input_multiplier.view(4, 9)
     assert factors.amin(1).equal(factors.amax(1)) and factors[1, 0] == factors.min()
     for name in LINEAR_ONLY:
-        assert apply_method(name, {}, problem, solution).multiplier is solution.multiplier, name
+        assert apply_method(name, {}, layer_group, decisions).input_multiplier is decisions.input_multiplier, name
 
 
 @pytest.fixture(scope="module")
@@ -260,20 +264,20 @@ def test_structures_can_be_left_out_and_change_the_result(unet):
 def test_a_convolution_refuses_formats_that_its_input_cannot_have(unet):
     load, trajectory, statistics, _ = unet
     for change, words in (
-        ("scheme={weights: int8, activations: int8, by_token: true}", "cannot have scales by token"),
+        ("scheme={weights: int8, activations: int8, per_token: true}", "cannot have scales per token"),
         ("scheme={weights: int8, activations: mxfp8}", "cannot have mxfp8's blocks"),
     ):
         with pytest.raises(InputError, match=words):
-            quantize(load(), load_recipe("int8", [change, "outputs={}"]), statistics, trajectory)
+            quantize(load(), load_recipe("int8", [change, "quantize_outputs={}"]), statistics, trajectory)
 
 
 def test_scales_by_token_leave_convolutions_their_constant_ones(unet):
     load, trajectory, statistics, _ = unet
     model = load()
     plan = quantize(model, load_recipe("int8-token", ["sequential.tokens=64"]), statistics, trajectory)
-    assert {layer.kind for layer in plan.quantized if layer.by_token} == {"Linear"}
+    assert {layer.kind for layer in plan.quantized if layer.per_token} == {"Linear"}
     for layer in plan.quantized:
-        assert (model.backbone.get_submodule(layer.name).input_scale is None) == layer.by_token
+        assert (model.backbone.get_submodule(layer.name).input_scale is None) == layer.per_token
 
 
 def test_a_unet_is_distilled_with_its_convolutions(unet):

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from qdiff.errors import InputError, IntegrityError, UsageError
-from qdiff.files import read_json
+from qdiff.files import open_tensors, read_json, save_tensors
 from qdiff.models import FAMILIES
 from qdiff.models.base import quantizable_layers
 from qdiff.plan.plan import Plan
+from qdiff.quantization.checkpoint import load_quantized
+from qdiff.recipes import __file__ as RECIPES
 from qdiff.recipes import built_in, load_recipe
 
 MINIMAL = {"version": 1, "name": "mine", "scheme": {"weights": "int8", "activations": "int8"}}
@@ -29,8 +32,6 @@ def layers_of() -> dict[str, list[str]]:
 
 
 def linear_names(tiny) -> list[str]:
-    import torch
-
     return [name for name, module in tiny().backbone.named_modules() if type(module) is torch.nn.Linear]
 
 
@@ -38,7 +39,7 @@ def linear_names(tiny) -> list[str]:
 def test_a_built_in_recipe_validates_and_fits_the_families_that_it_names(name, layers_of):
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.description
-    assert set(FAMILIES) >= set(recipe.ignore) >= set(recipe.outputs)
+    assert set(FAMILIES) >= set(recipe.ignore) >= set(recipe.quantize_outputs)
     for family in recipe.ignore:
         names = layers_of[family]
         ignored, outputs = recipe.ignored(family, names), recipe.with_output(family, names)
@@ -48,9 +49,9 @@ def test_a_built_in_recipe_validates_and_fits_the_families_that_it_names(name, l
 
 def test_int8_token_is_int8_gptq_with_scales_by_token_allowed():
     recipe, constant = load_recipe("int8-token"), load_recipe("int8-gptq")
-    same = ("scheme", "ignore", "sequential", "targets", "kept")
+    same = ("scheme", "ignore", "sequential", "targets", "storage_dtype")
     assert all(getattr(recipe, name) == getattr(constant, name) for name in same)
-    assert recipe.methods == {**constant.methods, "dgq": {"tokens": True}} and not recipe.outputs
+    assert recipe.methods == {**constant.methods, "dgq": {"tokens": True}} and not recipe.quantize_outputs
     assert list(recipe.methods).index("dgq") == list(recipe.methods).index("smooth") + 1, "before codes are chosen"
     assert set(recipe.ignore) == set(FAMILIES)
 
@@ -68,7 +69,7 @@ def test_the_int8_recipe_keeps_what_the_field_keeps(tiny):
         ({"scheme": {"weights": "int7", "activations": "int8"}}, ["scheme.weights", "unknown format 'int7'", "int8"]),
         ({"scheme": {"weights": "int8"}}, ["scheme.activations"]),
         ({"version": 2}, ["version"]),
-        ({"kept": "float64"}, ["kept"]),
+        ({"storage_dtype": "float64"}, ["storage_dtype"]),
         ({"targets": ["Conv3d"]}, ["targets"]),
         ({"targets": []}, ["targets"]),
         ({"ignore": ["proj_out"]}, ["ignore"]),
@@ -121,13 +122,47 @@ def test_unknown_recipes_files_and_patterns_get_the_nearest_names(tmp_path, tiny
 
 def test_set_changes_single_entries():
     recipe = load_recipe(
-        "int8", ["methods.smooth.strengths=[0.5]", "kept=bfloat16", "methods.smooth.minimum_gain_db=2"]
+        "int8", ["methods.smooth.strengths=[0.5]", "storage_dtype=bfloat16", "methods.smooth.minimum_gain_db=2"]
     )
-    assert recipe.methods["smooth"]["strengths"] == [0.5] and recipe.kept == "bfloat16"
+    assert recipe.methods["smooth"]["strengths"] == [0.5] and recipe.storage_dtype == "bfloat16"
     assert recipe.methods["smooth"]["minimum_gain_db"] == 2 and recipe.methods["timestep_scales"]["minimum_gain_db"]
-    for wrong in ("kept", "=bfloat16", "kept.deeper=1", "name=[1"):
+    for wrong in ("storage_dtype", "=bfloat16", "storage_dtype.deeper=1", "name=[1"):
         with pytest.raises(UsageError, match="--set"):
             load_recipe("int8", [wrong])
+
+
+def test_recipes_are_read_by_the_names_of_the_last_release(tmp_path):
+    new = (Path(RECIPES).parent / "int8.yaml").read_text()
+    old = new.replace("storage_dtype: float16", "kept: bfloat16").replace("quantize_outputs:", "outputs:")
+    assert old.count("kept:") == old.count("outputs:") == 1
+    (tmp_path / "old.yaml").write_text(old.replace("activations: int8}", "activations: int8, by_token: true}"))
+    recipe = load_recipe(str(tmp_path / "old.yaml"))
+    assert recipe.storage_dtype == "bfloat16" and recipe.scheme is not None and recipe.scheme.per_token
+    assert recipe.quantize_outputs == load_recipe("int8").quantize_outputs != {}
+    changed = load_recipe("int8", ["kept=bfloat16", "outputs={}", "scheme.by_token=true"])
+    assert changed == load_recipe("int8", ["storage_dtype=bfloat16", "quantize_outputs={}", "scheme.per_token=true"])
+
+
+def test_plans_and_tensors_are_read_by_the_names_of_the_last_release(finished, tmp_path):
+    value = json.loads((finished.path / "plan.json").read_text())
+    value["kept"] = value.pop("storage_dtype")
+    for layer in value["layers"]:
+        layer["by_token"], layer["multiplier"] = layer.pop("per_token"), layer.pop("input_multiplier")
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    old = {"input_multiplier": "multiplier", "timestep_scales": "timestep_scale"}
+    with open_tensors(finished.path / "model.safetensors", "test") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    renamed = {
+        ".".join([*name.split(".")[:-1], old.get(name.split(".")[-1], name.split(".")[-1])]): tensor
+        for name, tensor in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save_tensors(tmp_path / "model.safetensors", renamed, {})
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan == Plan.load(finished.path / "plan.json")
+    states = [load_quantized(plan, folder / "model.safetensors").state_dict() for folder in (tmp_path, finished.path)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def edit(plan: dict, how: str) -> None:
@@ -148,7 +183,7 @@ def edit(plan: dict, how: str) -> None:
         case "layers gone":
             del plan["layers"]
         case "unknown kept":
-            plan["kept"] = "float8"
+            plan["storage_dtype"] = "float8"
         case "unknown layer":
             layer["name"] = "transformer_blocks.0.attn9.to_q"
         case "other shape":

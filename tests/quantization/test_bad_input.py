@@ -27,12 +27,12 @@ def test_a_block_that_does_not_divide_a_layer_is_refused_by_the_layers_name(tiny
     with pytest.raises(
         InputError, match=r"layer transformer_blocks\.0\.attn1\.to_q of shape \[32, 32\].*blocks of 64"
     ) as caught:
-        quantize(tiny(), load_recipe("int8", [*settings, "outputs={}"]), recorded[1])
+        quantize(tiny(), load_recipe("int8", [*settings, "quantize_outputs={}"]), recorded[1])
     assert "int4_g32" in caught.value.fix and "int4_g128" not in caught.value.fix
 
 
 def test_a_rank_that_is_too_large_is_refused_by_the_layers_name(tiny, recorded):
-    settings = ["methods={low_rank: {rank: 64}}", "outputs={}"]
+    settings = ["methods={low_rank: {rank: 64}}", "quantize_outputs={}"]
     with pytest.raises(InputError, match=r"rank 64 is not smaller than layer transformer_blocks\.0\.attn1\.to_q"):
         quantize(tiny(), load_recipe("int8", settings), recorded[1])
 
@@ -84,7 +84,7 @@ def test_a_layer_that_calibration_never_reached_is_kept_and_named(tiny, finished
     with caplog.at_level("WARNING"):
         collector = Collector(model, Trajectory(finished.path / "calibration"), "x")
         collector.collect(tmp_path / "partial").save(tmp_path / "statistics.safetensors")
-        settings = ['ignore.pixart=["adaln_single.*", "caption_projection.*", "proj_out"]', "outputs={}"]
+        settings = ['ignore.pixart=["adaln_single.*", "caption_projection.*", "proj_out"]', "quantize_outputs={}"]
         statistics = Statistics.load(tmp_path / "statistics.safetensors")
         plan = quantize(model, load_recipe("int8", settings), statistics)
     spare = next(layer for layer in plan.layers if layer.name.endswith("attn1.to_q.spare"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qdiff.errors import InputError, IntegrityError
-from qdiff.nn.quant_linear import TimestepClock
+from qdiff.nn.quant_linear import TimestepIndex
 from qdiff.quantization.block_walk import BlockWalk
 from qdiff.quantization.quantize import quantize
 from qdiff.recipes import load_recipe
@@ -75,7 +75,7 @@ def test_a_block_is_fitted_on_what_the_quantized_model_gives_it(tiny, recorded, 
 
 def test_a_walk_knows_the_mean_of_each_tokens_picture_where_no_padding_is_among_them(tiny, recorded):
     model, (trajectory, statistics) = tiny(), recorded
-    walk = BlockWalk(model, TimestepClock(), trajectory, statistics.timesteps, 64)
+    walk = BlockWalk(model, TimestepIndex(), trajectory, statistics.timesteps, 64)
     first = walk.blocks[0]
     seen = walk.observe(first, statistics.inputs)
     read, text = seen[f"{first}.attn1.to_q"], seen[f"{first}.attn2.to_k"]

@@ -16,7 +16,7 @@ from qdiff.recording.activation_statistics import Statistics
 from qdiff.recording.trajectory import Trajectory
 from qdiff.runs.partial import Scratch
 
-BASE = ["sequential=null", "methods={}", "outputs={}"]
+BASE = ["sequential=null", "methods={}", "quantize_outputs={}"]
 
 
 @pytest.fixture

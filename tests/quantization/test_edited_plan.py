@@ -110,8 +110,8 @@ def test_an_edit_in_place_is_told_and_carried_out(cli, spoilt):
 
     tensors = load_file(spoilt / "model.safetensors")
     assert f"{BLOCK}.ff.net.2.codes" not in tensors and tensors[f"{BLOCK}.ff.net.2.weight"].dtype == torch.float16
-    assert {f"{proj.name}.codes", f"{QKV[0]}.timestep_scale", f"{QKV[0]}.output_scale"} <= tensors.keys()
-    assert not {f"{BLOCK}.attn2.to_q.output_scale", f"{BLOCK}.attn1.to_out.0.multiplier"} & tensors.keys()
+    assert {f"{proj.name}.codes", f"{QKV[0]}.timestep_scales", f"{QKV[0]}.output_scale"} <= tensors.keys()
+    assert not {f"{BLOCK}.attn2.to_q.output_scale", f"{BLOCK}.attn1.to_out.0.input_multiplier"} & tensors.keys()
     load_quantized(Plan.load(path), spoilt / "model.safetensors")
     again = cli("quantize", spoilt, "--plan", path)
     assert "done already" in again.err and planned(spoilt) == new
@@ -161,13 +161,13 @@ def test_by_token_and_weights_alone(tiny, statistics, before):
     model, edited = tiny(), before.model_copy(deep=True)
     for entry in edited.layers:
         if entry.name in QKV:
-            entry.by_token = True
+            entry.per_token = True
         if entry.name.startswith(f"{BLOCK}.ff"):
             entry.activations = "float16"
     settled = edited_plan.settle(edited, model, statistics, before, Path("edited.json"))
     new = {entry.name: entry for entry in quantize_as_planned(model, settled, statistics).layers}
     proj = new[f"{BLOCK}.ff.net.0.proj"]
-    assert new[QKV[0]].why == "set by hand: by_token true (was false)" and new[QKV[0]].by_token
+    assert new[QKV[0]].why == "set by hand: per_token true (was false)" and new[QKV[0]].per_token
     assert proj.why == "set by hand: activations float16 (was int8)" and proj.quantized
     old = {entry.name: entry.sqnr_db for entry in before.layers}
     assert new[proj.name].sqnr_db > old[proj.name] + 1, "half of the noise is gone"
@@ -209,16 +209,16 @@ WISHES: dict[str, tuple[Callable[[Json], Any], str]] = {
         f"{QKV[0]}: int4_g64 has blocks of 64, and 32 columns",
     ),
     "another kept": (
-        lambda plan: plan.update(kept="bfloat16"),
-        "proj_out: weights is float16, but this plan's kept is",
+        lambda plan: plan.update(storage_dtype="bfloat16"),
+        "proj_out: weights is float16, but this plan's storage_dtype is",
     ),
-    "float32": (lambda plan: change(plan, QKV, weights="float32", activations="float32"), "kept is float16"),
+    "float32": (lambda plan: change(plan, QKV, weights="float32", activations="float32"), "storage_dtype is float16"),
     "smoothing": (lambda plan: change(plan, QKV, smoothing=1.5), "smoothing is 1.5; it is null, or above 0"),
     "no number": (lambda plan: change(plan, QKV, smoothing=float("nan")), "smoothing is NaN"),
     "clip": (lambda plan: change(plan, QKV, clip=0), "clip is 0.0; it is above 0"),
-    "token": (lambda plan: change(plan, QKV, activations="float16", by_token=True), "have no scale by token"),
+    "token": (lambda plan: change(plan, QKV, activations="float16", per_token=True), "have no scale per token"),
     "no range": (
-        lambda plan: change(plan, QKV, by_token=True, timestep_scales=True),
+        lambda plan: change(plan, QKV, per_token=True, timestep_scales=True),
         "no constant scale that it could",
     ),
     "a method's": (lambda plan: change(plan, QKV, rotation=16), "rotation is 16, which only a recipe can do"),
@@ -254,7 +254,7 @@ def test_what_is_refused_costs_nothing(fails, finished, spoilt, edit, tmp_path):
     fails(3, "No such file", "quantize", spoilt, "--plan", tmp_path / "none.json", "--force")
     (tmp_path / "cut.json").write_bytes((finished.path / "plan.json").read_bytes()[:-50])
     fails(3, "not valid JSON", "quantize", spoilt, "--plan", tmp_path / "cut.json", "--force")
-    for other in (["--recipe", "my.yaml"], ["--set", "kept=bfloat16"]):
+    for other in (["--recipe", "my.yaml"], ["--set", "storage_dtype=bfloat16"]):
         fails(2, "--plan holds every decision", "quantize", spoilt, "--plan", spoilt / "plan.json", *other)
     assert kept == {path: path.read_bytes() for path in spoilt.rglob("*") if path.is_file()}
 
@@ -269,7 +269,7 @@ def test_a_dry_run_shows_the_edit(cli, finished, edit):
 
 
 @pytest.mark.parametrize(
-    "wish", [{"by_token": True}, {"weights": "nvfp4", "activations": "nvfp4"}], ids=["token", "blocks"]
+    "wish", [{"per_token": True}, {"weights": "nvfp4", "activations": "nvfp4"}], ids=["token", "blocks"]
 )
 def test_a_convolution_reads_windows(wish):
     settings: Json = {"weights": "int8", "activations": "int8", **wish}

@@ -9,8 +9,8 @@ import torch
 
 from qdiff.plan.plan import Plan
 from qdiff.quantization.checkpoint import load_quantized
-from qdiff.quantization.kept import half_layer
 from qdiff.quantization.layer_plans import kept_entry
+from qdiff.quantization.storage import half_layer
 from qdiff.recording.magnitude import Magnitude
 from qdiff.runs.run import Run
 

@@ -10,10 +10,10 @@ import torch
 from qdiff.errors import InputError
 from qdiff.formats import scales as numerics
 from qdiff.formats.table import format_named
-from qdiff.methods import Problem
+from qdiff.methods import LayerGroup
 from qdiff.methods.base import LARGEST_STRETCH
 from qdiff.nn import ops
-from qdiff.nn.quant_linear import LinearForm, QuantLinear
+from qdiff.nn.quant_linear import QuantLinear, QuantLinearConfig
 from qdiff.quantization.checkpoint import load_quantized, save_quantized
 from qdiff.quantization.edited_plan import settle
 from qdiff.quantization.learned_input_scales import LearnedInputScale
@@ -61,7 +61,7 @@ def test_outside_of_the_range_the_gradient_is_the_difference_quotient():
 @pytest.mark.parametrize("spoilt", [0.25, 6.0])
 def test_a_spoilt_scale_comes_back_to_where_the_error_is_smallest(spoilt):
     """Two layers that read one tensor: both compute with the one scale, also where it does not begin well."""
-    layers = [QuantLinear(LinearForm(8, 8, False, "int8", "int4")) for _ in range(2)]
+    layers = [QuantLinear(QuantLinearConfig(8, 8, False, "int8", "int4")) for _ in range(2)]
     x = randn(1024, 8)
     best = min((0.1 + 0.01 * k for k in range(90)), key=lambda s: float((on_four_bits(x, s) - x).square().mean()))
     for layer in layers:
@@ -84,9 +84,9 @@ def on_four_bits(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def test_scales_stay_positive_and_finite_wherever_the_variable_goes():
-    layer = QuantLinear(LinearForm(8, 8, False, "int8", "int8", timesteps=2))
+    layer = QuantLinear(QuantLinearConfig(8, 8, False, "int8", "int8", timesteps=2))
     for table in (False, True):
-        layer.timestep_scale = torch.ones(2) if table else None
+        layer.timestep_scales = torch.ones(2) if table else None
         learned = LearnedInputScale([layer])
         for end in (-1e3, 1e3):
             with torch.no_grad():
@@ -98,8 +98,8 @@ def test_scales_stay_positive_and_finite_wherever_the_variable_goes():
 
 def spoil(monkeypatch, factor: float) -> None:
     """Makes ranges too wide, so that codes are wasted, or too narrow, so that much is cut off."""
-    ranges = Problem.ranges
-    monkeypatch.setattr(Problem, "ranges", lambda self, solution: ranges(self, solution) * factor)
+    ranges = LayerGroup.ranges
+    monkeypatch.setattr(LayerGroup, "ranges", lambda self, decisions: ranges(self, decisions) * factor)
 
 
 def learning(iterations: int = 60, rate: float = 0.05, recipe_methods: str = "{}", **options: object) -> list[str]:
@@ -151,7 +151,7 @@ def test_spoilt_scales_are_learned_on_unseen_calls_too(tiny, recorded, monkeypat
     inside = [layer for layer in plan.quantized if layer.name.startswith("transformer_blocks")]
     assert {layer.input_scale_rule for layer in inside} == {"learned"}
     assert all("; lsq: block " in layer.why and layer.methods[-1] == "lsq" for layer in inside)
-    name = "input_scale" if methods == "{}" else "timestep_scale"
+    name = "input_scale" if methods == "{}" else "timestep_scales"
     values = {layer.name: state[f"{layer.name}.{name}"] for layer in inside}
     assert all((value > 0).all() and torch.equal(value, numerics.to_half_grid(value)) for value in values.values())
     query, key, value = (values[f"transformer_blocks.1.attn1.{part}"] for part in ("to_q", "to_k", "to_v"))

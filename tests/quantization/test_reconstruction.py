@@ -15,7 +15,7 @@ from qdiff.methods import RECONSTRUCTIONS, check_reconstruction
 from qdiff.methods.adaround import RoundedUpOrDown
 from qdiff.methods.flexround import Divided
 from qdiff.methods.learned import candidates, code_values
-from qdiff.nn.quant_linear import QuantLinear, TimestepClock
+from qdiff.nn.quant_linear import QuantLinear, TimestepIndex
 from qdiff.quantization import reconstruction
 from qdiff.quantization.block_walk import BlockWalk
 from qdiff.quantization.edited_plan import settle
@@ -256,7 +256,7 @@ def test_what_is_judged_is_what_the_model_then_computes(tiny, recorded, monkeypa
 
 @pytest.mark.parametrize("recipe", ["int8", "w4a8", "nvfp4-svd"])
 def test_every_form_of_activations_is_trained_through(tiny, recorded, recipe):
-    """Static with scales by timestep and quantized outputs, by token, run-time blocks with a low-rank branch."""
+    """Static with scales by timestep and quantized outputs, per token, run-time blocks with a low-rank branch."""
     extra = {"nvfp4-svd": ["methods.low_rank.rank=2"], "w4a8": ["scheme.weights=int4_g32"]}.get(recipe, [])
     plan, _ = run(tiny(), recorded, [*extra, *settings("adaround", 6, rate=0.05)], recipe=recipe)
     assert all("on held-out calls" in layer.why for layer in plan.quantized)
@@ -311,7 +311,7 @@ def test_the_target_is_the_float_models_block_on_the_float_prefix(tiny, recorded
 
 def test_calls_of_other_prompts_are_held_out(tiny, recorded):
     trajectory, statistics = recorded
-    walk = BlockWalk(tiny(), TimestepClock(), trajectory, statistics.timesteps, 64)
+    walk = BlockWalk(tiny(), TimestepIndex(), trajectory, statistics.timesteps, 64)
     fitting, held = split(walk.calls)
     assert {walk.calls[n].shard for n in fitting} == {0} and {walk.calls[n].shard for n in held} == {1}
     assert sorted(fitting + held) == list(range(len(walk.calls)))

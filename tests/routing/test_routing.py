@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.allocation import routed as decide
+from qdiff.allocation import routed
 from qdiff.allocation.block_errors import Measured
 from qdiff.allocation.route_predictor import fit, threshold
-from qdiff.allocation.route_table import Costs, solve
+from qdiff.allocation.route_table import Costs, solve_routes
 from qdiff.errors import InputError
 from qdiff.plan.recipe import Routing
 from qdiff.plan.routing_plan import REUSE, Predictor, ReusePlan, RoutedBlock, RoutingPlan
-from qdiff.routing.blocks import BranchedBlock, Switchboard, install_branches
+from qdiff.routing.blocks import BranchedBlock, BranchState, install_branches
 from qdiff.routing.router import REMEMBERED, Router
 
 
@@ -44,13 +44,13 @@ def test_the_table_is_the_best_there_is(routed, budget):
 
     tables = (torch.tensor(each).reshape(blocks, steps) for each in product((0, 1), repeat=blocks * steps))
     best = min(error(table) for table in tables if allowed(table))
-    found = solve(errors, costs, budget, routed)
+    found = solve_routes(errors, costs, budget, routed)
     assert allowed(found) and error(found) == pytest.approx(best, rel=1e-4)
 
 
 def test_a_budget_below_the_cheap_branches_is_refused():
     with pytest.raises(InputError, match="below 4.5"):
-        solve(randn(2, 2, 2).square(), costs_for(2), 4.4, 2)
+        solve_routes(randn(2, 2, 2).square(), costs_for(2), 4.4, 2)
 
 
 def test_a_line_is_found_and_judged_on_other_prompts():
@@ -154,44 +154,50 @@ class Block(nn.Module):
 
 
 def test_a_block_takes_its_route_and_says_what_it_changed():
-    board = Switchboard(1)
-    board.caching = True
-    block = BranchedBlock([Block(1.0), Block(2.0)], 0, board)
+    branch_state = BranchState(1)
+    branch_state.caching = True
+    block = BranchedBlock([Block(1.0), Block(2.0)], 0, branch_state)
     states, shift = torch.ones(2, 4, 3), torch.zeros(3)
     outputs = []
     for route in (0, 1):
-        board.routes = [route]
+        branch_state.routes = [route]
         outputs.append(block(states, shift))
-        assert torch.equal(board.changes(), torch.full((1, 2), float(route + 1)))
-    assert torch.equal(outputs[1], 3 * states) and bool((board.drifts() > 1e6).all()), "there was no delta before"
-    board.deltas = board.new_deltas()
-    board.routes = [REUSE]
-    assert torch.equal(block(10 * states, shift), 12 * states) and not bool(board.drifts().any())
-    board.routes = [0]
+        assert torch.equal(branch_state.changes(), torch.full((1, 2), float(route + 1)))
+    assert torch.equal(outputs[1], 3 * states) and bool((branch_state.drifts() > 1e6).all()), (
+        "there was no delta before"
+    )
+    branch_state.deltas = branch_state.new_deltas()
+    branch_state.routes = [REUSE]
+    assert torch.equal(block(10 * states, shift), 12 * states) and not bool(branch_state.drifts().any())
+    branch_state.routes = [0]
     assert torch.equal(block(states, shift), outputs[0])
-    assert torch.equal(board.drifts(), torch.full((1, 2), 0.5)), "a delta of 1 where it was 2"
+    assert torch.equal(branch_state.drifts(), torch.full((1, 2), 0.5)), "a delta of 1 where it was 2"
 
 
 def test_branches_are_copies_of_a_block_that_is_there():
     model = nn.ModuleDict({"blocks": nn.ModuleList([Block(1.0), Block(1.0)])})
-    board = install_branches(model, {"blocks.1": 2})
-    assert isinstance(model["blocks"][1], BranchedBlock) and len(model["blocks"][1].branches) == 2 and board.blocks == 1
+    branch_state = install_branches(model, {"blocks.1": 2})
+    assert (
+        isinstance(model["blocks"][1], BranchedBlock)
+        and len(model["blocks"][1].branches) == 2
+        and branch_state.blocks == 1
+    )
     with pytest.raises(InputError, match=r"no block 'blocks.7'"):
         install_branches(model, {"blocks.7": 2})
 
 
-class Court:
+class PlanScorer:
     """Whose pictures have an error of 1e-5, and of ``together`` times ``influence`` more where blocks err."""
 
     def __init__(self, together, influence):
         self.together, self.influence, self.heard = together, influence, []
 
-    def hear(self, name, plan, disturbed=None):
+    def score(self, name, plan, disturbed=None):
         error = 1e-5
         if disturbed is not None:
             self.heard.append(disturbed)
             error += float(self.together[disturbed] * self.influence[disturbed])
-        return decide.Tried(name, 0.0, -10 * torch.tensor(error).log10().item())
+        return routed.ScoredPlan(name, 0.0, -10 * torch.tensor(error).log10().item())
 
 
 @pytest.mark.parametrize("steps", [1, 6, 20, 21, 50])
@@ -202,11 +208,11 @@ def test_influence_is_what_is_left_in_pictures_of_the_error_of_a_prediction(step
     measured = Measured(
         list(range(steps, 0, -1)), nothing, nothing, nothing, nothing, nothing[..., 0], together, torch.zeros(1)
     )
-    court = Court(together, truth)
-    found = decide.influence(Routing(recipes=["int8"], reuse={"loss_db": 0.3}), ["a"], measured, court)
+    scorer = PlanScorer(together, truth)
+    found = routed.influence(Routing(recipes=["int8"], reuse={"loss_db": 0.3}), ["a"], measured, scorer)
     torch.testing.assert_close(found, truth / truth.mean(), rtol=1e-3, atol=0)
-    assert len(court.heard) == (steps if steps <= 20 else decide.MEASURED_STEPS)
-    assert court.heard[-min(steps, 4) :] == list(range(steps))[-4:]
+    assert len(scorer.heard) == (steps if steps <= 20 else routed.MEASURED_STEPS)
+    assert scorer.heard[-min(steps, 4) :] == list(range(steps))[-4:]
 
 
 def test_errors_of_branches_are_those_of_the_whole_model_with_one_block_exchanged(tiny):

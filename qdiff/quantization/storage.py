@@ -30,9 +30,9 @@ def half_layer(plan: LayerPlan, layer: nn.Linear | nn.Conv2d) -> nn.Module:
     return module
 
 
-def round_kept(backbone: nn.Module, kept: str) -> None:
+def round_to_storage(backbone: nn.Module, storage_dtype: str) -> None:
     """Rounds the parameters outside linear layers to the storage they get, so that this model equals the loaded one."""
     linear = {id(parameter) for layer in quantizable_layers(backbone).values() for parameter in layer.parameters()}
     for parameter in backbone.parameters():
         if id(parameter) not in linear:
-            parameter.data = scales.to_storage(parameter.data, kept).float()
+            parameter.data = scales.to_storage(parameter.data, storage_dtype).float()
