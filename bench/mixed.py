@@ -80,7 +80,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from qdiff.runs.run import Run
     from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
     from qdiff.stages.decisions import ByBudget, measured
-    from qdiff.stages.judging import judge_of
+    from qdiff.stages.picture_scores import picture_score_of
 
     run = Run(work / "run")
     calibrate(run, CalibrateOptions(model=options.model))
@@ -90,7 +90,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     candidates = Candidates(model, recipe, statistics)
     trajectory = Trajectory(run.file("calibration"))
     found = measured(run, model, candidates, trajectory, ByBudget(recipe, run).measured_inputs())
-    judge = judge_of(run, model, candidates.backbone, default_prompts(options.pictures, SEED), SEED)
+    judge = picture_score_of(run, model, candidates.backbone, default_prompts(options.pictures, SEED), SEED)
     costs, _ = costs_of("bits", candidates, found, None)
 
     def row(name: str, choice: Tensor) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class AttentionCalibration:
     def _choose_orders(self) -> dict[str, Tensor]:
         needed: dict[str, Tensor] = {}
 
-        def look(layer: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+        def observe(layer: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             need = torch.stack(
                 [
                     torch.stack([self._needed(q[sample, head], k[sample, head]) for head in range(q.shape[1])])
@@ -194,7 +194,7 @@ class AttentionCalibration:
             needed[layer] = needed.get(layer, 0) + need
 
         for _, step in self._middle():
-            self._replay(step, look)
+            self._replay(step, observe)
         return {"choice": torch.stack([needed[layer].argmin(dim=1) for layer in self.layers])}
 
     def _needed(self, q: Tensor, k: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class AttentionCalibration:
         for shard in self.shards:
             for group, steps in enumerate(shard):
 
-                def look(layer: str, q: Tensor, k: Tensor, v: Tensor, group: int) -> None:
+                def observe(layer: str, q: Tensor, k: Tensor, v: Tensor, group: int) -> None:
                     number = self.layers.index(layer)
                     order = self._stacked(orders[number])
                     rows, columns = tiling.places(order, tiling.block_q), tiling.places(order, tiling.block_k)
@@ -238,7 +238,7 @@ class AttentionCalibration:
                             torch.maximum(mass[group, number, head], found, out=mass[group, number, head])
 
                 for step in steps:
-                    self._replay(step, functools.partial(look, group=group))
+                    self._replay(step, functools.partial(observe, group=group))
         return {"mass": mass}
 
     def _block_mass(self, q: Tensor, k: Tensor, empty: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class AttentionCalibration:
         errors = torch.zeros(self.groups, len(self.layers), self.heads, len(options))
         numerics = NUMERICS["float"]
 
-        def look(layer: str, q: Tensor, k: Tensor, v: Tensor, group: int) -> None:
+        def observe(layer: str, q: Tensor, k: Tensor, v: Tensor, group: int) -> None:
             number = self.layers.index(layer)
             projection = self.model.backbone.get_submodule(layer).to_out[0].weight.float()  # type: ignore[index,union-attr]
             size = q.shape[-1]
@@ -291,7 +291,7 @@ class AttentionCalibration:
                     errors[group, number, head, place] = ((change @ gram) * change).sum() / energy
 
         for group, step in self._middle():
-            self._replay(step, functools.partial(look, group=group))
+            self._replay(step, functools.partial(observe, group=group))
         return {"errors": errors}
 
     def _weights(self, orders: list[list[str]], mass: Tensor, options: list[int], errors: Tensor) -> dict[str, Tensor]:

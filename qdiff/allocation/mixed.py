@@ -31,7 +31,7 @@ HEADER_BYTES = 100  # what safetensors' header spends on one tensor, about
 FRONTIER = 7  # budgets between the cheapest and the dearest plan that are drawn
 
 Time = Callable[[nn.Module, LayerPlan, list[int]], float]  # milliseconds of a layer on an input of that shape
-Judge = Callable[[], float]  # mean PSNR in dB of the pictures that the candidates' backbone makes now
+PictureScore = Callable[[], float]  # mean PSNR in dB of the pictures that the candidates' backbone makes now
 
 
 @dataclass
@@ -97,7 +97,7 @@ def decide_formats(
     family: str,
     candidates: Candidates,
     sensitivity: Sensitivity,
-    judge: Judge | None,
+    score: PictureScore | None,
     branches: int = 1,
     time: Time | None = None,
 ) -> Allocation:
@@ -107,7 +107,7 @@ def decide_formats(
         family: whose minimum formats hold.
         branches: samples that one picture puts into a call: 2 with guidance.
         time: measures a layer, for a budget of milliseconds on a device without published rates.
-        judge: called with a plan put into the candidates' backbone; ``None``: the solver's first solution is taken unseen.
+        score: called with a plan put into the candidates' backbone; ``None``: the solver's first solution is taken unseen.
 
     Raises:
         InputError: a budget that no plan meets, a pattern of ``minimum`` that matches nothing, an unknown device.
@@ -119,7 +119,7 @@ def decide_formats(
     measured = sensitivity.table()
     errors = measured.masked_fill(~allowed, math.inf)
 
-    def look(weighting: str, choice: Tensor) -> Solution:
+    def solution_of(weighting: str, choice: Tensor) -> Solution:
         return Solution(
             weighting,
             choice.tolist(),
@@ -130,22 +130,22 @@ def decide_formats(
     seen: set[tuple[int, ...]] = set()
     for weighting, table in sensitivity.tables().items():
         table = table.masked_fill(~allowed, math.inf)
-        for choice in knapsack.best(table, costs, budget - fixed, mixed.best if judge else 1, fixed):
+        for choice in knapsack.best(table, costs, budget - fixed, mixed.best if score else 1, fixed):
             if tuple(choice.tolist()) not in seen:
                 seen.add(tuple(choice.tolist()))
-                made.solutions.append(look(weighting, choice))
-        if judge is None:
+                made.solutions.append(solution_of(weighting, choice))
+        if score is None:
             break
     for format, name in enumerate(candidates.names):
         choice = torch.full((len(costs),), format)
         if bool(measured.gather(1, choice[:, None]).isfinite().all()):
-            made.uniform.append(look(name, choice))
-    if judge is None:
+            made.uniform.append(solution_of(name, choice))
+    if score is None:
         return made
     least, most = knapsack.cheapest(errors, costs), knapsack.total(costs, errors.argmin(dim=1))
     for share in torch.linspace(0, 1, FRONTIER).tolist():
         within = least + share * (most - least)
-        made.frontier.append(look("even", knapsack.allocate(errors, costs, within)))
+        made.frontier.append(solution_of("even", knapsack.allocate(errors, costs, within)))
     everything = [*made.solutions, *made.uniform, *made.frontier]
     with Progress("pictures of plans", len(everything)) as progress:
         known: dict[tuple[int, ...], float] = {}
@@ -153,7 +153,7 @@ def decide_formats(
             key = tuple(solution.formats)
             if key not in known:
                 candidates.put_all(solution.formats)
-                known[key] = judge()
+                known[key] = score()
             solution.psnr_db = known[key]
             progress.advance()
     made.chosen = max(range(len(made.solutions)), key=lambda index: made.solutions[index].psnr_db or 0.0)

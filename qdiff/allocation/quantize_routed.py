@@ -43,14 +43,14 @@ def quantize_routed(
     statistics: Statistics,
     trajectory: Trajectory,
     scratch: Scratch,
-    judge_of: Callable[[nn.Module], Callable[[], float]],
+    picture_score_of: Callable[[nn.Module], Callable[[], float]],
     guided: bool,
 ) -> Routed:
     """Quantizes ``model.backbone`` by every recipe, decides about routes, and puts the branches that are needed in its place.
 
     Args:
         model: its backbone is replaced.
-        judge_of: for a backbone, what tells the mean PSNR in dB of the pictures that it makes.
+        picture_score_of: for a backbone, what tells the mean PSNR in dB of the pictures that it makes.
         guided: whether every prompt is twice in the recorded batches.
 
     Raises:
@@ -75,7 +75,7 @@ def quantize_routed(
     )
     following = follow(model.family, backbone, start)
     branch_state.caching = recipe.routing.reuse is not None
-    scorer = PlanScorer(following.router, judge_of(backbone), costs)
+    scorer = PlanScorer(following.router, picture_score_of(backbone), costs)
     chosen, decision = decide_routes(recipe.routing, blocks, found, costs, scorer)
     routing, kept = reduced(chosen, recipe.routing.recipes)
     following.stop()

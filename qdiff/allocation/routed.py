@@ -86,12 +86,12 @@ class PlanScorer:
 
     Args:
         router: of the backbone that makes them, whose blocks have all branches.
-        judge: mean PSNR of the pictures that the backbone makes now.
+        score_pictures: mean PSNR of the pictures that the backbone makes now.
         costs: of the branches.
     """
 
     router: Router
-    judge: Callable[[], float]
+    score_pictures: Callable[[], float]
     costs: Costs
 
     def score(self, name: str, plan: RoutingPlan, disturbed: int | None = None) -> ScoredPlan:
@@ -102,7 +102,7 @@ class PlanScorer:
         """
         self.router.plan, self.router.disturbed, self.router.record = plan, disturbed, True
         self.router.forget()
-        psnr = self.judge()
+        psnr = self.score_pictures()
         spent = evaluated = 0.0
         for _, routes in self.router.history:
             for index, route in enumerate(routes):

@@ -53,7 +53,9 @@ CONTENT = (
     "*.ffn.*",
 )  # layers that decide what a picture shows, where the others decide how well (MixDQ)
 
-Look = Callable[[], tuple[float, float]]  # squared error and loss of structure of pictures that a backbone makes now
+PictureErrors = Callable[
+    [], tuple[float, float]
+]  # squared error and loss of structure of pictures that a backbone makes now
 
 
 @dataclass
@@ -156,7 +158,7 @@ def measure_sensitivity(
     trajectory: Trajectory,
     calls: int,
     scratch: Scratch,
-    look: Look | None = None,
+    picture_errors: PictureErrors | None = None,
 ) -> Sensitivity:
     """Puts every group into every format, one at a time, and calls the backbone, several groups side by side
     (:mod:`qdiff.parallel`).
@@ -165,7 +167,7 @@ def measure_sensitivity(
         model: float; its backbone is not changed.
         calls: how many recorded calls are looked at; 0: errors are estimated.
         scratch: where finished groups are kept, so that a killed measurement goes on with the next.
-        look: compares the pictures that the candidates' backbone makes with the float model's.
+        picture_errors: compares the pictures that the candidates' backbone makes with the float model's.
     """
     steps = spread(trajectory, calls or PROBES)
     with torch.inference_mode():
@@ -174,7 +176,7 @@ def measure_sensitivity(
     steps = steps if calls else []
     with torch.inference_mode():
         reference = [model.family.call(model.backbone, step.inputs).float() for step in steps]
-    groups = list(candidates.groups) if calls or look else []
+    groups = list(candidates.groups) if calls or picture_errors else []
 
     def rows_of(index: int) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {"errors": [], "pictures": [], "structure": []}
@@ -186,7 +188,7 @@ def measure_sensitivity(
                 with torch.inference_mode():
                     pairs = zip(steps, reference, strict=True)
                     errors = [_error(model, candidates.backbone, step, goal) for step, goal in pairs]
-                changes = look() if look is not None else changes
+                changes = picture_errors() if picture_errors is not None else changes
             for name, value in zip(made, (errors, *changes), strict=True):
                 made[name].append(value)
         candidates.put(groups[index], FLOAT)
@@ -214,7 +216,9 @@ def measure_sensitivity(
         tokens=[size[0] for size in sizes],
         shapes=[size[1] for size in sizes],
         proxies=proxies,
-        pictures={} if look is None else {name: [rows[name] for rows in found] for name in ("pictures", "structure")},
+        pictures={}
+        if picture_errors is None
+        else {name: [rows[name] for rows in found] for name in ("pictures", "structure")},
     )
 
 

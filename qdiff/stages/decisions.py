@@ -13,13 +13,13 @@ from qdiff.files import sha256_json, write_json
 from qdiff.recipes import members_of, versions_of
 from qdiff.runs.partial import Scratch
 from qdiff.stages.calibrate import options_of
-from qdiff.stages.judging import look_of, pictures_judge
+from qdiff.stages.picture_scores import picture_errors_of, picture_score
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qdiff.allocation.candidates import Candidates
-    from qdiff.allocation.mixed import Allocation, Judge
+    from qdiff.allocation.mixed import Allocation, PictureScore
     from qdiff.allocation.sensitivity import Sensitivity
     from qdiff.models.base import Model
     from qdiff.plan.plan import Plan
@@ -240,16 +240,16 @@ class ByBudget:
         from qdiff.plan.devices import MEASURED_ON
 
         assert self.recipe.mixed is not None
-        calibrated, judge = options_of(self.run), None
+        calibrated, score = options_of(self.run), None
         if count := self.recipe.mixed.pictures:
-            judge = pictures_judge(self.run, model, candidates.backbone, count)
+            score = picture_score(self.run, model, candidates.backbone, count)
         branches = 2 if model.guided(calibrated.guidance) else 1
         time, device = None, self.recipe.mixed.device
         if "latency" in self.recipe.mixed.budget and device in MEASURED_ON:
             from qdiff.stages.layer_times import LayerTimes
 
             time = LayerTimes(device)
-        return decide_formats(self.recipe.mixed, model.family.name, candidates, table, judge, branches, time)
+        return decide_formats(self.recipe.mixed, model.family.name, candidates, table, score, branches, time)
 
     def check_size(self, packed: int) -> None:
         """Says when a checkpoint came out larger than a budget in bytes: the budget is kept by an estimate."""
@@ -305,16 +305,16 @@ class ByRouting:
             drafted.statistics,
             context.trajectory,
             context.scratch,
-            lambda backbone: self._judge(model, backbone),
+            lambda backbone: self._score(model, backbone),
             guided=model.guided(calibrated.guidance),
         )
         context.complete()
         write_json(context.work.output(self.run.file(ROUTING)), made.decision.to_json())
         return made.plan
 
-    def _judge(self, model: Model, backbone: nn.Module) -> Judge:
+    def _score(self, model: Model, backbone: nn.Module) -> PictureScore:
         assert self.recipe.routing is not None
-        return pictures_judge(self.run, model, backbone, self.recipe.routing.pictures)
+        return picture_score(self.run, model, backbone, self.recipe.routing.pictures)
 
 
 def measured(
@@ -332,8 +332,8 @@ def measured(
     if found is not None:
         return Sensitivity(**found[1])
     probes = depends_on["probes"]
-    look = look_of(run, model, candidates.backbone, probes) if probes else None
-    table = measure_sensitivity(model, candidates, trajectory, depends_on["calls"], scratch, look)
+    errors = picture_errors_of(run, model, candidates.backbone, probes) if probes else None
+    table = measure_sensitivity(model, candidates, trajectory, depends_on["calls"], scratch, errors)
     scratch.clear()
     scratch.save("table", {}, asdict(table))
     return table

@@ -81,7 +81,7 @@ def test_a_candidate_that_breaks_is_the_worst_and_not_the_end(tiny, recorded):
     import copy
 
     from qdiff.runs.run import Run
-    from qdiff.stages.judging import comparison
+    from qdiff.stages.picture_scores import comparison
 
     model = tiny()
     candidate = copy.deepcopy(model.backbone)

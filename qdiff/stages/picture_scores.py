@@ -12,8 +12,8 @@ from qdiff.stages.calibrate import options_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qdiff.allocation.mixed import Judge
-    from qdiff.allocation.sensitivity import Look
+    from qdiff.allocation.mixed import PictureScore
+    from qdiff.allocation.sensitivity import PictureErrors
     from qdiff.evaluation.metrics import PairedQuality
     from qdiff.models.base import Model
     from qdiff.runs.run import Run
@@ -22,21 +22,21 @@ PLAN_SEED = 20_000  # of the pictures that decide between plans: neither calibra
 LOOK_SEED = 25_000  # of the pictures that tell what a group does to them
 
 
-def pictures_judge(run: Run, model: Model, backbone: nn.Module, count: int) -> Judge:
-    """:func:`judge_of` with ``count`` of the calibration's prompts, on seeds of its own."""
-    return judge_of(run, model, backbone, _prompts(run, count), PLAN_SEED + options_of(run).seed)
+def picture_score(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureScore:
+    """:func:`picture_score_of` with ``count`` of the calibration's prompts, on seeds of its own."""
+    return picture_score_of(run, model, backbone, _prompts(run, count), PLAN_SEED + options_of(run).seed)
 
 
-def look_of(run: Run, model: Model, backbone: nn.Module, count: int) -> Look:
+def picture_errors_of(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureErrors:
     """Squared error and loss of structure of ``count`` pictures, of the calibration's prompts on seeds of their own."""
     compare = comparison(run, model, backbone, _prompts(run, count), LOOK_SEED + options_of(run).seed)
 
-    def look() -> tuple[float, float]:
+    def picture_errors() -> tuple[float, float]:
         found = compare()
         errors = [10 ** (-image.psnr_db / 10) for image in found.per_image]
         return sum(errors) / len(errors), 1.0 - found.ssim_mean
 
-    return look
+    return picture_errors
 
 
 def _prompts(run: Run, count: int) -> list[str]:
@@ -44,7 +44,7 @@ def _prompts(run: Run, count: int) -> list[str]:
     return [lines[index % len(lines)] for index in range(count)]
 
 
-def judge_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> Judge:
+def picture_score_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> PictureScore:
     """Mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
     compare = comparison(run, model, candidate, prompts, seed)
     return lambda: compare().psnr_db_mean
