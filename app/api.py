@@ -22,7 +22,7 @@ from qdiff.errors import InputError
 
 
 def names_of(value: Any) -> list[str]:
-    """Engines that a caller names.
+    """Return engines that a caller names.
 
     Raises:
         InputError: something other than a list of texts.
@@ -33,7 +33,7 @@ def names_of(value: Any) -> list[str]:
 
 
 def add(service: Service) -> None:
-    """Registers the endpoints in the blocks that are being built."""
+    """Register the endpoints in the blocks that are being built."""
     import gradio as gr
     from gradio.processing_utils import save_file_to_cache
     from gradio.utils import get_upload_folder
@@ -59,7 +59,8 @@ def add(service: Service) -> None:
         guidance: float | None = None, seed: int | None = None, width: int | None = None, height: int | None = None,
         pictures: int = 1, frames: int | None = None, request: gr.Request | None = None,
     ) -> dict:  # fmt: skip
-        """Draws pictures or clips. Empty and null mean the model's own; the answer has the settings used and the files."""
+        """Draw pictures or clips. Empty and null mean the model's own; the answer has the settings used and the
+        files."""
         try:
             if isinstance(guidance, int) and not isinstance(guidance, bool) and abs(guidance) < 2**53:
                 guidance = float(guidance)
@@ -77,7 +78,7 @@ def add(service: Service) -> None:
         prompt: str, model: str = "", engines: list[str] | None = None, steps: int | None = None, seed: int | None = None,
         request: gr.Request | None = None,
     ) -> dict:  # fmt: skip
-        """Draws the same picture with the float model and with engines (default: the fastest); PSNR is against float."""
+        """Draw the same picture with the float model and with engines (default: the fastest); PSNR is against float."""
         try:
             settings = Settings.make(prompt=prompt, model=model, steps=steps, seed=seed)
             rows = await run(service.compare(settings, names_of(engines or []), client_of(request)))
@@ -86,7 +87,7 @@ def add(service: Service) -> None:
             raise alert(service, error) from None
 
     def models() -> list:
-        """Every model with its engines, and why an engine cannot run here."""
+        """Return every model with its engines, and why an engine cannot run here."""
         return [
             {
                 "name": source.name, "title": source.title, "family": source.weights.family, "quantized": source.quantized,
@@ -96,11 +97,11 @@ def add(service: Service) -> None:
         ]  # fmt: skip
 
     def cancel(request: gr.Request) -> int:
-        """Ends what this client has in work; how many jobs that were."""
+        """End what this client has in work; how many jobs that were."""
         return service.cancel(client_of(request))
 
     def build(model: str, recipe: str = "int8", budget: str = "quick", engines: list[str] | None = None) -> dict:
-        """Begins to calibrate and build; one at a time."""
+        """Begin to calibrate and build; one at a time."""
         try:
             from qdiff.app.builds import buildable_engines
 
@@ -115,17 +116,17 @@ def add(service: Service) -> None:
             raise alert(service, error) from None
 
     def build_state() -> dict:
-        """The build that runs or ran last; empty before the first."""
+        """Return the build that runs or ran last; empty before the first."""
         state = service.builds.state()
         return {} if state is None else asdict(state)
 
     def stop_build() -> dict:
-        """Stops the build; what it finished is kept."""
+        """Stop the build; what it finished is kept."""
         service.builds.cancel()
         return build_state()
 
     def status() -> dict:
-        """Queue and work."""
+        """Return queue and work."""
         return {"waiting": service.queue_length, "busy": service.busy, "building": service.builds.running}
 
     endpoints: list[Any] = [generate, compare, models, cancel, build, build_state, stop_build, status]

@@ -53,7 +53,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Reads one line of options, builds, and says how it ended."""
+    """Read one line of options, build, and say how it ended."""
     options = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(OSError):

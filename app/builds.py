@@ -84,7 +84,7 @@ class Builds:
         self._build: _Build | None = None
 
     def start(self, model: str, recipe: str, budget: str, engines: list[str]) -> BuildState:
-        """Begins a build, or goes on with one that was cut off.
+        """Begin a build, or go on with one that was cut off.
 
         Raises:
             InputError: a choice that is not on the list.
@@ -124,24 +124,24 @@ class Builds:
         return self._state(build)
 
     def state(self) -> BuildState | None:
-        """The build that runs or ran last, ``None`` before the first."""
+        """Return the build that runs or ran last, ``None`` before the first."""
         build = self._build
         return None if build is None else self._state(build)
 
     @property
     def running(self) -> bool:
-        """Whether one is at work."""
+        """Return whether one is at work."""
         return self._build is not None and self._build.state == "running"
 
     def cancel(self) -> None:
-        """Stops the build that runs; what it has finished is kept."""
+        """Stop the build that runs; what it has finished is kept."""
         build = self._build
         if build is not None and build.state == "running":
             build.state = "cancelled"
             build.process.terminate()
 
     def close(self, grace: float = 5.0) -> None:
-        """Stops the build and waits until its process is gone."""
+        """Stop the build and wait until its process is gone."""
         self.cancel()
         if self._build is not None:
             try:
@@ -196,7 +196,7 @@ class Builds:
         )  # fmt: skip
 
     def _progress(self, build: _Build) -> tuple[set[str], str | None]:
-        """Finished stages and the one at work, as the manifest says."""
+        """Return finished stages and the one at work, as the manifest says."""
         try:
             stages = Run(build.folder).manifest["stages"]
         except QdiffError:
@@ -226,7 +226,7 @@ class Builds:
 
 
 def buildable_engines() -> dict[str, bool]:
-    """Engines that can be built here, best first, and whether they run here too."""
+    """Return engines that can be built here, best first, and whether they run here too."""
     from qdiff.engines import ranked
 
     return {
@@ -243,7 +243,7 @@ def _choice(kind: str, name: Any, known: dict[str, Any]) -> Any:
 
 
 def _expected(folder: Path, weights: Weights, samples: int, engines: list[str], sources: Sources) -> dict[str, float]:
-    """Seconds of each stage that is still to be done, in order."""
+    """Return seconds of each stage that is still to be done, in order."""
     from qdiff.engines import ENGINES
 
     targets = dict.fromkeys(str(ENGINES[name]().target) for name in engines)

@@ -56,11 +56,12 @@ class Made:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What is downloaded: the PNGs or the MP4s."""
+        """Return what is downloaded: the PNGs or the MP4s."""
         return tuple(file_of(path) for path in self.paths)
 
     def each(self) -> list[Made]:
-        """One for each picture, with its own seed: pictures do not depend on those that were made beside them."""
+        """Return one for each picture, with its own seed: pictures do not depend on those that were made beside
+        them."""
         seed = self.settings.seed or 0
         return [
             replace(self, paths=(path,), settings=self.settings.model_copy(update={"seed": seed + i, "pictures": 1}))
@@ -68,7 +69,7 @@ class Made:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """JSON for the download: the settings, and what was measured."""
+        """Return JSON for the download: the settings, and what was measured."""
         names = ("engine", "note", "seconds", "seconds_per_step", "load_seconds", "memory_bytes", "size_bytes")
         facts = {name: getattr(self, name) for name in (*names, "psnr_db", "ssim", "disturbed")}
         facts["warnings"] = list(self.warnings) or None
@@ -88,7 +89,7 @@ class Defaults:
 
 
 def _usual(model: Model, source: Source) -> dict[str, Any]:
-    """Sizes that the pipeline takes when it is given none."""
+    """Return sizes that the pipeline takes when it is given none."""
     config: Any = model.backbone.config
     if getattr(config, "sample_size", None):
         sides = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
@@ -99,7 +100,7 @@ def _usual(model: Model, source: Source) -> dict[str, Any]:
 
 
 def file_of(path: Path) -> Path:
-    """The clip that a strip of frames was saved beside, or the picture itself."""
+    """Return the clip that a strip of frames was saved beside, or the picture itself."""
     clip = path.with_suffix(".mp4")
     return clip if clip.exists() else path
 
@@ -119,7 +120,7 @@ class Artist:
         self.known: dict[str, Defaults] = {}  # what was read so far, by source
 
     def defaults(self, source: Source) -> Defaults:
-        """The source's own settings; loads its model the first time."""
+        """Return the source's own settings; loads its model the first time."""
         if source.name not in self.known:
             model = self._pool.model(source)
             usual = {**_usual(model, source), **model.defaults}
@@ -135,7 +136,7 @@ class Artist:
     def draw(
         self, job: Job, source: Source, engine: str, settings: Settings, keep: bool = True, share: Any = None
     ) -> Made:
-        """Draws, and once more after everything else was let go when memory ran out."""
+        """Return draws, and once more after everything else was let go when memory ran out."""
         try:
             return self._draw_once(job, source, engine, settings, keep, share)
         except BaseException as error:
@@ -219,7 +220,7 @@ class Artist:
         return tuple(paths)
 
     def _sweep(self) -> None:
-        """Removes pictures that are too old or too many."""
+        """Remove pictures that are too old or too many."""
         ages = sorted((path.stat().st_mtime, path) for path in self._folder.glob("*.png"))
         beside = {path.stem.removesuffix("-beside-float"): path for path in self._folder.glob("*-beside-float.mp4")}
         oldest = time.time() - self._limits.kept_seconds
@@ -246,7 +247,7 @@ class Artist:
         return judged
 
     def _beside(self, reference: Made, other: Made) -> Path:
-        """Two clips as one."""
+        """Return two clips as one."""
         import numpy as np
 
         from qdiff.evaluation.images import PictureInfo

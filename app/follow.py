@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.08
 
 
 async def follow(service: Service, job: Job) -> AsyncGenerator[Update, None]:
-    """The job's states, newest only, to the final one. Who stops listening (a closed page) cancels the job."""
+    """Yield the job's states, newest only, to the final one. Who stops listening (a closed page) cancels the job."""
     seen = None
     try:
         while True:
@@ -35,7 +35,7 @@ async def follow(service: Service, job: Job) -> AsyncGenerator[Update, None]:
 async def drawn(
     service: Service, job: Job, idle: dict[Any, Any], canvas: Any, result: Callable[[Any], dict[Any, Any]]
 ) -> AsyncGenerator[dict[Any, Any], None]:
-    """What a page shows of a job, update by update, on its ``canvas``.
+    """Yield what a page shows of a job, update by update, on its ``canvas``.
 
     Args:
         idle: what is shown again when the job has ended, however it did.
@@ -53,7 +53,7 @@ async def drawn(
 
 
 def alert(service: Service, error: BaseException) -> Any:
-    """A :class:`gradio.Error` with words of ours. Gradio shows its message as HTML, so it is escaped here."""
+    """Return a :class:`gradio.Error` with words of ours. Gradio shows its message as HTML, so it is escaped here."""
     import gradio as gr
 
     shown = service.shown(error)

@@ -53,7 +53,7 @@ class Update:
 
     @property
     def final(self) -> bool:
-        """Whether nothing follows."""
+        """Return whether nothing follows."""
         return self.state in ("done", "failed", "cancelled")
 
 
@@ -78,11 +78,11 @@ class Job:
 
     @property
     def update(self) -> Update:
-        """The newest state."""
+        """Return the newest state."""
         return self._update
 
     def publish(self, **changes: Any) -> None:
-        """Overwrites parts of the state and wakes who waits for it."""
+        """Overwrite parts of the state and wakes who waits for it."""
         with self._changed:
             if not self._update.final:
                 self._update = replace(self._update, **changes)
@@ -90,7 +90,8 @@ class Job:
                 self._changed.notify_all()
 
     def updates(self, every: float = 0.0) -> Iterator[Update]:
-        """The state whenever it changed, at most once in ``every`` seconds, until a final one, which always comes."""
+        """Yield the state whenever it changed, at most once in ``every`` seconds, until a final one, which always
+        comes."""
         seen = -1
         while True:
             with self._changed:
@@ -104,13 +105,13 @@ class Job:
                 time.sleep(every)
 
     def wait(self, timeout: float | None = None) -> Update:
-        """Blocks until the final state (or for ``timeout`` seconds) and returns the state."""
+        """Return blocks until the final state (or for ``timeout`` seconds) and returns the state."""
         with self._changed:
             self._changed.wait_for(lambda: self._update.final, timeout)
             return self._update
 
     def stop(self, why: str = "cancelled") -> None:
-        """Asks the work to end at the next step; the first reason counts."""
+        """Ask the work to end at the next step; the first reason counts."""
         self._stop = self._stop or why
 
     def checkpoint(self) -> None:
@@ -151,7 +152,7 @@ class Slot:
         self._thread.start()
 
     def submit(self, job: Job) -> Job:
-        """Admits a job, or says why not.
+        """Admit a job, or say why not.
 
         Raises:
             BusyError: the queue is full, this client has a job already, or the service is closing.
@@ -170,7 +171,7 @@ class Slot:
         return job
 
     def cancel(self, job: Job, why: str = "cancelled") -> None:
-        """Ends a waiting job at once, a running one at its next step. Twice is once."""
+        """End a waiting job at once, a running one at its next step. Twice is once."""
         with self._lock:
             waiting = job in self._queue
             if waiting:
@@ -182,7 +183,7 @@ class Slot:
             self._end(job, "cancelled", error=None)
 
     def cancel_client(self, client: str) -> int:
-        """Cancels whatever this client has; returns how many jobs that were."""
+        """Cancel whatever this client has; return how many jobs that were."""
         with self._lock:
             jobs = [job for job in self._all() if job.client == client]
         for job in jobs:
@@ -190,7 +191,7 @@ class Slot:
         return len(jobs)
 
     def close(self, grace: float) -> None:
-        """Refuses new jobs, cancels waiting ones, lets the running one come to its next step, and ends the thread."""
+        """Refuse new jobs, cancels waiting ones, let the running one come to its next step, and end the thread."""
         with self._lock:
             self._closed = True
             jobs = list(self._all())
@@ -201,12 +202,12 @@ class Slot:
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
+        """Return jobs in the queue."""
         return len(self._queue)
 
     @property
     def busy(self) -> bool:
-        """Whether a job runs."""
+        """Return whether a job runs."""
         return self._running is not None
 
     @property

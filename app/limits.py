@@ -45,7 +45,8 @@ class Limits:
     kept_pictures: int = 400
 
     def check(self, settings: Settings, divisor: int, media: str = "image") -> None:
-        """Refuses settings beyond the limits. ``divisor``: sides must be multiples of it; ``media``: what the model makes.
+        """Refuse settings beyond the limits. ``divisor``: sides must be multiples of it; ``media``: what the model
+        makes.
 
         Raises:
             InputError: with the value and the limit.

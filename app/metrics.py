@@ -43,5 +43,5 @@ class Metrics:
             Gauge(name, text, registry=registry).set_function(value)
 
     def text(self) -> bytes:
-        """The page ``/metrics``."""
+        """Return the page ``/metrics``."""
         return generate_latest(self._registry)

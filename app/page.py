@@ -28,7 +28,7 @@ CLIPS = {
 
 
 def build_page(service: Service) -> Any:
-    """The :class:`gradio.Blocks` of a service."""
+    """Return the :class:`gradio.Blocks` of a service."""
     import gradio as gr
 
     from qdiff.app import api, tab_build, tab_compare, tab_generate, tab_inspect
@@ -65,7 +65,7 @@ def build_page(service: Service) -> Any:
 
 
 def describe_machine() -> tuple[str, bool]:
-    """The processor in a few words, and whether there is a GPU."""
+    """Return the processor in a few words, and whether there is a GPU."""
     import torch
 
     if torch.cuda.is_available():

@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"^((?:\w*(?:blocks|layers)\.\d+\.)+)(.+)$")
 
 
 def inspect(source: Source) -> str:
-    """The whole tab for one source."""
+    """Return the whole tab for one source."""
     if source.run is None or not source.quantized:
         return empty(
             f"{source.title} has no plan",
@@ -81,7 +81,7 @@ def _summary(data: Any) -> str:
 
 
 def plan_map(layers: list[LayerResult], colours: dict[str, int]) -> str:
-    """The plan as a grid of coloured cells."""
+    """Return the plan as a grid of coloured cells."""
     rows: dict[str, dict[str, LayerResult]] = {}
     for layer in layers:
         found = _BLOCK.match(layer.name)
@@ -111,7 +111,7 @@ def _cell(name: str, layer: LayerResult, colours: dict[str, int], low: float, hi
 
 
 def route_map(routing: RoutingResult) -> str:
-    """Routes as a grid: a row for each block, a cell for each step of a picture."""
+    """Return routes as a grid: a row for each block, a cell for each step of a picture."""
     colours = {**{index: f"s{index}" for index in range(len(routing.recipes))}, REUSE: "panel"}
     names = {**dict(enumerate(routing.recipes)), REUSE: "left out"}
     used = sorted({route for step in routing.routes for route in step}, reverse=True)

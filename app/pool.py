@@ -60,34 +60,34 @@ class Pool:
 
     @property
     def bytes(self) -> int:
-        """Memory that everything loaded took when it was loaded."""
+        """Return memory that everything loaded took when it was loaded."""
         return sum(one.bytes for one in self._models.values()) + sum(one.bytes for one in self._engines.values())
 
     @property
     def loaded(self) -> list[tuple[str, str]]:
-        """Source and engine of what is in memory."""
+        """Return source and engine of what is in memory."""
         return list(self._engines)
 
     def model(self, source: Source) -> Model:
-        """The float pipeline of a source, loaded if need be, with its float backbone in place."""
+        """Return the float pipeline of a source, loaded if need be, with its float backbone in place."""
         loaded = self._model(source)
         loaded.model.backbone = loaded.float_backbone
         return loaded.model
 
     def previewer(self, source: Source) -> Previewer:
-        """Turns the latents of that model into small pictures."""
+        """Turn the latents of that model into small pictures."""
         return self._model(source).previewer
 
     def engine_bytes(self, source: Source, engine: str) -> int:
-        """What loading that engine took."""
+        """Return what loading that engine took."""
         return self._engines[source.name, engine].bytes
 
     def backbone_bytes(self, source: Source) -> int:
-        """Weights of the float backbone."""
+        """Return weights of the float backbone."""
         return sum(weight.numel() * weight.element_size() for weight in self._model(source).float_backbone.parameters())
 
     def session(self, source: Source, engine: str) -> Session:
-        """A loaded engine of a source.
+        """Return a loaded engine of a source.
 
         Raises:
             QdiffError: it was not built, may not be trusted, or cannot run here.
@@ -108,7 +108,7 @@ class Pool:
         return self._engines[key].session
 
     def drop(self, keep: tuple[str, str] | None = None) -> int:
-        """Lets go of everything but ``keep``; returns how many engines that were."""
+        """Let go of everything but ``keep``; return how many engines that were."""
         victims = [key for key in self._engines if key != keep]
         for key in victims:
             self._evict(key)
@@ -131,7 +131,8 @@ class Pool:
 
     @staticmethod
     def _key(source: Source) -> Any:
-        """What decides the float pipeline; weights that were changed since a run are refused when they are loaded."""
+        """Return what decides the float pipeline; weights that were changed since a run are refused when they are
+        loaded."""
         if source.run is None:
             return (source.weights, None, None, None)
         inputs = source.run.entry("calibrate")["inputs"]

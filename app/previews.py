@@ -32,7 +32,8 @@ class Previewer:
         self._kernel = _fit(model.pipeline.vae)  # [9 C + 1, 3]
 
     def __call__(self, latents: Tensor) -> Image:
-        """The first picture of ``latents [B, C, h, w]``, or the middle frame of a clip's ``[B, C, T, h, w]``, ``h × w`` large."""
+        """Return the first picture of ``latents [B, C, h, w]``, or the middle frame of a clip's ``[B, C, T, h, w]``,
+        ``h × w`` large."""
         import torch
         from PIL import Image
 
@@ -52,7 +53,8 @@ class Previewer:
 
 
 def _neighbours(latents: Tensor) -> Tensor:
-    """``[N, C, h, w]`` to ``[N h w, 9 C + 1]``: each cell with its eight neighbours (edges repeated), and one."""
+    """Return ``[N, C, h, w]`` to ``[N h w, 9 C + 1]``: each cell with its eight neighbours (edges repeated), and
+    one."""
     import torch
     from torch.nn import functional
 
@@ -62,7 +64,8 @@ def _neighbours(latents: Tensor) -> Tensor:
 
 
 def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """What a diffusion model sees of pictures ``[N, 3, H, W]``; a video's autoencoder gets clips of one frame."""
+    """Return what a diffusion model sees of pictures ``[N, 3, H, W]``; a video's autoencoder gets clips of one
+    frame."""
     import torch
 
     if getattr(vae.config, "latents_mean", None) is None:
@@ -76,7 +79,7 @@ def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def _fit(vae: Any) -> Tensor:
-    """Least squares from latents to RGB in [0, 1]. The generator is our own: no caller's seed is touched."""
+    """Return least squares from latents to RGB in [0, 1]. The generator is our own: no caller's seed is touched."""
     import torch
     from torch.nn import functional
 

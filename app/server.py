@@ -61,7 +61,7 @@ _HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Return whether only this machine can reach a server that listens there."""
     if host == "localhost":
         return True
     try:
@@ -71,7 +71,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_accounts(path: Path) -> dict[str, str]:
-    """``name:password`` lines of a file that only its owner may read.
+    """Return ``name:password`` lines of a file that only its owner may read.
 
     Raises:
         InputError: no such file, readable by others, no account in it, or a password under eight characters.
@@ -164,7 +164,7 @@ class Guard:
 
 
 def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None) -> Any:
-    """The FastAPI application: page, API and ``/metrics`` behind the guard.
+    """Return the FastAPI application: page, API and ``/metrics`` behind the guard.
 
     Raises:
         UsageError: ``host`` is not loopback and there are no accounts.
@@ -262,7 +262,7 @@ def _basic(header: str, may_enter: Any) -> bool:
 
 
 def serve(service: Any, host: str, port: int, accounts: Mapping[str, str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM.
 
     Raises:
         UsageError: the port is taken.
@@ -280,13 +280,14 @@ def serve(service: Any, host: str, port: int, accounts: Mapping[str, str] | None
 
 
 def _not_about_the_end(record: logging.LogRecord) -> bool:
-    """Streams to open pages are cut off when the server ends; uvicorn would print each as an error."""
+    """Stream to open pages are cut off when the server ends; uvicorn would print each as an error."""
     cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
     return not cut and "timeout graceful shutdown exceeded" not in record.getMessage()
 
 
 def make_server(config: Any, service: Any) -> Any:
-    """A uvicorn server that stops the service's work when it is told to end, not when the last connection has gone."""
+    """Return a uvicorn server that stops the service's work when it is told to end, not when the last connection has
+    gone."""
     import uvicorn
 
     logging.getLogger("uvicorn.error").addFilter(_not_about_the_end)

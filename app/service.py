@@ -62,7 +62,7 @@ class Service:
     # What there is
 
     def defaults(self, source: Source) -> Defaults:
-        """Settings of a source; loads its model the first time, in the compute slot."""
+        """Return settings of a source; loads its model the first time, in the compute slot."""
         if source.name not in self._artist.known:
             job = self._submit(f"defaults-{secrets.token_hex(4)}", "load", lambda job: self._artist.defaults(source))
             update = job.wait()
@@ -71,7 +71,8 @@ class Service:
         return self._artist.known[source.name]
 
     def warm(self, client: str = "warm-up") -> Job:
-        """Loads the first source and its fastest engine and draws one step, so that the first visitor does not wait for it."""
+        """Load the first source and its fastest engine and draw one step, so that the first visitor does not wait for
+        it."""
         source = self.sources[""]
         settings = Settings(prompt="warm up", model=source.name, steps=1, seed=0)
         return self._submit(
@@ -80,18 +81,18 @@ class Service:
 
     @property
     def queue_length(self) -> int:
-        """Jobs that wait."""
+        """Return jobs that wait."""
         return self._slot.waiting
 
     @property
     def busy(self) -> bool:
-        """Whether a job runs."""
+        """Return whether a job runs."""
         return self._slot.busy
 
     # What it does
 
     def generate(self, settings: Settings, client: str) -> Job:
-        """Pictures from one engine; the job's result is a :class:`Made`.
+        """Return pictures from one engine; the job's result is a :class:`Made`.
 
         Raises:
             InputError: settings beyond the limits, or names that are not on the list.
@@ -105,7 +106,7 @@ class Service:
             return self._submit(client, "generate", lambda job: self._artist.draw(job, source, engine, settings))
 
     def compare(self, settings: Settings, engines: list[str], client: str) -> Job:
-        """The same pictures on float and on ``engines``; the result is a list of :class:`Made`, float first.
+        """Return the same pictures on float and on ``engines``; the result is a list of :class:`Made`, float first.
 
         Raises:
             InputError: also when the model has no quantized engine.
@@ -128,16 +129,16 @@ class Service:
             return self._submit(client, "compare", lambda job: self._artist.compare(job, source, names, settings))
 
     def cancel(self, client: str) -> int:
-        """Cancels what this client has in work; returns how many jobs that were."""
+        """Cancel what this client has in work; return how many jobs that were."""
         return self._slot.cancel_client(client)
 
     def start_build(self, model: str, recipe: str, budget: str, engines: list[str]) -> None:
-        """Begins a build; see :meth:`Builds.start`."""
+        """Begin a build; see :meth:`Builds.start`."""
         with self._refusals("build"):
             self.builds.start(model, recipe, budget, engines)
 
     def stop(self, grace: float = 20.0) -> None:
-        """Refuses what is new, cancels what waits, and ends what runs at its next step. Twice is once."""
+        """Refuse what is new, cancels what waits, and end what runs at its next step. Twice is once."""
         self._slot.close(grace)
 
     def close(self) -> None:
@@ -150,7 +151,8 @@ class Service:
     # How errors leave
 
     def shown(self, error: BaseException) -> QdiffError:
-        """The error that a visitor may see: ours without this machine's paths, anything else by a number that the log has too."""
+        """Return the error that a visitor may see: ours without this machine's paths, anything else by a number that
+        the log has too."""
         if out_of_memory(error) and not isinstance(error, MemoryExhaustedError):
             return MemoryExhaustedError(
                 "There was not enough memory for this.", "Take a smaller size or fewer pictures."

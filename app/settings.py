@@ -39,7 +39,7 @@ class Settings(BaseModel):
 
     @classmethod
     def make(cls, **values: Any) -> Settings:
-        """Checked settings.
+        """Return checked settings.
 
         Raises:
             InputError: an unknown name or a wrong type, with the name.
@@ -53,7 +53,7 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, text: str, most_characters: int) -> Settings:
-        """Settings from pasted JSON: what the page offers as a download, or a part of it.
+        """Return settings from pasted JSON: what the page offers as a download, or a part of it.
 
         Raises:
             InputError: too long, no JSON, or not settings.

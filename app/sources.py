@@ -40,12 +40,12 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """As the page shows and sends it."""
+        """As the page shows and send it."""
         return self.family if self.weights == "bundled" else f"{self.family} {self.weights.rpartition('/')[2]}"
 
     @classmethod
     def parse(cls, text: str) -> Weights:
-        """``FAMILY`` or ``FAMILY=WEIGHTS``, from the command line.
+        """Return ``FAMILY`` or ``FAMILY=WEIGHTS``, from the command line.
 
         Raises:
             UsageError: no such family.
@@ -68,25 +68,25 @@ class Source:
 
     @property
     def family(self) -> Family:
-        """Its model family."""
+        """Return its model family."""
         from qdiff.models import FAMILIES
 
         return FAMILIES[self.weights.family]
 
     @property
     def home(self) -> Run:
-        """Its run; for a bundled model without one an empty run, whose float engine asks nothing of it."""
+        """Return its run; for a bundled model without one an empty run, whose float engine asks nothing of it."""
         from qdiff.models.loading import bundled_folder
 
         return self.run if self.run is not None else Run(bundled_folder(self.weights.family))
 
     @property
     def quantized(self) -> bool:
-        """Whether there is a plan, so that there is something to compare with float."""
+        """Return whether there is a plan, so that there is something to compare with float."""
         return self.run is not None and self.run.done("quantize")
 
     def engines(self) -> list[EngineChoice]:
-        """Float first, then by speed; engines that were not built are not in the list."""
+        """Return float first, then by speed; engines that were not built are not in the list."""
         from qdiff.engines import choose_engine, ranked
 
         chosen = [EngineChoice("float", choose_engine("float").title)]
@@ -98,7 +98,7 @@ class Source:
         return chosen
 
     def engine(self, name: str) -> str:
-        """The name of an engine that can run here; empty: the fastest.
+        """Return the name of an engine that can run here; empty: the fastest.
 
         Raises:
             InputError: unknown, not built, or not runnable here.
@@ -115,7 +115,7 @@ class Source:
         return name
 
     def engine_bytes(self, engine: str) -> int | None:
-        """Bytes on disk of what that engine runs: the built file, or the backbone's weights."""
+        """Return bytes on disk of what that engine runs: the built file, or the backbone's weights."""
         if self.run is None or not self.quantized:
             return None
         quantize = self.run.entry("quantize")
@@ -151,7 +151,8 @@ class Sources:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads the folders anew: a build has ended. Damaged folders in the workspace are left out, with a line in the log."""
+        """Read the folders anew: a build has ended. Damaged folders in the workspace are left out, with a line in the
+        log."""
         listed: list[Source] = []
         found = sorted(self.workspace.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in dict.fromkeys([*self._named, *(path.parent.absolute() for path in found)]):
@@ -167,7 +168,7 @@ class Sources:
         self.version += 1
 
     def __getitem__(self, name: str) -> Source:
-        """The source of that name; empty: the first.
+        """Return the source of that name; empty: the first.
 
         Raises:
             InputError: not in the list.
@@ -179,11 +180,11 @@ class Sources:
         return self._sources[name]
 
     def all(self) -> list[Source]:
-        """Every source."""
+        """Return every source."""
         return list(self._sources.values())
 
     def buildable(self) -> dict[str, Weights]:
-        """Models that may be calibrated from the page, by name."""
+        """Return models that may be calibrated from the page, by name."""
         models = [*_bundled(), *(self._weights_of(path) for path in self._named), *self._allowed]
         return {weights.name: weights for weights in models}
 

@@ -12,7 +12,7 @@ _WORDS = {"quick": "a first look", "standard": "as the command line", "thorough"
 
 
 def add(service: Service, page: Any, tab: Any, lists: list[Any]) -> None:
-    """Adds the tab's components. ``lists`` are the other tabs' lists of models: a finished build joins them."""
+    """Add the tab's components. ``lists`` are the other tabs' lists of models: a finished build joins them."""
     import gradio as gr
 
     from qdiff.app.tab_generate import _names

@@ -17,7 +17,7 @@ _SLIDER_SIDE = 512  # smaller pictures are enlarged by whole factors, without sm
 
 
 def add(service: Service) -> Any:
-    """Adds the tab's components; returns the list of models, which a finished build changes."""
+    """Add the tab's components; return the list of models, which a finished build changes."""
     import gradio as gr
 
     from qdiff.app.tab_generate import _names, _whole
@@ -111,7 +111,7 @@ def add(service: Service) -> Any:
         return gr.Radio(names, value=names[0], visible=len(names) > 1)
 
     def _reveal(state: list[dict[str, str]], engine: str) -> dict[Any, Any]:
-        """Float's picture and an engine's under a slider, or their clips in step."""
+        """Return Float's picture and an engine's under a slider, or their clips in step."""
         other = next(row for row in state if row["engine"] == engine)
         if other["beside"]:
             return {
@@ -171,7 +171,7 @@ def _quantized(source: Any) -> list[str]:
 
 
 def enlarged(path: Path) -> str:
-    """The path of a copy that a slider can show: pictures of 64 pixels would stay that small."""
+    """Return the path of a copy that a slider can show: pictures of 64 pixels would stay that small."""
     from PIL import Image
 
     with Image.open(path) as image:

@@ -17,7 +17,7 @@ _HISTORY = 24  # pictures of a visit that are kept
 
 
 def add(service: Service) -> Any:
-    """Adds the tab's components; returns the list of models, which a finished build changes."""
+    """Add the tab's components; return the list of models, which a finished build changes."""
     import gradio as gr
 
     from qdiff.app.page import CLIPS, EXAMPLES
@@ -235,10 +235,10 @@ def _names(service: Service) -> list[tuple[str, str]]:
 
 
 def _engines(source: Any) -> list[tuple[str, str]]:
-    """Engines that can run here; what cannot is shown, with the reason, on the tab Inspect."""
+    """Return engines that can run here; what cannot is shown, with the reason, on the tab Inspect."""
     return [(choice.name, choice.name) for choice in source.engines() if not choice.why_not]
 
 
 def _whole(value: float | None) -> int | float | None:
-    """Sliders and number fields give floats; a fraction stays one, for the service to refuse."""
+    """Return sliders and number fields give floats; a fraction stays one, for the service to refuse."""
     return int(value) if value is not None and float(value).is_integer() else value

@@ -7,7 +7,7 @@ from qdiff.app.service import Service
 
 
 def add(service: Service, tab: Any) -> Any:
-    """Adds the tab's components; returns the list of models, which a finished build changes."""
+    """Add the tab's components; return the list of models, which a finished build changes."""
     import gradio as gr
 
     from qdiff.app.tab_generate import _names

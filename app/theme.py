@@ -4,7 +4,7 @@ from typing import Any
 
 
 def theme() -> Any:
-    """A quiet theme in the report's colours."""
+    """Return a quiet theme in the report's colours."""
     from gradio.themes import Base
     from gradio.themes.utils import colors, sizes
 

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def text(value: object) -> str:
-    """Anything as text of a page."""
+    """Return anything as text of a page."""
     return html.escape(str(value), quote=True)
 
 
 def picture(path: Path, alt: str, kind: str = "") -> str:
-    """A finished picture, or the clip that it is a strip of. Small ones are enlarged without smoothing: what is judged are the
-    pixels."""
+    """Return a finished picture, or the clip that it is a strip of. Small ones are enlarged without smoothing: what is
+    judged are the pixels."""
     file = file_of(path)
     data = base64.b64encode(file.read_bytes()).decode()
     if file.suffix == ".mp4":
@@ -45,7 +45,7 @@ def picture(path: Path, alt: str, kind: str = "") -> str:
 
 
 def preview(image: Image) -> str:
-    """A latent preview, as many pixels large as the latent; the style sheet enlarges it."""
+    """Return a latent preview, as many pixels large as the latent; the style sheet enlarges it."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -62,24 +62,24 @@ def _words(title: str, below: str = "") -> str:
 
 
 def empty(title: str, below: str) -> str:
-    """Nothing was asked for yet."""
+    """Return nothing was asked for yet."""
     return _canvas("empty", '<div class="qd-mark" aria-hidden="true"></div>' + _words(text(title), text(below)))
 
 
 def failed(error: QdiffError | None) -> str:
-    """What went wrong, and what to do about it."""
+    """Return what went wrong, and what to do about it."""
     if error is None:
         return _canvas("error", _words("It failed."))
     return _canvas("error", _words(text(error.message), text(error.fix or "")))
 
 
 def cancelled() -> str:
-    """The visitor stopped it."""
+    """Return the visitor stopped it."""
     return _canvas("empty", _words("Cancelled", "Nothing was kept. The settings are as they were."))
 
 
 def progress(update: Update) -> str:
-    """Queued or running, with the newest preview."""
+    """Return queued or running, with the newest preview."""
     if update.state == "queued":
         ahead = update.place - 1
         title = "You are next" if ahead <= 0 else f"{ahead} ahead of you in the queue"
@@ -101,18 +101,18 @@ def progress(update: Update) -> str:
 
 
 def made(result: Made) -> str:
-    """A finished request."""
+    """Return a finished request."""
     images = "".join(picture(path, result.settings.prompt) for path in result.paths)
     return _canvas("done" if len(result.paths) == 1 else "done many", images)
 
 
 def past(path: Path, prompt: str) -> str:
-    """A picture of this visit, shown again."""
+    """Return a picture of this visit, shown again."""
     return _canvas("done", picture(path, prompt))
 
 
 def facts(result: Made) -> str:
-    """The line below a picture."""
+    """Return the line below a picture."""
     settings = result.settings
     parts = [
         f"{seconds(result.seconds)}",
@@ -134,7 +134,7 @@ def _chips(parts: Iterable[object]) -> str:
 
 
 def comparison(rows: Sequence[Made], titles: dict[str, str]) -> str:
-    """A card for each engine: step latency, distance to float, memory, size."""
+    """Return a card for each engine: step latency, distance to float, memory, size."""
     base = rows[0]
     cards = []
     for row in rows:
@@ -168,7 +168,7 @@ def comparison(rows: Sequence[Made], titles: dict[str, str]) -> str:
 
 
 def in_step(path: Path, engine: str) -> str:
-    """Two clips in one file, float's on the left."""
+    """Return two clips in one file, float's on the left."""
     data = base64.b64encode(path.read_bytes()).decode()
     label = text(f"float (left) and {engine} (right)")
     return _canvas(
@@ -179,7 +179,7 @@ def in_step(path: Path, engine: str) -> str:
 
 
 def blind(left: Path, right: Path, answer: str = "") -> str:
-    """Two pictures without names; ``answer`` is shown once there is one."""
+    """Return two pictures without names; ``answer`` is shown once there is one."""
     sides = zip("AB", (left, right), strict=True)
     figures = "".join(
         f"<figure>{picture(path, f'picture {name}')}<figcaption>{name}</figcaption></figure>" for name, path in sides
@@ -190,7 +190,7 @@ def blind(left: Path, right: Path, answer: str = "") -> str:
 
 
 def header(machine: str, gpu: bool, waiting: int, busy: bool, building: str) -> str:
-    """Name, machine, and what the service does now."""
+    """Return name, machine, and what the service does now."""
     state = f"{waiting} waiting" if waiting else "drawing" if busy else "idle"
     chips = [f'<span class="qd-chip">{text(machine)}</span>']
     if not gpu:
@@ -207,7 +207,7 @@ def header(machine: str, gpu: bool, waiting: int, busy: bool, building: str) -> 
 
 
 def build(state: BuildState | None) -> str:
-    """The build that runs or ran last."""
+    """Return the build that runs or ran last."""
     if state is None:
         return empty(
             "No build yet", "Choose a recipe on the left. A build runs beside the pictures and survives a reload."
@@ -235,7 +235,7 @@ def build(state: BuildState | None) -> str:
 
 
 def failed_build(state: BuildState) -> str:
-    """A build that ended with an error."""
+    """Return a build that ended with an error."""
     words = _words(f"{text(state.run)} was not built", f"{text(state.error)} {text(state.fix)}")
     return f'<div class="qd-build failed" role="alert">{words}{_log(state)}</div>'
 
@@ -259,7 +259,7 @@ def _stage_title(name: str) -> str:
 
 
 def table(header_row: Sequence[str], rows: Sequence[Sequence[Any]], label: str) -> str:
-    """A table that scrolls inside itself on a narrow screen."""
+    """Return a table that scrolls inside itself on a narrow screen."""
     head = "".join(f"<th>{text(cell)}</th>" for cell in header_row)
     body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (

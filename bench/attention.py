@@ -75,22 +75,22 @@ class Case:
 
     @property
     def block(self) -> int:
-        """Tokens of a block, of queries and of keys."""
+        """Return tokens of a block, of queries and of keys."""
         return self.tiling.block_q
 
     def ordered(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The operands in the heads' order, for those who do not reorder."""
+        """Return the operands in the heads' order, for those who do not reorder."""
         places = self.order.to(self.q.device)[None, :, :, None].expand_as(self.q)
         return self.q.gather(2, places), self.k.gather(2, places), self.v.gather(2, places)
 
     def restored(self, x: Tensor) -> Tensor:
-        """The way back of :meth:`ordered`."""
+        """Return the way back of :meth:`ordered`."""
         places = self.order.to(x.device)[None, :, :, None].expand_as(x)
         return torch.empty_like(x).scatter_(2, places, x)
 
 
 def case_of(heads: int, tokens: int, size: int, block: int, device: torch.device, dtype: torch.dtype) -> Case:
-    """Random operands and lists; the same for the same arguments."""
+    """Return random operands and lists; the same for the same arguments."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, tokens, size, generator=generator).to(device, dtype) for _ in range(3))
     tiling = Tiling(tokens, 0, block, block)
@@ -105,7 +105,7 @@ def case_of(heads: int, tokens: int, size: int, block: int, device: torch.device
 
 
 def sampled_error(case: Case, density: float, output: Tensor) -> float:
-    """Relative error of some rows against float64 over the same blocks."""
+    """Return relative error of some rows against float64 over the same blocks."""
     generator = torch.Generator().manual_seed(1)
     queries = torch.randperm(case.tiling.tokens, generator=generator)[:SAMPLED]
     difference = total = 0.0
@@ -123,7 +123,7 @@ def sampled_error(case: Case, density: float, output: Tensor) -> float:
 
 
 def flex(case: Case, density: float) -> Callable[[], Tensor]:
-    """FlexAttention, compiled, over the same blocks of tokens that lie in order already."""
+    """Return FlexAttention, compiled, over the same blocks of tokens that lie in order already."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     masks = case.lists[density].masks(case.tiling.columns).to(case.q.device)
@@ -148,7 +148,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def dense(case: Case, backend: Any) -> Callable[[], Tensor]:
-    """torch's dense attention by one of its backends; ``None``: as torch chooses."""
+    """Return torch's dense attention by one of its backends; ``None``: as torch chooses."""
     from torch.nn.attention import sdpa_kernel
 
     def run() -> Tensor:
@@ -161,7 +161,7 @@ def dense(case: Case, backend: Any) -> Callable[[], Tensor]:
 
 
 def flash3(case: Case) -> Callable[[], Tensor]:
-    """FlashAttention-3, which wants heads behind tokens."""
+    """Return FlashAttention-3, which wants heads behind tokens."""
     from flash_attn_interface import flash_attn_func
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (case.q, case.k, case.v))
@@ -174,7 +174,7 @@ def flash3(case: Case) -> Callable[[], Tensor]:
 
 
 def by_kernel(case: Case, density: float, numerics: str) -> Contender:
-    """qdiff on a GPU: the kernel that it takes there."""
+    """Return qdiff on a GPU: the kernel that it takes there."""
     from qdiff.attention.kernels import gpu, pack
     from qdiff.attention.kernels.sparse_attention import Launch, is_partial
 
@@ -195,7 +195,7 @@ def by_kernel(case: Case, density: float, numerics: str) -> Contender:
 
 
 def by_gathering(case: Case, density: float) -> Contender:
-    """qdiff's executor for CPUs."""
+    """Return qdiff's executor for CPUs."""
     lists, row = case.lists[density], NUMERICS["float"]
     return Contender(
         "qdiff gathered float32",
@@ -258,12 +258,12 @@ class Graphs:
                 self.runners[kind, engine] = choose_engine(engine).load(built, options)
 
     def dense(self, engine: str) -> Callable[[], Tensor]:
-        """Reads everything."""
+        """Read everything."""
         operands = {"q": self.case.q, "k": self.case.k, "v": self.case.v}
         return lambda: self.runners["dense", engine](operands)
 
     def sparse(self, engine: str, density: float) -> Callable[[], Tensor]:
-        """Follows the lists of that density."""
+        """Follow the lists of that density."""
         lists = self.case.lists[density]
         operands = {
             "q": self.case.q,
@@ -276,7 +276,8 @@ class Graphs:
 
 
 def contenders(case: Case, on_gpu: bool, folder: Path) -> tuple[list[Contender], list[str]]:
-    """All rows that run here, each run once and its error taken, and why others are left out. The reference is the first row."""
+    """Return all rows that run here, each run once and its error taken, and why others are left out. The reference is
+    the first row."""
     from torch.nn.attention import SDPBackend
 
     makers: list[tuple[str, float, Callable[[], Contender]]] = []
@@ -323,14 +324,14 @@ def contenders(case: Case, on_gpu: bool, folder: Path) -> tuple[list[Contender],
 
 
 def timed_on_cpu(run: Callable[[], Tensor]) -> float:
-    """Seconds of one call."""
+    """Return seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Any] | None:
-    """``run`` as a CUDA graph, or ``None`` where it cannot be one."""
+    """Return ``run`` as a CUDA graph, or ``None`` where it cannot be one."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
@@ -349,7 +350,7 @@ def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Any] | None:
 
 
 def timed_on_gpu(run: Callable[[], Tensor], flush: Tensor) -> float:
-    """Seconds that the GPU spends on one call, its cache overwritten."""
+    """Return seconds that the GPU spends on one call, its cache overwritten."""
     flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -360,7 +361,7 @@ def timed_on_gpu(run: Callable[[], Tensor], flush: Tensor) -> float:
 
 
 def measure(rows: list[Contender], rounds: int, on_gpu: bool) -> None:
-    """Times all rows in turn, ``rounds`` times after one that does not count."""
+    """Time all rows in turn, ``rounds`` times after one that does not count."""
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else torch.empty(0)
     if on_gpu:
         # One pool for all: graphs run one after the other, and nobody reads the results.
@@ -379,7 +380,7 @@ def measure(rows: list[Contender], rounds: int, on_gpu: bool) -> None:
 
 
 def result_of(rows: list[Contender], case: Case) -> list[dict[str, Any]]:
-    """What was measured, as data. A speed is given only beside a reference that ran."""
+    """Return what was measured, as data. A speed is given only beside a reference that ran."""
     heads, tokens, size = case.q.shape[1:]
     reference = next((r for r in rows if r.name in (REFERENCE_GPU, REFERENCE_CPU)), None)
     made = []
@@ -402,7 +403,7 @@ def result_of(rows: list[Contender], case: Case) -> list[dict[str, Any]]:
 
 
 def benchmark(shapes: list[tuple[int, int, int]], rounds: int, on_gpu: bool) -> dict[str, Any]:
-    """All shapes."""
+    """Return all shapes."""
     torch.manual_seed(0)
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
     tables = []
@@ -428,7 +429,7 @@ def benchmark(shapes: list[tuple[int, int, int]], rounds: int, on_gpu: bool) -> 
 
 
 def show(result: dict[str, Any]) -> str:
-    """The result as tables."""
+    """Return the result as tables."""
     from qdiff.cli.text import table
 
     parts = [f"{result['device']}, torch {result['torch']}, medians of {result['rounds']} interleaved rounds"]

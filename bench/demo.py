@@ -51,23 +51,23 @@ class Page:
                 time.sleep(0.3)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of ``/metrics``."""
+        """Return every sample of ``/metrics``."""
         with urllib.request.urlopen(f"{self.url}metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
     def client(self) -> Client:
-        """A visitor of its own: each client is a session."""
+        """Return a visitor of its own: each client is a session."""
         return Client(self.url, verbose=False, analytics_enabled=False)
 
     def close(self) -> int:
-        """Ends it as an operator does; its exit code."""
+        """End it as an operator does; its exit code."""
         self.process.terminate()
         return self.process.wait(60)
 
 
 def load(page: Page, clients: int, seconds: float, steps: int) -> dict[str, Any]:
-    """``clients`` visitors who ask again as soon as they are served."""
+    """Return ``clients`` visitors who ask again as soon as they are served."""
     lock, walls = threading.Lock(), []
     outcomes = {"served": 0, "refused": 0, "failed": 0}
     failures: list[str] = []
@@ -118,7 +118,8 @@ def load(page: Page, clients: int, seconds: float, steps: int) -> dict[str, Any]
 
 
 def full_queue(page: Page, waiting: int = 16) -> dict[str, Any]:
-    """One long picture and as many behind it as the queue holds; the next is told so, and those who were admitted are served."""
+    """Return one long picture and as many behind it as the queue holds; the next is told so, and those who were
+    admitted are served."""
     visitors = [page.client() for _ in range(waiting + 2)]
     jobs = [visitors[0].submit("a cat", steps=100, width=256, height=256, engine="float", api_name="/generate")]
     _until(lambda: page.metrics()["qdiff_jobs_running"] == 1)
@@ -137,7 +138,8 @@ def full_queue(page: Page, waiting: int = 16) -> dict[str, Any]:
 
 
 def cancelling(page: Page, rounds: int = 5) -> dict[str, Any]:
-    """Seconds from the answer to a cancel until the slot is free, beside the seconds of one step; medians over the rounds."""
+    """Return seconds from the answer to a cancel until the slot is free, beside the seconds of one step; medians over
+    the rounds."""
     visitor = page.client()
     settings = {"width": 256, "height": 256, "engine": "float", "api_name": "/generate"}
     step, free = [], []
@@ -199,7 +201,7 @@ def _until(condition: Any, seconds: float = 120.0) -> None:
 
 
 def main() -> int:
-    """Runs all parts, prints JSON, and says by the exit code whether everything held."""
+    """Run all parts, print JSON, and say by the exit code whether everything held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("--clients", type=int, default=8)

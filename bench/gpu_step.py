@@ -56,7 +56,7 @@ CONFIGURATIONS = {
 
 
 def made(configuration: Configuration) -> torch.nn.Module:
-    """The model on the GPU, in BF16."""
+    """Return the model on the GPU, in BF16."""
     import diffusers
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def made(configuration: Configuration) -> torch.nn.Module:
 
 
 def call_of(configuration: Configuration, model: torch.nn.Module) -> Callable[[], Tensor]:
-    """One forward of the backbone."""
+    """Return one forward of the backbone."""
     from qdiff.models import FAMILIES
 
     family = FAMILIES[configuration.family]
@@ -88,7 +88,7 @@ def call_of(configuration: Configuration, model: torch.nn.Module) -> Callable[[]
 
 
 def random_lists(heads: int, tiling: Any, density: float) -> Any:
-    """Lists of all heads, every row as long as the others."""
+    """Return lists of all heads, every row as long as the others."""
     from qdiff.attention.lists import BlockLists
 
     generator = torch.Generator().manual_seed(2)
@@ -111,11 +111,11 @@ class Variants:
         self.heads = configuration.config["num_attention_heads"]
 
     def dense(self) -> Any:
-        """The processor that diffusers gave them."""
+        """Return the processor that diffusers gave them."""
         return self.model.get_submodule(self.names[0]).processor
 
     def sparse(self, density: float, numerics: str) -> Any:
-        """One that follows lists, in the reversed order of tokens."""
+        """Return one that follows lists, in the reversed order of tokens."""
         from qdiff.attention.schedule import Schedule, ScheduleState
         from qdiff.attention.sparse import SparseSelfAttention
 
@@ -125,13 +125,13 @@ class Variants:
         return self.family.attention_processor(attend)
 
     def put(self, processor: Any) -> None:
-        """Gives it to all self-attentions but the first and the last."""
+        """Give it to all self-attentions but the first and the last."""
         for name in self.names:
             self.model.get_submodule(name).set_processor(processor)
 
 
 def timed(call: Callable[[], Tensor]) -> float:
-    """Seconds of the GPU."""
+    """Return seconds of the GPU."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -145,7 +145,7 @@ def timed(call: Callable[[], Tensor]) -> float:
 
 
 def benchmark(name: str, densities: list[float], numerics: list[str], rounds: int) -> dict[str, Any]:
-    """All rows of one configuration."""
+    """Return all rows of one configuration."""
     configuration = CONFIGURATIONS[name]
     model = made(configuration)
     call, variants = call_of(configuration, model), Variants(configuration, model)
@@ -170,7 +170,7 @@ def benchmark(name: str, densities: list[float], numerics: list[str], rounds: in
 
 
 def show(results: list[dict[str, Any]]) -> str:
-    """The results as tables."""
+    """Return the results as tables."""
     from qdiff.cli.text import table
 
     parts = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}"]

@@ -27,7 +27,8 @@ SEED = 30_000  # of the pictures: neither calibration's, nor those that chose be
 
 
 def fill(costs: Tensor, budget: float, order: Sequence[int]) -> Tensor:
-    """The dear format (the last) for groups in ``order`` as long as it fits, the cheap one (the first) for the rest."""
+    """Return the dear format (the last) for groups in ``order`` as long as it fits, the cheap one (the first) for the
+    rest."""
     choice = torch.zeros(len(costs), dtype=torch.int64)
     spent = float(costs[:, 0].sum())
     for row in order:
@@ -38,7 +39,7 @@ def fill(costs: Tensor, budget: float, order: Sequence[int]) -> Tensor:
 
 
 def by_hand(groups: Sequence[str]) -> dict[str, list[int]]:
-    """Orders that people would choose."""
+    """Return orders that people would choose."""
     found = (re.search(r"\.(\d+)\.", name) for name in groups)
     blocks = [int(match[1]) if match else 0 for match in found]
     middle = max(blocks) / 2
@@ -54,7 +55,7 @@ def by_hand(groups: Sequence[str]) -> dict[str, list[int]]:
 
 
 def plans(candidates: Any, table: Any, costs: Tensor, bits: float, count: int) -> Iterator[tuple[str, Tensor]]:
-    """All rows for one budget."""
+    """Yield all rows for one budget."""
     from qdiff.allocation.knapsack import allocate
 
     groups = list(candidates.groups)
@@ -68,7 +69,7 @@ def plans(candidates: Any, table: Any, costs: Tensor, bits: float, count: int) -
 
 
 def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The whole benchmark as a JSON value."""
+    """Return the whole benchmark as a JSON value."""
     from qdiff.allocation.candidates import Candidates
     from qdiff.allocation.knapsack import total
     from qdiff.allocation.mixed import costs_of

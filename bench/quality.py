@@ -39,7 +39,7 @@ VARIANTS: tuple[tuple[str, list[str], str], ...] = (
 def variant(
     base: Path, name: str, overrides: list[str], precision: str, request: Any, floats: Any, work: Path
 ) -> dict[str, Any]:
-    """One row: quantizes a copy of the calibrated run and makes the pictures."""
+    """Return one row: quantizes a copy of the calibrated run and makes the pictures."""
     from qdiff.evaluation.images import to_pixels
     from qdiff.evaluation.metrics import paired
     from qdiff.plan.plan import Plan

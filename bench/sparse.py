@@ -46,7 +46,7 @@ def nearest_blocks(order: Tensor, grid: tuple[int, int, int], block: int, width:
 
 
 def windows(plan: Any, density: float) -> tuple[Any, Tensor]:
-    """``plan`` with fixed windows in place of what was calibrated."""
+    """Return ``plan`` with fixed windows in place of what was calibrated."""
     from qdiff.attention.orders import candidates
     from qdiff.attention.sparse import tiling_of
 
@@ -64,7 +64,7 @@ def windows(plan: Any, density: float) -> tuple[Any, Tensor]:
 def rows(
     run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
 ) -> Iterator[tuple[str, Any, Tensor]]:
-    """Name, plan and masks of every row; of those named ``only``, where there are any."""
+    """Yield name, plan and masks of every row; of those named ``only``, where there are any."""
     from qdiff.allocation.attention_masks import decide_masks
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
     from qdiff.recording.trajectory import Trajectory
@@ -96,7 +96,8 @@ def rows(
 def backbones(
     run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
 ) -> Iterator[tuple[str, dict[str, float], Any]]:
-    """Name, densities and backbone of every row beside dense float; of those named ``only``, where there are any."""
+    """Yield name, densities and backbone of every row beside dense float; of those named ``only``, where there are
+    any."""
     from qdiff.attention.sparse import SIDECAR, install, load_masks, schedule_of
     from qdiff.plan.plan import Plan
     from qdiff.quantization.checkpoint import load_quantized
@@ -122,7 +123,7 @@ def backbones(
 def benchmark(
     run: Any, densities: list[float], clips: int, numerics: str, only: list[str] | None = None, batch: int = 4
 ) -> dict[str, Any]:
-    """The whole benchmark as a JSON value."""
+    """Return the whole benchmark as a JSON value."""
     import numpy as np
 
     from qdiff.evaluation import metrics, motion, prompt_accuracy

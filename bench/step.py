@@ -40,7 +40,7 @@ Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
-    """Calibrates, quantizes, exports and builds with qdiff's own stages (skipped when done), and writes the float graph.
+    """Calibrate, quantizes, exports and builds with qdiff's own stages (skipped when done), and writes the float graph.
 
     Returns:
         the run and the path of the float ONNX file.
@@ -72,7 +72,7 @@ def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
 
 
 def calls(run: Any) -> Iterator[dict[str, Tensor]]:
-    """The recorded calls, one sample each: of every call the text-guided half."""
+    """Yield the recorded calls, one sample each: of every call the text-guided half."""
     from qdiff.recording.trajectory import Trajectory
 
     for step in Trajectory(run.file("calibration")):
@@ -80,7 +80,7 @@ def calls(run: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def unseen(call: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A call that nobody was calibrated on: the recorded one with other noise."""
+    """Return a call that nobody was calibrated on: the recorded one with other noise."""
     import torch
 
     generator = torch.Generator().manual_seed(1234)
@@ -90,7 +90,7 @@ def unseen(call: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def openvino_model(path: Path, precision: str, shapes: Mapping[str, Tensor]) -> Run:
-    """A graph in OpenVINO, static shapes, latency hint; ``precision`` is that of what is not quantized."""
+    """Return a graph in OpenVINO, static shapes, latency hint; ``precision`` is that of what is not quantized."""
     import openvino as ov
 
     core = ov.Core()
@@ -112,7 +112,7 @@ def _compiled(core: Any, model: Any, precision: str, shapes: Mapping[str, Tensor
 
 
 def nncf_model(path: Path, samples: list[dict[str, Tensor]], precision: str) -> Run:
-    """NNCF's INT8 of the float graph: post-training quantization with the transformer preset."""
+    """Return NNCF's INT8 of the float graph: post-training quantization with the transformer preset."""
     import logging
 
     import nncf
@@ -129,7 +129,7 @@ def nncf_model(path: Path, samples: list[dict[str, Tensor]], precision: str) -> 
 
 
 def onnxruntime_model(path: Path) -> Run:
-    """A graph in ONNX Runtime's CPU provider."""
+    """Return a graph in ONNX Runtime's CPU provider."""
     import onnxruntime as ort
     import torch
 
@@ -146,7 +146,7 @@ def onnxruntime_model(path: Path) -> Run:
 
 
 def contenders(run: Any, float_graph: Path, peers: bool) -> dict[str, Callable[[], Run]]:
-    """All rows by name, each to be loaded when it is needed; the first is the reference."""
+    """Return all rows by name, each to be loaded when it is needed; the first is the reference."""
     from qdiff.stages.build import load_runner
 
     samples = list(calls(run))
@@ -168,7 +168,7 @@ def contenders(run: Any, float_graph: Path, peers: bool) -> dict[str, Callable[[
 
 
 def whole(run: Any, engine: str) -> Run:
-    """An engine that computes everything at every step."""
+    """Return an engine that computes everything at every step."""
     from qdiff.stages.build import build, load_runner
 
     build(run, engine, whole=True)
@@ -178,14 +178,14 @@ def whole(run: Any, engine: str) -> Run:
 
 
 def groups_of(names: list[str], together: int) -> list[list[str]]:
-    """The names in groups of at most ``together``, the first name leading every one."""
+    """Return the names in groups of at most ``together``, the first name leading every one."""
     reference, rest = names[0], names[1:]
     size = max(1, together - 1)
     return [[reference, *rest[start : start + size]] for start in range(0, len(rest), size)]
 
 
 def measure(rows: dict[str, Run], call: dict[str, Tensor], rounds: int) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls each, interleaved, after one warm-up call each.
+    """Return seconds of ``rounds`` calls each, interleaved, after one warm-up call each.
 
     Every round has another order: a contender pays for what the one before it leaves in the caches, so none always follows
     the same one.
@@ -207,7 +207,7 @@ def measure(rows: dict[str, Run], call: dict[str, Tensor], rounds: int) -> dict[
 def table_of(
     group: list[str], made: dict[str, Callable[[], Run]], call: dict[str, Tensor], rounds: int
 ) -> list[dict[str, Any]]:
-    """The rows of one group, its reference first; what it loads is let go at the end."""
+    """Return the rows of one group, its reference first; what it loads is let go at the end."""
     from qdiff.evaluation.metrics import decibels, sqnr_db
 
     rows, other = {name: made[name]() for name in group}, unseen(call)
@@ -226,7 +226,7 @@ def table_of(
 
 
 def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together: int = 8) -> dict[str, Any]:
-    """The whole benchmark as a JSON value."""
+    """Return the whole benchmark as a JSON value."""
     from qdiff.resources import release_memory
     from qdiff.runs.run import versions
 
@@ -259,7 +259,7 @@ def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together
 
 
 def show(result: dict[str, Any]) -> str:
-    """The result as a table."""
+    """Return the result as a table."""
     from qdiff.cli.text import size, table
 
     rows = [

@@ -73,7 +73,8 @@ class AttentionOptions:
 
 
 def block_for(tokens: int) -> int:
-    """128 tokens where there are many (kernels are fastest so), 64 below, and less where there would be fewer than 16 blocks."""
+    """Return 128 tokens where there are many (kernels are fastest so), 64 below, and less where there would be fewer
+    than 16 blocks."""
     largest = 128 if tokens >= 16384 else 64
     return next((block for block in (128, 64, 32) if block <= largest and tokens >= 16 * block), 16)
 
@@ -122,7 +123,7 @@ class AttentionCalibration:
         self.positions = [torch.argsort(order) for order in self.orders.values()]
 
     def run(self) -> AttentionStatistics:
-        """All passes."""
+        """Return all passes."""
         with Progress("attention", self._calls()) as progress:
             self.progress = progress
             chosen = self._kept("orders", self._choose_orders)
@@ -145,7 +146,7 @@ class AttentionCalibration:
         )
 
     def _chosen(self, steps: Iterator[Step]) -> list[list[Step]]:
-        """Steps of each group, evenly spread."""
+        """Return steps of each group, evenly spread."""
         groups: list[list[Step]] = [[] for _ in range(self.groups)]
         for step in steps:
             group = self.schedule.group(step.timestep)
@@ -171,7 +172,7 @@ class AttentionCalibration:
         return made
 
     def _middle(self) -> Iterator[tuple[int, Step]]:
-        """One step of each group, of the first shard."""
+        """Yield one step of each group, of the first shard."""
         for number, group in enumerate(self.shards[0]):
             yield number, group[len(group) // 2]
 
@@ -198,8 +199,8 @@ class AttentionCalibration:
         return {"choice": torch.stack([needed[layer].argmin(dim=1) for layer in self.layers])}
 
     def _needed(self, q: Tensor, k: Tensor) -> Tensor:
-        """Mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate: ``[candidates]``. Text
-        does not count: it is read in any case."""
+        """Return mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate:
+        ``[candidates]``. Text does not count: it is read in any case."""
         tiling = self.tiling
         q = q[tiling.text :]
         count = min(SAMPLED_QUERIES, len(q))
@@ -242,7 +243,7 @@ class AttentionCalibration:
         return {"mass": mass}
 
     def _block_mass(self, q: Tensor, k: Tensor, empty: Tensor) -> Tensor:
-        """Probabilities added up over blocks of keys, averaged over blocks of queries: ``[rows, columns]``.
+        """Return probabilities added up over blocks of keys, averaged over blocks of queries: ``[rows, columns]``.
 
         Args:
             q: in the head's order, padded to whole blocks, without those of text.
@@ -295,7 +296,7 @@ class AttentionCalibration:
         return {"errors": errors}
 
     def _weights(self, orders: list[list[str]], mass: Tensor, options: list[int], errors: Tensor) -> dict[str, Tensor]:
-        """What the errors of an attention weigh in the prediction: ``[groups, layers]``."""
+        """Return what the errors of an attention weigh in the prediction: ``[groups, layers]``."""
         weights = torch.ones(self.groups, len(self.layers))
         probe = min(range(len(options)), key=lambda place: abs(options[place] / self.tiling.columns - PROBED_DENSITY))
         for group, step in self._middle():
@@ -316,7 +317,7 @@ class AttentionCalibration:
 
 
 def _both_branches(x: Tensor) -> list[int]:
-    """The first sample of each branch of guidance, or the only sample."""
+    """Return the first sample of each branch of guidance, or the only sample."""
     return sorted({0, len(x) // 2})
 
 

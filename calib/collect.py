@@ -37,7 +37,7 @@ PARTIAL = "statistics.partial.safetensors"
 
 
 def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
-    """Groups of layers that read the same tensors inside one parent module: name of the first -> all names.
+    """Return groups of layers that read the same tensors inside one parent module: name of the first -> all names.
 
     A layer that the forward calls several times is in one group with those that read all the tensors that it reads, in the same
     order: the statistics of a group are those of its first layer's calls.
@@ -84,7 +84,8 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
 
 
 def _module_with_forward(backbone: nn.Module, name: str) -> nn.Module:
-    """The module of that name, or the nearest one around it that is called (lists and dicts of modules are not)."""
+    """Return the module of that name, or the nearest one around it that is called (lists and dicts of modules are
+    not)."""
     module = backbone.get_submodule(name)
     while isinstance(module, nn.ModuleList | nn.ModuleDict):
         name = name.rpartition(".")[0]
@@ -134,7 +135,7 @@ class Collector:
         }
 
     def collect(self, partial: Path) -> Statistics:
-        """Replays all shards that ``partial`` does not hold yet and returns the statistics."""
+        """Replay all shards that ``partial`` does not hold yet and return the statistics."""
         done = self._restore(partial)
         steps = [sum(1 for _ in self.trajectory.steps(shard)) for shard in range(len(self.trajectory.paths))]
         with Progress("collect", sum(steps[done:])) as progress:

@@ -38,17 +38,18 @@ class FirstToken:
         return x[:, 1:]
 
     def state(self) -> Tensor:
-        """Everything needed to go on later, in one row."""
+        """Return everything needed to go on later, in one row."""
         return torch.cat([self.token, self.low, self.high, self.constant, self.tokens])
 
     def restore(self, state: Tensor) -> None:
-        """Takes back what :meth:`state` gave."""
+        """Take back what :meth:`state` gave."""
         *tables, rest = state.split([len(self.token)] * 3 + [2])
         self.token, self.low, self.high = (table.clone() for table in tables)
         self.constant, self.tokens = rest[:1].clone(), rest[1:].clone()
 
     def into(self, entry: InputStatistics) -> InputStatistics:
-        """The statistics of the other tokens, with the constant token; without one, with the range of the first tokens."""
+        """Return the statistics of the other tokens, with the constant token; without one, with the range of the first
+        tokens."""
         if self.constant.item() and self.token.any():
             return replace(entry, first=self.token, tokens=int(self.tokens.item()))
         log.warning("collect: the first token that %s reads is not the same for every prompt", entry.layers[0])

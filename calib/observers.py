@@ -24,19 +24,19 @@ class Observer(ABC):
 
     @abstractmethod
     def update(self, x: Tensor, timestep: int, generator: torch.Generator) -> None:
-        """Takes in ``x [rows, C]`` that was seen at the timestep of that index."""
+        """Take in ``x [rows, C]`` that was seen at the timestep of that index."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on later, by name."""
+        """Return everything needed to go on later, by name."""
 
     @abstractmethod
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes back what :meth:`state` gave."""
+        """Take back what :meth:`state` gave."""
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:
-        """The finished tables of :class:`qdiff.recording.activation_statistics.InputStatistics`, by name."""
+        """Return the finished tables of :class:`qdiff.recording.activation_statistics.InputStatistics`, by name."""
 
 
 OBSERVERS: Registry[type[Observer]] = Registry("observer")
@@ -133,7 +133,7 @@ class RowSample(Observer):
 
     @classmethod
     def count(cls, columns: int) -> int:
-        """Rows to keep of every call."""
+        """Return rows to keep of every call."""
         return cls.PER_CALL_OF_WIDE if columns > cls.WIDE else cls.PER_CALL
 
     def __init__(self, timesteps: int, channels: int, device: torch.device | None = None) -> None:

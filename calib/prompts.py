@@ -12,7 +12,7 @@ MOST = 10_000
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 file, one for each non-empty line; lines that begin with ``#`` are comments.
+    """Return the prompts of a UTF-8 file, one for each non-empty line; lines that begin with ``#`` are comments.
 
     Raises:
         InputError: missing, empty, binary, a line that is too long, or too many lines; says which line.
@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def choose_prompts(prompts: list[str], samples: int | None) -> list[str]:
-    """The first ``samples`` prompts (all when ``None``).
+    """Return the first ``samples`` prompts (all when ``None``).
 
     Raises:
         InputError: more samples than prompts: repeating a prompt would only look like more data.

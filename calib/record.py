@@ -50,11 +50,11 @@ class Recording:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Return number of shards."""
         return -(-len(self.prompts) // self.batch)
 
     def request(self, shard: int) -> Request:
-        """The pictures of one shard."""
+        """Return the pictures of one shard."""
         first = shard * self.batch
         prompts = self.prompts[first : first + self.batch]
         seeds = range(self.seed + first, self.seed + first + len(prompts))
@@ -68,8 +68,8 @@ class _Stop(Exception):
 
 
 def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
-    """Seconds of one backbone call of the recording's batch size and the bytes of its inputs, measured on the first step
-    of the first shard."""
+    """Return seconds of one backbone call of the recording's batch size and the bytes of its inputs, measured on the
+    first step of the first shard."""
     started, inputs_bytes = 0.0, 0
     seconds: list[float] = []
 
@@ -100,7 +100,7 @@ def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
 
 
 def record(model: Model, recording: Recording, folder: Path, owner: str = "") -> list[Path]:
-    """Writes the missing shards of ``recording`` into ``folder``; returns all shards' paths.
+    """Write the missing shards of ``recording`` into ``folder``; return all shards' paths.
 
     Args:
         owner: fingerprint of what decides the recording; shards carry it, and those of others are refused.

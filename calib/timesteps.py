@@ -18,13 +18,13 @@ STRATEGIES: Registry[Strategy] = Registry("timestep strategy")
 
 @STRATEGIES.register("all")
 def every(timesteps: list[float], count: int, generator: torch.Generator) -> list[int]:
-    """Every step of the sampler, whatever ``count`` says."""
+    """Return every step of the sampler, whatever ``count`` says."""
     return list(range(len(timesteps)))
 
 
 @STRATEGIES.register("uniform")
 def uniform(timesteps: list[float], count: int, generator: torch.Generator) -> list[int]:
-    """Evenly spaced steps, first and last included (Q-Diffusion, arXiv 2302.04304, section 3.2)."""
+    """Return evenly spaced steps, first and last included (Q-Diffusion, arXiv 2302.04304, section 3.2)."""
     count = min(count, len(timesteps))
     if count == 1:
         return [len(timesteps) // 2]
@@ -33,7 +33,7 @@ def uniform(timesteps: list[float], count: int, generator: torch.Generator) -> l
 
 @STRATEGIES.register("normal")
 def normal(timesteps: list[float], count: int, generator: torch.Generator) -> list[int]:
-    """Steps drawn without repetition with the density of a normal distribution over t, skewed to the clean end:
+    """Return steps drawn without repetition with the density of a normal distribution over t, skewed to the clean end:
     mean 0.4 T, deviation T / 2 (PTQ4DM's NDTC, arXiv 2211.15736, eq. 9, with mean <= T / 2). Each shard draws anew."""
     count = min(count, len(timesteps))
     t = torch.tensor(timesteps, dtype=torch.float64)

@@ -49,7 +49,7 @@ def ranked() -> list[Engine]:
 
 
 def choose_engine(name: str | None = None) -> Engine:
-    """The engine of that name, whether or not it can run here; without a name the best that can.
+    """Return the engine of that name, whether or not it can run here; without a name the best that can.
 
     Raises:
         UsageError: no engine has that name.
@@ -60,7 +60,7 @@ def choose_engine(name: str | None = None) -> Engine:
 
 
 def describe() -> list[Row]:
-    """All engines, best first."""
+    """Return all engines, best first."""
     rows = []
     for engine in ranked():
         why, why_build = engine.missing(), engine.missing_for_build()

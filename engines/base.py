@@ -42,7 +42,7 @@ class Profile:
     values: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form; part of the engine cache's key."""
+        """Return JSON form; part of the engine cache's key."""
         return {
             "name": self.name,
             "ranges": {key: [list(shape) for shape in value] for key, value in self.ranges.items()},
@@ -51,7 +51,7 @@ class Profile:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Profile:
-        """The profile that :meth:`to_json` wrote."""
+        """Return the profile that :meth:`to_json` wrote."""
 
         def triples(of: Mapping[str, Any]) -> dict[str, tuple[Shape, Shape, Shape]]:
             return {name: (tuple(low), tuple(usual), tuple(high)) for name, (low, usual, high) in of.items()}
@@ -76,7 +76,7 @@ class BuildOptions:
     flags: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form of what decides the engine's files (all but ``threads``)."""
+        """Return JSON form of what decides the engine's files (all but ``threads``)."""
         return {
             "profiles": [profile.to_json() for profile in self.profiles],
             "compute_capability": self.compute_capability,
@@ -85,7 +85,7 @@ class BuildOptions:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], threads: int | None = None) -> BuildOptions:
-        """The options that :meth:`to_json` wrote, with the threads of this run."""
+        """Return the options that :meth:`to_json` wrote, with the threads of this run."""
         profiles = tuple(Profile.from_json(profile) for profile in value["profiles"])
         return cls(profiles, value["compute_capability"], threads, dict(value["flags"]))
 
@@ -99,23 +99,23 @@ class Runner(ABC):
     lasting: frozenset[str] = frozenset()
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Everything that the graph returns, the prediction first; raises as :meth:`__call__`."""
+        """Return everything that the graph returns, the prediction first; raises as :meth:`__call__`."""
         return [self(inputs)]
 
     @abstractmethod
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One denoising step of the backbone.
+        """Return one denoising step of the backbone.
 
         Raises:
             InputError: names, shapes or element types that the engine does not take.
         """
 
     def keep(self, names: Iterable[str]) -> None:
-        """Takes it that nobody changes the tensors that are given for these inputs (:attr:`lasting`)."""
+        """Take it that nobody changes the tensors that are given for these inputs (:attr:`lasting`)."""
         self.lasting = self.lasting | frozenset(names)
 
     def close(self) -> None:
-        """Frees what the engine holds. The runner is not used afterwards."""
+        """Free what the engine holds. The runner is not used afterwards."""
 
 
 class Engine(ABC):
@@ -130,7 +130,7 @@ class Engine(ABC):
 
     @property
     def rank(self) -> int:
-        """Place among the engines: the highest rank among those that can run is the default engine."""
+        """Return place among the engines: the highest rank among those that can run is the default engine."""
         return 0
 
     def integer_arithmetic(self) -> str | None:
@@ -140,11 +140,12 @@ class Engine(ABC):
 
     @property
     def runs_module(self) -> bool:
-        """Whether a runner is made from a torch module (:meth:`load_module`) and not from a built folder (:meth:`load`)."""
+        """Return whether a runner is made from a torch module (:meth:`load_module`) and not from a built folder
+        (:meth:`load`)."""
         return self.target is None
 
     def missing(self) -> str | None:
-        """Why this engine cannot run here (package or hardware), or ``None`` when it can."""
+        """Return why this engine cannot run here (package or hardware), or ``None`` when it can."""
         try:
             self.backend()
         except MissingDependencyError as error:
@@ -152,11 +153,11 @@ class Engine(ABC):
         return None
 
     def missing_for_build(self) -> str | None:
-        """Why this engine cannot be built here, or ``None``. Building may need less than running."""
+        """Return why this engine cannot be built here, or ``None``. Building may need less than running."""
         return self.missing()
 
     def backend(self) -> ModuleType:
-        """The backend library, imported.
+        """Return the backend library, imported.
 
         Raises:
             MissingDependencyError: it is not installed, or is but cannot be loaded.
@@ -172,7 +173,7 @@ class Engine(ABC):
             ) from error
 
     def version(self) -> str:
-        """Version of the backend library.
+        """Return version of the backend library.
 
         Raises:
             MissingDependencyError: it is not installed.
@@ -180,11 +181,12 @@ class Engine(ABC):
         return str(self.backend().__version__)
 
     def device(self, options: BuildOptions) -> str:
-        """The device an engine is built for, as it goes into the cache key: ``cpu``, ``cuda`` or e.g. ``sm_120``."""
+        """Return the device an engine is built for, as it goes into the cache key: ``cpu``, ``cuda`` or e.g.
+        ``sm_120``."""
         return "cpu"
 
     def flag(self, options: BuildOptions, name: str) -> str:
-        """The value of one of :attr:`known_flags` in ``options``, or its default.
+        """Return the value of one of :attr:`known_flags` in ``options``, or its default.
 
         Raises:
             UsageError: ``options`` holds a flag or a value that this engine does not know.
@@ -197,7 +199,7 @@ class Engine(ABC):
         return options.flags.get(name, self.known_flags[name][0])
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
-        """Builds the engine's files in ``folder`` (which exists) from the graph at ``onnx``.
+        """Build the engine's files in ``folder`` (which exists) from the graph at ``onnx``.
 
         Returns:
             JSON facts about the engine (layers, precisions, bytes).
@@ -212,7 +214,7 @@ class Engine(ABC):
         )
 
     def load(self, folder: Path, options: BuildOptions) -> Runner:
-        """Loads what :meth:`build` wrote. Whether the files may be trusted is not asked here but in :mod:`~.cache`.
+        """Load what :meth:`build` wrote. Whether the files may be trusted is not asked here but in :mod:`~.cache`.
 
         Raises:
             MissingDependencyError: the package or the hardware that running needs is not there.
@@ -221,7 +223,8 @@ class Engine(ABC):
         raise UsageError(f"engine {self.name!r} has no engine folder: it runs the torch module", "give it the model")
 
     def load_module(self, module: nn.Module) -> Runner:
-        """A runner around a torch module (float or quantized) whose ``forward`` takes the backbone's inputs by name."""
+        """Return a runner around a torch module (float or quantized) whose ``forward`` takes the backbone's inputs by
+        name."""
         raise UsageError(f"engine {self.name!r} runs built engines, not torch modules", "export and build first")
 
 

@@ -48,7 +48,7 @@ class Entry:
 
 
 def key_parts(engine: Engine, onnx: Path, options: BuildOptions) -> dict[str, Any]:
-    """Everything that decides an engine's files, as JSON."""
+    """Return everything that decides an engine's files, as JSON."""
     return {
         "format": FORMAT,
         "onnx": graph_digest(onnx),
@@ -60,7 +60,7 @@ def key_parts(engine: Engine, onnx: Path, options: BuildOptions) -> dict[str, An
 
 
 def build_cached(engine: Engine, onnx: Path, root: Path, options: BuildOptions, force: bool = False) -> Built:
-    """Builds an engine unless the same one is there.
+    """Build an engine unless the same one is there.
 
     Args:
         engine: who builds.
@@ -99,7 +99,7 @@ def build_cached(engine: Engine, onnx: Path, root: Path, options: BuildOptions, 
 
 
 def _settle(folder: Path) -> dict[str, str]:
-    """Takes group's and others' rights from the files, flushes them to disk, and gives their hashes."""
+    """Take group's and others' rights from the files, flushes them to disk, and give their hashes."""
     files = {}
     for path in sorted(folder.iterdir()):
         os.chmod(path, 0o600)
@@ -117,7 +117,7 @@ def _remove(path: Path) -> None:
 
 
 def load_trusted(engine: Engine, folder: Path, threads: int | None = None) -> Runner:
-    """Verifies and loads an engine with the options that it was built with.
+    """Verify and load an engine with the options that it was built with.
 
     Raises:
         IntegrityError: it is not trusted.
@@ -128,7 +128,7 @@ def load_trusted(engine: Engine, folder: Path, threads: int | None = None) -> Ru
 
 
 def list_engines(root: Path) -> list[Entry]:
-    """All engines under ``root`` by folder name, each with the reason if it would be refused."""
+    """Return all engines under ``root`` by folder name, each with the reason if it would be refused."""
     entries = []
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if folder.name.startswith(".") or not folder.is_dir():

@@ -22,7 +22,7 @@ from qdiff.graphs.walk import nodes, tensors
 
 
 def external_files(onnx: Path) -> list[Path]:
-    """The files beside ``onnx`` that hold its weights, sorted by name.
+    """Return the files beside ``onnx`` that hold its weights, sorted by name.
 
     Raises:
         InputError: ``onnx`` or a file that it names is missing.
@@ -61,13 +61,13 @@ def _external(onnx: Path, name: str) -> Path:
 
 
 def graph_digest(onnx: Path) -> str:
-    """Hex sha256 over the graph file and its weights files (names and bytes)."""
+    """Return Hex sha256 over the graph file and its weights files (names and bytes)."""
     files = [[path.relative_to(onnx.parent.resolve()).as_posix(), sha256_file(path)] for path in external_files(onnx)]
     return hashlib.sha256(json.dumps([sha256_file(onnx), files]).encode()).hexdigest()
 
 
 def graph_bytes(onnx: Path) -> int:
-    """Size on disk of the graph and its weights."""
+    """Return size on disk of the graph and its weights."""
     return sum(path.stat().st_size for path in [onnx, *external_files(onnx)])
 
 
@@ -95,8 +95,8 @@ def inlined(onnx: Path, kept: Collection[str] = ()) -> Iterator[Path]:
 
 
 def simulates(onnx: Path) -> bool:
-    """Whether quantizers of the graph are written out in float arithmetic (functions of the domain ``qdiff``, but for those that
-    unpack codes), which has to run in float32: in 16 bit the scales themselves would be rounded."""
+    """Return whether quantizers of the graph are written out in float arithmetic (functions of the domain ``qdiff``,
+    but for those that unpack codes), which has to run in float32: in 16 bit the scales themselves would be rounded."""
     import onnx as library
 
     functions = library.load(onnx, load_external_data=False).functions
@@ -104,7 +104,7 @@ def simulates(onnx: Path) -> bool:
 
 
 def multiplies_integers(onnx: Path) -> bool:
-    """Whether the graph has quantizers of activations to INT8, which runtimes turn into products of integers."""
+    """Return whether the graph has quantizers of activations to INT8, which runtimes turn into products of integers."""
     import onnx as library
 
     graph = library.load(onnx, load_external_data=False).graph

@@ -34,7 +34,7 @@ class CachedPart:
         self._kept: OrderedDict[Hashable, tuple[dict[str, Tensor], dict[str, Tensor]]] = OrderedDict()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part's outputs by name, in the element types that the step takes."""
+        """Return the part's outputs by name, in the element types that the step takes."""
         given = {name: inputs[name] for name in self.inputs}
         small = sum(x.numel() * x.element_size() for x in given.values()) < LARGE
         key = self._key(given) if small else self._equal(given)
@@ -52,11 +52,11 @@ class CachedPart:
         return results
 
     def _key(self, given: Mapping[str, Tensor]) -> Hashable:
-        """Small inputs themselves."""
+        """Return small inputs themselves."""
         return tuple((str(x.device), tuple(x.shape), x.cpu().numpy().tobytes()) for x in given.values())
 
     def _equal(self, given: Mapping[str, Tensor]) -> Hashable | None:
-        """The key of results of inputs that are equal to these."""
+        """Return the key of results of inputs that are equal to these."""
         for key, (before, _) in self._kept.items():
             if all(name in before and same_bytes(before[name], x) for name, x in given.items()):
                 return key
@@ -64,8 +64,8 @@ class CachedPart:
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same bytes. On a CPU numpy compares them, in this thread: torch's threads would still spin
-    when the engine's want the cores, which cost a small U-Net a seventh of its step."""
+    """Return whether two tensors have the same bytes. On a CPU numpy compares them, in this thread: torch's threads
+    would still spin when the engine's want the cores, which cost a small U-Net a seventh of its step."""
     import numpy as np
     import torch
 

@@ -40,7 +40,7 @@ class TensorSpec:
 
 
 def conform(inputs: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
-    """The tensors in the order and the element types of ``specs``, contiguous; values and devices unchanged.
+    """Return the tensors in the order and the element types of ``specs``, contiguous; values and devices unchanged.
 
     Raises:
         InputError: a missing or unknown name, a wrong rank or size, two sizes for one symbol, a float for an integer.
@@ -94,7 +94,7 @@ class Copies:
         self._copies = WeakIdKeyDictionary()
 
     def of(self, given: Tensor, conformed: Tensor, device: torch.device, lasts: bool) -> Tensor:
-        """``conformed`` on ``device``.
+        """Return ``conformed`` on ``device``.
 
         Args:
             given: what the caller gave, of which ``conformed`` has the values: the same object is the same input.
@@ -108,5 +108,5 @@ class Copies:
         return copy
 
     def clear(self) -> None:
-        """Lets all copies go."""
+        """Let all copies go."""
         self._copies.clear()

@@ -189,9 +189,9 @@ class OrtEngine(Engine):
 
 
 def _pairs_of_fp8(path: Path) -> bool:
-    """Whether two FP8 DequantizeLinear meet in a product: in attention of a file for TensorRT, which is only checked here. ONNX
-    Runtime 1.31 puts its integer product in their place, which then does not take FP8; whether it does depends on what else
-    it folds."""
+    """Return whether two FP8 DequantizeLinear meet in a product: in attention of a file for TensorRT, which is only
+    checked here. ONNX Runtime 1.31 puts its integer product in their place, which then does not take FP8; whether it
+    does depends on what else it folds."""
     import onnx
 
     from qdiff.attention.nodes import AttentionNode
@@ -203,7 +203,7 @@ def _pairs_of_fp8(path: Path) -> bool:
 
 
 def _prepared(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The graph as it is handed over, its weights in their file, and codes that the session has to be given."""
+    """Return the graph as it is handed over, its weights in their file, and codes that the session has to be given."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -214,7 +214,7 @@ def _prepared(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _add_zero_points(model: Any) -> None:
-    """Gives every INT8 activation quantizer a zero point of 0."""
+    """Give every INT8 activation quantizer a zero point of 0."""
     import numpy
     import onnx
 
@@ -236,7 +236,7 @@ def _add_zero_points(model: Any) -> None:
 
 
 def _add_zero_points_of_weights(model: Any) -> None:
-    """Gives every INT8 weight zero points of 0, as many as it has scales."""
+    """Give every INT8 weight zero points of 0, as many as it has scales."""
     import numpy
     import onnx
 

@@ -39,7 +39,7 @@ def _completed(profile: Profile, known: Mapping[str, Axes], inputs: Mapping[str,
 
 
 def _size(axis: int | str | None, sizes: Mapping[str, int]) -> int:
-    """The size of an axis that is a number, a name or a formula of names.
+    """Return the size of an axis that is a number, a name or a formula of names.
 
     Raises:
         UsageError: a name that has no size.

@@ -71,12 +71,12 @@ class EngineBackbone(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type that the pipeline prepares its tensors in."""
+        """Return element type that the pipeline prepares its tensors in."""
         return self._anchor.dtype  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline keeps its latents."""
+        """Return where the pipeline keeps its latents."""
         return self._anchor.device  # type: ignore[return-value]
 
     @contextlib.contextmanager
@@ -85,7 +85,7 @@ class EngineBackbone(torch.nn.Module):
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's call: ``(sample,)`` or an output object with ``sample``, in the latent's element type.
+        """Return the original's call: ``(sample,)`` or an output object with ``sample``, in the latent's element type.
 
         Raises:
             InputError: an input of the graph that the pipeline did not give, a value that the graph has no input for, or NaN
@@ -141,7 +141,7 @@ def replace(
     engine: str = UNNAMED,
     unread: Sequence[str] = (),
 ) -> EngineBackbone:
-    """Puts an engine into ``pipe.<attribute>`` for good; the original's memory is free when no one else holds it.
+    """Put an engine into ``pipe.<attribute>`` for good; the original's memory is free when no one else holds it.
 
     Args:
         pipe: a diffusers pipeline.

@@ -18,7 +18,8 @@ _HELP = "write 512, 512x768, dyn-256-1024, and axes as batch=1-2-8, joined by co
 
 
 def parse_range(text: str) -> Range:
-    """``"2"`` -> (2, 2, 2); ``"1-4"`` -> (1, 4, 4), as fast as can be at the largest; ``"1-2-8"`` -> (1, 2, 8): min, usual, max.
+    """Return ``"2"`` -> (2, 2, 2); ``"1-4"`` -> (1, 4, 4), as fast as can be at the largest; ``"1-2-8"`` -> (1, 2, 8):
+    min, usual, max.
 
     Raises:
         UsageError: not one to three rising whole numbers from 1.
@@ -48,7 +49,7 @@ def _pixels(text: str, scale: int) -> Range:
 
 
 def parse_profile(text: str, scale: int = 8) -> dict[str, Range]:
-    """Sizes by axis name, in latent units for ``height`` and ``width``.
+    """Return sizes by axis name, in latent units for ``height`` and ``width``.
 
     Args:
         text: pieces joined by commas: ``512`` or ``512x768`` (height x width) pixels, ``dyn-256-1024`` pixels from-to for both,
@@ -79,7 +80,7 @@ def parse_profile(text: str, scale: int = 8) -> dict[str, Range]:
 
 
 def make_profile(name: str, axes: Mapping[str, Sequence[int | str]], sizes: Mapping[str, Range]) -> Profile:
-    """The profile of all inputs.
+    """Return the profile of all inputs.
 
     Args:
         name: shown in reports and errors.
@@ -105,7 +106,8 @@ def make_profile(name: str, axes: Mapping[str, Sequence[int | str]], sizes: Mapp
 
 
 def parse_shapes(text: str) -> dict[str, Shape]:
-    """trtexec's syntax: ``"hidden_states:1x4x8x8,timestep:1"`` -> ``{"hidden_states": (1, 4, 8, 8), "timestep": (1,)}``.
+    """Return trtexec's syntax: ``"hidden_states:1x4x8x8,timestep:1"`` -> ``{"hidden_states": (1, 4, 8, 8), "timestep":
+    (1,)}``.
 
     Raises:
         UsageError: a piece of another form, or an input twice.
@@ -122,7 +124,8 @@ def parse_shapes(text: str) -> dict[str, Shape]:
 
 
 def profile_from_shapes(name: str, usual: str, low: str | None = None, high: str | None = None) -> Profile:
-    """A profile from trtexec's three strings (``--optShapes``, ``--minShapes``, ``--maxShapes``); left out means the usual one.
+    """Return a profile from trtexec's three strings (``--optShapes``, ``--minShapes``, ``--maxShapes``); left out means
+    the usual one.
 
     Raises:
         UsageError: the three name different inputs or ranks, or are not min <= usual <= max.

@@ -54,7 +54,7 @@ class ScheduledRunner(Runner):
 
 
 def _padded(lists: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The lists for an engine of one size: after the last bound come blocks that nobody reads."""
+    """Return the lists for an engine of one size: after the last bound come blocks that nobody reads."""
     import torch
 
     blocks = lists[BLOCKS]

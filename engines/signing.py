@@ -24,12 +24,12 @@ _TAG_BYTES = 32
 
 
 def home() -> Path:
-    """qdiff's folder in the user's data: ``$QDIFF_HOME``, else ``~/.local/share/qdiff``."""
+    """Return qdiff's folder in the user's data: ``$QDIFF_HOME``, else ``~/.local/share/qdiff``."""
     return Path(os.environ.get("QDIFF_HOME") or Path.home() / ".local" / "share" / "qdiff")
 
 
 def _key() -> bytes:
-    """The user's key; made at the first use."""
+    """Return the user's key; made at the first use."""
     path = home() / "engine-key"
     if not path.is_symlink() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -53,7 +53,7 @@ def _key() -> bytes:
 
 
 def sign(payload: bytes, purpose: str) -> str:
-    """Hex tag of ``payload``; ``purpose`` keeps a tag for one use from being valid for another.
+    """Return Hex tag of ``payload``; ``purpose`` keeps a tag for one use from being valid for another.
 
     Raises:
         IntegrityError: the key file is readable by others, a link, or cut off.
@@ -62,12 +62,12 @@ def sign(payload: bytes, purpose: str) -> str:
 
 
 def is_signed(payload: bytes, tag: str, purpose: str) -> bool:
-    """Whether ``tag`` is this user's tag of ``payload`` for ``purpose``."""
+    """Return whether ``tag`` is this user's tag of ``payload`` for ``purpose``."""
     return hmac.compare_digest(sign(payload, purpose).encode(), tag.encode())
 
 
 def seal(path: Path, payload: bytes, purpose: str) -> None:
-    """Writes ``payload`` with its tag before it, whole or not at all: for caches that change after the build."""
+    """Write ``payload`` with its tag before it, whole or not at all: for caches that change after the build."""
     tag = bytes.fromhex(sign(payload, purpose))
 
     def write(temporary: Path) -> None:
@@ -77,7 +77,8 @@ def seal(path: Path, payload: bytes, purpose: str) -> None:
 
 
 def unseal(path: Path, purpose: str) -> bytes | None:
-    """What :func:`seal` wrote, or ``None`` when there is nothing or its tag is wrong: a cache is made again, not argued about."""
+    """Return what :func:`seal` wrote, or ``None`` when there is nothing or its tag is wrong: a cache is made again, not
+    argued about."""
     if path.is_symlink() or not path.is_file():
         return None
     blob = path.read_bytes()

@@ -29,7 +29,7 @@ _NOISE = (
 
 
 def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps error texts in ``errors`` and sends warnings to qdiff's log."""
+    """Return a TensorRT logger that keeps error texts in ``errors`` and sends warnings to qdiff's log."""
 
     class Logger(trt.ILogger):  # the base class exists once the library is imported
         def __init__(self) -> None:
@@ -43,7 +43,7 @@ def make_logger(trt: Any) -> Any:
                 log.debug("TensorRT: %s", message)
 
         def cause(self) -> str:
-            """The errors worth reading, one a line."""
+            """Return the errors worth reading, one a line."""
             useful = [text for text in self.errors if not any(word in text for word in _NOISE)] or self.errors
             return "\n  ".join(dict.fromkeys(useful)) or "TensorRT gave no reason"
 
@@ -51,7 +51,7 @@ def make_logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any) -> Any:
-    """Reports TensorRT's outermost phases as progress. Its calls come from the thread that builds."""
+    """Report TensorRT's outermost phases as progress. Its calls come from the thread that builds."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -75,7 +75,7 @@ def _monitor(trt: Any) -> Any:
 
 
 def capability(trt: Any, text: str) -> Any:
-    """``"12.0"`` -> ``trt.ComputeCapability.SM120``.
+    """Return ``"12.0"`` -> ``trt.ComputeCapability.SM120``.
 
     Raises:
         UsageError: this library builds no engines for that architecture (the message lists those that it does).
@@ -137,7 +137,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
 
 
 def _fix_sizes(network: Any, profile: Profile) -> None:
-    """Gives the network's inputs the sizes of a profile without ranges: there is nothing dynamic left."""
+    """Give the network's inputs the sizes of a profile without ranges: there is nothing dynamic left."""
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         if -1 in tuple(tensor.shape) and tensor.name in profile.ranges:
             tensor.shape = profile.ranges[tensor.name][1]
@@ -151,7 +151,7 @@ def build_plan(
     level: int,
     plugins: Collection[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
-    """Parses and compiles.
+    """Parse and compiles.
 
     Args:
         trt: the library.

@@ -50,7 +50,8 @@ class TensorRTEngine(Engine):
         return f"sm_{self._capability(options).replace('.', '')}"
 
     def _target(self, trt: Any, wanted: str) -> str | None:
-        """What the builder is told: the architecture by name; ``None`` when it can only build for the GPU here."""
+        """Return what the builder is told: the architecture by name; ``None`` when it can only build for the GPU
+        here."""
         if hasattr(trt, "ComputeCapability"):
             capability(trt, wanted)
             return wanted
@@ -60,7 +61,7 @@ class TensorRTEngine(Engine):
         return None
 
     def _plugins(self, trt: Any, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
-        """Registers plugins for functions of the graph, and names those functions. Here: none."""
+        """Register plugins for functions of the graph, and names those functions. Here: none."""
         return ()
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:

@@ -66,17 +66,17 @@ class Interface:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """All of the kernel's parameters in order."""
+        """Return all of the kernel's parameters in order."""
         return (*(name for name, _ in self.inputs), *self.scalars, *(name for name, *_ in self.outputs))
 
     @property
     def types(self) -> str:
-        """Types of inputs and outputs as an autotune combination lists them."""
+        """Return types of inputs and outputs as an autotune combination lists them."""
         return ", ".join([kind for _, kind in self.inputs] + [kind for _, kind, _ in self.outputs])
 
 
 def interface(node: AttentionNode) -> Interface:
-    """Inputs, outputs and grid of a node."""
+    """Return inputs, outputs and grid of a node."""
     from qdiff.attention.kernels.pack import PART, Widths
     from qdiff.attention.kernels.sparse_attention import PROGRAM
 
@@ -100,7 +100,7 @@ def interface(node: AttentionNode) -> Interface:
 
 
 def launches(node: AttentionNode, capability: int) -> tuple[Launch, ...]:
-    """Constants of the attention kernel that TensorRT may choose from: tactics 1 and up.
+    """Return constants of the attention kernel that TensorRT may choose from: tactics 1 and up.
 
     Raises:
         InputError: the kernel has no such head size or blocks.
@@ -150,7 +150,8 @@ def _packing(node: AttentionNode, capability: int) -> Compiled:
 
 
 def compiled(node: AttentionNode, capability: int) -> tuple[Compiled, ...]:
-    """The kernels that TensorRT may choose from for a node, hidden parameters taken off; of packing there is one.
+    """Return the kernels that TensorRT may choose from for a node, hidden parameters taken off; of packing there is
+    one.
 
     Args:
         capability: compute capability of the GPU, without its point.
@@ -181,7 +182,7 @@ def compiled(node: AttentionNode, capability: int) -> tuple[Compiled, ...]:
 
 
 def taken_over(onnx: Path) -> tuple[str, ...]:
-    """Names of the functions in the file that a plugin computes."""
+    """Return names of the functions in the file that a plugin computes."""
     import onnx as library
 
     model = library.load(onnx, load_external_data=False)
@@ -190,7 +191,7 @@ def taken_over(onnx: Path) -> tuple[str, ...]:
 
 
 def require_static(profiles: Sequence[Profile]) -> None:
-    """Refuses profiles with ranges: every change of a shape would cost memory for good.
+    """Refuse profiles with ranges: every change of a shape would cost memory for good.
 
     Raises:
         UsageError: several profiles, or one with a range.
@@ -211,8 +212,8 @@ _REGISTERED: dict[str, int] = {}
 
 
 def register(trt: Any, names: Iterable[str], capability: int) -> None:
-    """Compiles the kernels of these functions and registers a plugin for each. Before the graph is parsed: there errors of a
-    kernel would be lines in TensorRT's log.
+    """Compile the kernels of these functions and registers a plugin for each. Before the graph is parsed: there errors
+    of a kernel would be lines in TensorRT's log.
 
     Args:
         trt: the library.
@@ -242,7 +243,7 @@ def register(trt: Any, names: Iterable[str], capability: int) -> None:
 
 
 def _interface_of(trt: Any) -> Any:
-    """``tensorrt.plugin``."""
+    """Return ``tensorrt.plugin``."""
     if hasattr(trt, "QuickPluginCreationRequest"):
         for package in (trt.__name__, f"{trt.__name__}_bindings"):
             try:
@@ -256,7 +257,8 @@ def _interface_of(trt: Any) -> Any:
 
 
 def _define(trt: Any, plugins: Any, name: str, node: AttentionNode) -> None:
-    """Registers one plugin. Signatures are made here, for TensorRT reads them: a tensor for each input and nothing else."""
+    """Register one plugin. Signatures are made here, for TensorRT reads them: a tensor for each input and nothing
+    else."""
     made, tensor = interface(node), plugins.TensorDesc
     members = {"FP32": "FLOAT", "FP16": "HALF"}
     results: Any = GenericAlias(tuple, (tensor,) * len(made.outputs))

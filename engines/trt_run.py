@@ -32,7 +32,7 @@ _DTYPES = {
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
-    """The index of the first profile that takes these shapes; among several, the one whose usual shape they are.
+    """Return the index of the first profile that takes these shapes; among several, the one whose usual shape they are.
 
     Raises:
         InputError: no profile takes them (the message lists the ranges).

@@ -26,7 +26,7 @@ _PURPOSE = "engine manifest"
 
 
 def folder_name(parts: dict[str, Any]) -> str:
-    """Name of the folder in which the engine with these parts lies."""
+    """Return name of the folder in which the engine with these parts lies."""
     return f"{parts['engine']}-{sha256_json(parts)[:16]}"
 
 
@@ -49,7 +49,7 @@ def _check_owner(path: Path, folder: Path, kind: str) -> None:
 
 
 def trusted(folder: Path, engine: Engine | None = None) -> dict[str, Any]:
-    """Verifies an engine folder and returns its manifest.
+    """Verify an engine folder and return its manifest.
 
     Args:
         folder: what :func:`build_cached` made.
@@ -100,5 +100,5 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 
 def signed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the user's signature."""
+    """Return the manifest with the user's signature."""
     return {**manifest, "hmac": signing.sign(_canonical(manifest), _PURPOSE)}

@@ -16,7 +16,7 @@ _PREFIX = "Unpack_"
 
 
 def take_out_unpacking(model: Any, folder: Path) -> dict[str, Any]:
-    """Replaces what unpacks constants by initializers that the caller has to give to the session.
+    """Replace what unpacks constants by initializers that the caller has to give to the session.
 
     Args:
         model: the graph as a protobuf, its weights in their files; changed in place.

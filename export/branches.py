@@ -17,7 +17,7 @@ CHOOSE = "Choose"
 
 
 def sink_branches(model: Any) -> int:
-    """Replaces the choices of a model of ``onnx_ir``, in place, the last first.
+    """Replace the choices of a model of ``onnx_ir``, in place, the last first.
 
     Returns:
         how many there were.
@@ -30,7 +30,7 @@ def sink_branches(model: Any) -> int:
 
 
 def is_choice(node: Any) -> bool:
-    """Whether a node is one."""
+    """Return whether a node is one."""
     return node.domain == DOMAIN and node.op_type.startswith(CHOOSE)
 
 
@@ -73,7 +73,7 @@ def _replace(graph: Any, choice: Any, number: int) -> None:
 
 
 def _only_for(choice: Any, place: int) -> list[Any]:
-    """The nodes that nothing but input ``place`` of a choice needs, in the graph's order."""
+    """Return the nodes that nothing but input ``place`` of a choice needs, in the graph's order."""
     found: set[Any] = set()
     ordered: list[Any] = []
     waiting = [choice.inputs[place].producer()]
@@ -96,7 +96,8 @@ def _inside(value: Any, found: set[Any], choice: Any, place: int) -> bool:
 
 
 def _branch(graph: Any, result: Any, nodes: list[Any], name: str) -> Any:
-    """A graph that computes ``result`` by these nodes of ``graph``, which leave it, with the weights that only they use."""
+    """Return a graph that computes ``result`` by these nodes of ``graph``, which leave it, with the weights that only
+    they use."""
     import onnx_ir
 
     inside = set(nodes)

@@ -19,7 +19,7 @@ from qdiff.routing.blocks import in_branches
 
 
 def check_file(path: Path) -> None:
-    """Runs the ONNX checker on the file and its external data.
+    """Run the ONNX checker on the file and its external data.
 
     Raises:
         IntegrityError: with the checker's first line.
@@ -35,12 +35,12 @@ def check_file(path: Path) -> None:
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of the graph and of the external data beside it."""
+    """Return bytes of the graph and of the external data beside it."""
     return sum(file.stat().st_size for file in path.parent.iterdir() if file.name.startswith(path.name))
 
 
 def realised_precision(path: Path, plan: Plan) -> dict[str, Realised]:
-    """The precision of every layer of the plan as the graph has it.
+    """Return the precision of every layer of the plan as the graph has it.
 
     Raises:
         IntegrityError: a layer is not in the graph, or a float copy of a quantized weight is.
@@ -57,7 +57,7 @@ def realised_precision(path: Path, plan: Plan) -> dict[str, Realised]:
 
 
 def downgraded(plan: Plan, realised: dict[str, Realised], outputs: frozenset[str]) -> list[str]:
-    """Layers whose realised precision is not the one that was asked, as sentences.
+    """Return layers whose realised precision is not the one that was asked, as sentences.
 
     Args:
         outputs: formats of outputs that the target runs; others are expected to be float.
@@ -74,7 +74,7 @@ def downgraded(plan: Plan, realised: dict[str, Realised], outputs: frozenset[str
 
 
 def require_sparse(path: Path, plan: Plan) -> None:
-    """Refuses a graph in which another number of attentions follows lists than the plan says.
+    """Refuse a graph in which another number of attentions follows lists than the plan says.
 
     Raises:
         IntegrityError: attention that was to be sparse is dense, or the other way round.
@@ -94,7 +94,8 @@ def require_sparse(path: Path, plan: Plan) -> None:
 
 
 def _parameter_outside(name: str, plan: Plan) -> bool:
-    """Whether an initializer is called like a parameter of a layer that no plan is for (Wan's timestep embedding)."""
+    """Return whether an initializer is called like a parameter of a layer that no plan is for (Wan's timestep
+    embedding)."""
     wrapped, _, own = name.partition("backbone.")
     layer = own.removesuffix(".weight")
     parameter = bool(wrapped) and own == f"{layer}.weight"

@@ -29,7 +29,7 @@ def bytes_as_codes(module: nn.Module) -> None:
 
 
 def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
-    """Gives the initializers of all quantized layers their element types, and stores weights the way products want them.
+    """Give the initializers of all quantized layers their element types, and stores weights the way products want them.
 
     Args:
         graph: of ``onnx_ir``, as the exporter wrote it.
@@ -62,7 +62,7 @@ def _element_type(format: Format, target: Target) -> Any:
 
 
 def _set(value: Any, packed: Any, shape: tuple[int, int], dtype: Any) -> None:
-    """Makes packed bytes the initializer's data; ONNX packs a tensor as one row."""
+    """Make packed bytes the initializer's data; ONNX packs a tensor as one row."""
     import onnx_ir
 
     value.const_value = onnx_ir.PackedTensor(packed.reshape(-1), dtype, shape=shape, name=value.name)
@@ -70,7 +70,7 @@ def _set(value: Any, packed: Any, shape: tuple[int, int], dtype: Any) -> None:
 
 
 def _transpose(graph: Any, codes: Any, format: Format) -> None:
-    """Stores a weight as ``[in, out]``, so that DequantizeLinear feeds its MatMul without a Transpose between.
+    """Store a weight as ``[in, out]``, so that DequantizeLinear feeds its MatMul without a Transpose between.
 
     A linear layer is traced as MatMul(x, Transpose(DequantizeLinear(codes [out, in]))). ONNX Runtime folds that into a float
     weight: no INT8 product, no product with packed INT4, and three times the memory and more. What goes through a function or two
@@ -112,8 +112,9 @@ def _transpose(graph: Any, codes: Any, format: Format) -> None:
 
 
 def _as_kernels(graph: Any, codes: Any, format: Format) -> None:
-    """Stores a convolution's weight as ``[out, in, height, width]``, so that DequantizeLinear feeds its Conv without a Reshape
-    between: runtimes look for the pair. Packed and blocked codes stay a matrix, whose blocks run over channels and taps."""
+    """Store a convolution's weight as ``[out, in, height, width]``, so that DequantizeLinear feeds its Conv without a
+    Reshape between: runtimes look for the pair. Packed and blocked codes stay a matrix, whose blocks run over channels
+    and taps."""
     import onnx_ir
 
     if format.bits < 8 or format.block:
@@ -140,7 +141,7 @@ def _transpose_value(value: Any) -> None:
 
 
 def _transposed(data: bytes, rows: int, columns: int) -> Any:
-    """Codes of 4 bits ``[rows, columns]`` to those of ``[columns, rows]``, both packed."""
+    """Return codes of 4 bits ``[rows, columns]`` to those of ``[columns, rows]``, both packed."""
     import numpy
 
     packed = numpy.frombuffer(data, numpy.uint8).reshape(rows, columns // 2)

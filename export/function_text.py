@@ -18,13 +18,14 @@ class Body:
         self._constants: dict[str, str] = {}
 
     def do(self, call: str) -> str:
-        """``do("Mul(a, b)")`` -> the name of the product."""
+        """Return ``do("Mul(a, b)")`` -> the name of the product."""
         name = f"v{len(self.lines)}"
         self.lines.append(f"{name} = {call}")
         return name
 
     def call(self, name: str, inputs: str, outputs: int, attributes: Mapping[str, str | int]) -> list[str]:
-        """A call of another function of the domain, which has to declare the attributes; the names of its results."""
+        """Return a call of another function of the domain, which has to declare the attributes; the names of its
+        results."""
         names = [f"v{len(self.lines)}_{place}" for place in range(outputs)]
         given = ", ".join(
             f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}" for key, value in attributes.items()
@@ -33,19 +34,19 @@ class Body:
         return names
 
     def number(self, value: float) -> str:
-        """A float32 constant."""
+        """Return a float32 constant."""
         return self._constant(f"Constant<value = float {{{value!r}}}>()")
 
     def integers(self, *values: int) -> str:
-        """A 1-D int64 constant."""
+        """Return a 1-D int64 constant."""
         return self._constant(f"Constant<value_ints = [{', '.join(map(str, values))}]>()")
 
     def small_integers(self, *values: int) -> str:
-        """A 1-D int32 constant."""
+        """Return a 1-D int32 constant."""
         return self._constant(f"Constant<value = int32[{len(values)}] {{{', '.join(map(str, values))}}}>()")
 
     def table(self, values: tuple[float, ...]) -> str:
-        """A 1-D float32 constant."""
+        """Return a 1-D float32 constant."""
         return self._constant(f"Constant<value = float[{len(values)}] {{{', '.join(map(repr, values))}}}>()")
 
     def _constant(self, call: str) -> str:
@@ -72,7 +73,7 @@ class Function:
     attributes: tuple[str, ...] = ()
 
     def text(self, name: str) -> str:
-        """The whole function, called ``name``."""
+        """Return the whole function, called ``name``."""
         own = f', "{DOMAIN}" : 1' if any(f" {DOMAIN}." in line for line in self.body.lines) else ""
         declared = f" <{', '.join(self.attributes)}>" if self.attributes else ""
         head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}{own}]>\n{name}{declared} ({self.inputs}) => ({self.outputs})'

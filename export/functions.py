@@ -62,7 +62,7 @@ _CASTS = {"e4m3": _E4M3, "e5m2": _E5M2}
 
 
 def text_of(name: str) -> str:
-    """A function in ONNX's textual syntax, by its name in the domain.
+    """Return a function in ONNX's textual syntax, by its name in the domain.
 
     Raises:
         InputError: no such function, or a format that it does not exist for.
@@ -80,7 +80,7 @@ def text_of(name: str) -> str:
 
 
 def function(name: str) -> Any:
-    """The function as an ``onnx.FunctionProto``. Raises as :func:`text_of`."""
+    """Return the function as an ``onnx.FunctionProto``. Raises as :func:`text_of`."""
     import onnx.parser
 
     return onnx.parser.parse_function(text_of(name))
@@ -142,8 +142,8 @@ def _unpack(format: Format) -> Function:
 
 
 def _fields(body: Body) -> str:
-    """The bit patterns in ``codes``, four of 6 bits in three bytes (:mod:`qdiff.formats.packing`), by arithmetic that
-    runtimes fold."""
+    """Return the bit patterns in ``codes``, four of 6 bits in three bytes (:mod:`qdiff.formats.packing`), by arithmetic
+    that runtimes fold."""
     three = body.do(f"Reshape({body.cast('codes', _INT32)}, {body.integers(0, -1, 3)})")
     parts = body.do(f"Mul({three}, {body.small_integers(1, 2**8, 2**16)})")
     word = body.do(f"ReduceSum<keepdims = 1>({parts}, {body.integers(2)})")
@@ -181,7 +181,8 @@ _KINDS: dict[str, Callable[[Format], Function]] = {
 
 
 def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
-    """A scale for each row of ``rows [..., n]`` from its own amax: as it is stored, and what codes are multiplied with."""
+    """Return a scale for each row of ``rows [..., n]`` from its own amax: as it is stored, and what codes are
+    multiplied with."""
     amax = body.do(f"ReduceMax<keepdims = 1>({body.do(f'Abs({rows})')}, {body.integers(-1)})")
     if format.scale == "float16":
         ideal = body.do(f"Div({amax}, {body.number(format.largest)})")
@@ -200,13 +201,13 @@ def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
 
 
 def _on_half_grid(body: Body, x: str) -> str:
-    """:func:`qdiff.formats.scales.to_half_grid` of positive numbers."""
+    """Return :func:`qdiff.formats.scales.to_half_grid` of positive numbers."""
     half, wide = (body.cast(body.cast(x, dtype), _FLOAT) for dtype in (_FLOAT16, _BFLOAT16))
     return body.do(f"Where({body.do(f'Greater({x}, {body.number(LARGEST_FLOAT16)})')}, {wide}, {half})")
 
 
 def _power_below(body: Body, x: str) -> str:
-    """2^floor(log2 x) for x >= 0 (2^-127 and less for what is smaller than 2^-126)."""
+    """Return 2^floor(log2 x) for x >= 0 (2^-127 and less for what is smaller than 2^-126)."""
     logarithm = body.do(f"Mul({body.do(f'Log({x})')}, {body.number(1.4426950408889634)})")
     exponent = body.clip(body.do(f"Floor({logarithm})"), -126.0, 127.0)
     index = body.cast(body.do(f"Add({exponent}, {body.number(126.0)})"), _INT64)
@@ -219,7 +220,7 @@ def _power_below(body: Body, x: str) -> str:
 
 
 def _on_grid(body: Body, ratio: str, element: Element) -> str:
-    """:func:`qdiff.formats.elements.round_to_grid`."""
+    """Return :func:`qdiff.formats.elements.round_to_grid`."""
     if element.kind == "integer":
         return body.clip(body.do(f"Round({ratio})"), element.lowest, element.highest)
     within = body.clip(ratio, element.lowest, element.highest)

@@ -28,7 +28,7 @@ HEAVY = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 
 
 def write_parts(onnx: Path, sources: Mapping[str, Set[str]]) -> list[Path]:
-    """Writes ``step.onnx`` and the parts beside a graph; nothing where there is nothing to take out.
+    """Write ``step.onnx`` and the parts beside a graph; nothing where there is nothing to take out.
 
     Args:
         onnx: the whole graph.
@@ -56,7 +56,7 @@ def write_parts(onnx: Path, sources: Mapping[str, Set[str]]) -> list[Path]:
 
 
 def sources_of(family: Family, config: Mapping[str, Any]) -> dict[str, frozenset[str]]:
-    """Inputs that each part may read: those that stay the same for a picture, and the timestep."""
+    """Return inputs that each part may read: those that stay the same for a picture, and the timestep."""
     specs = family.inputs(config)
     prompt = frozenset(spec.name for spec in specs if not spec.varies)
     timestep = frozenset(spec.name for spec in specs if spec.varies and spec.exact)
@@ -64,7 +64,7 @@ def sources_of(family: Family, config: Mapping[str, Any]) -> dict[str, frozenset
 
 
 def hoist(model: Any, inputs: Set[str]) -> tuple[Any, Any] | None:
-    """What a model computes from ``inputs`` alone.
+    """Return what a model computes from ``inputs`` alone.
 
     Returns:
         a model of that, and one of the rest, which has the first one's outputs among its inputs; ``None`` where it is not
@@ -111,7 +111,7 @@ class _View:
                 self.producer[name] = index
 
     def able(self, inputs: Set[str]) -> set[int]:
-        """Nodes that can be computed from ``inputs``."""
+        """Return nodes that can be computed from ``inputs``."""
         found: set[int] = set()
         for index, node in enumerate(self.graph.node):
             nested = any(attribute.HasField("g") for attribute in node.attribute)
@@ -121,7 +121,7 @@ class _View:
         return found
 
     def _there(self, name: str, inputs: Set[str], able: set[int]) -> bool:
-        """Whether a value can be had in a graph with these inputs and nodes."""
+        """Return whether a value can be had in a graph with these inputs and nodes."""
         if name in self.data:
             return name in inputs or self.producer.get(name) in able
         index = self.producer.get(name)
@@ -133,7 +133,7 @@ class _View:
         return all(self._there(each, inputs, able) for each in self.reads[index])
 
     def _sources(self, node: Any, inputs: Set[str]) -> list[tuple[str, int]] | None:
-        """Inputs and axes of them that have the sizes that a ``Shape`` of another input gives."""
+        """Return inputs and axes of them that have the sizes that a ``Shape`` of another input gives."""
         if node.op_type != "Shape" or node.input[0] not in self.inputs:
             return None
         axes = axes_of(self.inputs[node.input[0]])
@@ -167,7 +167,7 @@ class _View:
         return found
 
     def carried(self, moved: set[int]) -> list[str]:
-        """Values that moved nodes make and others read, in order."""
+        """Return values that moved nodes make and others read, in order."""
         return [
             name
             for index in sorted(moved)
@@ -176,7 +176,7 @@ class _View:
         ]
 
     def is_float(self, name: str) -> bool:
-        """Whether a value is of real numbers, with known axes: what runners pass on."""
+        """Return whether a value is of real numbers, with known axes: what runners pass on."""
         import onnx
 
         value = self.types.get(name)
@@ -184,7 +184,7 @@ class _View:
         return value is not None and value.type.tensor_type.elem_type in kinds and None not in axes_of(value)
 
     def part(self, model: Any, moved: set[int], carried: list[str], inputs: Set[str]) -> Any:
-        """The model of the moved nodes."""
+        """Return the model of the moved nodes."""
         needed: set[int] = set()
         waiting = list(moved)
         while waiting:
@@ -208,7 +208,7 @@ class _View:
         return _model(model, made, given, outputs)
 
     def rest(self, model: Any, moved: set[int], carried: list[str]) -> Any:
-        """The model without the moved nodes, and without what only they needed."""
+        """Return the model without the moved nodes, and without what only they needed."""
         alive: set[int] = set()
         waiting = [self.producer[name] for name in self.outputs if name in self.producer]
         while waiting:
@@ -229,7 +229,7 @@ class _View:
 
 
 def _read_by(node: Any) -> Iterator[str]:
-    """Names that a node reads, those that graphs inside it take from outside included."""
+    """Yield names that a node reads, those that graphs inside it take from outside included."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         if attribute.HasField("g"):
@@ -242,7 +242,7 @@ def _read_by(node: Any) -> Iterator[str]:
 
 
 def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
-    """``Shape`` of other inputs that gives what ``node`` gives."""
+    """Return ``Shape`` of other inputs that gives what ``node`` gives."""
     import onnx
 
     pieces = [f"{node.output[0]}_{place}" for place in range(len(sources))]
@@ -256,7 +256,8 @@ def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
 
 
 def _model(model: Any, kept: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
-    """A model of these nodes, with the initializers, value descriptions and functions of ``model`` that they use."""
+    """Return a model of these nodes, with the initializers, value descriptions and functions of ``model`` that they
+    use."""
     import onnx
 
     made = onnx.ModelProto()

@@ -16,7 +16,7 @@ LISTED = "listed"  # the axis along which all lists lie
 
 
 def list_inputs(lists: BlockLists) -> tuple[InputSpec, ...]:
-    """The two inputs; how many blocks are listed differs from group to group of timesteps."""
+    """Return the two inputs; how many blocks are listed differs from group to group of timesteps."""
     return (
         InputSpec(BLOCKS, (len(lists.blocks), LISTED), torch.int32, varies=True),
         InputSpec(BOUNDS, (len(lists.bounds),), torch.int64, varies=True),
@@ -24,7 +24,8 @@ def list_inputs(lists: BlockLists) -> tuple[InputSpec, ...]:
 
 
 def fixed_sizes(specs: Iterable[InputSpec], example: Mapping[str, Tensor]) -> tuple[InputSpec, ...]:
-    """Inputs whose frames, height and width are those of ``example``: the order of tokens is one of that many tokens."""
+    """Return inputs whose frames, height and width are those of ``example``: the order of tokens is one of that many
+    tokens."""
     return tuple(
         dataclasses.replace(
             spec,

@@ -50,7 +50,7 @@ LONGEST_LISTS = 2**28  # entries in a row of all lists
 
 
 def check_target(plan: Plan, target: Target) -> None:
-    """Refuses a plan with a layer that the target cannot run, or an attention that no graph can say.
+    """Refuse a plan with a layer that the target cannot run, or an attention that no graph can say.
 
     Raises:
         InputError: naming the layer and its formats.
@@ -71,7 +71,7 @@ def check_target(plan: Plan, target: Target) -> None:
 def export_onnx(
     family: Family, backbone: nn.Module, example: Mapping[str, Tensor], target: Target, folder: Path
 ) -> Path:
-    """Writes ``model.onnx`` and ``model.onnx.data`` into ``folder`` (replaced whole) and returns the path of the first.
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` (replaced whole) and return the path of the first.
 
     The backbone's weights are converted in place when the target computes in 16 bit.
 
@@ -135,7 +135,8 @@ def write_graph(
     inputs: list[str],
     outputs: Sequence[str] = ("prediction",),
 ) -> Any:
-    """Traces a module and translates it: the ``onnx_ir`` program, with packed weights and with the functions that it calls.
+    """Trace a module and translates it: the ``onnx_ir`` program, with packed weights and with the functions that it
+    calls.
 
     Args:
         values: the module's positional arguments, an example of each.
@@ -172,7 +173,7 @@ def write_graph(
 
 
 def _add_functions(model: Any) -> None:
-    """Puts the functions of our domain that the graph calls into the file, and those that they call."""
+    """Put the functions of our domain that the graph calls into the file, and those that they call."""
     import onnx_ir
 
     wanted = {node.op_type for node in model.graph if node.domain == DOMAIN and not is_choice(node)}
@@ -197,7 +198,7 @@ class ListsAsInputs(nn.Module):
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def forward(self, *values: Tensor) -> Tensor:
-        """The backbone's inputs in order, ``blocks`` and ``bounds``."""
+        """Return the backbone's inputs in order, ``blocks`` and ``bounds``."""
         self.schedule_state.pinned = values[-2], values[-1]
         try:
             return self.module(*values[:-2])
@@ -237,7 +238,7 @@ class InComputeDtype(nn.Module):
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The backbone's inputs in order."""
+        """Return the backbone's inputs in order."""
         cast = [
             value.to(self.dtype) if value.is_floating_point() and name not in self.exact else value
             for name, value in zip(self.names, values, strict=True)
@@ -255,7 +256,7 @@ def _at_least_two(tensor: Tensor, axis: int | None) -> Tensor:
 
 
 def _dynamic_axes(specs: Any, divisor: int, batch: int, largest: int) -> tuple[dict[int, Any], ...]:
-    """Symbols of the named axes; ``largest`` is the greatest number of patches along one."""
+    """Return symbols of the named axes; ``largest`` is the greatest number of patches along one."""
     height = torch.export.Dim("height_of_patches", min=2, max=largest)
     width = torch.export.Dim("width_of_patches", min=2, max=largest)
     dims = {
@@ -271,7 +272,7 @@ def _dynamic_axes(specs: Any, divisor: int, batch: int, largest: int) -> tuple[d
 
 
 def _drop_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
-    """Removes ``squeeze(dim)`` of an axis that is not 1. torch ignores such a squeeze, ONNX calls it invalid."""
+    """Remove ``squeeze(dim)`` of an axis that is not 1. torch ignores such a squeeze, ONNX calls it invalid."""
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target == torch.ops.aten.squeeze.dim:
             source = node.args[0]
@@ -282,7 +283,7 @@ def _drop_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
 
 
 def _forget_origin(model: Any) -> None:
-    """Drops the exporter's notes (stack traces with paths of this machine): as many bytes as a small model's weights."""
+    """Drop the exporter's notes (stack traces with paths of this machine): as many bytes as a small model's weights."""
     model.metadata_props.clear()
     for graph in model.graphs():
         graph.metadata_props.clear()
@@ -295,8 +296,8 @@ def _forget_origin(model: Any) -> None:
 
 
 def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]) -> None:
-    """Gives dynamic axes the names of :class:`qdiff.recording.inputs.InputSpec` instead of the tracer's symbols, inside the graph
-    too."""
+    """Give dynamic axes the names of :class:`qdiff.recording.inputs.InputSpec` instead of the tracer's symbols, inside
+    the graph too."""
     import onnx_ir
 
     names = {
@@ -317,7 +318,7 @@ def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]
 
 
 def _named(size: Any, names: Mapping[str, str]) -> Any:
-    """A size with the tracer's symbols replaced; formulas such as ``6*s48`` have several."""
+    """Return a size with the tracer's symbols replaced; formulas such as ``6*s48`` have several."""
     text = getattr(size, "value", None)
     return re.sub(r"\b[a-z]\w*\b", lambda found: names.get(found[0], found[0]), text) if text else size
 

@@ -36,13 +36,13 @@ class StepParity:
 
     @property
     def agrees(self) -> bool:
-        """Whether the graph computes what the module computes, see :func:`compare`."""
+        """Return whether the graph computes what the module computes, see :func:`compare`."""
         return self.cosine >= COSINE or self.graph_db >= self.module_db - TOLERANCE_DB
 
 
 def expected_outputs(family: Family, backbone: nn.Module, steps: Iterable[Step]) -> list[Tensor]:
-    """What the module computes on recorded steps. Apart from :func:`compare`, so that the module can go before the runtime comes:
-    of a large model both together are the peak of the whole export."""
+    """Return what the module computes on recorded steps. Apart from :func:`compare`, so that the module can go before
+    the runtime comes: of a large model both together are the peak of the whole export."""
     with torch.inference_mode():
         return [predict(family, backbone, step.inputs) for step in steps]
 
@@ -54,7 +54,7 @@ def compare(
     float_predictions: Iterable[Tensor],
     specs: Sequence[InputSpec],
 ) -> list[StepParity]:
-    """Runs the graph on recorded steps and compares it with what the module computed.
+    """Run the graph on recorded steps and compare it with what the module computed.
 
     A step agrees when the cosine of both outputs is at least 0.9999. Where quantization itself is coarser than that, two correct
     runtimes differ by more: sums in another order move values across rounding boundaries, and every layer after that

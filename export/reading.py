@@ -64,7 +64,7 @@ class Graph:
                 self.consumers.setdefault(name, []).append(node)
 
     def quantized_layer(self, name: str) -> Realised:
-        """What the layer ``name`` of a plan is in this graph.
+        """Return what the layer ``name`` of a plan is in this graph.
 
         Raises:
             IntegrityError: it is not there, or its weight does not go into a product.
@@ -84,7 +84,7 @@ class Graph:
         return ways[0]
 
     def _ways(self, name: str, value: str, weights: str, element: str) -> list[Realised]:
-        """What becomes of a weight in every product that it goes into: a layer may be called several times."""
+        """Return what becomes of a weight in every product that it goes into: a layer may be called several times."""
         found = []
         for node in self.consumers.get(value, []):
             if node.op_type in _PRODUCTS:
@@ -103,7 +103,7 @@ class Graph:
         return found
 
     def _weight_format(self, element: str, node: Any) -> str:
-        """The row whose element, block and scale are those of a weight; else a description of what is there."""
+        """Return the row whose element, block and scale are those of a weight; else a description of what is there."""
         block = _attribute(node, "block_size", 0)
         if node.domain == DOMAIN:
             row = format_named(node.op_type.partition("_")[2])
@@ -118,7 +118,8 @@ class Graph:
         return f"{element} in blocks of {block} with {scale} scales"
 
     def _scale(self, value: str) -> str:
-        """How the scales behind ``value`` are stored, in the words of :attr:`qdiff.formats.table.Format.scale`."""
+        """Return how the scales behind ``value`` are stored, in the words of
+        :attr:`qdiff.formats.table.Format.scale`."""
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH:
             value = node.input[0]
@@ -131,8 +132,8 @@ class Graph:
         return "float16"  # a number on its grid, in float16 or float32
 
     def _output(self, product: Any) -> str | None:
-        """Format of the quantizer right behind a product, its bias and its division by the timestep's factor; the input quantizer
-        of a layer that reads this one is not meant."""
+        """Return format of the quantizer right behind a product, its bias and its division by the timestep's factor;
+        the input quantizer of a layer that reads this one is not meant."""
         value = product.output[0]
         while True:
             users = self.consumers.get(value, [])
@@ -150,7 +151,7 @@ class Graph:
             value = node.output[0]
 
     def _feeds_a_layer(self, quantizer: Any) -> bool:
-        """Whether what a quantizer makes goes into a product with a weight."""
+        """Return whether what a quantizer makes goes into a product with a weight."""
         reached = [*quantizer.output]
         while reached:
             value = reached.pop()
@@ -163,7 +164,7 @@ class Graph:
         return False
 
     def _is_a_weight(self, value: str) -> bool:
-        """Whether a product's operand comes from codes."""
+        """Return whether a product's operand comes from codes."""
         node = self.producer.get(value)
         while node is not None and (node.op_type in _THROUGH or node.op_type.startswith(("Dequantize", "Unpack"))):
             value = node.input[0]
@@ -171,7 +172,7 @@ class Graph:
         return value in self.initializers and value.endswith(".codes")
 
     def _pair(self, quantizer: Any) -> str:
-        """Format of a QuantizeLinear with one scale."""
+        """Return format of a QuantizeLinear with one scale."""
         dtype = _attribute(quantizer, "output_dtype", 0)
         if not dtype and len(quantizer.input) > 2:
             dtype = self.initializers[quantizer.input[2]].data_type
@@ -180,7 +181,7 @@ class Graph:
         return next(rows, element)
 
     def _activation(self, value: str) -> tuple[str | None, bool]:
-        """Format of the quantizer that a product's operand comes from, and whether its scales are per token."""
+        """Return format of the quantizer that a product's operand comes from, and whether its scales are per token."""
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH and not node.domain:
             node = self.producer.get(node.input[0])

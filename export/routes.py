@@ -46,7 +46,7 @@ class RoutesAsInputs(nn.Module):
     def interface(
         self, example: Mapping[str, Tensor], cells: int, fixed: bool = False
     ) -> tuple[list[tuple[InputSpec, Tensor]], list[Output]]:
-        """The inputs that are added, with examples, and the outputs.
+        """Return the inputs that are added, with examples, and the outputs.
 
         Args:
             example: one recorded call, whose blocks have ``cells`` tokens.
@@ -63,7 +63,7 @@ class RoutesAsInputs(nn.Module):
         return inputs, outputs
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The backbone's inputs in order, ``routes`` and with reuse ``deltas``."""
+        """Return the backbone's inputs in order, ``routes`` and with reuse ``deltas``."""
         branch_state, added = self.branch_state, 2 if self.branch_state.caching else 1
         branch_state.pinned, branch_state.routes = True, values[-added]
         branch_state.deltas = values[-1] if branch_state.caching else None

@@ -36,7 +36,7 @@ _V_UNIT = 2.0**-12  # sums of probabilities times values: 75,600 keys stay below
 
 
 def attention_function(node: AttentionNode) -> Function:
-    """The function of that name.
+    """Return the function of that name.
 
     ============== ==========================================================================================================
     ``WHOLE``      ``q``, ``k``, ``v [batch, heads, tokens, size]`` (``q`` scaled), ``order [heads, ordered]``,
@@ -74,7 +74,7 @@ class _Writer:
         return self.body.integers(*values)
 
     def number(self, value: float) -> str:
-        """A scalar in the dtype that the graph computes in."""
+        """Return a scalar in the dtype that the graph computes in."""
         return self.cast_like(self.body.number(value))
 
     def cast_like(self, x: str) -> str:
@@ -124,7 +124,7 @@ class _Writer:
         return Function("x, mean, scale, order", codes, self.body, tuple(PLUGIN_ATTRIBUTES))
 
     def in_units(self, scale: str) -> str:
-        """What values are divided by so that a code counts :data:`_V_UNIT`."""
+        """Return what values are divided by so that a code counts :data:`_V_UNIT`."""
         return self.cast_like(self.do(f"Mul({scale}, {self.body.number(1 / _V_UNIT)})"))
 
     def product(self) -> Function:
@@ -135,7 +135,8 @@ class _Writer:
         return Function(inputs, result, self.body, tuple(PLUGIN_ATTRIBUTES))
 
     def laid(self, x: str, block: int) -> str:
-        """All heads' tokens where they lie, in blocks: ``[batch, heads, blocks, block, size]``. Where none lies there is zero."""
+        """Return all heads' tokens where they lie, in blocks: ``[batch, heads, blocks, block, size]``. Where none lies
+        there is zero."""
         tiling, heads, size = self.tiling, self.made.heads, self.made.size
         text, rest = -tiling.text % block, -tiling.ordered % block
         parts = [self.do(f"Add(order, {self.by_head(tiling.tokens, tiling.text)})")]
@@ -157,7 +158,7 @@ class _Writer:
         )
 
     def normalised(self, x: str, format: str, unit: float) -> tuple[str, str]:
-        """``x`` over its scale, between -largest and largest in units of ``unit``, and the scale
+        """Return ``x`` over its scale, between -largest and largest in units of ``unit``, and the scale
         ``[batch, heads, blocks, 1, 1]``."""
         amax = self.do(f"ReduceMax<keepdims = 1>({self.do(f'Abs({x})')}, {self.axes(3, 4)})")
         whole = self.number(1 / (format_named(format).element.largest * unit))
@@ -166,7 +167,7 @@ class _Writer:
         return self.do(f"Div({x}, {scale})"), scale
 
     def attended(self, q: str, k: str, v: str, q_scale: str | None, k_scale: str | None, bounds: str) -> str:
-        """What was laid, and scales of it, to ``[batch, heads, tokens, size]`` in units of the values."""
+        """Return what was laid, and scales of it, to ``[batch, heads, tokens, size]`` in units of the values."""
         tiling, heads, size = self.tiling, self.made.heads, self.made.size
         empty = self.empty_places()
         found = []
@@ -198,7 +199,8 @@ class _Writer:
         empty: str | None,
         bounds: str,
     ) -> tuple[str, str]:
-        """What one head's queries get: those that have an order ``[batch, rows * block_q, size]``, and the text's."""
+        """Return what one head's queries get: those that have an order ``[batch, rows * block_q, size]``, and the
+        text's."""
         tiling, size = self.tiling, self.made.size
         listed = self.listed(head, bounds)  # [rows, blocks]
         ends = tiling.text_rows, tiling.text_rows + tiling.rows
@@ -214,7 +216,7 @@ class _Writer:
         return flat, self.text(q, q_scale, k, v, k_scale, empty) if tiling.text else ""
 
     def codes(self, x: str, format: str, unit: float) -> str:
-        """``x`` on the grid of ``format`` in units of ``unit``."""
+        """Return ``x`` on the grid of ``format`` in units of ``unit``."""
         step = self.number(unit)
         if format == "int8" or self.made.pairs:
             coded = self.do(f"QuantizeLinear<output_dtype = {_CODES[format]}>({x}, {step})")
@@ -226,7 +228,7 @@ class _Writer:
         return self.do(f"Mul({self.cast_like(coded)}, {step})")
 
     def empty_places(self) -> str | None:
-        """What is added to the scores of places of keys: ``[c, block_k]``, or ``None`` where all are filled."""
+        """Return what is added to the scores of places of keys: ``[c, block_k]``, or ``None`` where all are filled."""
         filled = _filled(self.tiling, self.tiling.block_k)
         if all(filled):
             return None
@@ -235,7 +237,7 @@ class _Writer:
         )
 
     def listed(self, head: int, bounds: str) -> str:
-        """The blocks that each block of queries reads, text first: ``[rows, blocks]``."""
+        """Return the blocks that each block of queries reads, text first: ``[rows, blocks]``."""
         start, end = (self.do(f"Gather<axis = 0>({bounds}, {self.axes(place)})") for place in (head, head + 1))
         own = self.do(f"Slice(blocks, {start}, {end}, {self.axes(1)})")
         text, rows = self.tiling.text_columns, self.tiling.rows
@@ -250,12 +252,12 @@ class _Writer:
         return self.do(f"Slice({x}, {self.axes(start)}, {self.axes(end)}, {self.axes(1)})")
 
     def gathered(self, x: str, listed: str, rows: int) -> str:
-        """``[batch, c, block_k, size]`` to ``[batch, rows, keys, size]``."""
+        """Return ``[batch, c, block_k, size]`` to ``[batch, rows, keys, size]``."""
         blocks = self.do(f"Gather<axis = 1>({x}, {listed})")
         return self.do(f"Reshape({blocks}, {self.axes(0, rows, -1, self.made.size)})")
 
     def gathered_scale(self, scale: str | None, listed: str, rows: int) -> str | None:
-        """``[batch, c, 1, 1]`` to ``[batch, rows, 1, keys]``."""
+        """Return ``[batch, c, 1, 1]`` to ``[batch, rows, 1, keys]``."""
         if scale is None:
             return None
         blocks = self.do(f"Gather<axis = 1>({self.do(f'Squeeze({scale}, {self.axes(3)})')}, {listed})")
@@ -263,7 +265,7 @@ class _Writer:
         return self.do(f"Reshape({spread}, {self.axes(0, rows, 1, -1)})")
 
     def gathered_empty(self, empty: str, listed: str, rows: int) -> str:
-        """``[c, block_k]`` to ``[rows, 1, keys]``."""
+        """Return ``[c, block_k]`` to ``[rows, 1, keys]``."""
         blocks = self.do(f"Gather<axis = 0>({empty}, {listed})")
         return self.do(f"Reshape({blocks}, {self.axes(rows, 1, -1)})")
 
@@ -276,7 +278,7 @@ class _Writer:
         k_scale: str | None,
         empty: str | None,
     ) -> str:
-        """``[batch, r, block_q, size]`` and ``[batch, r, keys, size]`` to ``[batch, r, block_q, size]``."""
+        """Return ``[batch, r, block_q, size]`` and ``[batch, r, keys, size]`` to ``[batch, r, block_q, size]``."""
         if self.scores and self.output:
             q, k = (self.codes(x, self.scores, _UNIT[self.scores]) for x in (q, k))
             v = self.codes(v, self.output, _V_UNIT)
@@ -294,7 +296,7 @@ class _Writer:
         return self.cast_like(mean)
 
     def text(self, q: str, q_scale: str | None, k: str, v: str, k_scale: str | None, empty: str | None) -> str:
-        """What the text's queries get, who read everything: ``[batch, text, size]``."""
+        """Return what the text's queries get, who read everything: ``[batch, text, size]``."""
         tiling, ends = self.tiling, (0, self.tiling.text_rows)
         everything = self.row(list(range(tiling.text_columns + tiling.columns)))
         found = self.attend(
@@ -309,7 +311,8 @@ class _Writer:
         return self.do(f"Slice({flat}, {self.axes(0)}, {self.axes(tiling.text)}, {self.axes(1)})")
 
     def positions(self, places: int) -> str:
-        """Where each head's tokens lie among the queries of all heads, of which each has ``places``: the inverse of its order."""
+        """Return where each head's tokens lie among the queries of all heads, of which each has ``places``: the inverse
+        of its order."""
         heads, count = self.made.heads, self.tiling.ordered
         zeros = self.do(f"ConstantOfShape<value = int32[1] {{0}}>({self.axes(heads, count)})")
         numbers = self.do(f"Range({self.int32(0)}, {self.int32(count)}, {self.int32(1)})")
@@ -317,25 +320,25 @@ class _Writer:
         return self.do(f"ScatterElements<axis = 1>({zeros}, order, {own})")
 
     def by_head(self, step: int, first: int = 0) -> str:
-        """int32 ``[heads, 1]``: ``first``, and ``step`` more for each head."""
+        """Return int32 ``[heads, 1]``: ``first``, and ``step`` more for each head."""
         numbers = ", ".join(str(first + head * step) for head in range(self.made.heads))
         return self.do(f"Constant<value = int32[{self.made.heads},1] {{{numbers}}}>()")
 
     def row(self, values: Sequence[int]) -> str:
-        """int32 ``[1, n]``."""
+        """Return int32 ``[1, n]``."""
         return self.do(f"Constant<value = int32[1,{len(values)}] {{{', '.join(map(str, values))}}}>()")
 
     def int32(self, value: int) -> str:
         return self.do(f"Constant<value = int32 {{{value}}}>()")
 
     def table(self, values: Sequence[float], shape: tuple[int, ...]) -> str:
-        """Numbers of that shape, in the dtype that the graph computes in."""
+        """Return numbers of that shape, in the dtype that the graph computes in."""
         flat = self.body.table(tuple(values))
         return self.cast_like(self.do(f"Reshape({flat}, {self.axes(*shape)})"))
 
 
 def _filled(tiling: Tiling, block: int) -> list[bool]:
-    """Where a token lies when the sequence is cut into blocks of ``block``."""
+    """Return where a token lies when the sequence is cut into blocks of ``block``."""
     lies: list[bool] = []
     for tokens in (tiling.text, tiling.ordered):
         lies += [True] * tokens + [False] * (-tokens % block)

@@ -16,7 +16,7 @@ TITLES = {"onnxruntime": "ONNX Runtime, OpenVINO", "tensorrt": "TensorRT-RTX"}
 
 
 def tables() -> str:
-    """Both tables in Markdown: weights, and activations."""
+    """Return both tables in Markdown: weights, and activations."""
     rows = [row for row in FORMATS.values() if row.quantized]
     targets = [TARGETS[name] for name in TARGETS]
     names = [TITLES[name] for name in TARGETS]

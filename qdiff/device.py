@@ -24,8 +24,8 @@ _chosen: str | None = None
 
 
 def set_device(name: str | None) -> None:
-    """Takes a device by torch's name of it: ``cpu``, ``cuda``, ``cuda:1``; ``None``: the first GPU, or the host where there is
-    none.
+    """Take a device by torch's name of it: ``cpu``, ``cuda``, ``cuda:1``; ``None``: the first GPU, or the host where
+    there is none.
 
     Raises:
         UsageError: no device that qdiff computes on.
@@ -38,7 +38,7 @@ def set_device(name: str | None) -> None:
 
 
 def require(name: str) -> None:
-    """Refuses a device that is not there. Raises as :func:`set_device`."""
+    """Refuse a device that is not there. Raises as :func:`set_device`."""
     if name == HOST:
         return
     import torch
@@ -55,21 +55,21 @@ def require(name: str) -> None:
 
 
 def found() -> str:
-    """The first GPU, or the host where there is none."""
+    """Return the first GPU, or the host where there is none."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else HOST
 
 
 def chosen() -> torch.device:
-    """The device that was chosen or found."""
+    """Return the device that was chosen or found."""
     import torch
 
     return torch.device(found() if _chosen is None else _chosen)
 
 
 def finish(device: torch.device) -> None:
-    """Waits until everything that was asked of the device is done: clocks are read then. The host is never behind."""
+    """Wait until everything that was asked of the device is done: clocks are read then. The host is never behind."""
     import torch
 
     if device.type == "cuda":
@@ -77,13 +77,14 @@ def finish(device: torch.device) -> None:
 
 
 def of(backbone: nn.Module) -> torch.device:
-    """Where a backbone computes."""
+    """Return where a backbone computes."""
     tensors = itertools.chain(backbone.parameters(), backbone.buffers())
     return next(tensors).device
 
 
 def place(pipeline: Any) -> None:
-    """Moves a pipeline there. Its products and convolutions are of float32 and not of TF32, which has 10 bits of mantissa."""
+    """Move a pipeline there. Its products and convolutions are of float32 and not of TF32, which has 10 bits of
+    mantissa."""
     import torch
 
     device = chosen()

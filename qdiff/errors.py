@@ -75,7 +75,7 @@ class QualityGateError(QdiffError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of whichever library, means that memory ran out."""
+    """Return whether an error, of whichever library, means that memory ran out."""
     if isinstance(error, (MemoryError, MemoryExhaustedError)):
         return True
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
@@ -84,12 +84,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` entries of ``known`` that look most like ``name``, best first (may be empty)."""
+    """Return the ``count`` entries of ``known`` that look most like ``name``, best first (may be empty)."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[QdiffError] = UsageError) -> QdiffError:
-    """An error for a name that is not in a table: names the nearest entries and all of them when they are few."""
+    """Return an error for a name that is not in a table: names the nearest entries and all of them when they are
+    few."""
     known = sorted(known)
     close = nearest(name, known)
     hint = f"did you mean {', '.join(close)}?" if close else ""

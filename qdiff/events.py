@@ -31,7 +31,7 @@ class Event:
 
     @property
     def remaining(self) -> float | None:
-        """Estimated seconds left, from the mean time of the units done so far in this process."""
+        """Return estimated seconds left, from the mean time of the units done so far in this process."""
         return self.seconds / self.done * (self.total - self.done) if self.done else None
 
 
@@ -42,7 +42,7 @@ class Listener(Protocol):
 
 
 def duration(seconds: float) -> str:
-    """``75.2`` -> ``1m15s``: short durations for people."""
+    """Return ``75.2`` -> ``1m15s``: short durations for people."""
     if seconds < 60:
         return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
     minutes, rest = divmod(int(seconds + 0.5), 60)
@@ -87,7 +87,7 @@ _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("qdi
 
 @contextlib.contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """Sends the events of the work inside the block to ``listener`` (``None``: nobody)."""
+    """Send the events of the work inside the block to ``listener`` (``None``: nobody)."""
     token = _listener.set(listener)
     try:
         yield
@@ -127,7 +127,7 @@ class Progress:
 
 
 def track(items: Iterable[T], task: str, total: int | None = None) -> Iterator[T]:
-    """Iterates over ``items`` and reports each one done."""
+    """Iterate over ``items`` and reports each one done."""
     if total is None:
         items = list(items)
         total = len(items)

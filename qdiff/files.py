@@ -19,7 +19,7 @@ from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, Usage
 
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turns "no space left on device" into the error that a user can act on."""
+    """Turn "no space left on device" into the error that a user can act on."""
     try:
         yield
     except OSError as error:
@@ -36,7 +36,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 4_096  # bytes, of Linux and of its file syste
 
 
 def path_of(text: str | Path) -> Path:
-    """A path that a user named.
+    """Return a path that a user named.
 
     Raises:
         UsageError: it is empty, holds NUL, or is longer than file systems take.
@@ -56,7 +56,7 @@ def path_of(text: str | Path) -> Path:
 
 
 def read_user_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
-    """The UTF-8 text of a file that a user named, without a byte order mark.
+    """Return the UTF-8 text of a file that a user named, without a byte order mark.
 
     Args:
         what: it is, for messages: ``the prompts file``.
@@ -91,8 +91,9 @@ def read_user_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
 
 
 def break_links(path: Path) -> None:
-    """Makes a file that has several names (``cp -al``, ``rsync --link-dest``) one of its own with the same bytes, where its
-    folder can be written: libraries that refuse hard links then read it, and what is written there changes no other folder."""
+    """Make a file that has several names (``cp -al``, ``rsync --link-dest``) one of its own with the same bytes, where
+    its folder can be written: libraries that refuse hard links then read it, and what is written there changes no other
+    folder."""
     if path.lstat().st_nlink < 2:
         return
     with contextlib.suppress(PermissionError), contextlib.ExitStack() as stack:
@@ -130,7 +131,7 @@ def require_writable(folder: Path, *, make: bool = False) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write(temporary path in the same folder)``, flushes it to disk and renames it to ``path``.
+    """Call ``write(temporary path in the same folder)``, flushes it to disk and rename it to ``path``.
 
     Raises:
         InputError: a folder is in the file's place.
@@ -173,7 +174,7 @@ def temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text whole or not at all."""
+    """Write UTF-8 text whole or not at all."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -182,12 +183,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a person can read (indented, key order kept) whole or not at all."""
+    """Write JSON that a person can read (indented, key order kept) whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_plain(path: Path, what: str) -> None:
-    """Refuses what is there in a file's place. A pipe would keep its reader waiting, a folder is an error of the system.
+    """Refuse what is there in a file's place. A pipe would keep its reader waiting, a folder is an error of the system.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -199,7 +200,7 @@ def require_plain(path: Path, what: str) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Reads a JSON file of ours.
+    """Read a JSON file of ours.
 
     Raises:
         InputError: when it is missing.
@@ -219,7 +220,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all. ``metadata`` goes into its header."""
+    """Write a safetensors file whole or not at all. ``metadata`` goes into its header."""
     from safetensors.torch import save_file
 
     def write(temporary: Path) -> None:
@@ -235,7 +236,7 @@ def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] |
 
 @contextlib.contextmanager
 def open_tensors(path: Path, what: str) -> Iterator[Any]:
-    """Opens a safetensors file of ours lazily (``safetensors.safe_open``).
+    """Open a safetensors file of ours lazily (``safetensors.safe_open``).
 
     Raises:
         InputError: when it is missing.
@@ -254,8 +255,8 @@ def open_tensors(path: Path, what: str) -> Iterator[Any]:
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor of the lock file at ``path``, made where it is not there; its content is left alone. A link is not followed:
-    what it leads to is not ours to open for writing.
+    """Return a descriptor of the lock file at ``path``, made where it is not there; its content is left alone. A link
+    is not followed: what it leads to is not ours to open for writing.
 
     Raises:
         IntegrityError: a link, a folder or a pipe is in its place.
@@ -274,18 +275,19 @@ def open_lock(path: Path) -> int:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """Hex sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their key order."""
+    """Return Hex sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def safe_child(root: Path, name: str) -> Path:
-    """``root / name`` for a name that came from a file, refused when it would leave ``root`` (also by a symbolic link).
+    """Return ``root / name`` for a name that came from a file, refused when it would leave ``root`` (also by a symbolic
+    link).
 
     Raises:
         IntegrityError: absolute names, ``..``, NUL, links that point outside.

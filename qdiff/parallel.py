@@ -28,8 +28,8 @@ WAIT = 1.0  # seconds between looks at whether a process is still there
 
 
 def workers_for(pieces: int) -> int:
-    """How many processes are of use: one for each of torch's threads; 1 where processes cannot be forked, or a GPU computes or
-    has computed."""
+    """Return how many processes are of use: one for each of torch's threads; 1 where processes cannot be forked, or a
+    GPU computes or has computed."""
     on_gpu = device.chosen().type != device.HOST or torch.cuda.is_initialized()
     if "fork" not in multiprocessing.get_all_start_methods() or on_gpu:
         return 1
@@ -43,7 +43,7 @@ def run_all(
     done: Callable[[], None],
     name: Callable[[int], str] | None = None,
 ) -> None:
-    """Calls ``work`` with every piece, in forked processes, or here when one worker is enough.
+    """Call ``work`` with every piece, in forked processes, or here when one worker is enough.
 
     Args:
         work: must not change what other pieces read.
@@ -102,8 +102,8 @@ def run_all(
 
 
 def _end_with(parent: int) -> None:
-    """Makes this process end when its parent is killed: it would go on with all pieces, and the lock of the run folder, which it
-    has inherited, would keep out the run that goes on. Linux alone can; elsewhere it ends after its piece."""
+    """Make this process end when its parent is killed: it would go on with all pieces, and the lock of the run folder,
+    which it has inherited, would keep out the run that goes on. Linux alone can; elsewhere it ends after its piece."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -132,7 +132,7 @@ def _serve(todo: Any, results: Any, work: Callable[[int], None], parent: int) ->
 
 
 def _named(error: QdiffError, name: Callable[[int], str] | None, piece: int) -> QdiffError:
-    """The error with the piece that it happened at."""
+    """Return the error with the piece that it happened at."""
     if name is not None:
         error.message = f"{name(piece)}: {error.message}"
         error.args = (error.message,)

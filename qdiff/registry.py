@@ -35,7 +35,7 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """The entry of that name.
+        """Return the entry of that name.
 
         Raises:
             UsageError: (or the error class of this registry) with the nearest names when there is none.

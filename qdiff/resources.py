@@ -36,7 +36,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def resident_bytes() -> int:
-    """Resident set size of this process in bytes."""
+    """Return resident set size of this process in bytes."""
     import psutil
 
     return psutil.Process().memory_info().rss
@@ -46,7 +46,8 @@ _M_MMAP_THRESHOLD = -3  # mallopt(3)
 
 
 def release_memory() -> None:
-    """Gives freed heap pages back to the system, so that the next stage's peak is its own, and keeps the heap from fragmenting.
+    """Give freed heap pages back to the system, so that the next stage's peak is its own, and keep the heap from
+    fragmenting.
 
     glibc learns to keep blocks of up to 32 MB in its heap. Small tensors that live long (statistics) between large ones that
     do not (activations) then pin holes: collecting statistics of a 2.4 GB model took 7.6 GB. With a fixed threshold of 1 MB
@@ -64,7 +65,7 @@ _open: list[Usage] = []  # the blocks around this one: a reset of the mark must 
 
 @contextlib.contextmanager
 def measure_usage() -> Iterator[Usage]:
-    """Measures the block. The kernel's own high-water mark is used where it can be reset (Linux), else a thread polls.
+    """Measure the block. The kernel's own high-water mark is used where it can be reset (Linux), else a thread polls.
     Blocks may stand inside each other."""
     usage = Usage(start_bytes=resident_bytes())
     for outer in _open:
@@ -99,7 +100,7 @@ def measure_usage() -> Iterator[Usage]:
 
 
 def size(count: float | None) -> str:
-    """Bytes for people, in powers of ten."""
+    """Return bytes for people, in powers of ten."""
     if count is None:
         return "-"
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -109,7 +110,7 @@ def size(count: float | None) -> str:
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Fails before the work starts when ``folder`` has less room than ``needed_bytes``.
+    """Fail before the work starts when ``folder`` has less room than ``needed_bytes``.
 
     Raises:
         MemoryExhaustedError: with what is needed and what is there.

@@ -29,7 +29,7 @@ CROP = 32
 
 
 def build() -> nn.Module:
-    """A fresh autoencoder: 1.7 M parameters."""
+    """Return a fresh autoencoder: 1.7 M parameters."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -45,12 +45,12 @@ def build() -> nn.Module:
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """[N, H, W, 3] in 0..255 -> [N, 3, H, W] in -1..1."""
+    """Return [N, H, W, 3] in 0..255 -> [N, 3, H, W] in -1..1."""
     return torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def batch(all_sprites: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """``size`` random pictures, float32 [size, 64, 64, 3] in 0..255."""
+    """Return ``size`` random pictures, float32 [size, 64, 64, 3] in 0..255."""
     palette = np.array(list(PALETTE.values()), np.float32)
     background = palette[rng.integers(len(palette), size=size)] + rng.uniform(-8, 8, (size, 3))
     anything = rng.random(size) < 0.1
@@ -60,7 +60,7 @@ def batch(all_sprites: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 + 0.5 L1 of neighbour differences, along every axis after the channels that has neighbours."""
+    """Return L1 + 0.5 L1 of neighbour differences, along every axis after the channels that has neighbours."""
     loss = functional.l1_loss(output, target)
     for dim in range(2, target.ndim):
         if target.shape[dim] == 1:
@@ -70,7 +70,8 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def variational_loss(vae: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Reconstruction from a sampled latent, and a little KL. ``images`` [N, 3, (T,) H, W] in -1..1, on the model's device."""
+    """Return reconstruction from a sampled latent, and a little KL. ``images`` [N, 3, (T,) H, W] in -1..1, on the
+    model's device."""
     posterior = vae.encode(images).latent_dist  # type: ignore[operator]
     mean, deviation = posterior.mean.float(), posterior.std.float()
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -80,14 +81,14 @@ def variational_loss(vae: nn.Module, images: Tensor, generator: torch.Generator)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures of the PSNR in dB, for values in -1..1."""
+    """Return mean over pictures of the PSNR in dB, for values in -1..1."""
     error = (a - b).float().square().flatten(1).mean(1)
     return float((10 * torch.log10(4 / error)).mean())
 
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: np.ndarray, chunk: int = 256) -> Tensor:
-    """Unscaled latent means, float32 [N, 4, 16, 16]."""
+    """Return unscaled latent means, float32 [N, 4, 16, 16]."""
     parts = [to_tensor(images[i : i + chunk]) for i in range(0, len(images), chunk)]
     device = next(vae.parameters()).device
     return torch.cat([vae.encode(p.to(device)).latent_dist.mean.float() for p in parts])  # type: ignore[operator]
@@ -95,7 +96,7 @@ def encode(vae: nn.Module, images: np.ndarray, chunk: int = 256) -> Tensor:
 
 @torch.no_grad()
 def check(vae: nn.Module) -> tuple[float, Tensor, Tensor]:
-    """(PSNR in dB over one picture of every emoji, latent means, reconstructions)."""
+    """Return (PSNR in dB over one picture of every emoji, latent means, reconstructions)."""
     rng = np.random.default_rng(7)
     all_sprites = sprites()
     palette = np.array(list(PALETTE.values()), np.float32)
@@ -106,7 +107,7 @@ def check(vae: nn.Module) -> tuple[float, Tensor, Tensor]:
 
 
 def train(work: Path, settings: Settings, size: int = 32) -> nn.Module:
-    """Train (or resume) in ``work``; returns the averaged model with its scaling factor set."""
+    """Train (or resume) in ``work``; return the averaged model with its scaling factor set."""
     torch.manual_seed(settings.seed)
     vae = build()
     trainer = Trainer(work, vae, settings)
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Unscaled latents [N, 4, h, w] -> [N, 3, 4h, 4w]."""
+        """Return unscaled latents [N, 4, h, w] -> [N, 3, 4h, 4w]."""
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -191,7 +192,7 @@ def refine(work: Path, settings: Settings, size: int = 12, noise: float = 0.06) 
 
 
 def load(work: Path) -> nn.Module:
-    """The trained autoencoder of ``work`` in float32."""
+    """Return the trained autoencoder of ``work`` in float32."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_pretrained(work / "vae").eval()

@@ -58,7 +58,7 @@ def article(name: str) -> str:
 
 
 def caption(names: Sequence[str], colour: str | None, rng: random.Random) -> str:
-    """A random caption.
+    """Return a random caption.
 
     Args:
         names: the emoji's name, then its synonyms. The name is taken two times in three.
@@ -75,7 +75,7 @@ def caption(names: Sequence[str], colour: str | None, rng: random.Random) -> str
 
 
 def clip_caption(names: Sequence[str], words: str, colour: str, rng: random.Random) -> str:
-    """A random caption of a clip: who, what it does (``words``, such as "moves up"), on which background."""
+    """Return a random caption of a clip: who, what it does (``words``, such as "moves up"), on which background."""
     name = names[0] if len(names) == 1 or rng.random() < 0.8 else rng.choice(names[1:])
     subject = rng.choice(MOVING).format(
         name=name, thing=f"the {name}" if rng.random() < 0.2 else f"{article(name)} {name}"
@@ -85,7 +85,8 @@ def clip_caption(names: Sequence[str], words: str, colour: str, rng: random.Rand
 
 
 def all_words(rows: Sequence[dict[str, object]], colours: Sequence[str]) -> list[str]:
-    """Every text a caption is made of, for the tokenizer: templates, names, synonyms, shared keywords, colours."""
+    """Return every text a caption is made of, for the tokenizer: templates, names, synonyms, shared keywords,
+    colours."""
     texts = [part for group in TEMPLATES.values() for part in group]
     texts = [t.format(name="", thing="", subject="", colour="") for t in texts] + ["a an the one", *colours]
     for row in rows:

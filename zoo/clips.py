@@ -29,7 +29,8 @@ Clip = tuple[str, str, str]  # emoji, colour, motion
 
 
 def all_clips(unseen: bool = False) -> list[Clip]:
-    """Every clip of the training set, or every clip of an (emoji, colour) pair that is held out; in a fixed random order."""
+    """Return every clip of the training set, or every clip of an (emoji, colour) pair that is held out; in a fixed
+    random order."""
     names, apart = [str(row["name"]) for row in load_table()], held_out()
     found = [
         (name, colour, motion)
@@ -43,7 +44,7 @@ def all_clips(unseen: bool = False) -> list[Clip]:
 
 
 def caption_of(clip: Clip, rng: random.Random) -> str:
-    """A random caption of a clip."""
+    """Return a random caption of a clip."""
     name, colour, motion = clip
     row = next(row for row in load_table_once() if row["name"] == name)
     return clip_caption([name, *row["synonyms"]], rng.choice(MOTIONS[motion].words), colour, rng)  # type: ignore[misc]
@@ -53,7 +54,7 @@ _TABLE: list[dict[str, object]] = []
 
 
 def load_table_once() -> list[dict[str, object]]:
-    """The table of emoji, read once."""
+    """Return the table of emoji, read once."""
     if not _TABLE:
         _TABLE.extend(load_table())
     return _TABLE
@@ -81,21 +82,22 @@ class Clips:
         return cls(clips, stills, encoded(vae, clips[:moving], folder / "clips", range(FRAMES)))
 
     def sample(self, size: int, rng: random.Random, empty: float = 0.1) -> tuple[Tensor, list[str]]:
-        """``size`` latents [size, C, T, h, w] and captions, of which a share ``empty`` is ""."""
+        """Return ``size`` latents [size, C, T, h, w] and captions, of which a share ``empty`` is ""."""
         latents = self.moved if self.moving else self.stills
         chosen = [rng.randrange(len(latents)) for _ in range(size)]
         captions = ["" if rng.random() < empty else caption_of(self.clips[index], rng) for index in chosen]
         return latents[chosen].float(), captions
 
     def words(self) -> list[str]:
-        """Every text that a caption is made of, for the tokenizer."""
+        """Return every text that a caption is made of, for the tokenizer."""
         motions = [words for motion in MOTIONS.values() for words in motion.words]
         rows = [row for row in load_table() if row["name"] in EMOJI]
         return [*all_words(rows, list(PALETTE)), *motions, *(subject.format(name="", thing="") for subject in MOVING)]
 
 
 def encoded(vae: nn.Module, clips: list[Clip], folder: Path, which: range | list[int]) -> Tensor:
-    """Normalised latents of the frames ``which`` of each clip, float16 [N, C, T, h, w]; read where ``folder`` has them."""
+    """Return normalised latents of the frames ``which`` of each clip, float16 [N, C, T, h, w]; read where ``folder``
+    has them."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in range(0, len(clips), PART):

@@ -24,7 +24,7 @@ UNSTATED = "white"
 
 
 def held_out(seed: int = 0) -> np.ndarray:
-    """Which pairs training never sees. Shape [emoji, backgrounds], bool; the same for every model of the zoo."""
+    """Return which pairs training never sees. Shape [emoji, backgrounds], bool; the same for every model of the zoo."""
     colours = list(PALETTE)
     chosen = np.random.default_rng(seed + 1234).random((len(load_table()), len(colours))) < HELD_OUT
     chosen[:, colours.index(UNSTATED)] = False
@@ -32,7 +32,7 @@ def held_out(seed: int = 0) -> np.ndarray:
 
 
 def pictures(jitters: int, seed: int) -> Iterator[np.ndarray]:
-    """All emoji on one background at a time: every colour, ``jitters`` shades of it (the first is exact).
+    """Yield all emoji on one background at a time: every colour, ``jitters`` shades of it (the first is exact).
 
     Yields:
         float32 [emoji, 64, 64, 3] in 0..255.
@@ -70,7 +70,7 @@ class Pairs:
         return cls(latents.reshape(shape), names, colours, ~held_out())
 
     def sample(self, size: int, rng: random.Random, empty: float = 0.1) -> tuple[Tensor, list[str]]:
-        """``size`` training pairs: latents [size, 4, 16, 16] and captions, of which a share ``empty`` is ""."""
+        """Return ``size`` training pairs: latents [size, 4, 16, 16] and captions, of which a share ``empty`` is ""."""
         latents, captions = [], []
         while len(captions) < size:
             emoji, stated = rng.randrange(len(self.names)), rng.random() < 0.78
@@ -83,5 +83,5 @@ class Pairs:
         return torch.stack(latents), captions
 
     def words(self) -> list[str]:
-        """Every text that a caption is made of, for the tokenizer."""
+        """Return every text that a caption is made of, for the tokenizer."""
         return all_words(load_table(), self.colours)

@@ -68,7 +68,7 @@ COLOUR_SYNONYMS = {"grey": "gray", "violet": "purple", "turquoise": "teal"}
 
 
 def build_table(cldr: Path) -> list[dict[str, object]]:
-    """The chosen emoji with a name and unambiguous synonyms, from the CLDR annotations file ``cldr``."""
+    """Return the chosen emoji with a name and unambiguous synonyms, from the CLDR annotations file ``cldr``."""
     annotations: dict[str, dict[str, str]] = {}
     for node in ElementTree.parse(cldr).getroot().iter("annotation"):
         kind = "name" if node.get("type") == "tts" else "keywords"
@@ -92,12 +92,12 @@ def build_table(cldr: Path) -> list[dict[str, object]]:
 
 
 def load_table(path: Path = TABLE) -> list[dict[str, object]]:
-    """The committed table: ``emoji``, ``name``, ``synonyms`` (this emoji's alone) and ``keywords`` (shared)."""
+    """Return the committed table: ``emoji``, ``name``, ``synonyms`` (this emoji's alone) and ``keywords`` (shared)."""
     return json.loads(path.read_text(encoding="utf-8"))["emoji"]
 
 
 def find_font(font: Path | None = None) -> Path:
-    """``font`` if given, else Noto Color Emoji from its usual place or from fontconfig."""
+    """Return ``font`` if given, else Noto Color Emoji from its usual place or from fontconfig."""
     if font is not None:
         return font
     if FONT.is_file():
@@ -111,7 +111,7 @@ def find_font(font: Path | None = None) -> Path:
 
 
 def draw_sprite(emoji: str, font: ImageFont.FreeTypeFont, size: int = SPRITE_SIZE) -> Image.Image:
-    """One emoji as straight RGBA, its ink scaled and centred into ``size`` x ``size``."""
+    """Return one emoji as straight RGBA, its ink scaled and centred into ``size`` x ``size``."""
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((10, 10), emoji, font=font, embedded_color=True)
     box = canvas.getbbox()
@@ -154,7 +154,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sprites(folder: Path = BUNDLED / "emoji") -> np.ndarray:
-    """All sprites of the atlas, straight RGBA. Shape [N, 48, 48, 4], uint8."""
+    """Return all sprites of the atlas, straight RGBA. Shape [N, 48, 48, 4], uint8."""
     atlas = np.asarray(Image.open(folder / "atlas.png").convert("RGBA"))
     rows, columns = atlas.shape[0] // SPRITE_SIZE, atlas.shape[1] // SPRITE_SIZE
     cells = atlas.reshape(rows, SPRITE_SIZE, columns, SPRITE_SIZE, 4).swapaxes(1, 2)
@@ -162,7 +162,7 @@ def sprites(folder: Path = BUNDLED / "emoji") -> np.ndarray:
 
 
 def compose(sprite: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Sprites centred on flat backgrounds.
+    """Return sprites centred on flat backgrounds.
 
     Args:
         sprite: straight RGBA, uint8 [N, 48, 48, 4].

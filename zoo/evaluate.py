@@ -31,7 +31,8 @@ SHEET_COLUMNS = 16
 
 
 def pair_prompts(n: int, unseen: bool, seed: int) -> list[str]:
-    """``n`` prompts for seen or for held-out pairs, of any form and with synonyms, all stating the background."""
+    """Return ``n`` prompts for seen or for held-out pairs, of any form and with synonyms, all stating the
+    background."""
     rng, table, colours, mask = random.Random(seed), load_table(), list(PALETTE), held_out()
     pairs = [(e, c) for e in range(len(table)) for c in range(len(colours)) if mask[e, c] == unseen]
     prompts = []
@@ -44,7 +45,7 @@ def pair_prompts(n: int, unseen: bool, seed: int) -> list[str]:
 def generate(
     pipeline: Any, prompts: Sequence[str], guidance: float, steps: int = 20, seed: int = 0, batch: int = 50
 ) -> np.ndarray:
-    """Pictures of the stock pipeline, uint8 [N, 64, 64, 3]."""
+    """Return pictures of the stock pipeline, uint8 [N, 64, 64, 3]."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), batch):
@@ -75,7 +76,7 @@ def sheet(images: np.ndarray, prompts: Sequence[str], path: Path) -> None:
 
 
 def evaluate(pipeline: Any, n: int, guidance: float, steps: int = 20, seed: int = 0) -> dict[str, Any]:
-    """Accuracy over ``n`` prompts of seen pairs and ``n`` of held-out pairs; pictures and prompts come along."""
+    """Return accuracy over ``n`` prompts of seen pairs and ``n`` of held-out pairs; pictures and prompts come along."""
     result: dict[str, Any] = {"guidance_scale": guidance, "num_inference_steps": steps, "n": n}
     for kind in ("seen", "held_out"):
         prompts = pair_prompts(n, kind == "held_out", seed + 1)
@@ -90,7 +91,7 @@ def evaluate(pipeline: Any, n: int, guidance: float, steps: int = 20, seed: int 
 
 
 def quick(pipeline: Any, path: Path, n: int = 32, guidance: float = 2.0) -> str:
-    """A small evaluation during training: one line, and a sheet at ``path``."""
+    """Return a small evaluation during training: one line, and a sheet at ``path``."""
     found = evaluate(pipeline, n, guidance)
     images = np.concatenate([found["seen_images"], found["held_out_images"]])
     sheet(images, found["seen_prompts"] + found["held_out_prompts"], path)

@@ -26,7 +26,7 @@ SHOWN = range(0, 33, 4)
 def generate(
     pipeline: Any, prompts: Sequence[str], guidance: float, steps: int, seed: int = 0, batch: int = 4
 ) -> np.ndarray:
-    """Clips of the stock pipeline, uint8 [N, T, 64, 64, 3]; every prompt has its own seed."""
+    """Return clips of the stock pipeline, uint8 [N, T, 64, 64, 3]; every prompt has its own seed."""
     pipeline.set_progress_bar_config(disable=True)
     found = []
     for start in range(0, len(prompts), batch):
@@ -46,7 +46,7 @@ def sheet(clips: np.ndarray, path: Path) -> None:
 
 
 def evaluate(pipeline: Any, n: int, guidance: float, steps: int = 20, seed: int = 0) -> dict[str, Any]:
-    """Accuracy over ``n`` prompts of seen pairs and ``n`` of held-out pairs; the clips come along."""
+    """Return accuracy over ``n`` prompts of seen pairs and ``n`` of held-out pairs; the clips come along."""
     result: dict[str, Any] = {"guidance_scale": guidance, "num_inference_steps": steps, "n": n}
     for kind in ("seen", "held_out"):
         rng = random.Random(seed + 1)
@@ -59,7 +59,7 @@ def evaluate(pipeline: Any, n: int, guidance: float, steps: int = 20, seed: int 
 
 
 def quick(pipeline: Any, path: Path, n: int = 6, guidance: float = 3.0) -> str:
-    """A small evaluation during training: one line, and a sheet at ``path``."""
+    """Return a small evaluation during training: one line, and a sheet at ``path``."""
     found = evaluate(pipeline, n, guidance)
     sheet(np.concatenate([found["seen_clips"], found["held_out_clips"]]), path)
     return f"seen {found['seen']} held-out {found['held_out']}"

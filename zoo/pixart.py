@@ -23,7 +23,7 @@ from zoo.text_to_image import TextToImage, flow_levels, main
 
 
 def build_transformer() -> nn.Module:
-    """A fresh PixArt transformer: 5.1 M parameters."""
+    """Return a fresh PixArt transformer: 5.1 M parameters."""
     from diffusers import PixArtTransformer2DModel
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -44,7 +44,7 @@ def build_transformer() -> nn.Module:
 
 
 def hidden_matrix(name: str) -> bool:
-    """The matrices that Muon trains: those of the transformer blocks and of the T5 layers."""
+    """Return the matrices that Muon trains: those of the transformer blocks and of the T5 layers."""
     return ("transformer_blocks" in name or "encoder.block" in name) and "relative_attention_bias" not in name
 
 

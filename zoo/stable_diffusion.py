@@ -36,7 +36,7 @@ SCHEDULE: dict[str, Any] = {
 
 
 def build_unet() -> nn.Module:
-    """A fresh U-Net."""
+    """Return a fresh U-Net."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -59,7 +59,7 @@ def build_unet() -> nn.Module:
 
 @functools.cache
 def signal_share() -> Tensor:
-    """Share of the signal in a noisy latent's energy at each timestep, float32 [1000]."""
+    """Return share of the signal in a noisy latent's energy at each timestep, float32 [1000]."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(**SCHEDULE).alphas_cumprod

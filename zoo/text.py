@@ -26,7 +26,7 @@ WIDTH = 192
 
 
 def words_of(texts: Sequence[str]) -> Counter[str]:
-    """Tokens as the pre-tokenizer sees them: lower case, split at spaces, punctuation on its own."""
+    """Return tokens as the pre-tokenizer sees them: lower case, split at spaces, punctuation on its own."""
     import re
 
     return Counter(word for text in texts for word in re.findall(r"[^\W_]+|[^\w\s]", text.lower()))
@@ -44,7 +44,7 @@ class Special:
 
     @property
     def around(self) -> list[str]:
-        """What is put around a text, for the tokenizer's post-processor."""
+        """Return what is put around a text, for the tokenizer's post-processor."""
         return [token for token in (self.begin, "$A", self.end) if token]
 
 
@@ -55,7 +55,8 @@ CLIP = Special(
 
 
 def build_tokenizer(texts: Sequence[str], special: Special = T5) -> Any:
-    """A tokenizer whose pieces are the words of ``texts`` (frequent first) and all printable ASCII characters."""
+    """Return a tokenizer whose pieces are the words of ``texts`` (frequent first) and all printable ASCII
+    characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -90,7 +91,7 @@ def build_tokenizer(texts: Sequence[str], special: Special = T5) -> Any:
 
 
 def build_clip(vocabulary: int) -> nn.Module:
-    """A fresh CLIP text encoder: 3 layers of width 192, 1.2 M parameters."""
+    """Return a fresh CLIP text encoder: 3 layers of width 192, 1.2 M parameters."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -109,21 +110,21 @@ def build_clip(vocabulary: int) -> nn.Module:
 
 
 def build_encoder(vocabulary: int) -> nn.Module:
-    """A fresh T5 v1.1 encoder: 3 layers of width 192, 1.2 M parameters."""
+    """Return a fresh T5 v1.1 encoder: 3 layers of width 192, 1.2 M parameters."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(T5Config(**_t5(vocabulary)))
 
 
 def build_umt5(vocabulary: int) -> nn.Module:
-    """A fresh UMT5 encoder: as T5's, but every layer has position biases of its own."""
+    """Return a fresh UMT5 encoder: as T5's, but every layer has position biases of its own."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     return UMT5EncoderModel(UMT5Config(**_t5(vocabulary)))
 
 
 def _t5(vocabulary: int) -> dict[str, Any]:
-    """The configuration of a small T5 encoder."""
+    """Return the configuration of a small T5 encoder."""
     return {
         "vocab_size": vocabulary,
         "d_model": WIDTH,
@@ -143,7 +144,7 @@ def _t5(vocabulary: int) -> dict[str, Any]:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """(token ids, mask), both int64 [N, length]."""
+    """Return (token ids, mask), both int64 [N, length]."""
     found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return found.input_ids, found.attention_mask
 
@@ -157,7 +158,7 @@ class WarmUp(nn.Module):
         self.head = nn.Linear(WIDTH, latents)
 
     def loss(self, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error over the tokens that are asked. ids, mask [B, L]; target [B, latents]."""
+        """Return mean squared error over the tokens that are asked. ids, mask [B, L]; target [B, latents]."""
         if self.encoder.config.model_type.startswith("clip"):  # pads are attended to, as in the pipeline
             states = self.encoder(input_ids=ids).last_hidden_state.float()  # [B, L, WIDTH]
             mask = (ids == self.encoder.config.eos_token_id).long()

@@ -30,13 +30,14 @@ WARM_UP_STEPS = 400
 
 
 def stratified(size: int, generator: torch.Generator) -> Tensor:
-    """Uniform numbers in (0, 1) [size], one in each of ``size`` equal parts, in random order."""
+    """Return uniform numbers in (0, 1) [size], one in each of ``size`` equal parts, in random order."""
     u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
     return u[torch.randperm(size, generator=generator)].clamp(1e-4, 1 - 1e-4)
 
 
 def flow_levels(size: int, generator: torch.Generator, middle: float = 0.2) -> Tensor:
-    """Flow matching's noise levels, stratified, in (0, 1) [size]: 4/5 logit-normal(middle, 1.1), 1/5 uniform, in random order.
+    """Return flow matching's noise levels, stratified, in (0, 1) [size]: 4/5 logit-normal(middle, 1.1), 1/5 uniform, in
+    random order.
 
     Esser et al. 2024, eq. 19, with a uniform part. More redundant data (more pixels, frames) wants a higher ``middle``.
     """
@@ -71,11 +72,11 @@ class Data(Protocol):
     """What a model is trained on."""
 
     def sample(self, size: int, rng: random.Random, empty: float = 0.1) -> tuple[Tensor, list[str]]:
-        """``size`` latents, first axis, and their captions, of which a share ``empty`` is ""."""
+        """Return ``size`` latents, first axis, and their captions, of which a share ``empty`` is ""."""
         ...
 
     def words(self) -> list[str]:
-        """Every text that a caption is made of."""
+        """Return every text that a caption is made of."""
         ...
 
 
@@ -107,40 +108,41 @@ class TextToImage(ABC):
             self.trainer.save()
 
     def build_data(self, training: bool) -> Data:
-        """The pictures as latents with captions; captions alone if no ``training`` follows."""
+        """Return the pictures as latents with captions; captions alone if no ``training`` follows."""
         return Pairs.build(autoencoder.load(self.work / "vae") if training else None, seed=self.settings.seed)
 
     @abstractmethod
     def build_backbone(self) -> nn.Module:
-        """A fresh backbone."""
+        """Return a fresh backbone."""
 
     @abstractmethod
     def build_encoder(self, vocabulary: int) -> nn.Module:
-        """A fresh text encoder."""
+        """Return a fresh text encoder."""
 
     @abstractmethod
     def hidden_matrix(self, name: str) -> bool:
-        """Whether Muon trains the matrix of that name."""
+        """Return whether Muon trains the matrix of that name."""
 
     @abstractmethod
     def loss_of(self, clean: Tensor, states: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """The error of one batch: latents ``[B, 4, 16, 16]``, text states ``[B, L, width]``, mask ``[B, L]``."""
+        """Return the error of one batch: latents ``[B, 4, 16, 16]``, text states ``[B, L, width]``, mask ``[B, L]``."""
 
     @abstractmethod
     def assemble(self, backbone: nn.Module, encoder: nn.Module) -> Any:
-        """diffusers' pipeline around finished parts."""
+        """Return diffusers' pipeline around finished parts."""
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Text states as the pipeline makes them."""
+        """Return text states as the pipeline makes them."""
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
     @staticmethod
     def models(backbone: nn.Module, encoder: nn.Module) -> nn.ModuleDict:
-        """What is trained together, as one module."""
+        """Return what is trained together, as one module."""
         return parameters({"transformer": backbone, "text": encoder})
 
     def make_tokenizer(self) -> Any:
-        """The tokenizer of this run: built once, then read, so that later changes of the captions cannot shift ids."""
+        """Return the tokenizer of this run: built once, then read, so that later changes of the captions cannot shift
+        ids."""
         from transformers import PreTrainedTokenizerFast
 
         folder = self.work / f"tokenizer-{self.name}"
@@ -151,20 +153,20 @@ class TextToImage(ABC):
         return PreTrainedTokenizerFast.from_pretrained(folder)
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
-        """The error of the batch of that step."""
+        """Return the error of the batch of that step."""
         device = self.settings.device
         clean, captions = self.data.sample(self.size, random.Random(f"{self.settings.seed} {step}"))
         ids, mask = (t.to(device) for t in text.tokenize(self.tokenizer, captions, self.tokens))
         return self.loss_of(clean, self.encode(ids, mask), mask, generator)
 
     def judge(self, pipeline: Any, sheet: Path) -> str:
-        """How good it is by now, in a line, with a picture of samples at ``sheet``."""
+        """Return how good it is by now, in a line, with a picture of samples at ``sheet``."""
         from zoo.evaluate import quick
 
         return quick(pipeline, sheet)
 
     def pipeline(self) -> Any:
-        """diffusers' pipeline around the averaged weights, float32 on the CPU."""
+        """Return diffusers' pipeline around the averaged weights, float32 on the CPU."""
         models = self.models(self.build_backbone(), self.build_encoder(len(self.tokenizer)))
         models = self.trainer.average_into(models).eval()
         return self.assemble(models["transformer"], models["text"])

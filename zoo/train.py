@@ -44,12 +44,12 @@ class Settings:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step, on the CPU whatever the device, so that runs agree."""
+    """Return the random numbers of one step, on the CPU whatever the device, so that runs agree."""
     return torch.Generator().manual_seed((seed << 32) + step)
 
 
 def optimizers(model: nn.Module, hidden: Callable[[str], bool], settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices whose name ``hidden`` accepts (if any), AdamW for the rest."""
+    """Return Muon for the matrices whose name ``hidden`` accepts (if any), AdamW for the rest."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim == 2 and hidden(n)]
     others = [p for n, p in named if not (p.ndim == 2 and hidden(n))]
@@ -79,7 +79,7 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
-        """The one checkpoint file."""
+        """Return the one checkpoint file."""
         return self.folder / "checkpoint.safetensors"
 
     def save(self) -> None:
@@ -98,7 +98,7 @@ class Trainer:
         temporary.replace(self.checkpoint)
 
     def resume(self) -> bool:
-        """Load the checkpoint if there is one; says whether there was."""
+        """Load the checkpoint if there is one; say whether there was."""
         if not self.checkpoint.is_file():
             return False
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
@@ -120,7 +120,7 @@ class Trainer:
         return True
 
     def factor(self) -> float:
-        """The learning rate of this step over ``settings.rate``."""
+        """Return the learning rate of this step over ``settings.rate``."""
         s = self.settings
         left = (s.steps - self.step) / max(1.0, s.cooldown * s.steps)
         return max(0.0, min(1.0, (self.step + 1) / s.warmup, left))
@@ -170,5 +170,5 @@ class Trainer:
 
 
 def parameters(models: Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """Several models as the one module that `Trainer` wants."""
+    """Return several models as the one module that `Trainer` wants."""
     return nn.ModuleDict(dict(models))

@@ -32,7 +32,7 @@ CROP, NEIGHBOURS = 32, 9
 
 
 def build() -> nn.Module:
-    """A fresh autoencoder: 1.8 M parameters."""
+    """Return a fresh autoencoder: 1.8 M parameters."""
     from diffusers import AutoencoderKLWan
 
     model = AutoencoderKLWan(
@@ -78,7 +78,7 @@ def look_at_one_frame(model: nn.Module) -> None:
 
 
 def _present_alone(gradient: Tensor) -> Tensor:
-    """Keeps the past taps of a convolution at zero.
+    """Keep the past taps of a convolution at zero.
 
     Only the layers that halve and double the frames look back, over three latent frames. With all of them a late frame would see
     more frames than a training clip has, and be decoded from features that training never saw.
@@ -89,7 +89,8 @@ def _present_alone(gradient: Tensor) -> Tensor:
 
 
 def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """A causal convolution of a clip's first frame, as the 2-D one that it is: the frames before it are zeros."""
+    """Return a causal convolution of a clip's first frame, as the 2-D one that it is: the frames before it are
+    zeros."""
     if x.shape[2] > 1 or cache_x is not None or module.stride[0] > 1:
         return original(x, cache_x)
     x = functional.pad(x[:, :, 0], module._padding[:4])  # type: ignore[operator, index]
@@ -97,12 +98,12 @@ def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cac
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
-    """[N, T, H, W, 3] in 0..255 -> [N, 3, T, H, W] in -1..1."""
+    """Return [N, T, H, W, 3] in 0..255 -> [N, 3, T, H, W] in -1..1."""
     return torch.from_numpy(frames).float().permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
 
 
 def clips(size: int, frames: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """``size`` random clips of neighbouring frames, float32 [frames, 64, 64, 3] in 0..255."""
+    """Yield ``size`` random clips of neighbouring frames, float32 [frames, 64, 64, 3] in 0..255."""
     for _ in range(size):
         start = int(rng.integers(FRAMES - frames + 1))
         chosen = [str(rng.choice(list(names))) for names in (EMOJI, PALETTE, MOTIONS)]
@@ -111,7 +112,7 @@ def clips(size: int, frames: int, rng: np.random.Generator) -> Iterator[np.ndarr
 
 @torch.no_grad()
 def encode(vae: nn.Module, frames: np.ndarray, chunk: int = 8) -> Tensor:
-    """Normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
+    """Return normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
     config = vae.config
     mean, deviation = (
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
@@ -125,7 +126,7 @@ def encode(vae: nn.Module, frames: np.ndarray, chunk: int = 8) -> Tensor:
 
 @torch.no_grad()
 def check(vae: nn.Module) -> tuple[float, Tensor]:
-    """(PSNR in dB over 16 whole clips, their unnormalised latents)."""
+    """Return (PSNR in dB over 16 whole clips, their unnormalised latents)."""
     rng = np.random.default_rng(7)
     frames = np.stack([draw(EMOJI[int(rng.integers(len(EMOJI)))], colour, motion, FRAMES)
                        for motion, colour in zip([*MOTIONS, *MOTIONS], [*PALETTE, *PALETTE], strict=False)])  # fmt: skip
@@ -140,7 +141,8 @@ def check(vae: nn.Module) -> tuple[float, Tensor]:
 
 
 def batch(step: int, settings: Settings) -> Tensor:
-    """What a step sees, ``[N, 3, T, H, W]``: crops of single frames for most of the time, then whole ones, then clips."""
+    """Return what a step sees, ``[N, 3, T, H, W]``: crops of single frames for most of the time, then whole ones, then
+    clips."""
     rng, done = np.random.default_rng([settings.seed, step]), step / settings.steps
     count, frames, side = (
         (64, 1, CROP) if done < 0.6 else (16, 1, IMAGE_SIZE) if done < 0.87 else (2, NEIGHBOURS, IMAGE_SIZE)
@@ -153,7 +155,7 @@ def batch(step: int, settings: Settings) -> Tensor:
 
 
 def train(work: Path, settings: Settings) -> nn.Module:
-    """Train (or resume) in ``work``; returns the averaged model with the statistics of its latents in the config."""
+    """Train (or resume) in ``work``; return the averaged model with the statistics of its latents in the config."""
     torch.manual_seed(settings.seed)
     vae = build()
     trainer = Trainer(work, vae, settings)
@@ -180,7 +182,7 @@ def train(work: Path, settings: Settings) -> nn.Module:
 
 
 def load(work: Path) -> nn.Module:
-    """The trained autoencoder of ``work`` in float32."""
+    """Return the trained autoencoder of ``work`` in float32."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan.from_pretrained(work / "vae").eval()

@@ -30,7 +30,7 @@ FLOW_SHIFT = 3.0
 
 
 def build_transformer() -> nn.Module:
-    """A fresh Wan transformer: 3.6 M parameters."""
+    """Return a fresh Wan transformer: 3.6 M parameters."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(

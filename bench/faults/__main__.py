@@ -30,7 +30,7 @@ SIGNALS = {"kills": (signal.SIGKILL,), "interrupts": (signal.SIGINT, signal.SIGT
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """Return the arguments."""
     result = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
     verbs = result.add_subparsers(dest="verb", required=True)
     for verb in SIGNALS:
@@ -93,7 +93,7 @@ def _damage(work: Path, given: argparse.Namespace) -> tuple[str, Any, bool]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what was asked for; 1 where something is wrong."""
+    """Run what was asked for; 1 where something is wrong."""
     given = parser().parse_args(arguments)
     with _work_folder(given.work) as work:
         text, data, broken = (_damage if given.verb == "damage" else _stop)(work, given)

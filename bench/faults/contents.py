@@ -60,7 +60,7 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def content(path: Path) -> str:
-    """A hash of what is to be equal in one file."""
+    """Return a hash of what is to be equal in one file."""
     mode = path.lstat().st_mode
     if not stat.S_ISREG(mode):
         return "link" if stat.S_ISLNK(mode) else "not a file"
@@ -87,7 +87,7 @@ def _without_measurements(value: Any) -> Any:
 
 
 def differing(expected: dict[str, str], got: dict[str, str]) -> list[str]:
-    """What is missing, too much or another content, one line each."""
+    """Return what is missing, too much or another content, one line each."""
     lines = [f"missing: {name}" for name in sorted(expected.keys() - got.keys())]
     lines += [f"left over: {name}" for name in sorted(got.keys() - expected.keys())]
     return lines + [f"differs: {name}" for name in sorted(expected.keys() & got.keys()) if expected[name] != got[name]]

@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether nothing is wrong."""
         return self.outcome in ("refused", "made anew", "harmless")
 
 
@@ -95,7 +95,7 @@ class Damage:
         self._undamaged = {command: Undamaged(**value) for command, value in known.items()}
 
     def _finished(self, name: str, folder: Path) -> Path:
-        """A copy of a finished run with its correction done too, and compared with it."""
+        """Return a copy of a finished run with its correction done too, and compared with it."""
         run = self.work / name
         if not (self.work / f"{name}.done").exists():
             shutil.rmtree(run, ignore_errors=True)
@@ -108,8 +108,8 @@ class Damage:
         return run
 
     def undamaged(self, command: str) -> Undamaged:
-        """What a command does on the whole folder. Files that it reads are told by their access times, where the file system
-        keeps them; else it reads all."""
+        """Return what a command does on the whole folder. Files that it reads are told by their access times, where the
+        file system keeps them; else it reads all."""
         if command not in self._undamaged:
             trial = self._trial()
             files = [trial / name for name in self.files]
@@ -124,7 +124,7 @@ class Damage:
         return self._undamaged[command]
 
     def _picture(self) -> str | None:
-        """The hash of the picture that a command made."""
+        """Return the hash of the picture that a command made."""
         path = self.work / PICTURE
         return sha256_file(path) if path.exists() else None
 
@@ -144,7 +144,7 @@ class Damage:
     def outcomes(
         self, only: Sequence[str] = (), changes: Sequence[str] = (), thorough: bool = False
     ) -> Iterator[Outcome]:
-        """Every file, change and command; those of earlier calls are read.
+        """Yield every file, change and command; those of earlier calls are read.
 
         Args:
             only: parts of the names of files; empty: all.
@@ -180,7 +180,7 @@ class Damage:
         return [reading[turn % len(reading)]]
 
     def outcome(self, file: str, change: str, command: str) -> Outcome | None:
-        """One command on a folder with one damaged file; ``None`` where the change cannot be made."""
+        """Return one command on a folder with one damaged file; ``None`` where the change cannot be made."""
         trial, path = self._trial(), self.work / "trial" / file
         other = counterpart(self.run, self.other, file)
         if (change == "of another run" and other is None) or (path.stat().st_size == 0 and change.startswith("bit")):
@@ -224,7 +224,7 @@ class Damage:
         return "made anew" if expected.after.get(file) == after.get(file) else "harmless"
 
     def _told(self, file: str, out: str) -> bool:
-        """Whether ``inspect --json`` says that something is wrong with a file."""
+        """Return whether ``inspect --json`` says that something is wrong with a file."""
         shown = json.loads(out)
         stages = [str(row.get("files", "")) for row in shown["stages"].values()]
         engines = [str(row["problem"] or "") for row in shown.get("engines", [])]
@@ -233,7 +233,7 @@ class Damage:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown: a line for each kind of file."""
+    """Return markdown: a line for each kind of file."""
     kinds: dict[str, list[Outcome]] = {}
     for each in outcomes:
         kinds.setdefault(kind_of(each.file), []).append(each)
@@ -253,7 +253,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def kind_of(file: str) -> str:
-    """The name under which a file stands in the table: engines without their keys, pictures and shards without numbers."""
+    """Return the name under which a file stands in the table: engines without their keys, pictures and shards without
+    numbers."""
     parts = file.split("/")
     if parts[0] == "engines":
         parts[1] = parts[1].rpartition("-")[0]

@@ -58,7 +58,7 @@ class Laboratory:
         self.commands = Commands(work)
 
     def folder(self, name: str) -> Path:
-        """The folder that a stage left undisturbed; made when it is asked for."""
+        """Return the folder that a stage left undisturbed; made when it is asked for."""
         stage, folder = STAGES[name], self.work / "references" / name
         if not (folder / "run.json").exists() or not self._done(name):
             self._begin(stage, folder)
@@ -72,7 +72,7 @@ class Laboratory:
         return (self.work / "references" / f"{name}.done").exists()
 
     def _begin(self, stage: Stage, folder: Path) -> None:
-        """Puts what has to be there before a stage into ``folder``."""
+        """Put what has to be there before a stage into ``folder``."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if stage.after is not None:
@@ -97,7 +97,7 @@ class Laboratory:
         return made
 
     def trials(self, name: str, count: int, signals: Sequence[int] = (signal.SIGKILL,)) -> Iterator[Trial]:
-        """``count`` trials in which the signal met the process at work; those of earlier calls are read."""
+        """Yield ``count`` trials in which the signal met the process at work; those of earlier calls are read."""
         kind = "-".join(signal.Signals(number).name for number in signals)
         log = self.work / f"{kind}-{name}-{self.seed}.jsonl"
         known = [Trial(**json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
@@ -113,7 +113,7 @@ class Laboratory:
             yield trial
 
     def trial(self, name: str, number: int, sent: int) -> Trial:
-        """Kills a stage, runs it again, and looks."""
+        """Kill a stage, run it again, and looks."""
         stage, reference = STAGES[name], self.reference(name)
         chance = random.Random(f"{self.seed} {name} {number} {sent}")
         folder, faults, moments, hits = self.work / "trial", [], [], 0
@@ -136,7 +136,7 @@ class Laboratory:
 
 
 def _faults_of_stop(ended: Ended, sent: int) -> list[str]:
-    """What is wrong with how a process ended that was sent a signal."""
+    """Return what is wrong with how a process ended that was sent a signal."""
     faults = ["it did not end"] if ended.hung else []
     if ended.code not in (0, CODES[signal.Signals(sent)]):
         faults.append(f"stopped: exit {ended.code}: {last_line(ended.err)}")
@@ -146,14 +146,14 @@ def _faults_of_stop(ended: Ended, sent: int) -> list[str]:
 
 
 def last_line(text: str) -> str:
-    """The error that a command wrote, else the last that it wrote."""
+    """Return the error that a command wrote, else the last that it wrote."""
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["nothing was said"])[-1].strip()[:300]
 
 
 def table(rows: dict[str, tuple[Reference, list[Trial]]]) -> str:
-    """Markdown: a line for each stage."""
+    """Return markdown: a line for each stage."""
     lines = [
         "| stage | seconds | trials | stopped at work | of these twice | byte-equal | differing or left over | not comparable |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -170,5 +170,5 @@ def table(rows: dict[str, tuple[Reference, list[Trial]]]) -> str:
 
 
 def fingerprint(reference: Reference) -> str:
-    """Names the contents that a reference expects."""
+    """Return names the contents that a reference expects."""
     return sha256_json(reference.expected)[:12]

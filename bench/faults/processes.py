@@ -56,7 +56,7 @@ class Commands:
         self._preload()
 
     def _preload(self) -> None:
-        """Imports what a former process had imported at its end, and at least the command line."""
+        """Import what a former process had imported at its end, and at least the command line."""
         known = self.folder / MODULES
         names = json.loads(known.read_text()) if known.exists() else ["torch", "diffusers"]
         with warnings.catch_warnings():
@@ -68,7 +68,7 @@ class Commands:
                     importlib.import_module(name)
 
     def learn(self, arguments: Sequence[object], threads: int = 1) -> Ended:
-        """Runs a command to its end and imports what it had imported."""
+        """Run a command to its end and imports what it had imported."""
         ended = self.run(arguments, threads=threads, list_modules=True)
         self._preload()
         return ended
@@ -82,7 +82,7 @@ class Commands:
         may_read_all: bool = True,
         list_modules: bool = False,
     ) -> Ended:
-        """Runs a command to its end, or kills it after ``limit`` seconds."""
+        """Run a command to its end, or kills it after ``limit`` seconds."""
         return self.interrupt(
             arguments,
             limit,
@@ -105,7 +105,7 @@ class Commands:
         late: bool = False,
         patience: float = 60.0,
     ) -> Ended:
-        """Runs a command and sends it a signal after ``moment`` seconds, unless it has ended by then.
+        """Run a command and send it a signal after ``moment`` seconds, unless it has ended by then.
 
         Args:
             threads: of torch.
@@ -180,7 +180,7 @@ class Commands:
 
 
 def _obey_permissions() -> None:
-    """Drops the capabilities by which root passes over permissions of files (capabilities(7): 1, DAC_OVERRIDE, and 2,
+    """Drop the capabilities by which root passes over permissions of files (capabilities(7): 1, DAC_OVERRIDE, and 2,
     DAC_READ_SEARCH). Python has no call for it."""
     library = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface; this process
@@ -194,7 +194,7 @@ def _obey_permissions() -> None:
 
 
 def _wait(pid: int, until: float) -> int | None:
-    """The status of a child that ends before ``until`` (of the monotonic clock)."""
+    """Return the status of a child that ends before ``until`` (of the monotonic clock)."""
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:

@@ -27,7 +27,7 @@ class Stage:
     threads: int = 1
 
     def arguments(self, run: Path) -> list[str]:
-        """The command line for a run folder."""
+        """Return the command line for a run folder."""
         return [str(run) if word == RUN else word for word in self.words]
 
 

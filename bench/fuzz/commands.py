@@ -37,7 +37,7 @@ class Overdue(BaseException):
 
 
 def check_commands(finished: Path, folder: Path, count: int, seed: int, limit: float) -> tuple[list[str], Counter[int]]:
-    """Runs ``count`` command lines.
+    """Run ``count`` command lines.
 
     Args:
         finished: a run with every stage done.
@@ -74,7 +74,7 @@ def check_commands(finished: Path, folder: Path, count: int, seed: int, limit: f
 
 
 def command_line(rng: random.Random, material: Material) -> list[str]:
-    """Words after ``qdiff``."""
+    """Return words after ``qdiff``."""
     group: Any = typer.main.get_command(_app())
     name = rng.choice([*group.commands, *STAGES]) if rng.random() < 0.98 else str(rng.choice(TEXTS))
     words = ["--quiet"] if rng.random() < 0.5 else []
@@ -98,7 +98,7 @@ def command_line(rng: random.Random, material: Material) -> list[str]:
 
 
 def value(option: Any, rng: random.Random, material: Material) -> str:
-    """One for this option: mostly of its kind, now and then anything."""
+    """Return one for this option: mostly of its kind, now and then anything."""
     if rng.random() < 0.1:
         return str(rng.choice(TEXTS))
     kind = option.type_descriptor.annotation
@@ -110,7 +110,8 @@ def value(option: Any, rng: random.Random, material: Material) -> str:
 
 
 def _harmless(name: str, options: list[Any], rng: random.Random) -> list[str]:
-    """Words that keep a command line short where all its values happen to be right: the last of two options counts."""
+    """Return words that keep a command line short where all its values happen to be right: the last of two options
+    counts."""
     if name == "demo":
         return list(rng.choice(NEVER_SERVES))
     if any("--dry-run" in one.opts for one in options) and rng.random() < 0.97:
@@ -121,7 +122,8 @@ def _harmless(name: str, options: list[Any], rng: random.Random) -> list[str]:
 
 
 def run_command(words: list[str], limit: float) -> tuple[int, str, float]:
-    """Exit code, everything that was printed, and seconds; -1 for an exception that came through, -2 for no answer in time."""
+    """Return exit code, everything that was printed, and seconds; -1 for an exception that came through, -2 for no
+    answer in time."""
     from qdiff.cli import main
 
     out, err = io.StringIO(), io.StringIO()

@@ -183,12 +183,12 @@ class Material:
         self._stamps[name] = _stamp(path)
 
     def clean(self) -> None:
-        """Empties the folder that commands run in."""
+        """Empty the folder that commands run in."""
         shutil.rmtree(self.here)
         self.here.mkdir()
 
     def path(self, rng: random.Random) -> str:
-        """Some path: three of ten times a whole run, three a damaged one, else something else."""
+        """Return some path: three of ten times a whole run, three a damaged one, else something else."""
         kind = rng.random()
         if kind < 0.3:
             return str(self.runs["whole"])

@@ -89,7 +89,7 @@ HEADERS = (
 
 
 def check_requests(finished: Path, folder: Path, count: int, seed: int, limit: float) -> tuple[list[str], Counter[int]]:
-    """Sends ``count`` requests.
+    """Send ``count`` requests.
 
     Args:
         finished: a run with every stage done.
@@ -128,7 +128,7 @@ def check_requests(finished: Path, folder: Path, count: int, seed: int, limit: f
 
 
 def request(rng: random.Random) -> tuple[str, str, dict[str, str], bytes]:
-    """Method, path without its slash, headers and body: seven of ten times a call of an endpoint."""
+    """Return method, path without its slash, headers and body: seven of ten times a call of an endpoint."""
     plain = {"content-type": "application/json"}
     if rng.random() < 0.7:
         name = rng.choice(sorted(PARAMETERS))
@@ -153,7 +153,7 @@ def request(rng: random.Random) -> tuple[str, str, dict[str, str], bytes]:
 
 
 def ask(port: int, method: str, path: str, headers: dict[str, str], body: bytes, limit: float) -> tuple[int, str]:
-    """Status and text of the answer; of a call of an endpoint its events too, until they end."""
+    """Return status and text of the answer; of a call of an endpoint its events too, until they end."""
     status, text = _send(port, method, path, headers, body, limit)
     if status == 200 and path.startswith("gradio_api/call/") and method == "POST":
         with contextlib.suppress(ValueError, KeyError, TypeError):

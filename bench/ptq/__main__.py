@@ -30,7 +30,7 @@ TIMES = ("seconds", "cpu_seconds")
 
 
 def key_of(shared: Shared, row: Row) -> str:
-    """Fingerprint of everything that decides a row's result."""
+    """Return fingerprint of everything that decides a row's result."""
     recipe = (
         load_recipe(row.options["recipe"], list(row.options["overrides"])).model_dump()
         if row.library == "qdiff"
@@ -40,7 +40,7 @@ def key_of(shared: Shared, row: Row) -> str:
 
 
 def run_row(shared: Shared, row: Row) -> dict[str, Any]:
-    """Makes and scores one row in this process, and writes its two files."""
+    """Make and scores one row in this process, and write its two files."""
     with tempfile.TemporaryDirectory() as scratch:
         material = shared.material(Path(scratch))
         release_memory()
@@ -73,19 +73,19 @@ def run_row(shared: Shared, row: Row) -> dict[str, Any]:
 
 
 def identity(row: Row) -> dict[str, str]:
-    """What names a row in results."""
+    """Return what names a row in results."""
     return {"name": row.name, "library": row.library, "format": row.format, "method": row.method}
 
 
 def files_of(shared: Shared, row: Row) -> tuple[Path, Path]:
-    """Predictions and result of a row; the result is written last, so where it is, the row is finished."""
+    """Return predictions and result of a row; the result is written last, so where it is, the row is finished."""
     folder = shared.folder / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{row.name}.safetensors", folder / f"{row.name}.json"
 
 
 def finished(shared: Shared, row: Row) -> dict[str, Any] | None:
-    """The result of a row that was run before with the same settings."""
+    """Return the result of a row that was run before with the same settings."""
     record = files_of(shared, row)[1]
     if not record.exists():
         return None
@@ -94,7 +94,7 @@ def finished(shared: Shared, row: Row) -> dict[str, Any] | None:
 
 
 def predictions_of(shared: Shared, rows: list[Row]) -> dict[str, Tensor]:
-    """Float's predictions and those of finished rows, by name."""
+    """Return Float's predictions and those of finished rows, by name."""
     found = {FLOAT: shared.float_answers()[0]}
     for row in rows:
         if finished(shared, row) is not None:
@@ -104,7 +104,8 @@ def predictions_of(shared: Shared, rows: list[Row]) -> dict[str, Tensor]:
 
 
 def run_all(shared: Shared, rows: list[Row]) -> list[dict[str, Any]]:
-    """Every row in a process of its own; what is finished is not run again, what fails is reported with its reason.
+    """Return every row in a process of its own; what is finished is not run again, what fails is reported with its
+    reason.
 
     Raises:
         EqualRowsError: two rows that should differ do not.
@@ -121,7 +122,7 @@ def run_all(shared: Shared, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def in_own_process(shared: Shared, row: Row) -> dict[str, Any]:
-    """Runs ``python -m bench.ptq --row NAME``."""
+    """Run ``python -m bench.ptq --row NAME``."""
     command = [sys.executable, "-m", "bench.ptq", "--work", str(shared.folder), "--row", row.name]
     for option, value in asdict(shared.settings).items():
         if value is not None:
@@ -136,7 +137,7 @@ def in_own_process(shared: Shared, row: Row) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments; those of the settings have their names and defaults."""
+    """Return the arguments; those of the settings have their names and defaults."""
     result = argparse.ArgumentParser(prog="python -m bench.ptq", description=__doc__)
     defaults = Settings()
     result.add_argument("--model", default=defaults.model)
@@ -154,8 +155,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(only: list[str] | None, model: str) -> list[Row]:
-    """The rows for a family of models, of these the ones that ``--only`` names, in the table's order: a whole name stands for its
-    row, a part for all that hold it.
+    """Return the rows for a family of models, of these the ones that ``--only`` names, in the table's order: a whole
+    name stands for its row, a part for all that hold it.
 
     Raises:
         SystemExit: a name that no row has.

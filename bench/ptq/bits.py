@@ -43,7 +43,7 @@ class Storage:
     column_bits: int = 0
 
     def total(self, shape: tuple[int, int]) -> float:
-        """Bits of the whole weight."""
+        """Return bits of the whole weight."""
         rows, columns = shape
         scales = 1 if self.per_tensor else rows * (math.ceil(columns / self.block) if self.block else self.parts)
         each = self.scale_bits + (self.bits if self.zero_point else 0)
@@ -53,6 +53,6 @@ class Storage:
 
 
 def effective_bits(storage: dict[str, Storage], shapes: dict[str, tuple[int, int]]) -> float:
-    """Mean over all weights of the quantized layers."""
+    """Return mean over all weights of the quantized layers."""
     weights = sum(rows * columns for rows, columns in shapes.values())
     return sum(storage[name].total(shape) for name, shape in shapes.items()) / weights

@@ -60,7 +60,7 @@ def make(
     activations_after: str | None = None,
     algorithm_after: Any = None,
 ) -> Made:
-    """Quantizes ``model.backbone`` in place.
+    """Quantize ``model.backbone`` in place.
 
     Args:
         preset: name of a configuration of ModelOpt, as ``NVFP4_DEFAULT_CFG``.
@@ -102,7 +102,7 @@ def configuration(
     weights: str | None = None,
     activations: str | None = None,
 ) -> dict[str, Any]:
-    """ModelOpt's configuration for a row; see :func:`make`."""
+    """Return ModelOpt's configuration for a row; see :func:`make`."""
     if preset is None:
         config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
     else:
@@ -142,7 +142,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _name_the_blocks(material: Material) -> None:
-    """Tells ModelOpt's layerwise calibration which modules are the blocks, by its registration for new architectures."""
+    """Tell ModelOpt's layerwise calibration which modules are the blocks, by its registration for new architectures."""
     backbone, attribute = material.model.backbone, material.model.family.block_list
     kind = type(backbone)
     if attribute is not None:
@@ -152,7 +152,8 @@ def _name_the_blocks(material: Material) -> None:
 
 
 def _answering(module: nn.Module) -> Any:
-    """``module`` with an answer for the calls that ModelOpt's layerwise calibration cuts off, which return nothing."""
+    """Return ``module`` with an answer for the calls that ModelOpt's layerwise calibration cuts off, which return
+    nothing."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = module(*args, **kwargs)
@@ -171,7 +172,7 @@ def _refuse_other_quantizers(backbone: nn.Module, material: Material) -> None:
 
 
 def storage(layer: Any) -> Storage:
-    """How the weight of a quantized layer is stored, read from its quantizer."""
+    """Return how the weight of a quantized layer is stored, read from its quantizer."""
     quantizer = layer.weight_quantizer
     first = quantizer if isinstance(quantizer, TensorQuantizer) else quantizer[0]
     branch = getattr(quantizer, "svdquant_lora_a", None)
@@ -190,6 +191,6 @@ def storage(layer: Any) -> Storage:
 
 
 def fold(layer: Any) -> None:
-    """Replaces the weight by its quantized values."""
+    """Replace the weight by its quantized values."""
     layer.weight.data = layer.weight_quantizer(layer.weight.data).clone()
     layer.weight_quantizer.disable()

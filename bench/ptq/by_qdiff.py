@@ -15,7 +15,7 @@ from qdiff.runs.partial import Scratch
 
 
 def make(material: Material, recipe: str, overrides: Sequence[str] = ()) -> Made:
-    """Quantizes ``model.backbone`` in place by ``recipe``."""
+    """Quantize ``model.backbone`` in place by ``recipe``."""
     plan = quantize(
         material.model,
         load_recipe(recipe, list(overrides)),
@@ -33,13 +33,14 @@ def make(material: Material, recipe: str, overrides: Sequence[str] = ()) -> Made
 
 
 def original(name: str, structure: Structure) -> str:
-    """Name of a planned layer in the model as it was before it was restructured."""
+    """Return name of a planned layer in the model as it was before it was restructured."""
     parent = name.rpartition(".")[0]
     return parent if parent in structure.split or parent in structure.first_token else name
 
 
 def storage(layer: LayerPlan, parts: int) -> Storage:
-    """A planned layer in the terms that all libraries are counted in. Both halves of a split layer have one format."""
+    """Return a planned layer in the terms that all libraries are counted in. Both halves of a split layer have one
+    format."""
     format = format_named(layer.weights)
     fitted = rotation_bits(layer.rotation) if layer.outliers else 0
     return Storage(

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 
 
 def make(material: Material, weights: str, activations: str | None = None) -> Made:
-    """Quantizes ``model.backbone`` in place; names are quanto's (``qint8``, ``qint4``, ``qfloat8``)."""
+    """Quantize ``model.backbone`` in place; names are quanto's (``qint8``, ``qint4``, ``qfloat8``)."""
     backbone = material.model.backbone
     kinds = {"weights": qtypes[weights], "activations": None if activations is None else qtypes[activations]}
     quantize(backbone, include=list(material.layers), **kinds)
@@ -47,7 +47,7 @@ class OutsideInferenceMode(nn.Module):
         self.layer = layer
 
     def forward(self, x: Any) -> Any:
-        """The layer's output."""
+        """Return the layer's output."""
         with torch.inference_mode(False), torch.no_grad():
             return self.layer(x.clone())
 
@@ -57,7 +57,7 @@ def _weight(module: Any) -> Any:
 
 
 def storage(layer: Any) -> Storage:
-    """How the weight of a frozen layer is stored: one scale a channel, or groups with a shift each."""
+    """Return how the weight of a frozen layer is stored: one scale a channel, or groups with a shift each."""
     kind = layer.weight_qtype
     if kind.bits == 8:
         return Storage(8)

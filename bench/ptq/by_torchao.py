@@ -71,12 +71,12 @@ class InBFloat16(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        """Return ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         return self.layer(x.bfloat16()).to(x.dtype)
 
 
 def make(material: Material, configuration: str) -> Made:
-    """Quantizes ``model.backbone`` in place."""
+    """Quantize ``model.backbone`` in place."""
     config, storage = CONFIGURATIONS[configuration]
     backbone = material.model.backbone
     layers = {name: backbone.get_submodule(name) for name in material.layers}

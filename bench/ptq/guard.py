@@ -15,7 +15,7 @@ class EqualRowsError(Exception):
 
 
 def check_different(predictions: Mapping[str, Tensor], twins: Mapping[str, str | None] | None = None) -> None:
-    """Compares every row's predictions on the held-out calls with float's and with every other row's.
+    """Compare every row's predictions on the held-out calls with float's and with every other row's.
 
     Args:
         predictions: by row; float's under :data:`FLOAT`.

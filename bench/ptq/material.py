@@ -39,17 +39,17 @@ class Material:
     scratch: Path
 
     def calls(self) -> Iterator[dict[str, Tensor]]:
-        """The inputs of every recorded call, in order, from disk."""
+        """Yield the inputs of every recorded call, in order, from disk."""
         for step in self.trajectory:
             yield step.inputs
 
     def replay(self, backbone: Any) -> None:
-        """Runs ``backbone`` on every recorded call: the forward loop of peers that observe while they run."""
+        """Run ``backbone`` on every recorded call: the forward loop of peers that observe while they run."""
         for inputs in self.calls():
             self.model.family.call(backbone, inputs)
 
     def check(self, quantized: set[str]) -> None:
-        """Refuses a row that quantized other layers.
+        """Refuse a row that quantized other layers.
 
         Raises:
             NotTheSameLayersError: with what is too much and what is missing.
@@ -76,8 +76,8 @@ class Made:
 
 
 def shared_layers(model: Model, recipe: str = "int8") -> dict[str, tuple[int, int]]:
-    """The layers that all rows quantize, with the rows and columns of their weights as matrices: all but those that the built-in
-    recipes ignore for the family."""
+    """Return the layers that all rows quantize, with the rows and columns of their weights as matrices: all but those
+    that the built-in recipes ignore for the family."""
     layers = quantizable_layers(model.backbone)
     ignored = load_recipe(recipe).ignored(model.family.name, list(layers))
     return {

@@ -35,7 +35,7 @@ E4M3_MAX, E2M1_MAX = 448.0, 6.0
 
 
 def dynamic_blocks(inputs: Tensor, quantizer: Any) -> Tensor:
-    """The registered backend: ``inputs [..., n]`` to NVFP4 and back, under the quantizer's calibrated amax.
+    """Return the registered backend: ``inputs [..., n]`` to NVFP4 and back, under the quantizer's calibrated amax.
 
     Without one (a weight whose scaling is being searched) the amax is the tensor's own, as in ModelOpt.
     """
@@ -53,7 +53,8 @@ def static_blocks(
     fp8_max_for_normalization: float = E4M3_MAX,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Stands for ModelOpt's Triton kernel of the same signature: ``x`` in blocks, each under its own given amax."""
+    """Return stands for ModelOpt's Triton kernel of the same signature: ``x`` in blocks, each under its own given
+    amax."""
     from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
 
     amax = amax.float()
@@ -69,7 +70,7 @@ def static_blocks(
 
 
 def install() -> None:
-    """Registers the backend, and the stand-in where ModelOpt has no kernel. Does nothing the second time."""
+    """Register the backend, and the stand-in where ModelOpt has no kernel. Does nothing the second time."""
     from modelopt.torch.kernels.quantization import gemm
     from modelopt.torch.quantization.nn.modules import tensor_quantizer as quantizers
 

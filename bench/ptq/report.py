@@ -10,7 +10,7 @@ Result = dict[str, Any]
 
 
 def markdown(results: list[Result], facts: dict[str, Any]) -> str:
-    """All rows, those of one format together, and the notes that the numbers need."""
+    """Return all rows, those of one format together, and the notes that the numbers need."""
     formats = list(dict.fromkeys(result["format"] for result in results))
     results = sorted(results, key=lambda result: formats.index(result["format"]))  # stable: rows keep their order
     done = [result for result in results if "error" not in result]

@@ -32,12 +32,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What ``--only`` takes, and the name of the row's files."""
+        """Return what ``--only`` takes, and the name of the row's files."""
         text = f"{self.library} {self.format} {self.method}".lower()
         return "-".join("".join(c if c.isalnum() or c in ".+_" else " " for c in text).split())
 
     def make(self, material: Material) -> Made:
-        """Changes ``material.model.backbone``."""
+        """Change ``material.model.backbone``."""
         module = importlib.import_module(MAKERS[self.library])
         return module.make(material, **self.options)
 
@@ -304,7 +304,7 @@ ROWS += tuple(
 
 
 def named(name: str) -> Row:
-    """The row of that name.
+    """Return the row of that name.
 
     Raises:
         KeyError: none.

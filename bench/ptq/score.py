@@ -23,7 +23,7 @@ BATCH = 8  # pictures denoised together; a picture does not depend on it
 
 
 def predictions(model: Model, calls: Trajectory) -> Tensor:
-    """What the backbone predicts on every call: ``[calls, batch, ...]``, float32."""
+    """Return what the backbone predicts on every call: ``[calls, batch, ...]``, float32."""
     model.backbone.eval()
     with torch.inference_mode():
         answers = [model.family.call(model.backbone, step.inputs).float() for step in calls]
@@ -31,7 +31,8 @@ def predictions(model: Model, calls: Trajectory) -> Tensor:
 
 
 def answers(model: Model, calls: Trajectory, request: Request) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
-    """Predictions ``[calls, batch, ...]``, pictures ``[N, H, W, C]`` uint8, and prompt accuracy where the model has one."""
+    """Return predictions ``[calls, batch, ...]``, pictures ``[N, H, W, C]`` uint8, and prompt accuracy where the model
+    has one."""
     predicted = predictions(model, calls)
     images = simulate(model, model.backbone, request, BATCH)
     right = prompt_accuracy(model, images, list(request.prompts))
@@ -41,7 +42,8 @@ def answers(model: Model, calls: Trajectory, request: Request) -> tuple[Tensor, 
 
 
 def buckets(timesteps: list[float]) -> list[tuple[float, float]]:
-    """The timestep values, from noise to picture, in :data:`BUCKETS` runs of nearly equal length: (first, last) of each."""
+    """Return the timestep values, from noise to picture, in :data:`BUCKETS` runs of nearly equal length: (first, last)
+    of each."""
     ordered = sorted(set(timesteps), reverse=True)
     count = min(BUCKETS, len(ordered))
     cuts = [round(i * len(ordered) / count) for i in range(count + 1)]
@@ -49,7 +51,7 @@ def buckets(timesteps: list[float]) -> list[tuple[float, float]]:
 
 
 def sqnr_by_bucket(timesteps: list[float], reference: Tensor, predicted: Tensor) -> list[dict[str, float]]:
-    """Mean over the calls of each bucket of the call's SQNR in dB."""
+    """Return mean over the calls of each bucket of the call's SQNR in dB."""
     each = [decibels(sqnr_db(a, b)) for a, b in zip(reference, predicted, strict=True)]
     result = []
     for first, last in buckets(timesteps):
@@ -61,7 +63,7 @@ def sqnr_by_bucket(timesteps: list[float], reference: Tensor, predicted: Tensor)
 def score(
     timesteps: list[float], reference: tuple[Tensor, Tensor], predicted: Tensor, pictures: Tensor
 ) -> dict[str, Any]:
-    """The columns that compare with float.
+    """Return the columns that compare with float.
 
     Args:
         timesteps: of the held-out calls.

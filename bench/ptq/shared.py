@@ -63,21 +63,21 @@ class Shared:
 
     @property
     def calibration(self) -> Run:
-        """The calibrated run."""
+        """Return the calibrated run."""
         return Run(self.folder / "calibration")
 
     @property
     def held_out(self) -> Trajectory:
-        """Recorded calls that no row was calibrated on."""
+        """Return recorded calls that no row was calibrated on."""
         return Trajectory(Run(self.folder / "held-out").file("calibration"))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """``shared.json``."""
+        """Return ``shared.json``."""
         return read_json(self.folder / "shared.json", "the shared part of the benchmark")
 
     def prepare(self) -> None:
-        """Makes what is not there yet.
+        """Make what is not there yet.
 
         Raises:
             InputError: the folder holds the shared part of other settings.
@@ -127,39 +127,39 @@ class Shared:
 
     @property
     def key(self) -> str:
-        """Fingerprint of everything that scores depend on, but for the row."""
+        """Return fingerprint of everything that scores depend on, but for the row."""
         hashes = [Run(self.folder / name).outputs_hash("calibrate") for name in ("calibration", "held-out")]
         return sha256_json([asdict(self.settings), hashes])
 
     def prompts(self, count: int, seed: int) -> list[str]:
-        """Prompts of that seed, less those of the calibration."""
+        """Return prompts of that seed, less those of the calibration."""
         known = set(default_prompts(self.settings.samples, CALIBRATION_SEED))
         return [prompt for prompt in default_prompts(count + len(known), seed) if prompt not in known][:count]
 
     def request(self, model: Model) -> Request:
-        """The pictures that are compared."""
+        """Return the pictures that are compared."""
         prompts = self.prompts(self.settings.pictures, PICTURE_SEED)
         return Request(prompts, [PICTURE_SEED + i for i in range(len(prompts))], steps=self.settings.steps)
 
     def model(self) -> Model:
-        """The float model, loaded anew."""
+        """Return the float model, loaded anew."""
         return reload_model(self.calibration)
 
     def material(self, scratch: Path) -> Material:
-        """What a row is given."""
+        """Return what a row is given."""
         model = self.model()
         folder = self.calibration.file("calibration")
         statistics = Statistics.load(folder / "statistics.safetensors")
         return Material(model, Trajectory(folder), statistics, shared_layers(model), scratch)
 
     def float_answers(self) -> tuple[Tensor, Tensor]:
-        """Float's predictions on the held-out calls, and its pictures."""
+        """Return Float's predictions on the held-out calls, and its pictures."""
         with open_tensors(self.folder / "float.safetensors", "float's answers") as file:
             return file.get_tensor("predictions"), file.get_tensor("pictures")
 
     @staticmethod
     def kept(model: Model) -> list[str]:
-        """Linear layers that no row quantizes."""
+        """Return linear layers that no row quantizes."""
         from qdiff.models.base import quantizable_layers
 
         layers = shared_layers(model)

@@ -43,7 +43,7 @@ class Target:
     outputs: frozenset[str]
 
     def takes(self, weights: str, activations: str, per_token: bool = False) -> bool:
-        """Whether a layer in these formats can be written for this target."""
+        """Return whether a layer in these formats can be written for this target."""
         pair = (weights, activations if format_named(activations).quantized else None)
         return pair in (self.tokens if per_token else self.runs)
 
@@ -126,7 +126,7 @@ def custom_ops() -> dict[str, Any]:
 
 
 def table_for(target: Target) -> dict[Any, Translation]:
-    """The exporter's table: torch op overload -> translation."""
+    """Return the exporter's table: torch op overload -> translation."""
     import torch
 
     import qdiff.export.translations.attention as _attention  # noqa: F401

@@ -48,7 +48,8 @@ def attention_scaling_scores(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """``softmax((q kᵀ) * scale + mask) v`` for ``[batch, heads, tokens, size]``; the mask is additive and broadcasts."""
+    """Return ``softmax((q kᵀ) * scale + mask) v`` for ``[batch, heads, tokens, size]``; the mask is additive and
+    broadcasts."""
     from onnxscript import opset23 as op
 
     _plain_only(is_causal, enable_gqa, dropout_p)
@@ -67,7 +68,7 @@ def attention_scaling_inputs(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """``softmax((q √scale) (k √scale)ᵀ + mask) v``; shapes as above."""
+    """Return ``softmax((q √scale) (k √scale)ᵀ + mask) v``; shapes as above."""
     from onnxscript import opset23 as op
 
     _plain_only(is_causal, enable_gqa, dropout_p)

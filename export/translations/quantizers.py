@@ -38,7 +38,8 @@ _PAIRS = {"int8": _INT8, "fp8": _FLOAT8E4M3FN}  # formats with a QuantizeLinear 
 def call(
     domain: str, name: str, inputs: Sequence[Any], outputs: Sequence[str] = ("tensor(float)",), **attributes: int
 ) -> Any:
-    """A node of another domain than ONNX's own; ``outputs`` names its results' types where they are not the first input's."""
+    """Return a node of another domain than ONNX's own; ``outputs`` names its results' types where they are not the
+    first input's."""
     from onnx.defs import OpSchema
     from onnxscript import values
 
@@ -57,7 +58,7 @@ def call(
 
 @translates("qdiff::quantize_dequantize", "tensorrt")
 def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
-    """Q and DQ with one constant scale."""
+    """Return Q and DQ with one constant scale."""
     from onnxscript import opset23 as op
 
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, output_dtype=_PAIRS[format]), scale)
@@ -65,7 +66,7 @@ def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
 
 @translates("qdiff::quantize_dequantize", "onnxruntime")
 def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
-    """Q and DQ in INT8; other formats as a function."""
+    """Return Q and DQ in INT8; other formats as a function."""
     if format == "int8":
         return quantize_dequantize(x, scale, format)
     return call(DOMAIN, f"QuantizeDequantize_{format}", [x, scale], ["same"])
@@ -73,20 +74,20 @@ def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
 
 @translates("qdiff::token_quantize_dequantize", "onnxruntime")
 def token_quantize_dequantize(x: Any, format: str) -> Any:
-    """One scale for each token, from its amax."""
+    """Return one scale for each token, from its amax."""
     return call(DOMAIN, f"TokenQuantizeDequantize_{format}", [x], ["same"])
 
 
 @translates("qdiff::block_quantize_dequantize", "onnxruntime")
 def block_quantize_dequantize(x: Any, tensor_scale: Any, format: str) -> Any:
-    """One scale for each block, from its amax."""
+    """Return one scale for each block, from its amax."""
     inputs = [x] if tensor_scale is None else [x, tensor_scale]
     return call(DOMAIN, f"BlockQuantizeDequantize_{format}", inputs, ["same"])
 
 
 @translates("qdiff::block_quantize_dequantize", "tensorrt")
 def block_quantize_dequantize_by_tensorrt(x: Any, tensor_scale: Any, format: str) -> Any:
-    """TensorRT's dynamic quantizer: FP4 codes and E4M3 block scales, which two DequantizeLinear undo."""
+    """Return TensorRT's dynamic quantizer: FP4 codes and E4M3 block scales, which two DequantizeLinear undo."""
     from onnxscript import opset23 as op
 
     row = format_named(format)
@@ -99,7 +100,7 @@ def block_quantize_dequantize_by_tensorrt(x: Any, tensor_scale: Any, format: str
 
 @translates("qdiff::dequantize_weight", "onnxruntime")
 def dequantize_weight_on_cpu(codes: Any, scale: Any, tensor_scale: Any, format: str, dtype: int) -> Any:
-    """A weight ``[out, in]``."""
+    """Return a weight ``[out, in]``."""
     row = format_named(format)
     scale = _block_scale(row, scale, tensor_scale)
     if row.bits < 8 and row.kind == "float":
@@ -111,7 +112,7 @@ def dequantize_weight_on_cpu(codes: Any, scale: Any, tensor_scale: Any, format: 
 
 @translates("qdiff::dequantize_weight", "tensorrt")
 def dequantize_weight(codes: Any, scale: Any, tensor_scale: Any, format: str, dtype: int) -> Any:
-    """A weight ``[out, in]``."""
+    """Return a weight ``[out, in]``."""
     from onnxscript import opset23 as op
 
     row = format_named(format)
@@ -120,7 +121,8 @@ def dequantize_weight(codes: Any, scale: Any, tensor_scale: Any, format: str, dt
 
 
 def _block_scale(row: Format, scale: Any, tensor_scale: Any) -> Any:
-    """What codes are multiplied with: stored scales are numbers, or E4M3 under the tensor's scale, or E8M0 as bytes."""
+    """Return what codes are multiplied with: stored scales are numbers, or E4M3 under the tensor's scale, or E8M0 as
+    bytes."""
     from onnxscript import opset23 as op
 
     if tensor_scale is not None:

@@ -23,7 +23,7 @@ class Version:
     backbone: nn.Module
 
     def layers_of(self, block: str) -> list[LayerPlan]:
-        """The layers inside a block."""
+        """Return the layers inside a block."""
         return [layer for layer in self.plan.layers if layer.name.startswith(f"{block}.")]
 
 
@@ -48,12 +48,12 @@ def share_clock(versions: Sequence[Version]) -> TimestepIndex:
 
 
 def branches_of(versions: Sequence[Version], block: str) -> list[nn.Module]:
-    """A block in every version."""
+    """Return a block in every version."""
     return [version.backbone.get_submodule(block) for version in versions]
 
 
 def assemble(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bool) -> BranchState:
-    """Puts branches into the first version's backbone, in place.
+    """Put branches into the first version's backbone, in place.
 
     Args:
         blocks: of each block, the versions that it can have.
@@ -73,7 +73,7 @@ def assemble(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bo
 
 
 def joined_plan(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bool, recipe: str) -> Plan:
-    """The plan of what :func:`assemble` makes, without its routing."""
+    """Return the plan of what :func:`assemble` makes, without its routing."""
     branched = {name: len(chosen) for name, chosen in blocks.items() if keep or len(chosen) > 1}
     layers: list[LayerPlan] = []
     for layer in versions[0].plan.layers:
@@ -100,7 +100,7 @@ def _moved(layer: LayerPlan, own: str, prefix: str) -> LayerPlan:
 
 
 def costs_of(versions: Sequence[Version], blocks: Sequence[str]) -> Costs:
-    """What each block costs in every version."""
+    """Return what each block costs in every version."""
     weights, activations, sizes = [], [], []
     for block in blocks:
         own = [

@@ -23,7 +23,7 @@ from qdiff.plan.attention_plan import AttentionPlan, HeadPlan, SparseLayer
 def decide_masks(
     statistics: AttentionStatistics, density: float, numerics: str, timesteps: list[float], dense_layers: int
 ) -> tuple[AttentionPlan, Tensor]:
-    """Which blocks every head reads.
+    """Return which blocks every head reads.
 
     Args:
         density: mean share of the blocks, over layers and groups that are sparse.
@@ -81,7 +81,7 @@ def _overall(by_group: Tensor, edges: list[float], timesteps: list[float], spars
 
 
 def allocate_blocks(errors: Tensor, options: list[int], columns: int, density: float) -> Tensor:
-    """How many blocks each row keeps, by group of timesteps, layer and head: the least error within one budget.
+    """Return how many blocks each row keeps, by group of timesteps, layer and head: the least error within one budget.
 
     Args:
         errors: ``[groups, layers, heads, options]``: what is lost when a head keeps ``options[i]`` blocks.

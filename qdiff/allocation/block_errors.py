@@ -50,7 +50,7 @@ class Measured:
     prompts: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the timesteps."""
+        """Return all but the timesteps."""
         names = ("changes", "drifts", "errors", "predictions", "reused", "together", "prompts")
         return {name: getattr(self, name).contiguous() for name in names}
 
@@ -65,7 +65,7 @@ def measure_block_errors(
     changes: bool = True,
     reuse: bool = True,
 ) -> Measured:
-    """Replays the trajectory.
+    """Replay the trajectory.
 
     Args:
         model: for its family.
@@ -162,7 +162,7 @@ class _Watch:
         self._now = []
 
     def taken(self) -> list[Tensor]:
-        """Changes, errors and drifts ``[blocks, steps, samples]``."""
+        """Return changes, errors and drifts ``[blocks, steps, samples]``."""
         return [
             torch.stack([torch.stack([block[kind] for block in step]) for step in self._steps], dim=1).cpu()
             for kind in range(3)
@@ -181,8 +181,8 @@ def _predictions(
     trajectory: Trajectory,
     reuse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors of the prediction by branch, of reuse, and of noise in all blocks. One call for every timestep, from one shard
-    after the other."""
+    """Return errors of the prediction by branch, of reuse, and of noise in all blocks. One call for every timestep,
+    from one shard after the other."""
     shards = len(trajectory.paths)
     pairs: dict[int, tuple[Step | None, Step]] = {}
     for shard in range(shards):
@@ -222,7 +222,7 @@ def _predictions(
 
 
 def _together(model: Model, trial: nn.Module, blocks: Sequence[str], step: Step, reference: Tensor) -> float:
-    """Error of the prediction when all blocks err a little."""
+    """Return error of the prediction when all blocks err a little."""
     before = [trial.get_submodule(name) for name in blocks]
     for index, (name, module) in enumerate(zip(blocks, before, strict=True)):
         trial.set_submodule(name, _Errs(module, index))
@@ -269,14 +269,14 @@ class _Returns(nn.Module):
 
 
 def _deltas(model: Model, trial: nn.Module, blocks: Sequence[str], step: Step) -> list[Tensor]:
-    """What every block adds in a call."""
+    """Return what every block adds in a call."""
     return _watched(model, trial, blocks, step, lambda states, out: out - states)[1]
 
 
 def _watched(
     model: Model, trial: nn.Module, blocks: Sequence[str], step: Step, look: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The prediction of a call as float64, and what ``look`` makes of every block's input and output."""
+    """Return the prediction of a call as float64, and what ``look`` makes of every block's input and output."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:

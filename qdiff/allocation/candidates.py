@@ -70,34 +70,35 @@ class Candidates:
                 raise InputError(f"the layers of {group} can have none of {', '.join(self.names)}")
 
     def possible(self, group: str) -> list[bool]:
-        """Which formats a group can have."""
+        """Return which formats a group can have."""
         return [all(name in modules for name in self.groups[group]) for modules in self._modules]
 
     def put(self, group: str, format: int) -> None:
-        """Puts a group's layers in, in the format with that index; :data:`FLOAT`: takes them out."""
+        """Put a group's layers in, in the format with that index; :data:`FLOAT`: takes them out."""
         source = self._float if format == FLOAT else self._modules[format]
         for name in self.groups[group]:
             self.backbone.set_submodule(name, source[name])
 
     def entries_of(self, layer: str) -> LayerPlan:
-        """What becomes of a layer in the first format that it can have: for what all of them share."""
+        """Return what becomes of a layer in the first format that it can have: for what all of them share."""
         return next(entries[layer] for entries in self.entries if layer in entries)
 
     def module(self, layer: str, format: int) -> nn.Module:
-        """A layer in the format with that index."""
+        """Return a layer in the format with that index."""
         return self._modules[format][layer]
 
     def float_layer(self, layer: str) -> nn.Module:
-        """A layer as it was."""
+        """Return a layer as it was."""
         return self._float[layer]
 
     def put_all(self, choice: Sequence[int] | Tensor) -> None:
-        """Puts all groups in, in their order."""
+        """Put all groups in, in their order."""
         for group, format in zip(self.groups, choice, strict=True):
             self.put(group, int(format))
 
     def draft(self, drafted: Draft, choice: Mapping[str, int]) -> Draft:
-        """The draft of the plan that gives every group the format with that index; ``drafted`` says what is not chosen for."""
+        """Return the draft of the plan that gives every group the format with that index; ``drafted`` says what is not
+        chosen for."""
         entries, recipes = dict(drafted.entries), {}
         if all(self.members[format] is None for format in choice.values()):
             raise InputError(
@@ -138,7 +139,8 @@ class Candidates:
 
 
 def with_own_backbone(model: Model) -> Model:
-    """The model with a backbone that can be changed and that shares its numbers, and with nothing else of its pipeline."""
+    """Return the model with a backbone that can be changed and that shares its numbers, and with nothing else of its
+    pipeline."""
     copied = copy.copy(model)
     copied.pipeline = _Holder(model.family.backbone_attribute, shared_copy(model.backbone))
     return copied
@@ -152,7 +154,8 @@ class _Holder:
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """A copy whose layers can be replaced and whose parameters can be given other data; the data itself is shared."""
+    """Return a copy whose layers can be replaced and whose parameters can be given other data; the data itself is
+    shared."""
     shared: dict[int, object] = {
         id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in module.parameters()
     }

@@ -14,7 +14,7 @@ from qdiff.plan.plan import LayerPlan
 
 
 def arithmetic(entry: LayerPlan) -> str:
-    """The kind of arithmetic that a layer's product is done in: ``bf16`` where either side is not quantized."""
+    """Return the kind of arithmetic that a layer's product is done in: ``bf16`` where either side is not quantized."""
     names = {FORMATS[entry.weights].name, FORMATS[entry.activations].name}
     for kind, formats in (("fp4", {"nvfp4", "mxfp4"}), ("int8", {"int8"}), ("fp8", {"fp8"})):
         if names <= formats:
@@ -23,7 +23,8 @@ def arithmetic(entry: LayerPlan) -> str:
 
 
 def milliseconds(entry: LayerPlan, tokens: int, device: Device) -> float:
-    """One call of a layer that reads ``tokens`` tokens (of a convolution: windows); see the module's docstring."""
+    """Return one call of a layer that reads ``tokens`` tokens (of a convolution: windows); see the module's
+    docstring."""
     rows, columns = entry.matrix
     operations = 2 * rows * columns * tokens
     moved = entry.weight_bytes() + tokens * (columns * FORMATS[entry.activations].bits / 8 + 2 * rows)

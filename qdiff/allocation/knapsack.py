@@ -29,7 +29,7 @@ BISECTIONS = 100
 def allocate(
     errors: Tensor, costs: Tensor, budget: float, forbidden: list[Tensor] | None = None, fixed: float = 0.0
 ) -> Tensor:
-    """The cheapest errors within a budget.
+    """Return the cheapest errors within a budget.
 
     Args:
         errors: ``[N, M]``, of item ``i`` in format ``j``, at least 0; infinite where a format is not to be had.
@@ -77,9 +77,9 @@ def allocate(
 
 
 def _relaxed(errors: Tensor, costs: Tensor, budget: float) -> tuple[Tensor, float]:
-    """What every choice costs beyond the best one at the budget's price, ``[N, M]``, and the relaxed program's optimum: no
-    solution with a choice of reduced cost ``r`` is better than the optimum plus ``r`` (Pisinger, A minimal algorithm for the
-    multiple-choice knapsack problem, EJOR 1995, section 3).
+    """Return what every choice costs beyond the best one at the budget's price, ``[N, M]``, and the relaxed program's
+    optimum: no solution with a choice of reduced cost ``r`` is better than the optimum plus ``r`` (Pisinger, A minimal
+    algorithm for the multiple-choice knapsack problem, EJOR 1995, section 3).
 
     The price is that of one unit of the budget, at which the cheapest sum of errors and prices just fits.
     """
@@ -102,7 +102,7 @@ def _relaxed(errors: Tensor, costs: Tensor, budget: float) -> tuple[Tensor, floa
 
 
 def _solve(errors: Tensor, costs: Tensor, budget: float, among: Tensor, forbidden: list[Tensor]) -> Tensor | None:
-    """The best choice among the marked ones, ``None`` where none of them fits."""
+    """Return the best choice among the marked ones, ``None`` where none of them fits."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -150,7 +150,7 @@ def _solve(errors: Tensor, costs: Tensor, budget: float, among: Tensor, forbidde
 
 
 def best(errors: Tensor, costs: Tensor, budget: float, count: int, fixed: float = 0.0) -> list[Tensor]:
-    """Up to ``count`` different solutions of :func:`allocate`, the best first. Arguments and errors as there."""
+    """Return up to ``count`` different solutions of :func:`allocate`, the best first. Arguments and errors as there."""
     found: list[Tensor] = []
     for _ in range(count):
         try:
@@ -163,17 +163,17 @@ def best(errors: Tensor, costs: Tensor, budget: float, count: int, fixed: float 
 
 
 def cheapest(errors: Tensor, costs: Tensor) -> float:
-    """What the cheapest formats that can be had add up to."""
+    """Return what the cheapest formats that can be had add up to."""
     return float(torch.where(errors.isfinite(), costs, torch.inf).amin(dim=1).double().sum())
 
 
 def total(table: Tensor, choice: Tensor) -> float:
-    """What the chosen entries of a table ``[N, M]`` add up to."""
+    """Return what the chosen entries of a table ``[N, M]`` add up to."""
     return float(table.double().gather(1, choice[:, None]).sum())
 
 
 def equal_loss_bits(sensitivities: Tensor, sizes: Tensor, mean: float) -> Tensor:
-    """BAQ's closed form: real-valued bits at which every item loses the same.
+    """Return BAQ's closed form: real-valued bits at which every item loses the same.
 
     With losses ``c_i 2^(-2 R_i)`` and ``sum_i n_i R_i = mean sum_i n_i`` the optimum is ``R_i = mean + 1/2 log2(c_i / g)``, where
     ``g`` is the geometric mean of the ``c_i``, weighted by ``n_i`` (BAQ, arXiv 2506.05664, section 3; there for equal sizes and

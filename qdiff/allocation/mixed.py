@@ -78,12 +78,12 @@ class Allocation:
 
     @property
     def choice(self) -> dict[str, int]:
-        """The format of every group, as an index."""
+        """Return the format of every group, as an index."""
         return dict(zip(self.groups, self.solutions[self.chosen].formats, strict=True))
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Allocation:
-        """What :meth:`to_json` gave."""
+        """Return what :meth:`to_json` gave."""
         lists = {name: [Solution(**one) for one in value[name]] for name in ("solutions", "uniform", "frontier")}
         return cls(**{**value, **lists})
 
@@ -101,7 +101,7 @@ def decide_formats(
     branches: int = 1,
     time: Time | None = None,
 ) -> Allocation:
-    """Solves, looks and takes.
+    """Solve, looks and takes.
 
     Args:
         family: whose minimum formats hold.
@@ -168,7 +168,7 @@ def costs_of(
     branches: int = 1,
     time: Time | None = None,
 ) -> tuple[Tensor, float]:
-    """Costs ``[group, format]`` in the budget's unit, float64, and what everything else costs besides."""
+    """Return costs ``[group, format]`` in the budget's unit, float64, and what everything else costs besides."""
     costs = torch.zeros(len(candidates.groups), len(candidates.names), dtype=torch.float64)
     weights = sum(_elements(candidates.entries_of(layer)) for layers in candidates.groups.values() for layer in layers)
     rates = device_named(device) if measure == "latency" and device is not None and time is None else None
@@ -194,7 +194,7 @@ def _elements(entry: LayerPlan) -> int:
 
 
 def _stored(candidates: Candidates, layer: str, format: int) -> int:
-    """Bytes of a layer in the checkpoint."""
+    """Return bytes of a layer in the checkpoint."""
     module, entry = candidates.module(layer, format), candidates.entries[format][layer]
     if not entry.quantized:
         return FORMATS[entry.weights].bits // 8 * _elements(entry) + 4 * entry.shape[0] * entry.bias + 2 * HEADER_BYTES
@@ -203,7 +203,7 @@ def _stored(candidates: Candidates, layer: str, format: int) -> int:
 
 
 def _rest(candidates: Candidates) -> float:
-    """Bytes of everything in the checkpoint that no format is chosen for."""
+    """Return bytes of everything in the checkpoint that no format is chosen for."""
     chosen = {layer for layers in candidates.groups.values() for layer in layers}
     rest = 0
     for name, parameter in candidates.backbone.named_parameters():
@@ -213,7 +213,7 @@ def _rest(candidates: Candidates) -> float:
 
 
 def _allowed(mixed: Mixed, family: str, candidates: Candidates) -> Tensor:
-    """Which formats ``minimum`` leaves: bool ``[group, format]``."""
+    """Return which formats ``minimum`` leaves: bool ``[group, format]``."""
     allowed = torch.ones(len(candidates.groups), len(candidates.names), dtype=torch.bool)
     for pattern, name in mixed.minimum.get(family, {}).items():
         names = [layer for layers in candidates.groups.values() for layer in layers]
@@ -228,13 +228,13 @@ def _allowed(mixed: Mixed, family: str, candidates: Candidates) -> Tensor:
 
 
 def _bits(candidates: Candidates, layers: list[str], format: int) -> float:
-    """Bits of a group's weights in a format; 0 where it cannot have it."""
+    """Return bits of a group's weights in a format; 0 where it cannot have it."""
     entries = candidates.entries[format]
     return sum(entries[layer].weight_bits() * _elements(entries[layer]) for layer in layers if layer in entries)
 
 
 def check_wishes(mixed: Mixed, family: str, drafts: list[dict[str, LayerPlan]]) -> None:
-    """Refuses what no measurement can make possible, before one is begun.
+    """Refuse what no measurement can make possible, before one is begun.
 
     Args:
         drafts: what each recipe of the list alone says about every layer.

@@ -46,7 +46,8 @@ def quantize_routed(
     picture_score_of: Callable[[nn.Module], Callable[[], float]],
     guided: bool,
 ) -> Routed:
-    """Quantizes ``model.backbone`` by every recipe, decides about routes, and puts the branches that are needed in its place.
+    """Quantize ``model.backbone`` by every recipe, decides about routes, and put the branches that are needed in its
+    place.
 
     Args:
         model: its backbone is replaced.

@@ -14,7 +14,8 @@ from qdiff.allocation.route_table import Costs
 
 
 def fit(changes: Tensor, errors: Tensor, held_out: Tensor) -> tuple[float, float, float | None]:
-    """Slope and intercept of one block, and R^2 on the held-out samples (``None`` where there are none, or all errors alike).
+    """Return slope and intercept of one block, and R^2 on the held-out samples (``None`` where there are none, or all
+    errors alike).
 
     Args:
         changes: ``[steps, samples]``.
@@ -32,7 +33,7 @@ def fit(changes: Tensor, errors: Tensor, held_out: Tensor) -> tuple[float, float
 
 
 def threshold(scores: Tensor, costs: Costs, budget: float) -> float:
-    """The least threshold whose routes keep a budget.
+    """Return the least threshold whose routes keep a budget.
 
     Bits fall as the threshold rises, one block and step after the other, so it is found by bisection among the scores.
 

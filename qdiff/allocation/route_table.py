@@ -32,15 +32,15 @@ class Costs:
     shares: Tensor
 
     def used(self, table: Tensor) -> float:
-        """Mean bits of the weights that a table ``[blocks, timesteps]`` of branches computes with."""
+        """Return mean bits of the weights that a table ``[blocks, timesteps]`` of branches computes with."""
         return self._mean(self.weight_bits, table)
 
     def used_activations(self, table: Tensor) -> float:
-        """The same for activations."""
+        """Return the same for activations."""
         return self._mean(self.activation_bits, table)
 
     def resident(self, branches: list[list[int]]) -> float:
-        """Mean bits of all that is kept: ``branches`` of each block."""
+        """Return mean bits of all that is kept: ``branches`` of each block."""
         kept = torch.stack([self.weight_bits[index, chosen].sum() for index, chosen in enumerate(branches)])
         return float((kept * self.shares).sum())
 
@@ -49,7 +49,7 @@ class Costs:
 
 
 def solve_routes(errors: Tensor, costs: Costs, budget: float, routed: int) -> Tensor:
-    """The cheap blocks and timesteps.
+    """Return the cheap blocks and timesteps.
 
     Args:
         errors: ``[blocks, timesteps, 2]``: careful, cheap.

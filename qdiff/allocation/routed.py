@@ -95,7 +95,7 @@ class PlanScorer:
     costs: Costs
 
     def score(self, name: str, plan: RoutingPlan, disturbed: int | None = None) -> ScoredPlan:
-        """Pictures of a plan whose blocks have all branches.
+        """Return pictures of a plan whose blocks have all branches.
 
         Args:
             disturbed: index of a timestep at which all blocks err a little.
@@ -115,7 +115,7 @@ class PlanScorer:
 def decide_routes(
     routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs, scorer: PlanScorer
 ) -> tuple[RoutingPlan, Decision]:
-    """The plan whose pictures are best, every block with all branches, and what else was scored.
+    """Return the plan whose pictures are best, every block with all branches, and what else was scored.
 
     Args:
         blocks: names, in the order of the chain.
@@ -154,7 +154,8 @@ def decide_routes(
 
 
 def influence(routing: Routing, blocks: Sequence[str], measured: Measured, scorer: PlanScorer) -> Tensor:
-    """How much of a squared error of the prediction is left in the pictures, by timestep: ``[steps]``, 1 on average.
+    """Return how much of a squared error of the prediction is left in the pictures, by timestep: ``[steps]``, 1 on
+    average.
 
     What a step gets wrong, later steps may put right; the last one's errors stay. So for every timestep pictures are made whose
     blocks err a little there and are computed with care everywhere, and the error of the pictures is divided by that of the
@@ -178,7 +179,8 @@ def influence(routing: Routing, blocks: Sequence[str], measured: Measured, score
 
 
 def influence_steps(steps: int) -> list[int]:
-    """Places of the timesteps at which influence is measured, rising, with the first and the last: all of up to 20."""
+    """Return places of the timesteps at which influence is measured, rising, with the first and the last: all of up to
+    20."""
     if steps <= 20:
         return list(range(steps))
     last = steps - LAST_STEPS
@@ -187,7 +189,8 @@ def influence_steps(steps: int) -> list[int]:
 
 
 def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs) -> dict[str, RoutingPlan]:
-    """A plan for every rule, by its name, all of the same average bits. Arguments as of :func:`decide_routes`."""
+    """Return a plan for every rule, by its name, all of the same average bits. Arguments as of
+    :func:`decide_routes`."""
     if len(routing.recipes) == 1:
         zeros = torch.zeros(len(blocks), len(measured.timesteps), dtype=torch.int64)
         return {"static": _of_table(routing, "static", blocks, measured, zeros, costs)}
@@ -207,7 +210,7 @@ def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Co
 def _of_table(
     routing: Routing, rule: Rule, blocks: Sequence[str], measured: Measured, table: Tensor, costs: Costs | None
 ) -> RoutingPlan:
-    """A plan that follows a table ``[blocks, steps]``; without ``costs`` its bits are left open."""
+    """Return a plan that follows a table ``[blocks, steps]``; without ``costs`` its bits are left open."""
     return RoutingPlan(
         rule=rule,
         timesteps=measured.timesteps,
@@ -222,7 +225,7 @@ def _of_table(
 
 
 def _of_predictors(by_table: RoutingPlan, measured: Measured, costs: Costs, budget: float) -> RoutingPlan:
-    """The blocks that switch by table switch by prediction; the others stay as they are there."""
+    """Return the blocks that switch by table switch by prediction; the others stay as they are there."""
     held_out = measured.prompts % 2 == 1
     blocks = list(by_table.blocks)
     scores = torch.zeros_like(measured.errors)
@@ -263,7 +266,8 @@ def _with_reuse(
     decision: Decision,
     progress: Progress,
 ) -> RoutingPlan:
-    """The plan with the highest tolerance whose pictures lose no more than they may, by bisection between logarithms."""
+    """Return the plan with the highest tolerance whose pictures lose no more than they may, by bisection between
+    logarithms."""
     assert routing.reuse is not None
     squared = measured.drifts.square().mean(dim=2)  # [blocks, steps]
     gains = (measured.reused / squared.clamp(min=1e-30)).nan_to_num(0.0)  # infinite over infinite at the first step
@@ -297,8 +301,8 @@ def _with_reuse(
 
 
 def reduced(plan: RoutingPlan, recipes: Sequence[str]) -> tuple[RoutingPlan | None, dict[str, list[int]]]:
-    """The plan with no branch that is never taken, ``None`` where nothing switches and nothing is reused, and for every block the
-    numbers of the recipes that it keeps."""
+    """Return the plan with no branch that is never taken, ``None`` where nothing switches and nothing is reused, and
+    for every block the numbers of the recipes that it keeps."""
     everything = list(range(len(recipes)))
     kept = {block.name: everything if block.switches else [block.table[0]] for block in plan.blocks}
     blocks = [

@@ -83,7 +83,7 @@ class Sensitivity:
     pictures: dict[str, list[list[float | None]]] = field(default_factory=dict)
 
     def tables(self) -> dict[str, Tensor]:
-        """Errors ``[group, format]`` by what they are errors of, float64, each a reason of its own to choose by.
+        """Return errors ``[group, format]`` by what they are errors of, float64, each a reason of its own to choose by.
 
         Of predictions: ``estimated`` where they were not measured, else ``even``, all timesteps alike, and ``late`` and ``early``
         with four times as much weight at one end as at the other. Of pictures, where they were made: ``pictures``,
@@ -108,7 +108,7 @@ class Sensitivity:
         return found
 
     def table(self, weights: Tensor | None = None) -> Tensor:
-        """Errors ``[group, format]`` over all calls, float64; infinite where a format is not to be had.
+        """Return errors ``[group, format]`` over all calls, float64; infinite where a format is not to be had.
 
         Args:
             weights: of the calls ``[K]``; ``None``: all the same.
@@ -126,9 +126,9 @@ class Sensitivity:
         return (by_call * (weights.double() / weights.double().sum())).sum(dim=2)
 
     def rank_correlations(self) -> dict[str, float | None]:
-        """Spearman's correlation of each proxy with the truth, over all groups and formats that have an error; ``None`` where
-        there is none (too few values, or all alike). The truth is the error of pictures where they were made, and the change of
-        the prediction is then one of the proxies, like the loss of structure."""
+        """Return Spearman's correlation of each proxy with the truth, over all groups and formats that have an error;
+        ``None`` where there is none (too few values, or all alike). The truth is the error of pictures where they were
+        made, and the change of the prediction is then one of the proxies, like the loss of structure."""
         from scipy.stats import spearmanr
 
         tables = {name: _whole(rows) for name, rows in self.proxies.items()}
@@ -148,7 +148,7 @@ class Sensitivity:
         return found
 
     def save(self, path: Path) -> None:
-        """Writes ``sensitivity.json``."""
+        """Write ``sensitivity.json``."""
         write_json(path, {**asdict(self), "rank_correlations": self.rank_correlations()})
 
 
@@ -160,7 +160,7 @@ def measure_sensitivity(
     scratch: Scratch,
     picture_errors: PictureErrors | None = None,
 ) -> Sensitivity:
-    """Puts every group into every format, one at a time, and calls the backbone, several groups side by side
+    """Put every group into every format, one at a time, and call the backbone, several groups side by side
     (:mod:`qdiff.parallel`).
 
     Args:
@@ -230,7 +230,7 @@ def _facts(scratch: Scratch, part: str) -> dict[str, list[Any]]:
 
 
 def _whole(rows: list[list[float | None]]) -> Tensor:
-    """``[group, format]``, float64; infinite where there is no value."""
+    """Return ``[group, format]``, float64; infinite where there is no value."""
     return torch.tensor([[math.inf if value is None else value for value in row] for row in rows], dtype=torch.float64)
 
 
@@ -239,7 +239,8 @@ def _is_content(layers: list[str]) -> bool:
 
 
 def spread(trajectory: Trajectory, calls: int) -> list[Step]:
-    """``calls`` recorded calls, evenly over the timesteps and over the shards; all of them when there are no more."""
+    """Return ``calls`` recorded calls, evenly over the timesteps and over the shards; all of them when there are no
+    more."""
     shards = len(trajectory.paths)
     count = sum(1 for _ in trajectory.steps(0))
     wanted: dict[int, set[int]] = {}
@@ -259,7 +260,7 @@ def _error(model: Model, backbone: nn.Module, step: Step, reference: Tensor) -> 
 
 
 def _sizes(model: Model, candidates: Candidates, step: Step) -> list[tuple[int, list[int]]]:
-    """Rows of each group's output and shape of its input in one call, for one sample of the batch."""
+    """Return rows of each group's output and shape of its input in one call, for one sample of the batch."""
     found: dict[str, tuple[int, list[int]]] = {}
     batch = len(step.inputs["timestep"])
 
@@ -283,7 +284,8 @@ def _sizes(model: Model, candidates: Candidates, step: Step) -> list[tuple[int, 
 
 
 def proxies_of(model: Model, candidates: Candidates, steps: list[Step]) -> dict[str, list[list[float | None]]]:
-    """The proxies of the module's docstring, ``[group][format]`` each; ``None`` where a group cannot have a format."""
+    """Return the proxies of the module's docstring, ``[group][format]`` each; ``None`` where a group cannot have a
+    format."""
     layers = {name: model.backbone.get_submodule(name) for names in candidates.groups.values() for name in names}
     found = {name: _Gradients() for name in layers}
     handles = [layer.register_forward_hook(found[name].watch) for name, layer in layers.items()]
@@ -346,7 +348,7 @@ class _Gradients:
 def _proxies(
     candidates: Candidates, format: int, names: list[str], found: dict[str, _Gradients]
 ) -> dict[str, float | None]:
-    """All proxies of one group in one format: sums over its layers."""
+    """Return all proxies of one group in one format: sums over its layers."""
     sums = dict.fromkeys(PROXIES, 0.0)
     for name in names:
         entry, gradients = candidates.entries[format][name], found[name]
@@ -364,7 +366,8 @@ def _proxies(
 
 
 def _weight_error(module: nn.Module, weight: Tensor) -> float | None:
-    """``|Q(W) - W|^2`` in the coordinates of the float weight; ``None`` where a rotation or a branch hides them."""
+    """Return ``|Q(W) - W|^2`` in the coordinates of the float weight; ``None`` where a rotation or a branch hides
+    them."""
     if not isinstance(module, QuantLinear):
         quantized: Tensor = module.weight.detach().flatten(1)  # type: ignore[operator]
     elif module.rotation is not None or module.down is not None:

@@ -16,7 +16,8 @@ MOST_HEADS = 24
 
 
 def draw_masks(masks: Tensor) -> Image:
-    """One picture of bool masks ``[groups, heads, rows, columns]``; heads beyond :data:`MOST_HEADS` are left out, evenly.
+    """Return one picture of bool masks ``[groups, heads, rows, columns]``; heads beyond :data:`MOST_HEADS` are left
+    out, evenly.
 
     Heads run from left to right, groups from top to bottom, the noisiest first. In a mask, queries run down and keys across.
     """

@@ -37,7 +37,7 @@ def attend(
     accumulator_bits: int | None = None,
     flush: bool = True,
 ) -> Tensor:
-    """Shapes as :func:`qdiff.attention.oracle.attend`, float32.
+    """Return shapes as :func:`qdiff.attention.oracle.attend`, float32.
 
     Args:
         packed: operands (:func:`qdiff.attention.packing.pack`), as the kernel is given them.
@@ -89,7 +89,7 @@ def _row(
     bits: int | None,
     flush: bool,
 ) -> Tensor:
-    """One block of queries: scores ``[queries, places of keys]``, values ``[places of keys, size]``."""
+    """Return one block of queries: scores ``[queries, places of keys]``, values ``[places of keys, size]``."""
     largest = torch.full((len(scores), 1), -torch.inf)
     total = torch.zeros(len(scores), 1)
     result = torch.zeros(len(scores), values.shape[1])
@@ -116,7 +116,7 @@ def _accumulated(codes: Tensor, values: Tensor, before: Tensor, bits: int, flush
 
 
 def _in_steps(a: Tensor, b: Tensor, register: Tensor, bits: int) -> Tensor:
-    """``register + a @ b``, one instruction's products at a time."""
+    """Return ``register + a @ b``, one instruction's products at a time."""
     for start in range(0, a.shape[-1], STEP):
         span = slice(start, start + STEP)
         products = a[..., :, None, span] * b[..., span, :].mT[..., None, :, :]
@@ -125,8 +125,8 @@ def _in_steps(a: Tensor, b: Tensor, register: Tensor, bits: int) -> Tensor:
 
 
 def aligned_sum(x: Tensor, bits: int) -> Tensor:
-    """Sum over the last axis of float32 ``x`` as a tensor core adds: every addend is cut, towards zero, to multiples of the
-    largest one's power of two over ``2 ** bits``."""
+    """Return sum over the last axis of float32 ``x`` as a tensor core adds: every addend is cut, towards zero, to
+    multiples of the largest one's power of two over ``2 ** bits``."""
     exponent = torch.frexp(x.abs().amax(dim=-1, keepdim=True)).exponent - 1
     unit = torch.ldexp(torch.ones_like(x[..., :1]), exponent - bits)
     return ((x / unit).trunc() * unit).sum(dim=-1)

@@ -36,7 +36,7 @@ def attend(
     numerics: Numerics,
     scale: float | None = None,
 ) -> Tensor:
-    """Shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype; computed in float32."""
+    """Return shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype; computed in float32."""
     packed = pack(q, k, v, order, tiling, numerics)
     queries, keys, values = packed.values(tiling)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -56,7 +56,7 @@ def attend(
 
 
 def at_once(x: Tensor) -> int:
-    """How many samples of ``x`` are computed at once."""
+    """Return how many samples of ``x`` are computed at once."""
     return 1 if x.device.type == "cpu" else max(1, len(x))
 
 
@@ -164,7 +164,7 @@ def _products(
 
 
 def rounded(probabilities: Tensor, numerics: Numerics) -> Tensor:
-    """Unnormalised probabilities, at most 1, in the format of the numerics."""
+    """Return unnormalised probabilities, at most 1, in the format of the numerics."""
     if numerics.output is None:
         return probabilities
     if not numerics.coded:

@@ -58,7 +58,7 @@ def _blocks(x: Tensor, places: Tensor, block: int, precision: torch.dtype) -> Te
 
 
 def _reads(lists: Tensor, tiling: Tiling) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of one head, text among them, and the blocks of keys ``[rows, widest]`` that they read."""
+    """Yield some rows of one head, text among them, and the blocks of keys ``[rows, widest]`` that they read."""
     text = torch.arange(tiling.text_columns, device=lists.device)
     everything = torch.arange(tiling.text_columns + tiling.columns, device=lists.device)
     others = lists.long().add(tiling.text_columns).masked_fill(lists == NOTHING, NOTHING)

@@ -51,32 +51,32 @@ class Tiling:
 
     @property
     def ordered(self) -> int:
-        """Tokens that are not text."""
+        """Return tokens that are not text."""
         return self.tokens - self.text
 
     @property
     def rows(self) -> int:
-        """Blocks of queries, without those of text."""
+        """Return blocks of queries, without those of text."""
         return -(-self.ordered // self.block_q)
 
     @property
     def columns(self) -> int:
-        """Blocks of keys, without those of text."""
+        """Return blocks of keys, without those of text."""
         return -(-self.ordered // self.block_k)
 
     @property
     def text_rows(self) -> int:
-        """Blocks of queries that are text."""
+        """Return blocks of queries that are text."""
         return -(-self.text // self.block_q)
 
     @property
     def text_columns(self) -> int:
-        """Blocks of keys that are text."""
+        """Return blocks of keys that are text."""
         return -(-self.text // self.block_k)
 
     def places(self, order: Tensor, block: int) -> Tensor:
-        """Which token lies where when the sequence is cut into whole blocks of ``block``: int64 ``[heads, places]``, text first,
-        -1 where nothing lies.
+        """Return which token lies where when the sequence is cut into whole blocks of ``block``: int64 ``[heads,
+        places]``, text first, -1 where nothing lies.
 
         Args:
             order: ``[heads, ordered]``: the tokens that are not text, counted from the first of them, in each head's order.
@@ -87,7 +87,7 @@ class Tiling:
         return torch.cat(padded, dim=1)
 
     def check(self, order: Tensor, lists: BlockLists) -> None:
-        """Refuses orders and lists that do not fit.
+        """Refuse orders and lists that do not fit.
 
         Raises:
             InputError: shapes, blocks that do not exist, or an order that is no permutation.
@@ -131,20 +131,20 @@ class BlockLists:
 
     @property
     def heads(self) -> int:
-        """How many heads have lists here."""
+        """Return how many heads have lists here."""
         return len(self.bounds) - 1
 
     def of(self, head: int) -> Tensor:
-        """The lists of one head: int32 ``[rows, its blocks]``."""
+        """Return the lists of one head: int32 ``[rows, its blocks]``."""
         return self.blocks[:, int(self.bounds[head]) : int(self.bounds[head + 1])]
 
     def density(self, columns: int) -> Tensor:
-        """Share of the block pairs that are read, by head: float64 ``[heads]``."""
+        """Return share of the block pairs that are read, by head: float64 ``[heads]``."""
         read = torch.stack([(self.of(head) != NOTHING).double().sum() for head in range(self.heads)])
         return read / (len(self.blocks) * columns)
 
     def masks(self, columns: int) -> Tensor:
-        """The same as bits: bool ``[heads, rows, columns]``."""
+        """Return the same as bits: bool ``[heads, rows, columns]``."""
         masks = self.blocks.new_zeros(self.heads, len(self.blocks), columns + 1, dtype=torch.bool)
         for head in range(self.heads):
             masks[head].scatter_(
@@ -153,8 +153,8 @@ class BlockLists:
         return masks[..., :columns]
 
     def by_row(self, tiling: Tiling) -> tuple[Tensor, Tensor]:
-        """What kernels read: for every head and every block of queries, text included, where its list begins and the list, with
-        text blocks counted in and without :data:`NOTHING` or repetitions.
+        """Return what kernels read: for every head and every block of queries, text included, where its list begins and
+        the list, with text blocks counted in and without :data:`NOTHING` or repetitions.
 
         Returns:
             int32 ``[heads, text_rows + rows + 1]`` of offsets, the last one the end, and int32 ``[entries]``.
@@ -169,7 +169,8 @@ class BlockLists:
 
     @classmethod
     def of_masks(cls, masks: Tensor) -> BlockLists:
-        """Lists of bool masks ``[heads, rows, columns]``, in rising order; short rows end with :data:`NOTHING`."""
+        """Return lists of bool masks ``[heads, rows, columns]``, in rising order; short rows end with
+        :data:`NOTHING`."""
         counts = masks.sum(dim=2)
         widths = counts.amax(dim=1).cpu()
         ranked = torch.argsort(masks.int(), dim=2, descending=True, stable=True).int()
@@ -179,13 +180,13 @@ class BlockLists:
 
     @classmethod
     def full(cls, heads: int, tiling: Tiling) -> BlockLists:
-        """Every block of keys for every block of queries."""
+        """Return every block of keys for every block of queries."""
         row = torch.arange(tiling.columns, dtype=torch.int32).repeat(heads)
         return cls(row.expand(tiling.rows, -1).contiguous(), torch.arange(heads + 1) * tiling.columns)
 
     @classmethod
     def joined(cls, parts: list[BlockLists]) -> BlockLists:
-        """Lists of several attentions as one matrix; heads are counted through."""
+        """Return lists of several attentions as one matrix; heads are counted through."""
         widths = torch.cat([part.bounds.diff() for part in parts])
         return cls(
             torch.cat([part.blocks for part in parts], dim=1), torch.cat([widths.new_zeros(1), widths.cumsum(0)])

@@ -17,7 +17,7 @@ STEPS = 16  # densities to choose from are multiples of 1 / STEPS
 
 
 def always(order: Tensor, grid: Grid, tiling: Tiling) -> Tensor:
-    """Blocks that a head with that order always keeps: bool ``[rows, columns]``."""
+    """Return blocks that a head with that order always keeps: bool ``[rows, columns]``."""
     places = torch.arange(tiling.ordered, device=order.device)
     kept = order.new_zeros(tiling.rows, tiling.columns, dtype=torch.bool)
     kept[places // tiling.block_q, places // tiling.block_k] = True
@@ -29,13 +29,13 @@ def always(order: Tensor, grid: Grid, tiling: Tiling) -> Tensor:
 
 
 def widths(tiling: Tiling) -> list[int]:
-    """Numbers of blocks that a row may keep, rising; the last is all of them."""
+    """Return numbers of blocks that a row may keep, rising; the last is all of them."""
     every = tiling.columns
     return sorted({max(1, round(every * part / STEPS)) for part in range(1, STEPS + 1)})
 
 
 def choose_blocks(mass: Tensor, kept: Tensor, width: int) -> Tensor:
-    """The ``width`` blocks of each row with the most mass, ``kept`` before others.
+    """Return the ``width`` blocks of each row with the most mass, ``kept`` before others.
 
     Args:
         mass: ``[rows, columns]``, at least 0: how much attention a block of queries pays to a block of keys.
@@ -50,6 +50,6 @@ def choose_blocks(mass: Tensor, kept: Tensor, width: int) -> Tensor:
 
 
 def recall(mass: Tensor, chosen: Tensor) -> float:
-    """Share of the mass that the chosen blocks hold."""
+    """Return share of the mass that the chosen blocks hold."""
     total = float(mass.double().sum())
     return float(mass.double()[chosen].sum()) / total if total else 1.0

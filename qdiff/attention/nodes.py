@@ -48,7 +48,7 @@ class AttentionNode:
 
     @property
     def name(self) -> str:
-        """Its name in :data:`DOMAIN`."""
+        """Return its name in :data:`DOMAIN`."""
         tiling = self.tiling
         return (
             f"{self.kind}_{self.numerics}{'_qdq' if self.pairs else ''}_heads{self.heads}_size{self.size}"
@@ -57,7 +57,7 @@ class AttentionNode:
 
     @classmethod
     def named(cls, name: str) -> AttentionNode | None:
-        """The node of that name; ``None``: it is none of these."""
+        """Return the node of that name; ``None``: it is none of these."""
         found = re.fullmatch(rf"({'|'.join((WHOLE, *PARTS))})_(\w+?)(_qdq)?_{_SIZES}_([a-z0-9]+)", name)
         if found is None or found[2] not in NUMERICS:
             return None
@@ -65,5 +65,5 @@ class AttentionNode:
         return cls(found[1], found[2], found[3] is not None, numbers[0], numbers[1], Tiling(*numbers[2:]), found[10])
 
     def part(self, kind: str) -> AttentionNode:
-        """The same attention's node of another kind."""
+        """Return the same attention's node of another kind."""
         return replace(self, kind=kind)

@@ -40,7 +40,7 @@ class Numerics:
 
     @property
     def coded(self) -> bool:
-        """Whether there are codes and scales."""
+        """Return whether there are codes and scales."""
         return self.scores in ("int8", "fp8")
 
 
@@ -56,7 +56,7 @@ NUMERICS = {
 
 
 def require_exported(numerics: Numerics) -> None:
-    """Refuses what no graph can say.
+    """Refuse what no graph can say.
 
     Raises:
         InputError: naming those that a graph can.
@@ -70,7 +70,7 @@ def require_exported(numerics: Numerics) -> None:
 
 
 def numerics_named(name: str) -> Numerics:
-    """The row of that name.
+    """Return the row of that name.
 
     Raises:
         UsageError: there is none.

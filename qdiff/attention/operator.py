@@ -40,7 +40,7 @@ def sparse_attention(
     numerics: str,
     scale: float,
 ) -> Tensor:
-    """Attention that reads, for every block of queries, the blocks of keys on its list.
+    """Return attention that reads, for every block of queries, the blocks of keys on its list.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``.
@@ -101,7 +101,7 @@ def _lists(blocks: Tensor, bounds: Tensor, first: int, heads: int) -> BlockLists
 
 
 def _gpu() -> ModuleType:
-    """:mod:`qdiff.attention.kernels.gpu`, imported where a GPU asks for it.
+    """Return :mod:`qdiff.attention.kernels.gpu`, imported where a GPU asks for it.
 
     Raises:
         MissingDependencyError: there is no triton.
@@ -121,7 +121,7 @@ _KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _on_device(blocks: Tensor, device: torch.device) -> Tensor:
-    """The blocks there, copied once and kept as :func:`_rows` keeps its own."""
+    """Return the blocks there, copied once and kept as :func:`_rows` keeps its own."""
     if blocks.is_inference() or blocks.device == device:
         return blocks.to(device)
     version, kept = _KEPT.get(blocks, (None, {}))
@@ -137,8 +137,8 @@ def _on_device(blocks: Tensor, device: torch.device) -> Tensor:
 def _rows(
     blocks: Tensor, bounds: Tensor, first: int, heads: int, tiling: Tiling, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The lists as the kernel reads them, kept from call to call. What was made in inference mode cannot be told from its own
-    later content, and is not kept."""
+    """Return the lists as the kernel reads them, kept from call to call. What was made in inference mode cannot be told
+    from its own later content, and is not kept."""
     if blocks.is_inference() or bounds.is_inference():
         return _gpu().on_device(_lists(blocks, bounds, first, heads), tiling, device)
     version, kept = _KEPT.get(blocks, (None, {}))

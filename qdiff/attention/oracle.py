@@ -11,7 +11,7 @@ from qdiff.attention.lists import BlockLists, Tiling
 
 
 def token_mask(order: Tensor, lists: BlockLists, tiling: Tiling) -> Tensor:
-    """Which token may read which, in the model's own order of tokens: bool ``[heads, tokens, tokens]``."""
+    """Return which token may read which, in the model's own order of tokens: bool ``[heads, tokens, tokens]``."""
     masks = lists.masks(tiling.columns)
     read = torch.ones(lists.heads, tiling.tokens, tiling.tokens, dtype=torch.bool)
     position = torch.argsort(order.long(), dim=1)  # where the tokens lie
@@ -24,8 +24,8 @@ def token_mask(order: Tensor, lists: BlockLists, tiling: Tiling) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor, lists: BlockLists, tiling: Tiling, scale: float | None = None
 ) -> Tensor:
-    """``softmax(q kᵀ scale) v`` over the tokens that each one may read, float64 ``[batch, heads, tokens, size]``. A token that
-    reads none gets zeros.
+    """Return ``softmax(q kᵀ scale) v`` over the tokens that each one may read, float64 ``[batch, heads, tokens,
+    size]``. A token that reads none gets zeros.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``.

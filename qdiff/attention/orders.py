@@ -24,8 +24,8 @@ _AXES = "fhw"
 
 
 def order_named(name: str, grid: Grid) -> Tensor:
-    """The permutation ``[frames * rows * columns]`` of tokens that the model numbers with columns innermost: int64, the token
-    that lies at each place.
+    """Return the permutation ``[frames * rows * columns]`` of tokens that the model numbers with columns innermost:
+    int64, the token that lies at each place.
 
     Raises:
         InputError: no such order.
@@ -49,7 +49,8 @@ def order_named(name: str, grid: Grid) -> Tensor:
 
 
 def candidates(grid: Grid, block: int) -> dict[str, Tensor]:
-    """Different orders by name: those of the axes, boxes of ``block`` tokens (or the next smaller power of two), Morton's."""
+    """Return different orders by name: those of the axes, boxes of ``block`` tokens (or the next smaller power of two),
+    Morton's."""
     names = ["".join(axes) for axes in itertools.permutations(_AXES)]
     exponent = block.bit_length() - 1
     for f, h in itertools.product(range(exponent + 1), repeat=2):

@@ -39,7 +39,7 @@ class Packed:
     filled: Tensor
 
     def values(self, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as float32, scales multiplied in."""
+        """Return queries, keys and values as float32, scales multiplied in."""
         q, k, v = self.q.float(), self.k.float(), self.v.float()
         if self.q_scale is None or self.k_scale is None or self.v_scale is None:
             return q, k, v
@@ -48,7 +48,7 @@ class Packed:
         return q, k, v * self.v_scale
 
     def score_scale(self, tiling: Tiling) -> Tensor:
-        """What a product of codes stands for: float32 ``[batch, heads, places of queries, places of keys]``.
+        """Return what a product of codes stands for: float32 ``[batch, heads, places of queries, places of keys]``.
 
         Raises:
             ValueError: there are no codes.
@@ -60,7 +60,7 @@ class Packed:
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numerics: Numerics) -> Packed:
-    """Orders and quantizes.
+    """Return orders and quantizes.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``, any float dtype.
@@ -96,7 +96,7 @@ def _scale(amax: Tensor, largest: float) -> Tensor:
 
 
 def at_places(x: Tensor, places: Tensor) -> Tensor:
-    """``x [batch, heads, tokens, size]`` at ``places [heads, n]`` (-1: zeros): ``[batch, heads, n, size]``."""
+    """Return ``x [batch, heads, tokens, size]`` at ``places [heads, n]`` (-1: zeros): ``[batch, heads, n, size]``."""
     batch, heads, tokens, size = x.shape
     first = torch.arange(heads, device=x.device)[:, None] * tokens
     flat = x.reshape(batch, heads * tokens, size)
@@ -106,7 +106,7 @@ def at_places(x: Tensor, places: Tensor) -> Tensor:
 
 
 def from_places(x: Tensor, places: Tensor, tokens: int) -> Tensor:
-    """The way back of :func:`at_places`: ``[batch, heads, tokens, size]``."""
+    """Return the way back of :func:`at_places`: ``[batch, heads, tokens, size]``."""
     batch, heads, _, size = x.shape
     there = places[0] >= 0
     first = torch.arange(heads, device=x.device)[:, None] * tokens

@@ -36,25 +36,25 @@ class Schedule:
     lists: list[BlockLists]
 
     def group(self, timestep: float) -> int:
-        """The number of the group: 0 is the noisiest."""
+        """Return the number of the group: 0 is the noisiest."""
         return sum(timestep < edge * TIMESTEPS for edge in self.edges)
 
     def at(self, timestep: float) -> BlockLists:
-        """The lists in force."""
+        """Return the lists in force."""
         return self.lists[self.group(timestep)]
 
     def inputs(self, timestep: float) -> dict[str, Tensor]:
-        """The lists in force as a graph's inputs."""
+        """Return the lists in force as a graph's inputs."""
         lists = self.at(timestep)
         return {BLOCKS: lists.blocks, BOUNDS: lists.bounds}
 
     def widest(self) -> BlockLists:
-        """Everything for everyone: the largest inputs that there are."""
+        """Return everything for everyone: the largest inputs that there are."""
         return self.lists[0]
 
 
 def edges_of(timesteps: list[float], dense: float, groups: int) -> list[float]:
-    """Edges that put equally many of the recorded timesteps below ``dense`` into each of ``groups``.
+    """Return edges that put equally many of the recorded timesteps below ``dense`` into each of ``groups``.
 
     Args:
         timesteps: falling.
@@ -79,11 +79,11 @@ class ScheduleState:
         self.now = self._of(0.0)
 
     def set(self, timestep: float) -> None:
-        """Hangs out the lists of a timestep."""
+        """Hang out the lists of a timestep."""
         self.now = self._of(timestep)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """``blocks`` and ``bounds`` (:class:`qdiff.attention.lists.BlockLists`)."""
+        """Return ``blocks`` and ``bounds`` (:class:`qdiff.attention.lists.BlockLists`)."""
         return self.now if self.pinned is None else self.pinned
 
     def _of(self, timestep: float) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class ScheduleState:
 
 
 def one_timestep(timestep: Tensor | float) -> float:
-    """The timestep of a whole call.
+    """Return the timestep of a whole call.
 
     Raises:
         InputError: a batch with several: its samples would want different lists.

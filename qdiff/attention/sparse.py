@@ -28,12 +28,12 @@ SIDECAR = "attention.safetensors"
 
 
 def tiling_of(plan: AttentionPlan) -> Tiling:
-    """How the tokens of a plan are cut."""
+    """Return how the tokens of a plan are cut."""
     return Tiling(plan.tokens, plan.text, plan.block_q, plan.block_k)
 
 
 def save_masks(chosen: Tensor, path: Path) -> None:
-    """Writes bool masks ``[groups, heads, rows, columns]`` as bits."""
+    """Write bool masks ``[groups, heads, rows, columns]`` as bits."""
     padded = torch.nn.functional.pad(chosen.to(torch.uint8), (0, -chosen.shape[-1] % 8))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
     bits = (padded.unflatten(-1, (-1, 8)) * weights).sum(dim=-1, dtype=torch.uint8)
@@ -41,7 +41,7 @@ def save_masks(chosen: Tensor, path: Path) -> None:
 
 
 def load_masks(plan: AttentionPlan, path: Path) -> Tensor:
-    """What :func:`save_masks` wrote beside a plan.
+    """Return what :func:`save_masks` wrote beside a plan.
 
     Raises:
         InputError: missing.
@@ -64,18 +64,18 @@ def load_masks(plan: AttentionPlan, path: Path) -> Tensor:
 
 
 def schedule_of(plan: AttentionPlan, chosen: Tensor) -> Schedule:
-    """The lists of a plan from bool masks ``[groups, heads, rows, columns]``."""
+    """Return the lists of a plan from bool masks ``[groups, heads, rows, columns]``."""
     everything = BlockLists.full(plan.heads, tiling_of(plan))
     return Schedule(plan.edges, [everything, *(BlockLists.of_masks(group) for group in chosen)])
 
 
 def load_schedule(plan: AttentionPlan, folder: Path) -> Schedule:
-    """The lists of a plan from the masks beside it. Raises as :func:`load_masks`."""
+    """Return the lists of a plan from the masks beside it. Raises as :func:`load_masks`."""
     return schedule_of(plan, load_masks(plan, folder / SIDECAR))
 
 
 def schedule_state_of(backbone: nn.Module) -> ScheduleState | None:
-    """Where the lists of a backbone hang, or ``None`` where its attentions are dense."""
+    """Return where the lists of a backbone hang, or ``None`` where its attentions are dense."""
     return next(
         (module.schedule_state for module in backbone.modules() if isinstance(module, SparseSelfAttention)), None
     )
@@ -97,7 +97,7 @@ class SparseSelfAttention(nn.Module):
         self.first, self.tiling, self.numerics, self.schedule_state = first, tiling, numerics, schedule_state
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``[batch, heads, tokens, size]`` to the same."""
+        """Return ``[batch, heads, tokens, size]`` to the same."""
         blocks, bounds = self.schedule_state.read()
         tiling = self.tiling
         cut = (tiling.text, tiling.block_q, tiling.block_k)
@@ -107,8 +107,8 @@ class SparseSelfAttention(nn.Module):
 
 
 def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Schedule) -> ScheduleState:
-    """Puts the lists into ``backbone``: its attentions of the plan follow them, by the value of its ``timestep`` argument, in
-    every branch of their block.
+    """Put the lists into ``backbone``: its attentions of the plan follow them, by the value of its ``timestep``
+    argument, in every branch of their block.
 
     Args:
         family: :class:`qdiff.models.base.Family` of the backbone.

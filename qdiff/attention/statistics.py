@@ -39,7 +39,7 @@ class AttentionStatistics:
     errors: Tensor
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file."""
+        """Write one safetensors file."""
         tiling = self.tiling
         header = {
             "layers": self.layers,
@@ -53,7 +53,7 @@ class AttentionStatistics:
 
     @classmethod
     def load(cls, path: Path) -> AttentionStatistics:
-        """Reads what :meth:`save` wrote.
+        """Read what :meth:`save` wrote.
 
         Raises:
             InputError: missing.

@@ -103,7 +103,7 @@ def _open(path: Path) -> Run:
 
 
 def _overrides(given: list[str] | None, budget: str | None, density: float | None) -> list[str] | None:
-    """``--set`` with ``--budget`` and ``--density``, which are short forms of one."""
+    """Return ``--set`` with ``--budget`` and ``--density``, which are short forms of one."""
     from qdiff.recipes import budget_override, density_override
 
     short = [] if budget is None else [budget_override(budget)]
@@ -130,7 +130,7 @@ def models(json: JsonOption = False) -> None:
 
 
 def _calibrate_options(given: dict[str, Any]) -> CalibrateOptions:
-    """Those of a command's parameters that a calibration takes."""
+    """Return those of a command's parameters that a calibration takes."""
     from qdiff.stages.calibrate import CalibrateOptions
 
     first, *others = [None] if given["guidance"] is None else scales_of(given["guidance"])

@@ -25,7 +25,7 @@ _OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errn
 
 
 def stop_on_interrupt() -> None:
-    """Makes Ctrl-C end the process in order, now and later."""
+    """Make Ctrl-C end the process in order, now and later."""
     signal.signal(signal.SIGINT, _leave_or_interrupt)
 
 
@@ -41,7 +41,7 @@ def _leave_or_interrupt(number: int, frame: Any) -> None:
 
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
-    """Runs the command that ``arguments`` name, tells the user of errors on stderr, and returns the exit code."""
+    """Run the command that ``arguments`` name, tell the user of errors on stderr, and return the exit code."""
     from qdiff.events import TerminalListener, listening
 
     for argument in arguments:
@@ -113,7 +113,7 @@ def _tell(text: str, fix: str | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs the command and exits with the code of what happened."""
+    """Entry point: runs the command and exit with the code of what happened."""
     from qdiff.cli.commands import app
 
     stop_on_interrupt()

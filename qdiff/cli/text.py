@@ -10,7 +10,7 @@ from qdiff.resources import size
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Columns padded to their widest cell."""
+    """Return columns padded to their widest cell."""
     cells = [[str(cell) if cell is not None else "-" for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return "\n".join(
@@ -173,7 +173,8 @@ def compare(result: dict[str, Any]) -> str:
 
 
 def _speed(row: dict[str, Any]) -> str:
-    """``3.52x (3.4 to 3.7)``: over float, and the middle half of the pairs; no single number where they cannot be believed."""
+    """Return ``3.52x (3.4 to 3.7)``: over float, and the middle half of the pairs; no single number where they cannot
+    be believed."""
     if row["name"] == "float":
         return "1.00x"
     if "speedup_range" not in row:  # of an earlier version, which timed one engine after the other

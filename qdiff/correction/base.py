@@ -37,7 +37,7 @@ class Moment:
 
     @property
     def alpha(self) -> float:
-        """Share of the signal in what the backbone sees, variance preserving."""
+        """Return share of the signal in what the backbone sees, variance preserving."""
         return float((1 + self.level**2) ** -0.5)
 
 
@@ -53,7 +53,7 @@ class Correction(BaseModel, ABC):
     @classmethod
     @abstractmethod
     def fit(cls, moments: PairMoments, score: Score) -> Self:
-        """The correction that fits a quantized model.
+        """Return the correction that fits a quantized model.
 
         Args:
             moments: of float and quantized predictions.
@@ -61,15 +61,16 @@ class Correction(BaseModel, ABC):
         """
 
     def sample(self, sample: Tensor, moment: Moment) -> Tensor:
-        """What the step begins at, for the latents ``sample``."""
+        """Return what the step begins at, for the latents ``sample``."""
         return sample
 
     def prediction(self, prediction: Tensor, seen: Tensor, moment: Moment) -> Tensor:
-        """What the step is made with, for a guided prediction of what the backbone saw, ``seen``."""
+        """Return what the step is made with, for a guided prediction of what the backbone saw, ``seen``."""
         return prediction
 
     def noise_variance(self, moment: Moment) -> float:
-        """Variance of the noise that quantization leaves in a corrected prediction; samplers that add noise add less."""
+        """Return variance of the noise that quantization leaves in a corrected prediction; samplers that add noise add
+        less."""
         return 0.0
 
 
@@ -78,7 +79,7 @@ CORRECTIONS: Registry[type[Correction]] = Registry("correction", InputError)
 
 
 def load_correction(value: Any) -> Correction:
-    """A correction from its JSON values.
+    """Return a correction from its JSON values.
 
     Raises:
         IntegrityError: unknown method or fields, or numbers that are none.
@@ -92,7 +93,8 @@ def load_correction(value: Any) -> Correction:
 
 
 def between(timesteps: list[float], values: list[float], timestep: float) -> float:
-    """``values`` at ``timestep``: linear between those of ``timesteps`` (any order), constant beyond their ends."""
+    """Return ``values`` at ``timestep``: linear between those of ``timesteps`` (any order), constant beyond their
+    ends."""
     pairs = sorted(zip(timesteps, values, strict=True))
     place = bisect_right([t for t, _ in pairs], timestep)
     if place == 0 or place == len(pairs):

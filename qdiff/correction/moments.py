@@ -27,33 +27,33 @@ class PairMoments:
 
     @property
     def timesteps(self) -> list[float]:
-        """Those that were seen, in the sampler's order."""
+        """Return those that were seen, in the sampler's order."""
         return sorted(self._sums, reverse=True)
 
     def _means(self, timestep: float) -> Tensor:
         return self._sums[timestep] / self._counts[timestep]
 
     def factor(self, timestep: float) -> float:
-        """The number ``1 + k`` with the least squared ``q - (1 + k) f``, means of channels apart."""
+        """Return the number ``1 + k`` with the least squared ``q - (1 + k) f``, means of channels apart."""
         means = self._means(timestep)
         covariance = (means[_FQ] - means[_F] * means[_Q]).sum()
         variance = (means[_FF] - means[_F].square()).sum()
         return float(covariance / variance) if variance > 0 else 1.0
 
     def offsets(self, timestep: float) -> list[float]:
-        """Mean of ``q - (1 + k) f`` for each channel."""
+        """Return mean of ``q - (1 + k) f`` for each channel."""
         means, factor = self._means(timestep), self.factor(timestep)
         return (means[_Q] - factor * means[_F]).tolist()
 
     def residual_variance(self, timestep: float) -> float:
-        """Variance of ``q - (1 + k) f`` around those means."""
+        """Return variance of ``q - (1 + k) f`` around those means."""
         means, factor = self._means(timestep), self.factor(timestep)
         f, q = means[_FF] - means[_F].square(), means[_QQ] - means[_Q].square()
         crossed = means[_FQ] - means[_F] * means[_Q]
         return max(0.0, float((q - 2 * factor * crossed + factor**2 * f).mean()))
 
     def error_variance_given(self, timestep: float) -> float:
-        """``Var(q - f | q)``: what a line in q leaves of the error's variance."""
+        """Return ``Var(q - f | q)``: what a line in q leaves of the error's variance."""
         means = self._means(timestep)
         f, q = means[_FF] - means[_F].square(), means[_QQ] - means[_Q].square()
         crossed = means[_FQ] - means[_F] * means[_Q]

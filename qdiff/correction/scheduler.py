@@ -74,7 +74,7 @@ class CorrectedScheduler:
 
 
 def place_of(scheduler: Any, timestep: float) -> int:
-    """The number of a step: the scheduler's own, where it counts; else of the first step at that timestep."""
+    """Return the number of a step: the scheduler's own, where it counts; else of the first step at that timestep."""
     index = getattr(scheduler, "step_index", None)
     if index is not None:
         return int(index)
@@ -82,8 +82,8 @@ def place_of(scheduler: Any, timestep: float) -> int:
 
 
 def moment_of(scheduler: Any, place: int, timestep: float) -> Moment:
-    """Where a step begins. Schedulers of higher order come to a timestep twice; one that counts its steps has the second at no
-    distance, of one that does not the next other level is meant."""
+    """Return where a step begins. Schedulers of higher order come to a timestep twice; one that counts its steps has
+    the second at no distance, of one that does not the next other level is meant."""
     levels = noise_levels(scheduler)
     later = levels[place + 1 :]
     if getattr(scheduler, "step_index", None) is None:
@@ -93,7 +93,7 @@ def moment_of(scheduler: Any, place: int, timestep: float) -> Moment:
 
 
 def predicts(scheduler: Any) -> Predicts:
-    """What outputs the scheduler takes."""
+    """Return what outputs the scheduler takes."""
     config = scheduler.config
     kind = config.get("prediction_type", "flow_prediction")  # classes for flow matching alone do not say it
     if config.get("use_flow_sigmas", False) or kind == "flow_prediction":
@@ -102,7 +102,7 @@ def predicts(scheduler: Any) -> Predicts:
 
 
 def noise_levels(scheduler: Any) -> list[float]:
-    """Noise over signal before each step and after the last (:class:`qdiff.correction.base.Moment`)."""
+    """Return noise over signal before each step and after the last (:class:`qdiff.correction.base.Moment`)."""
     count = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == count + 1:
@@ -113,8 +113,8 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 
 def noise_share(response: Response, variance: float) -> float:
-    """How much of its own noise a step keeps when predictions bring noise of that ``variance`` (PTQD, eq. 15): together they then
-    have the variance that the step means."""
+    """Return how much of its own noise a step keeps when predictions bring noise of that ``variance`` (PTQD, eq. 15):
+    together they then have the variance that the step means."""
     if response.noise == 0:
         return 1.0
     brought = (response.prediction / response.noise) ** 2 * variance
@@ -122,7 +122,7 @@ def noise_share(response: Response, variance: float) -> float:
 
 
 def responses(scheduler: Any, options: dict[str, Any]) -> list[Response | None]:
-    """:class:`Response` of every step, found by stepping copies of the scheduler with zeros and ones.
+    """Return :class:`Response` of every step, found by stepping copies of the scheduler with zeros and ones.
 
     ``None`` where a step adds no noise, or where it is not linear in the two, because it clips or looks at earlier steps.
 

@@ -53,7 +53,7 @@ class PictureInfo:
     qdiff: str = field(default_factory=lambda: qdiff.__version__)
 
     def parameters(self, width: int, height: int) -> str:
-        """The text that picture viewers of the field show: prompt, negative prompt, and one line of settings."""
+        """Return the text that picture viewers of the field show: prompt, negative prompt, and one line of settings."""
         settings = {
             "Steps": self.steps,
             "CFG scale": self.guidance,
@@ -75,7 +75,7 @@ def _quoted(value: object) -> str:
 
 
 def save_png(path: Path, image: Image.Image, info: PictureInfo) -> None:
-    """Writes ``image`` losslessly with its metadata, whole or not at all.
+    """Write ``image`` losslessly with its metadata, whole or not at all.
 
     Raises:
         InputError: the metadata is longer than :data:`MAX_METADATA_BYTES`, or holds NaN.
@@ -100,7 +100,7 @@ def save_png(path: Path, image: Image.Image, info: PictureInfo) -> None:
 
 
 def read_metadata(path: Path) -> PictureInfo | None:
-    """What :func:`save_png` wrote into ``path``, or ``None`` for a PNG of somebody else. Reads no pixels.
+    """Return what :func:`save_png` wrote into ``path``, or ``None`` for a PNG of somebody else. Reads no pixels.
 
     Raises:
         InputError: there is no such file, or it is not a PNG.
@@ -120,7 +120,7 @@ def read_metadata(path: Path) -> PictureInfo | None:
 
 
 def parse_info(text: str, path: Path) -> PictureInfo:
-    """The metadata that a file of ours carries as JSON.
+    """Return the metadata that a file of ours carries as JSON.
 
     Raises:
         IntegrityError: it is not what we write; names the file at ``path``.
@@ -136,8 +136,8 @@ def parse_info(text: str, path: Path) -> PictureInfo:
 
 
 def to_pixels(images: Sequence[Image.Image | Clip]) -> Tensor:
-    """Pictures of one size as uint8 ``[N, H, W, 3]``, clips as ``[N, T, H, W, 3]``, as :mod:`qdiff.evaluation.metrics`
-    wants them.
+    """Return pictures of one size as uint8 ``[N, H, W, 3]``, clips as ``[N, T, H, W, 3]``, as
+    :mod:`qdiff.evaluation.metrics` wants them.
 
     Raises:
         InputError: none, or sizes differ.
@@ -157,7 +157,7 @@ def to_pixels(images: Sequence[Image.Image | Clip]) -> Tensor:
 
 
 def difference(image_a: Image.Image, image_b: Image.Image, gain: int = 8) -> Image.Image:
-    """``gain`` times the absolute difference per channel, clipped at 255 (RGB): black where both agree.
+    """Return ``gain`` times the absolute difference per channel, clipped at 255 (RGB): black where both agree.
 
     Raises:
         InputError: sizes differ.
@@ -170,7 +170,7 @@ def difference(image_a: Image.Image, image_b: Image.Image, gain: int = 8) -> Ima
 def contact_sheet(
     images: Sequence[Image.Image], captions: Sequence[str] | None = None, *, columns: int | None = None, cell: int = 256
 ) -> Image.Image:
-    """All pictures in a grid, each with a caption of at most two lines below it.
+    """Return all pictures in a grid, each with a caption of at most two lines below it.
 
     Args:
         images: any sizes; larger ones are scaled into the cell, smaller ones by whole factors without smoothing.
@@ -194,7 +194,7 @@ def contact_sheet(
 def side_by_side(
     variants: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str], *, cell: int = 256
 ) -> Image.Image:
-    """One row for each prompt (its caption above), one column for each variant (its name on top).
+    """Return one row for each prompt (its caption above), one column for each variant (its name on top).
 
     Args:
         variants: ``(name, pictures)``; every variant has one picture for each caption.
@@ -210,7 +210,7 @@ def side_by_side(
 
 
 def save_sheet(path: Path, sheet: Image.Image) -> None:
-    """Writes a sheet as PNG without metadata, whole or not at all."""
+    """Write a sheet as PNG without metadata, whole or not at all."""
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
@@ -284,7 +284,7 @@ def _write(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Greedy line breaks at spaces (inside a word that is too long); an ellipsis ends what does not fit."""
+    """Return greedy line breaks at spaces (inside a word that is too long); an ellipsis ends what does not fit."""
     shown = "".join(" " if unicodedata.category(mark)[0] in "CZ" else mark for mark in text[:600])
     left = " ".join(shown.split())
     done: list[str] = []

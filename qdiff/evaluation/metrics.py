@@ -51,7 +51,7 @@ class PairedQuality:
 
 
 def decibels(value: float) -> float:
-    """``value`` clamped to [-100, 100] dB: a number that JSON and a mean can take.
+    """Return ``value`` clamped to [-100, 100] dB: a number that JSON and a mean can take.
 
     Raises:
         InputError: NaN.
@@ -62,7 +62,7 @@ def decibels(value: float) -> float:
 
 
 def psnr(images_a: Tensor, images_b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair, in dB, peak 1: ``-10 log10(mean((a - b)^2))``.
+    """Return peak signal-to-noise ratio of each pair, in dB, peak 1: ``-10 log10(mean((a - b)^2))``.
 
     Args:
         images_a: ``[N, (frames,) H, W, C]``, uint8, or floating in [0, 1].
@@ -80,7 +80,8 @@ def psnr(images_a: Tensor, images_b: Tensor) -> Tensor:
 
 
 def ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
-    """Structural similarity of each pair (Wang et al. 2004, Gaussian window 11 x 11, sigma 1.5), by torchmetrics.
+    """Return structural similarity of each pair (Wang et al. 2004, Gaussian window 11 x 11, sigma 1.5), by
+    torchmetrics.
 
     Channels are compared one by one and averaged (no conversion to luminance).
 
@@ -111,7 +112,7 @@ def ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
 
 
 def paired(images_a: Tensor, images_b: Tensor) -> PairedQuality:
-    """PSNR and SSIM of every pair, with mean and minimum.
+    """Return PSNR and SSIM of every pair, with mean and minimum.
 
     Args:
         images_a: reference, ``[N, (frames,) H, W, C]``, uint8 or floating in [0, 1].
@@ -153,7 +154,7 @@ class MotionQuality:
 
 
 def motion(clips_a: Tensor, clips_b: Tensor) -> MotionQuality:
-    """Motion of ``clips_b`` against the reference ``clips_a``.
+    """Return motion of ``clips_b`` against the reference ``clips_a``.
 
     Args:
         clips_a: ``[N, frames, H, W, C]``, uint8 or floating in [0, 1], at least three frames.
@@ -184,7 +185,7 @@ def motion(clips_a: Tensor, clips_b: Tensor) -> MotionQuality:
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """Signal-to-quantization-noise ratio ``10 log10(sum r^2 / sum (r - a)^2)`` in dB.
+    """Return signal-to-quantization-noise ratio ``10 log10(sum r^2 / sum (r - a)^2)`` in dB.
 
     Returns:
         ``inf`` when both are equal, ``-inf`` for an error on an all-zero reference; :func:`decibels` clamps both.
@@ -201,7 +202,8 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 
 def cosine(reference: Tensor, approximation: Tensor) -> float:
-    """Cosine of the angle between the two flattened tensors, in [-1, 1]. Blind to a wrong factor: read it with SQNR.
+    """Return cosine of the angle between the two flattened tensors, in [-1, 1]. Blind to a wrong factor: read it with
+    SQNR.
 
     Two zero tensors point the same way (1); a zero and a non-zero tensor share nothing (0).
 
@@ -217,7 +219,8 @@ def cosine(reference: Tensor, approximation: Tensor) -> float:
 
 
 def relative_error(reference: Tensor, approximation: Tensor) -> float:
-    """``|r - a| / |r|`` in the Euclidean norm, without unit: 0.01 is 40 dB SQNR. 0 when equal, ``inf`` when r is zero.
+    """Return ``|r - a| / |r|`` in the Euclidean norm, without unit: 0.01 is 40 dB SQNR. 0 when equal, ``inf`` when r is
+    zero.
 
     Raises:
         InputError: shapes differ, empty, NaN or infinity.

@@ -67,7 +67,7 @@ MOTIONS: dict[str, Motion] = {
 
 
 def draw(name: str, colour: str, motion: str, frames: int, which: Sequence[int] | None = None) -> np.ndarray:
-    """The frames that training showed.
+    """Return the frames that training showed.
 
     Args:
         name: an emoji's name, as in :data:`EMOJI` (any of the atlas works).
@@ -86,7 +86,8 @@ def draw(name: str, colour: str, motion: str, frames: int, which: Sequence[int] 
 
 
 def _layers(name: str, motion: str, instants: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The sprite at each instant: RGB times opacity, float32 [T, 64, 64, 3] in 0..255, and opacity [T, 64, 64, 1] in 0..1."""
+    """Return the sprite at each instant: RGB times opacity, float32 [T, 64, 64, 3] in 0..255, and opacity [T, 64, 64,
+    1] in 0..1."""
     vocabulary = load_vocabulary()
     sprite = vocabulary.sprites[vocabulary.names.index(name)]
     layers = np.stack([_layer(sprite, MOTIONS[motion].pose(instant), vocabulary.size) for instant in instants])
@@ -94,7 +95,8 @@ def _layers(name: str, motion: str, instants: Sequence[float]) -> tuple[np.ndarr
 
 
 def _layer(sprite: np.ndarray, pose: Pose, size: int) -> np.ndarray:
-    """A sprite [S, S, 4] (straight RGBA, uint8) in a pose: premultiplied RGBA, float32 [size, size, 4] in 0..255."""
+    """Return a sprite [S, S, 4] (straight RGBA, uint8) in a pose: premultiplied RGBA, float32 [size, size, 4] in
+    0..255."""
     from PIL import Image
 
     side = max(1, round(pose.size))
@@ -114,13 +116,14 @@ def _layer(sprite: np.ndarray, pose: Pose, size: int) -> np.ndarray:
 
 
 def _pixel_centres(matrix: tuple[float, ...]) -> tuple[float, ...]:
-    """The same map for Pillow, whose coordinates have a pixel's centre at .5."""
+    """Return the same map for Pillow, whose coordinates have a pixel's centre at .5."""
     a, b, c, d, e, f = matrix
     return a, b, c + 0.5 - 0.5 * (a + b), d, e, f + 0.5 - 0.5 * (d + e)
 
 
 def parse_motion(prompt: str) -> str | None:
-    """The motion that a prompt asks for, a key of :data:`MOTIONS`; of several the one whose words are longest."""
+    """Return the motion that a prompt asks for, a key of :data:`MOTIONS`; of several the one whose words are
+    longest."""
     text = " ".join(prompt.lower().split())
     found = [
         (len(words), motion)
@@ -132,7 +135,7 @@ def parse_motion(prompt: str) -> str | None:
 
 
 def classify(clips: np.ndarray) -> list[tuple[str, str, str, float]]:
-    """The nearest known clip of each.
+    """Return the nearest known clip of each.
 
     The background is the palette colour nearest to the median of the frames' borders; emoji and motion are those whose frames,
     drawn on it, have the least mean squared error to :data:`LOOKED_AT` of the clip's frames at half the size.
@@ -172,26 +175,27 @@ def classify(clips: np.ndarray) -> list[tuple[str, str, str, float]]:
 
 @lru_cache(maxsize=2)
 def _shapes(frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every emoji in every motion, halved: RGB times opacity [emoji x motions, LOOKED_AT x 32 x 32, 3], and opacity [.., 1]."""
+    """Return every emoji in every motion, halved: RGB times opacity [emoji x motions, LOOKED_AT x 32 x 32, 3], and
+    opacity [.., 1]."""
     instants = [round(index) / (frames - 1) for index in np.linspace(0, frames - 1, LOOKED_AT)]
     drawn = [_layers(name, motion, instants) for name in EMOJI for motion in MOTIONS]
     return np.stack([_halved(opaque) for opaque, _ in drawn]), np.stack([_halved(alpha) for _, alpha in drawn])
 
 
 def _known(colour: np.ndarray, frames: int) -> np.ndarray:
-    """Every known clip on a colour [3], less the colour: float32 [emoji x motions, LOOKED_AT x 32 x 32 x 3]."""
+    """Return every known clip on a colour [3], less the colour: float32 [emoji x motions, LOOKED_AT x 32 x 32 x 3]."""
     opaque, alpha = _shapes(frames)
     return (opaque - alpha * colour).reshape(len(opaque), -1)
 
 
 def _halved(frames: np.ndarray) -> np.ndarray:
-    """Means of 2x2 pixels: [T, H, W, C] -> [T x H/2 x W/2, C]."""
+    """Return means of 2x2 pixels: [T, H, W, C] -> [T x H/2 x W/2, C]."""
     count, height, width, channels = frames.shape
     return frames.reshape(count, height // 2, 2, width // 2, 2, channels).mean((2, 4)).reshape(-1, channels)
 
 
 def motion_accuracy(clips: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
-    """How many clips show the emoji, the motion and the background that their prompts ask for.
+    """Return how many clips show the emoji, the motion and the background that their prompts ask for.
 
     Args:
         clips: uint8 [N, T, 64, 64, 3].
@@ -227,7 +231,7 @@ def motion_accuracy(clips: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]
 
 
 def default_prompts(n: int, seed: int = 0) -> list[str]:
-    """``n`` different prompts of varied form, each with an emoji's name, a motion and a background.
+    """Return ``n`` different prompts of varied form, each with an emoji's name, a motion and a background.
 
     Emoji and motions come round-robin in shuffled orders. The same (n, seed) gives the same list, and a longer list of one seed
     starts with the shorter one.

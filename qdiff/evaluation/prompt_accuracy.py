@@ -59,7 +59,7 @@ class Vocabulary:
 
 @lru_cache(maxsize=1)
 def load_vocabulary() -> Vocabulary:
-    """The emoji, words, colours and sprites that ship with qdiff.
+    """Return the emoji, words, colours and sprites that ship with qdiff.
 
     Raises:
         InputError: the files are not where the package keeps them.
@@ -89,7 +89,7 @@ def load_vocabulary() -> Vocabulary:
 
 
 def render(name: str, background: str, size: int = 64) -> np.ndarray:
-    """The picture that training showed for an emoji on a background.
+    """Return the picture that training showed for an emoji on a background.
 
     Args:
         name: an emoji's name or synonym.
@@ -118,7 +118,7 @@ def render(name: str, background: str, size: int = 64) -> np.ndarray:
 
 
 def _compose(sprites: np.ndarray, background: Sequence[int], size: int) -> np.ndarray:
-    """Sprites [N, S, S, 4] centred on a flat background -> float32 [N, size, size, 3] in 0..255."""
+    """Return sprites [N, S, S, 4] centred on a flat background -> float32 [N, size, size, 3] in 0..255."""
     margin = (size - sprites.shape[1]) // 2
     image = np.broadcast_to(np.array(background, np.float32), (len(sprites), size, size, 3)).copy()
     alpha = sprites[..., 3:].astype(np.float32) / 255
@@ -128,7 +128,7 @@ def _compose(sprites: np.ndarray, background: Sequence[int], size: int) -> np.nd
 
 
 def classify(images: np.ndarray) -> list[tuple[str, str, float]]:
-    """The nearest known picture of each image.
+    """Return the nearest known picture of each image.
 
     Args:
         images: uint8 [N, 64, 64, 3].
@@ -165,7 +165,7 @@ def classify(images: np.ndarray) -> list[tuple[str, str, float]]:
 
 @lru_cache(maxsize=1)
 def _background_forms() -> re.Pattern[str]:
-    """Matches a stated background; group ``before`` or ``after`` is the colour."""
+    """Match a stated background; group ``before`` or ``after`` is the colour."""
     words = "|".join(sorted(load_vocabulary().colour_words, key=len, reverse=True))
     plain = r"(?:(?:a|an|the|plain|solid|flat|simple|bright|pure|all)\s+)*"
     noun = r"(?:background|backdrop|wall|backgrounds)"
@@ -180,13 +180,13 @@ def _background_forms() -> re.Pattern[str]:
 
 @lru_cache(maxsize=1)
 def _emoji_words() -> re.Pattern[str]:
-    """Matches any name or synonym as whole words, the longest first."""
+    """Match any name or synonym as whole words, the longest first."""
     words = sorted(load_vocabulary().synonyms, key=len, reverse=True)
     return re.compile(r"(?<![\w-])(" + "|".join(re.escape(w) for w in words) + r")(?:s|es)?(?![\w-])")
 
 
 def parse_prompt(prompt: str) -> tuple[str | None, str | None]:
-    """(emoji, background) that a prompt asks for; None for what it does not state.
+    """Return (emoji, background) that a prompt asks for; None for what it does not state.
 
     A colour counts as the background only where it is said to be it ("on blue", "blue background", "the background is
     blue"): a "red heart" has no red background. Of several emoji words the longest is taken, of equals the first.
@@ -205,7 +205,7 @@ def parse_prompt(prompt: str) -> tuple[str | None, str | None]:
 
 
 def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
-    """How many pictures show the emoji and the background that their prompts ask for.
+    """Return how many pictures show the emoji and the background that their prompts ask for.
 
     Args:
         images: uint8 [N, 64, 64, 3].
@@ -248,7 +248,7 @@ def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> dict[str, Any
 
 
 def default_prompts(n: int, seed: int = 0) -> list[str]:
-    """``n`` different prompts of varied form, each with an emoji's name and a stated background.
+    """Return ``n`` different prompts of varied form, each with an emoji's name and a stated background.
 
     Emoji come round-robin in a shuffled order, so that 207 prompts ask for each once. The same (n, seed) gives the same
     list, and a longer list of one seed starts with the shorter one.

@@ -43,7 +43,7 @@ class Speed:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The entries of a row of ``compare.json``."""
+        """Return the entries of a row of ``compare.json``."""
         return {
             "seconds_per_step": self.seconds,
             "speedup": self.speedup,
@@ -61,7 +61,7 @@ class Load:
         self._start = self._read()
 
     def _read(self) -> tuple[float, float, float]:
-        """Seconds: wall, of this process, of everything on its cores (stolen time included)."""
+        """Return seconds: wall, of this process, of everything on its cores (stolen time included)."""
         import psutil
 
         cores = psutil.cpu_times(percpu=True)
@@ -72,7 +72,7 @@ class Load:
         return time.perf_counter(), own.user + own.system, busy
 
     def reason(self) -> str:
-        """Why speeds measured meanwhile are not reliable; empty where nothing speaks against them."""
+        """Return why speeds measured meanwhile are not reliable; empty where nothing speaks against them."""
         wall, own, busy = (now - before for now, before in zip(self._read(), self._start, strict=True))
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         others = max(0.0, busy - own)
@@ -82,7 +82,7 @@ class Load:
 
 
 def _cores(every: list[Any]) -> list[int]:
-    """Indices of the cores that this process may use."""
+    """Return indices of the cores that this process may use."""
     if not hasattr(os, "sched_getaffinity"):
         return list(range(len(every)))
     return [core for core in os.sched_getaffinity(0) if core < len(every)]
@@ -96,7 +96,7 @@ def take_turns(
     clock: Callable[[], float] = time.perf_counter,
     load: Callable[[], Any] = Load,
 ) -> dict[str, Speed]:
-    """Speeds of ``engines``, the first of which is the reference.
+    """Return speeds of ``engines``, the first of which is the reference.
 
     Args:
         engines: name -> function that computes one step, by its index, and returns when it is done.
@@ -120,7 +120,7 @@ def take_turns(
 def _one_round(
     engines: Mapping[str, Step], names: list[str], steps: int, number: int, clock: Callable[[], float]
 ) -> dict[str, dict[int, float]]:
-    """Seconds of the timed steps by engine."""
+    """Return seconds of the timed steps by engine."""
     times: dict[str, dict[int, float]] = {name: {} for name in names}
     begin = -(number % 2)
     for turn, first in enumerate(range(begin, steps, 2)):
@@ -163,6 +163,7 @@ def _speed(name: str, reference: str, rounds: list[dict[str, dict[int, float]]],
 
 
 def _lost(times: Mapping[int, list[float]]) -> float:
-    """What the times add up to, over what they would at their step's median: a busy phase shows, a single long call hardly."""
+    """Return what the times add up to, over what they would at their step's median: a busy phase shows, a single long
+    call hardly."""
     usual = sum(statistics.median(step) * len(step) for step in times.values())
     return sum(sum(step) for step in times.values()) / usual

@@ -35,11 +35,11 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, as of a picture."""
+        """Return width and height in pixels, as of a picture."""
         return self.frames.shape[2], self.frames.shape[1]
 
     def strip(self, count: int = STRIP) -> Image:
-        """``count`` frames from the first to the last, side by side."""
+        """Return ``count`` frames from the first to the last, side by side."""
         from PIL import Image
 
         which = np.linspace(0, len(self.frames) - 1, min(count, len(self.frames))).round().astype(int)
@@ -55,7 +55,7 @@ def _av() -> Any:
 
 
 def save_mp4(path: Path, clip: Clip, info: PictureInfo) -> None:
-    """Writes ``clip`` with its metadata, whole or not at all.
+    """Write ``clip`` with its metadata, whole or not at all.
 
     Raises:
         InputError: no frames, sides that are odd, or metadata longer than :data:`qdiff.evaluation.images.MAX_METADATA_BYTES`.
@@ -90,7 +90,7 @@ def save_mp4(path: Path, clip: Clip, info: PictureInfo) -> None:
 
 
 def read_metadata(path: Path) -> PictureInfo | None:
-    """What :func:`save_mp4` wrote into ``path``, or ``None`` for an MP4 of somebody else.
+    """Return what :func:`save_mp4` wrote into ``path``, or ``None`` for an MP4 of somebody else.
 
     Raises:
         InputError: there is no such file.

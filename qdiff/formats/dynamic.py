@@ -18,8 +18,8 @@ from qdiff.formats.table import Format
 
 
 def split(x: Tensor, format: Format) -> Tensor:
-    """``[..., n]`` as ``[..., blocks, block]``: a view with one scale for each row of the new last axis. Without blocks the
-    whole last axis is one.
+    """Return ``[..., n]`` as ``[..., blocks, block]``: a view with one scale for each row of the new last axis. Without
+    blocks the whole last axis is one.
 
     Raises:
         InputError: ``n`` does not divide into blocks; there is no padding (:meth:`qdiff.formats.table.Format.check_columns`).
@@ -29,7 +29,8 @@ def split(x: Tensor, format: Format) -> Tensor:
 
 
 def effective(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """What codes are multiplied with: the stored scale in float32, times the tensor's if there is one, as one rounded product.
+    """Return what codes are multiplied with: the stored scale in float32, times the tensor's if there is one, as one
+    rounded product.
 
     modelopt and ONNX (a DequantizeLinear of the scales before that of the codes) compute the same product first.
     """
@@ -40,7 +41,8 @@ def effective(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
 def quantize_dequantize_blocks(
     x: Tensor, format: Format, tensor_scale: Tensor | None = None, rounding: Rounding = "floor"
 ) -> Tensor:
-    """Dynamic block quantization: every block of ``x [..., n]`` on the grid of ``format``, with the scale of its own amax.
+    """Return dynamic block quantization: every block of ``x [..., n]`` on the grid of ``format``, with the scale of its
+    own amax.
 
     Args:
         x: any float dtype; computed in float32, returned in its dtype. NaN stays NaN.
@@ -60,7 +62,7 @@ def quantize_dequantize_blocks(
 
 
 def quantize_dequantize_tokens(x: Tensor, format: Format) -> Tensor:
-    """Dynamic quantization with one scale for each token (each row of the last axis), on the float16 grid.
+    """Return dynamic quantization with one scale for each token (each row of the last axis), on the float16 grid.
 
     Args:
         x: ``[..., n]``, any float dtype; computed in float32, returned in its dtype. NaN stays NaN.

@@ -27,12 +27,14 @@ EXPONENT_MASK, EXPONENT_SHIFT, EXPONENT_BIAS = 0x7F800000, 23, 127  # float32's 
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """2^floor(log2 |x|) of a float32 tensor, exactly; 0 for 0 and for subnormals, infinity for infinity and NaN."""
+    """Return 2^floor(log2 |x|) of a float32 tensor, exactly; 0 for 0 and for subnormals, infinity for infinity and
+    NaN."""
     return (x.view(torch.int32) & EXPONENT_MASK).view(torch.float32)
 
 
 def step(ratio: Tensor, element: Element) -> Tensor:
-    """Distance of neighbouring codes at ``ratio`` (float32, within the grid): the s(w) of FP4DiT (arXiv 2503.15465).
+    """Return distance of neighbouring codes at ``ratio`` (float32, within the grid): the s(w) of FP4DiT (arXiv
+    2503.15465).
 
     An integer grid has step 1 everywhere. Same shape as ``ratio``.
     """
@@ -43,7 +45,7 @@ def step(ratio: Tensor, element: Element) -> Tensor:
 
 
 def round_to_grid(ratio: Tensor, element: Element) -> Tensor:
-    """The grid's value nearest to each ratio; same shape, dtype as the module's docstring says. A new tensor."""
+    """Return the grid's value nearest to each ratio; same shape, dtype as the module's docstring says. A new tensor."""
     if element.kind == "integer":
         return torch.round(ratio).clamp_(element.lowest, element.highest)
     within = ratio.to(torch.float32).clamp(element.lowest, element.highest)
@@ -58,7 +60,8 @@ def round_to_grid(ratio: Tensor, element: Element) -> Tensor:
 
 
 def neighbours(ratio: Tensor, element: Element) -> tuple[Tensor, Tensor]:
-    """The grid's values next below and next above each ratio, equal where a ratio lies on the grid or outside it.
+    """Return the grid's values next below and next above each ratio, equal where a ratio lies on the grid or outside
+    it.
 
     Across a binade's border the two lie on different steps; learned rounding (AdaRound) chooses between exactly these.
     """
@@ -69,7 +72,8 @@ def neighbours(ratio: Tensor, element: Element) -> tuple[Tensor, Tensor]:
 
 
 def encode(ratio: Tensor, element: Element) -> Tensor:
-    """Codes of the nearest grid values, in the element's storage dtype (one code an entry, not packed). No NaN may be there."""
+    """Return codes of the nearest grid values, in the element's storage dtype (one code an entry, not packed). No NaN
+    may be there."""
     values = round_to_grid(ratio, element)
     storage = getattr(torch, element.storage)
     if storage != torch.uint8:
@@ -82,7 +86,8 @@ def encode(ratio: Tensor, element: Element) -> Tensor:
 
 
 def decode(codes: Tensor, element: Element, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Grid values of unpacked codes in ``dtype``; exact wherever ``dtype`` holds them (float16 and bfloat16 hold all)."""
+    """Return grid values of unpacked codes in ``dtype``; exact wherever ``dtype`` holds them (float16 and bfloat16 hold
+    all)."""
     if codes.dtype != torch.uint8:
         return codes.to(dtype)
     return torch.tensor(_values(element), dtype=dtype, device=codes.device)[codes.int()]
@@ -92,6 +97,6 @@ _values = functools.cache(Element.values)
 
 
 def _exponent_field(steps: Tensor, element: Element) -> Tensor:
-    """Number of a step's binade, int32: 0 for the smallest normal numbers and for the subnormals below them."""
+    """Return number of a step's binade, int32: 0 for the smallest normal numbers and for the subnormals below them."""
     lowest = element.smallest_exponent - element.mantissa_bits + EXPONENT_BIAS
     return (steps.view(torch.int32) >> EXPONENT_SHIFT) - lowest

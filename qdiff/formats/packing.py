@@ -22,7 +22,8 @@ from qdiff.formats.table import Format
 
 
 def pack(codes: Tensor, format: Format) -> Tensor:
-    """Packs ``codes [..., n]`` (the format's storage dtype) to ``[..., n * bits / 8]`` uint8; 8-bit codes come back as they are.
+    """Pack ``codes [..., n]`` (the format's storage dtype) to ``[..., n * bits / 8]`` uint8; 8-bit codes come back as
+    they are.
 
     Raises:
         InputError: ``n`` does not fill whole bytes.
@@ -39,7 +40,7 @@ def pack(codes: Tensor, format: Format) -> Tensor:
 
 
 def unpack(packed: Tensor, format: Format) -> Tensor:
-    """Undoes :func:`pack`: ``[..., n * bits / 8]`` to codes ``[..., n]`` in the format's storage dtype.
+    """Undo :func:`pack`: ``[..., n * bits / 8]`` to codes ``[..., n]`` in the format's storage dtype.
 
     Raises:
         InputError: the bytes are no whole number of groups of codes.
@@ -63,14 +64,15 @@ def unpack(packed: Tensor, format: Format) -> Tensor:
 
 
 def _group(bits: int) -> tuple[int, int]:
-    """How many codes fill how many whole bytes: 2 and 1 for 4 bits, 4 and 3 for 6."""
+    """Return how many codes fill how many whole bytes: 2 and 1 for 4 bits, 4 and 3 for 6."""
     count = 8 // math.gcd(bits, 8)
     return count, count * bits // 8
 
 
 def _parts(bits: int) -> list[tuple[int, int, int]]:
-    """Which code has bits in which byte of a group, and how far to the left of the byte's end they begin (negative: the code's
-    first bits lie in the byte before). Shifts of uint8 drop what leaves the byte, which is what is wanted on both ways."""
+    """Return which code has bits in which byte of a group, and how far to the left of the byte's end they begin
+    (negative: the code's first bits lie in the byte before). Shifts of uint8 drop what leaves the byte, which is what
+    is wanted on both ways."""
     count, size = _group(bits)
     places = [(code, byte, bits * code - 8 * byte) for code in range(count) for byte in range(size)]
     return [(code, byte, shift) for code, byte, shift in places if -bits < shift < 8]

@@ -36,7 +36,7 @@ from qdiff.formats.table import ELEMENTS, Element, Format
 
 
 def require_finite(x: Tensor, what: str) -> None:
-    """Refuses NaN and infinity.
+    """Refuse NaN and infinity.
 
     Raises:
         InputError: naming ``what`` and how many values are bad.
@@ -60,7 +60,8 @@ Rounding = Literal["floor", "up", "even"]
 
 
 def to_half_grid(x: Tensor) -> Tensor:
-    """``x`` rounded to numbers of 16 bits, in its own dtype: to float16's, and to bfloat16's where it exceeds 65,504.
+    """Return ``x`` rounded to numbers of 16 bits, in its own dtype: to float16's, and to bfloat16's where it exceeds
+    65,504.
 
     Every scale and factor of a quantized layer lies on this grid, so the same layer computes with the same constants whether
     an engine runs it in 32 or in 16 bit. A graph with a number beyond float16 computes in 32 bit
@@ -71,29 +72,32 @@ def to_half_grid(x: Tensor) -> Tensor:
 
 
 def fits_float16(*tensors: Tensor | None) -> bool:
-    """Whether no value is beyond 65,504, float16's largest number; NaN and infinity are."""
+    """Return whether no value is beyond 65,504, float16's largest number; NaN and infinity are."""
     return all(x is None or not x.numel() or float(x.detach().abs().max()) <= LARGEST_FLOAT16 for x in tensors)
 
 
 def to_storage(x: Tensor, storage_dtype: str) -> Tensor:
-    """``x`` as the dtype named ``kept`` stores it, or in float32 where that is float16 and would turn values into infinity."""
+    """Return ``x`` as the dtype named ``kept`` stores it, or in float32 where that is float16 and would turn values
+    into infinity."""
     return x.to(getattr(torch, storage_dtype)) if storage_dtype != "float16" or fits_float16(x) else x.float()
 
 
 def largest_scale(element: Element) -> float:
-    """The largest scale of the 16-bit grid: every code times it is a float32 number, so that an infinite amax saturates."""
+    """Return the largest scale of the 16-bit grid: every code times it is a float32 number, so that an infinite amax
+    saturates."""
     reach = max(-element.lowest, element.highest)
     return (2 - 2.0**-7) * 2.0 ** (127 - math.ceil(math.log2(reach)))
 
 
 def largest_power(element: Element) -> float:
-    """The largest power of two that codes of the element can be multiplied with and stay float32 numbers."""
+    """Return the largest power of two that codes of the element can be multiplied with and stay float32 numbers."""
     reach = max(-element.lowest, element.highest)
     return 2.0 ** math.floor(math.log2(torch.finfo(torch.float32).max / reach))
 
 
 def choose_tensor_scale(amax: Tensor, format: Format, headroom: float = LARGEST_E4M3) -> Tensor:
-    """The float32 scale of a whole tensor: ``amax`` gets the largest code and the largest block scale. 1 where ``amax`` is 0.
+    """Return the float32 scale of a whole tensor: ``amax`` gets the largest code and the largest block scale. 1 where
+    ``amax`` is 0.
 
     Layers that read one tensor and are run as one (q, k, v) share it: pass the largest amax of all.
 
@@ -109,8 +113,8 @@ def choose_tensor_scale(amax: Tensor, format: Format, headroom: float = LARGEST_
 def choose_scale(
     amax: Tensor, format: Format, tensor_scale: Tensor | None = None, rounding: Rounding = "floor"
 ) -> Tensor:
-    """The scale that maps ``amax`` to the largest code, on the grid of the format's scale; 1 where ``amax`` is 0, so that
-    zeros stay zeros. See the module's docstring.
+    """Return the scale that maps ``amax`` to the largest code, on the grid of the format's scale; 1 where ``amax`` is
+    0, so that zeros stay zeros. See the module's docstring.
 
     Args:
         amax: largest magnitudes (>= 0, float), any shape.
@@ -157,7 +161,8 @@ def _power_scale(amax: Tensor, format: Format, rounding: Rounding) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """Codes of ``x`` in the format's storage dtype, one an entry (:mod:`qdiff.formats.packing` packs them). Infinity saturates.
+    """Return codes of ``x`` in the format's storage dtype, one an entry (:mod:`qdiff.formats.packing` packs them).
+    Infinity saturates.
 
     Raises:
         InputError: ``x`` or ``scale`` holds NaN, which no code stands for.
@@ -170,12 +175,12 @@ def quantize(x: Tensor, scale: Tensor, format: Format) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """Values of unpacked ``codes``, in the scale's dtype."""
+    """Return values of unpacked ``codes``, in the scale's dtype."""
     return elements.decode(codes, format.element, scale.dtype) * scale
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """``dequantize(quantize(x))`` without the trip through the storage dtype; same shape and dtype as ``x``.
+    """Return ``dequantize(quantize(x))`` without the trip through the storage dtype; same shape and dtype as ``x``.
 
     NaN stays NaN, infinity saturates.
     """

@@ -59,16 +59,16 @@ class Element:
 
     @property
     def smallest_exponent(self) -> int:
-        """Exponent of a float's smallest normal number, and of the step below it: 1 - bias."""
+        """Return exponent of a float's smallest normal number, and of the step below it: 1 - bias."""
         return 2 - 2 ** (self.exponent_bits - 1)
 
     @property
     def largest_exponent(self) -> int:
-        """floor(log2(largest)): emax_elem of OCP MX v1.0, section 6.3 (of INT8 as we read it: 6)."""
+        """Return floor(log2(largest)): emax_elem of OCP MX v1.0, section 6.3 (of INT8 as we read it: 6)."""
         return math.frexp(self.largest)[1] - 1
 
     def value(self, code: int) -> float:
-        """What the bit pattern ``code`` (0 … 2^bits - 1) stands for."""
+        """Return what the bit pattern ``code`` (0 … 2^bits - 1) stands for."""
         if self.kind == "plain":
             raise TypeError(f"{self.name} is a type of torch, not a grid of codes")
         negative = code >> (self.bits - 1)
@@ -83,7 +83,7 @@ class Element:
         return sign * value
 
     def values(self) -> tuple[float, ...]:
-        """The value of every bit pattern, in order: what :func:`qdiff.formats.elements.decode` looks up."""
+        """Return the value of every bit pattern, in order: what :func:`qdiff.formats.elements.decode` looks up."""
         return tuple(self.value(code) for code in range(2**self.bits))
 
 
@@ -144,56 +144,56 @@ class Format:
 
     @property
     def kind(self) -> str:
-        """Kind of the element: ``"integer"``, ``"float"`` or ``"plain"``."""
+        """Return kind of the element: ``"integer"``, ``"float"`` or ``"plain"``."""
         return self.element.kind
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """Return bits of one code."""
         return self.element.bits
 
     @property
     def largest(self) -> float:
-        """The value (in codes' units) that amax is mapped to."""
+        """Return the value (in codes' units) that amax is mapped to."""
         return self.element.largest
 
     @property
     def lowest(self) -> float:
-        """Where negative values saturate."""
+        """Return where negative values saturate."""
         return self.element.lowest
 
     @property
     def highest(self) -> float:
-        """Where positive values saturate."""
+        """Return where positive values saturate."""
         return self.element.highest
 
     @property
     def storage(self) -> str:
-        """Name of the torch dtype of one unpacked code."""
+        """Return name of the torch dtype of one unpacked code."""
         return self.element.storage
 
     @property
     def packed_storage(self) -> str:
-        """Name of the torch dtype of packed codes: uint8 where several share a byte."""
+        """Return name of the torch dtype of packed codes: uint8 where several share a byte."""
         return self.storage if self.bits >= 8 else "uint8"
 
     @property
     def scale_bits(self) -> int:
-        """Bits of one stored scale; 0 without scales."""
+        """Return bits of one stored scale; 0 without scales."""
         return 0 if self.scale is None else SCALE_BITS[self.scale]
 
     @property
     def scale_storage(self) -> str | None:
-        """Name of the torch dtype of a stored scale."""
+        """Return name of the torch dtype of a stored scale."""
         return None if self.scale is None else SCALE_STORAGE[self.scale]
 
     @property
     def quantized(self) -> bool:
-        """Whether values in this format need a scale."""
+        """Return whether values in this format need a scale."""
         return self.scale is not None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a weight's scales: ``[out]`` for ``[out, ...]``, or ``[out, in / block]`` for ``[out, in]``.
+        """Return shape of a weight's scales: ``[out]`` for ``[out, ...]``, or ``[out, in / block]`` for ``[out, in]``.
 
         Raises:
             InputError: the last axis does not divide into blocks.
@@ -204,7 +204,8 @@ class Format:
         return (*shape[:-1], shape[-1] // self.block)
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of packed codes: the last axis shrinks from ``n`` to ``n * bits / 8`` where several codes share a byte.
+        """Return shape of packed codes: the last axis shrinks from ``n`` to ``n * bits / 8`` where several codes share
+        a byte.
 
         Raises:
             InputError: the last axis does not fill whole bytes.
@@ -220,8 +221,8 @@ class Format:
         return (*shape[:-1], shape[-1] * self.bits // 8)
 
     def check_columns(self, columns: int) -> None:
-        """Refuses a last axis that does not divide into blocks. There is no padding: the engines' block quantizers need whole
-        blocks too, and a padded weight would need a padded activation.
+        """Refuse a last axis that does not divide into blocks. There is no padding: the engines' block quantizers need
+        whole blocks too, and a padded weight would need a padded activation.
 
         Raises:
             InputError: naming the format and the size.
@@ -235,12 +236,12 @@ class Format:
             )
 
     def _fitting(self, columns: int) -> list[str]:
-        """Names of formats of the same numbers whose blocks divide that many columns."""
+        """Return names of formats of the same numbers whose blocks divide that many columns."""
         rows = (row for row in FORMATS.values() if row.element == self.element and row.scale == self.scale)
         return [row.name for row in rows if not (row.block and columns % row.block)]
 
     def effective_bits(self, elements_per_scale: int, elements: int | None = None) -> float:
-        """Bits for one element, its share of the scales included.
+        """Return bits for one element, its share of the scales included.
 
         Args:
             elements_per_scale: how many share a scale where the format has no blocks (columns of a weight); else unused.
@@ -251,14 +252,15 @@ class Format:
         return bits + (TENSOR_SCALE_BITS / elements if self.tensor_scale and elements else 0)
 
     def stored_bits(self, shape: tuple[int, ...]) -> int:
-        """Bits of a weight ``[out, ...]`` with every scale, exactly. Raises as :meth:`scale_shape`."""
+        """Return bits of a weight ``[out, ...]`` with every scale, exactly. Raises as :meth:`scale_shape`."""
         codes = math.prod(shape) * self.bits
         scales = math.prod(self.scale_shape(shape)) * self.scale_bits if self.quantized else 0
         return codes + scales + (TENSOR_SCALE_BITS if self.tensor_scale else 0)
 
 
 def low_rank_bits(rows: int, columns: int, rank: int, bits: int = 16) -> float:
-    """Bits that a low-rank branch ``[rows, rank] @ [rank, columns]`` adds to each weight: it counts like any other bit.
+    """Return bits that a low-rank branch ``[rows, rank] @ [rank, columns]`` adds to each weight: it counts like any
+    other bit.
 
     32 ranks in 16 bit are 0.89 bits at 1152 x 1152, so "4-bit weights and rank 32" are 5.4 bits in NVFP4.
     """
@@ -266,8 +268,8 @@ def low_rank_bits(rows: int, columns: int, rank: int, bits: int = 16) -> float:
 
 
 def rotation_bits(block: int) -> int:
-    """Bits that a rotation fitted to outliers (:class:`qdiff.nn.rotations.Rotation`) stores for each column of a weight: a row
-    of G in float32, and a place. A Hadamard matrix follows from its size and is not stored."""
+    """Return bits that a rotation fitted to outliers (:class:`qdiff.nn.rotations.Rotation`) stores for each column of a
+    weight: a row of G in float32, and a place. A Hadamard matrix follows from its size and is not stored."""
     return 32 * block + 64
 
 
@@ -313,7 +315,7 @@ del E
 
 
 def format_named(name: str) -> Format:
-    """The row of that name.
+    """Return the row of that name.
 
     Raises:
         InputError: with the nearest names.

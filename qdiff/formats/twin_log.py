@@ -48,7 +48,7 @@ class TwinLog:
     eta: Tensor
 
     def dequantize(self) -> Tensor:
-        """The weight's values ``[out, in]`` in float32."""
+        """Return the weight's values ``[out, in]`` in float32."""
         negative = (self.codes >> (self.bits - 1)).long()
         level = (self.codes & (2 ** (self.bits - 1) - 1)).float()
         exponent = level * self.step.gather(1, negative) + self.start.gather(1, negative)
@@ -57,7 +57,7 @@ class TwinLog:
 
 
 def quantize(weight: Tensor, bits: int) -> TwinLog:
-    """Searches η and the percentiles of both signs for every row of ``weight [out, in]`` and rounds to that grid.
+    """Search η and the percentiles of both signs for every row of ``weight [out, in]`` and rounds to that grid.
 
     Raises:
         InputError: not a matrix, NaN or infinity, or a width that leaves no levels (``bits`` is 2 to 8).
@@ -89,17 +89,18 @@ def quantize(weight: Tensor, bits: int) -> TwinLog:
 
 
 def quantize_dequantize(weight: Tensor, bits: int) -> Tensor:
-    """The values that :func:`quantize` leaves of ``weight [out, in]``, float32."""
+    """Return the values that :func:`quantize` leaves of ``weight [out, in]``, float32."""
     return quantize(weight, bits).dequantize()
 
 
 def effective_bits(columns: int, bits: int) -> float:
-    """Bits for one weight of a row of ``columns``, its share of the row's grids included."""
+    """Return bits for one weight of a row of ``columns``, its share of the row's grids included."""
     return bits + ROW_BITS / columns
 
 
 def _side(weight: Tensor, mine: Tensor, eta: Tensor, bits: int) -> dict[str, Tensor]:
-    """The best percentile for the weights of one sign, row by row: ``level [out, in]`` uint8; the others ``[out]``."""
+    """Return the best percentile for the weights of one sign, row by row: ``level [out, in]`` uint8; the others
+    ``[out]``."""
     logs = (weight.abs() + eta[:, None]).log2().clamp(min=SMALLEST_LOG)
     shown = torch.where(mine, logs, torch.nan)
     top = 2 ** (bits - 1) - 1

@@ -75,20 +75,22 @@ class QuantizedWeight:
         return cls(format, unpack(packed, format), scale, tensor_scale)
 
     def packed(self) -> Tensor:
-        """The codes as they are stored (:mod:`qdiff.formats.packing`)."""
+        """Return the codes as they are stored (:mod:`qdiff.formats.packing`)."""
         return pack(self.codes, self.format)
 
     def element_scale(self) -> Tensor:
-        """What each code is multiplied with: ``[out, in / block, 1]`` with blocks, else ``[out, 1, …]``. float32."""
+        """Return what each code is multiplied with: ``[out, in / block, 1]`` with blocks, else ``[out, 1, …]``.
+        float32."""
         scale = effective(self.scale, self.tensor_scale)
         return scale[..., None] if self.format.block else scale.reshape(-1, *[1] * (self.codes.dim() - 1))
 
     def dequantize(self) -> Tensor:
-        """The weight's values ``[out, ...]`` in float32."""
+        """Return the weight's values ``[out, ...]`` in float32."""
         return dequantize(self._rows(self.codes), self.element_scale(), self.format).reshape(self.codes.shape)
 
     def with_values(self, weight: Tensor) -> QuantizedWeight:
-        """The same scales with the codes nearest to other values ``[out, ...]``: what GPTQ or learned rounding ended with.
+        """Return the same scales with the codes nearest to other values ``[out, ...]``: what GPTQ or learned rounding
+        ended with.
 
         Values that lie on the grid get their own codes back, exactly.
         """
@@ -96,7 +98,7 @@ class QuantizedWeight:
         return replace(self, codes=codes.reshape(weight.shape))
 
     def scale_of_each(self) -> Tensor:
-        """The scale of every code, ``[out, ...]`` like the codes, float32."""
+        """Return the scale of every code, ``[out, ...]`` like the codes, float32."""
         return self.element_scale().expand(self._rows(self.codes).shape).reshape(self.codes.shape)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class QuantizedWeight:
 
 
 def stretches(rule: Rule, format: Format) -> list[float]:
-    """What amax is multiplied with under ``rule``; the first is 1.
+    """Return what amax is multiplied with under ``rule``; the first is 1.
 
     Raises:
         InputError: an unknown rule, or one that the format does not have.
@@ -121,7 +123,7 @@ def stretches(rule: Rule, format: Format) -> list[float]:
 
 
 def has_rule(rule: Rule, format: Format) -> bool:
-    """Whether scales of the format can be chosen by that rule."""
+    """Return whether scales of the format can be chosen by that rule."""
     try:
         return bool(stretches(rule, format))
     except InputError:
@@ -129,8 +131,8 @@ def has_rule(rule: Rule, format: Format) -> bool:
 
 
 def choose_weight_tensor_scale(amax: Tensor, format: Format, rule: Rule = "amax") -> Tensor | None:
-    """The tensor scale with the headroom that ``rule`` needs, from the largest magnitude of a weight, or of all weights that
-    share it; ``None`` where the format has none. Raises as :func:`stretches`."""
+    """Return the tensor scale with the headroom that ``rule`` needs, from the largest magnitude of a weight, or of all
+    weights that share it; ``None`` where the format has none. Raises as :func:`stretches`."""
     if not format.tensor_scale:
         return None
     return choose_tensor_scale(amax, format, HEADROOM if max(stretches(rule, format)) > 1 else LARGEST_E4M3)
@@ -143,7 +145,7 @@ def quantize_weight(
     rounding: Rounding = "floor",
     tensor_scale: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Rounds a weight to nearest, with scales chosen by ``rule``.
+    """Round a weight to nearest, with scales chosen by ``rule``.
 
     Args:
         weight: ``[out, ...]``; ``[out, in]`` where the format has blocks, which then lie on the input axis.
@@ -184,6 +186,6 @@ def quantize_weight(
 
 
 def _error(blocks: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: Format) -> Tensor:
-    """Sum of squares of what rounding changes in each block: ``[out, blocks, 1]``."""
+    """Return sum of squares of what rounding changes in each block: ``[out, blocks, 1]``."""
     values = quantize_dequantize(blocks, effective(scale, tensor_scale), format)
     return values.sub_(blocks).square_().sum(dim=-1, keepdim=True)

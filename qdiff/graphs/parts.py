@@ -30,13 +30,13 @@ class GraphFile:
 
 
 def parts_of(onnx: Path) -> list[GraphFile]:
-    """The files that lie beside a whole graph, the step's first; empty where it was not cut."""
+    """Return the files that lie beside a whole graph, the step's first; empty where it was not cut."""
     names = [name for name in (STEP, *PARTS) if onnx.with_name(f"{name}.onnx").is_file()]
     return [read(onnx.with_name(f"{name}.onnx")) for name in names] if STEP in names else []
 
 
 def read(onnx: Path) -> GraphFile:
-    """What goes into a graph and comes out of it."""
+    """Return what goes into a graph and comes out of it."""
     import onnx as library
 
     graph = library.load(onnx, load_external_data=False).graph
@@ -46,7 +46,7 @@ def read(onnx: Path) -> GraphFile:
 
 
 def axes_of(value: Any) -> list[int | str | None]:
-    """Sizes and names of the axes of a value in a graph; ``None`` where one has neither."""
+    """Return sizes and names of the axes of a value in a graph; ``None`` where one has neither."""
     return [
         dim.dim_param or (dim.dim_value if dim.HasField("dim_value") else None)
         for dim in value.type.tensor_type.shape.dim

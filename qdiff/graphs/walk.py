@@ -7,7 +7,7 @@ from typing import Any
 
 
 def graphs(graph: Any) -> Iterator[Any]:
-    """A graph or function and all graphs inside its nodes."""
+    """Yield a graph or function and all graphs inside its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -17,13 +17,13 @@ def graphs(graph: Any) -> Iterator[Any]:
 
 
 def nodes(graph: Any) -> Iterator[Any]:
-    """Their nodes."""
+    """Yield their nodes."""
     for each in graphs(graph):
         yield from each.node
 
 
 def initializers(graph: Any) -> Iterator[Any]:
-    """Their initializers."""
+    """Yield their initializers."""
     for each in graphs(graph):
         yield from getattr(each, "initializer", ())
         for sparse in getattr(each, "sparse_initializer", ()):
@@ -31,7 +31,7 @@ def initializers(graph: Any) -> Iterator[Any]:
 
 
 def tensors(graph: Any) -> Iterator[Any]:
-    """Their initializers and the tensors in their nodes' attributes."""
+    """Yield their initializers and the tensors in their nodes' attributes."""
     yield from initializers(graph)
     for node in nodes(graph):
         for attribute in node.attribute:

@@ -54,7 +54,7 @@ class RoundedUpOrDown(LearnedWeight):
         self.variable = nn.Parameter((torch.logit(share) * self.unit).float())
 
     def soft(self) -> Tensor:
-        """h(V) ``[out, in]``."""
+        """Return h(V) ``[out, in]``."""
         return (torch.sigmoid(self.variable / self.unit) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def forward(self) -> Tensor:
@@ -84,8 +84,8 @@ def adaround(
     lean: Share = 0.6,
     bias_rate: Share = 0.0,
 ) -> None:
-    """Learns whether each weight of the block is rounded up or down. With ``lean`` of one half or more it begins at the codes
-    that exist."""
+    """Learn whether each weight of the block is rounded up or down. With ``lean`` of one half or more it begins at the
+    codes that exist."""
 
     def make(weight: Tensor, start: QuantizedWeight) -> RoundedUpOrDown:
         return RoundedUpOrDown(weight, start, scale_aware, lean, straight_through)

@@ -22,7 +22,7 @@ SMALLEST = 1e-4
 
 
 def multiplier_for(layer_group: LayerGroup, strength: float) -> Tensor:
-    """``1 / s [in]`` on the float16 grid, from the fitting tokens."""
+    """Return ``1 / s [in]`` on the float16 grid, from the fitting tokens."""
     x = layer_group.rows(held_out=False).x
     s = x.abs().mean(dim=0).clamp(min=SMALLEST).pow(strength)
     s = s / (s.max() * s.min()).sqrt()
@@ -33,7 +33,7 @@ def multiplier_for(layer_group: LayerGroup, strength: float) -> Tensor:
 def awq(
     layer_group: LayerGroup, decisions: Decisions, points: Points = 20, minimum_gain_db: Decibels = 0.1
 ) -> Decisions:
-    """Takes the best strength of a grid of ``points``, in place of a smoothing that is there, if it gains enough."""
+    """Take the best strength of a grid of ``points``, in place of a smoothing that is there, if it gains enough."""
     plain = layer_group.error(decisions)
     best, least, chosen = decisions, plain, 0.0
     for strength in torch.linspace(0, 1, points + 1).tolist()[1:]:

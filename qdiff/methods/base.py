@@ -87,7 +87,7 @@ class Decisions:
 
     @property
     def rank(self) -> int:
-        """Rank of the low-rank branches; 0: none."""
+        """Return rank of the low-rank branches; 0: none."""
         return 0 if self.low_rank is None else self.low_rank[0][0].shape[0]
 
 
@@ -134,36 +134,36 @@ class LayerGroup:
         )
 
     def scales_per_token(self, decisions: Decisions) -> bool:
-        """Whether each token of the input gets a scale at run time."""
+        """Return whether each token of the input gets a scale at run time."""
         return self.per_token if decisions.per_token is None else decisions.per_token
 
     def static(self, decisions: Decisions) -> bool:
-        """Whether the input gets one constant scale."""
+        """Return whether the input gets one constant scale."""
         format = self.activation_format
         return format.quantized and not format.block and not self.scales_per_token(decisions)
 
     @property
     def convolution(self) -> bool:
-        """Whether the layer reads windows, among which zeros of the padding, and not tokens."""
+        """Return whether the layer reads windows, among which zeros of the padding, and not tokens."""
         return self.kind == "Conv2d"
 
     def by_channel(self, columns: Tensor) -> Tensor:
-        """``columns [in]`` with the largest of each channel's columns in all of them."""
+        """Return ``columns [in]`` with the largest of each channel's columns in all of them."""
         return columns.unflatten(0, (-1, self.taps)).amax(dim=1).repeat_interleave(self.taps)
 
     def rows(self, held_out: bool) -> Rows:
-        """The calibration tokens: even ones to fit, odd ones to judge."""
+        """Return the calibration tokens: even ones to fit, odd ones to judge."""
         known, part = self.statistics, slice(int(held_out), None, 2)
         means = None if known.means is None or known.rows_sample is None else known.means[known.rows_sample[part]]
         return Rows(known.rows[part].float(), known.rows_timestep[part], means)
 
     def inputs(self, decisions: Decisions, x: Tensor) -> Tensor:
-        """What the transform makes of the input ``x [N, in]``, before its quantizer."""
+        """Return what the transform makes of the input ``x [N, in]``, before its quantizer."""
         x = transform(x, decisions.input_multiplier, decisions.shift)
         return x if decisions.rotation is None else decisions.rotation.forward(x)
 
     def transformed_weights(self, decisions: Decisions) -> list[Tensor]:
-        """The weights that :meth:`inputs` are to be multiplied with."""
+        """Return the weights that :meth:`inputs` are to be multiplied with."""
         moved = self.weights
         if decisions.input_multiplier is not None:
             moved = [weight / decisions.input_multiplier for weight in moved]
@@ -172,14 +172,14 @@ class LayerGroup:
         return moved
 
     def residuals(self, decisions: Decisions) -> list[Tensor]:
-        """The transformed weights without what their low-rank branches hold: what is quantized."""
+        """Return the transformed weights without what their low-rank branches hold: what is quantized."""
         moved = self.transformed_weights(decisions)
         if decisions.low_rank is None:
             return moved
         return [weight - up @ down for weight, (down, up) in zip(moved, decisions.low_rank, strict=True)]
 
     def ranges(self, decisions: Decisions) -> Tensor:
-        """Largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
+        """Return largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
 
         Exact from the channels' ranges without rotation; otherwise that of the calibration tokens. Centered tokens are at most as
         far from their mean as a channel's range is wide.
@@ -195,7 +195,7 @@ class LayerGroup:
         return ranges.scatter_reduce(0, self.statistics.rows_timestep, magnitudes, "amax") * decisions.clip
 
     def activation_scale(self, decisions: Decisions) -> tuple[Tensor | None, Tensor | None]:
-        """The constant scale ``[]`` and, with per-timestep scales, the stretch ``r [T]`` (Q(x * r[t]) / r[t]).
+        """Return the constant scale ``[]`` and, with per-timestep scales, the stretch ``r [T]`` (Q(x * r[t]) / r[t]).
 
         Of formats with run-time blocks the scale is the tensor's, ``None`` where they have none and where scales are per token.
         """
@@ -214,8 +214,8 @@ class LayerGroup:
         )
 
     def quantized_inputs(self, decisions: Decisions, rows: Rows) -> Tensor:
-        """What the layer's products see of the input: ``[N, in]``; of centered tokens the sum of the rows that make their
-        output."""
+        """Return what the layer's products see of the input: ``[N, in]``; of centered tokens the sum of the rows that
+        make their output."""
         x = self.inputs(decisions, rows.x)
         if not self.activation_format.quantized:
             return x
@@ -236,14 +236,15 @@ class LayerGroup:
         return scales.quantize_dequantize(x * by_row, scale, self.activation_format) / by_row
 
     def weight_tensor_scale(self, decisions: Decisions) -> Tensor | None:
-        """The tensor scale that all weights of the group share, because engines may run them as one; ``None`` without one."""
+        """Return the tensor scale that all weights of the group share, because engines may run them as one; ``None``
+        without one."""
         amax = torch.stack([weight.abs().max() for weight in self.residuals(decisions)]).max()
         return weights.choose_weight_tensor_scale(
             amax, decisions.weight_format or self.weight_format, decisions.scale_rule
         )
 
     def nearest_weights(self, decisions: Decisions) -> list[QuantizedWeight]:
-        """The residual weights rounded to nearest, with the decisions' rule for their scales."""
+        """Return the residual weights rounded to nearest, with the decisions' rule for their scales."""
         tensor_scale, format = self.weight_tensor_scale(decisions), decisions.weight_format or self.weight_format
         return [
             weights.quantize_weight(weight, format, decisions.scale_rule, tensor_scale=tensor_scale)
@@ -251,11 +252,12 @@ class LayerGroup:
         ]
 
     def quantized_weights(self, decisions: Decisions) -> list[QuantizedWeight]:
-        """Every layer's quantized weight: as a method rounded it, else to nearest."""
+        """Return every layer's quantized weight: as a method rounded it, else to nearest."""
         return list(decisions.rounded) if decisions.rounded is not None else self.nearest_weights(decisions)
 
     def biases(self, decisions: Decisions) -> list[Tensor | None]:
-        """What each layer's bias has to add ``[out]``: what the shift took, and what a method found to be missing.
+        """Return what each layer's bias has to add ``[out]``: what the shift took, and what a method found to be
+        missing.
 
         The shift is given back through the *quantized* weight, ``Q(W) s``: the error of the weights then meets ``x`` and not
         ``x - s``, which after a GELU is much larger.
@@ -272,21 +274,23 @@ class LayerGroup:
         ]
 
     def _products(self, decisions: Decisions, rounded: Tensor, moved: Tensor) -> list[Tensor]:
-        """What each layer's quantized weight makes of ``rounded [..., in]`` and its low-rank branch of ``moved``."""
+        """Return what each layer's quantized weight makes of ``rounded [..., in]`` and its low-rank branch of
+        ``moved``."""
         results = [rounded @ weight.dequantize().T for weight in self.quantized_weights(decisions)]
         if decisions.low_rank is None:
             return results
         return [y + (moved @ down.T) @ up.T for y, (down, up) in zip(results, decisions.low_rank, strict=True)]
 
     def outputs(self, decisions: Decisions, rows: Rows) -> list[Tensor]:
-        """Each layer's output ``[N, out]`` as it will be computed, bias left out."""
+        """Return each layer's output ``[N, out]`` as it will be computed, bias left out."""
         moved = self.inputs(decisions, rows.x)
         rounded = self.quantized_inputs(decisions, rows)
         results = self._products(decisions, rounded, moved)
         return [y if bias is None else y + bias for y, bias in zip(results, self.biases(decisions), strict=True)]
 
     def errors(self, decisions: Decisions, held_out: bool = False) -> list[float]:
-        """Normalised mean square error of each layer's output, bias left out, on fitting or on held-out tokens."""
+        """Return normalised mean square error of each layer's output, bias left out, on fitting or on held-out
+        tokens."""
         rows = self.rows(held_out)
         key = "held" if held_out else "fit"
         if key not in self._targets:
@@ -297,7 +301,7 @@ class LayerGroup:
         ]
 
     def error(self, decisions: Decisions) -> float:
-        """Mean of :meth:`errors` on the fitting tokens: what methods minimise."""
+        """Return mean of :meth:`errors` on the fitting tokens: what methods minimise."""
         errors = self.errors(decisions)
         return sum(errors) / len(errors)
 
@@ -311,7 +315,7 @@ METHODS: Registry[Method] = Registry("method", InputError)
 
 
 def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's options for a method, checked against the method's own annotations and converted to them.
+    """Return a recipe's options for a method, checked against the method's own annotations and converted to them.
 
     Raises:
         InputError: unknown method or option, or a value that the option does not take.
@@ -322,7 +326,8 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def check_keywords(
     what: str, options: dict[str, Any], given: tuple[str, ...], *functions: Callable[..., Any]
 ) -> dict[str, Any]:
-    """Options checked against the annotations of functions and converted to them; ``given`` are arguments that are no options.
+    """Return options checked against the annotations of functions and converted to them; ``given`` are arguments that
+    are no options.
 
     Raises:
         InputError: an option that no function has, or a value that it does not take. ``what`` begins the message.
@@ -348,14 +353,14 @@ def check_keywords(
 
 
 def apply_method(name: str, options: dict[str, Any], layer_group: LayerGroup, decisions: Decisions) -> Decisions:
-    """Runs one method with a recipe's options. Raises as :func:`check_options`."""
+    """Run one method with a recipe's options. Raises as :func:`check_options`."""
     if layer_group.convolution and name in LINEAR_ONLY:
         return decisions.decide(name, f"no {name} of a convolution")
     return METHODS[name](layer_group, decisions, **check_options(name, options))
 
 
 def decibels(error: float, reference: float) -> float:
-    """How much smaller ``error`` is than ``reference``, in dB."""
+    """Return how much smaller ``error`` is than ``reference``, in dB."""
     import math
 
     return 10 * math.log10(max(reference, 1e-30) / max(error, 1e-30))

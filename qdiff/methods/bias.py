@@ -16,7 +16,7 @@ from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibel
 
 @METHODS.register("bias")
 def bias(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.0) -> Decisions:
-    """Corrects every layer's bias of the group if that gains more than ``minimum_gain_db``."""
+    """Correct every layer's bias of the group if that gains more than ``minimum_gain_db``."""
     rows = layer_group.rows(held_out=False)
     if not len(rows.x):
         raise InputError(

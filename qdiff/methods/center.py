@@ -20,7 +20,7 @@ from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibel
 
 @METHODS.register("center")
 def center(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.3) -> Decisions:
-    """Centers the tokens where that gains at least ``minimum_gain_db`` (a mean and two rows are not free)."""
+    """Center the tokens where that gains at least ``minimum_gain_db`` (a mean and two rows are not free)."""
     if not layer_group.activation_format.block:
         return decisions.decide("center", "not centered: scales do not follow blocks")
     if layer_group.statistics.means is None:

@@ -18,7 +18,7 @@ def clip(
     ratios: Shares = (1.0, 0.9, 0.8, 0.7),
     minimum_gain_db: Decibels = 0.1,
 ) -> Decisions:
-    """Keeps the share of the range with the smallest output error."""
+    """Keep the share of the range with the smallest output error."""
     plain = layer_group.error(decisions)
     error, ratio = min((layer_group.error(replace(decisions, clip=ratio)), -ratio) for ratio in ratios)
     gain = decibels(error, plain)

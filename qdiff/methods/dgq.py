@@ -56,19 +56,20 @@ class Division:
 
 
 def spread(low: Tensor, high: Tensor) -> float:
-    """D of an axis whose indices have these least and largest values ``[n]``."""
+    """Return D of an axis whose indices have these least and largest values ``[n]``."""
     return float((high.max() - high.min()) + (low.max() - low.min()))
 
 
 def spreads(layer_group: LayerGroup, decisions: Decisions) -> dict[Axis, float]:
-    """D of both axes, on the fitting tokens as the transform leaves them."""
+    """Return D of both axes, on the fitting tokens as the transform leaves them."""
     x = layer_group.inputs(decisions, layer_group.rows(held_out=False).x)
     channels = spread(-layer_group.by_channel(-x.amin(dim=0)), layer_group.by_channel(x.amax(dim=0)))
     return {"channel": channels, "token": spread(x.amin(dim=1), x.amax(dim=1))}
 
 
 def k_means(points: Tensor, groups: int) -> Tensor:
-    """The group of each of ``points [n, d]``: numbers ``[n]`` below ``groups``, or below the count of different points.
+    """Return the group of each of ``points [n, d]``: numbers ``[n]`` below ``groups``, or below the count of different
+    points.
 
     Nothing is drawn: the first centre is the mean's nearest point, each next one the point that is farthest from all before, so
     an outlier begins as a centre.
@@ -105,7 +106,7 @@ def group_ranges(layer_group: LayerGroup, decisions: Decisions, groups: int) -> 
 
 
 def levelled(decisions: Decisions, ranges: Tensor, strength: float) -> dict[str, Any]:
-    """The changes that bring groups of these ranges ``[in]`` to one (strength 1), or part of the way.
+    """Return the changes that bring groups of these ranges ``[in]`` to one (strength 1), or part of the way.
 
     Normalised to a geometric mean of 1, as smoothing is. A shift that is there is of the multiplied input, and moves along.
     """
@@ -123,7 +124,7 @@ def levelled(decisions: Decisions, ranges: Tensor, strength: float) -> dict[str,
 def channel_divisions(
     layer_group: LayerGroup, decisions: Decisions, groups: int, strengths: tuple[float, ...]
 ) -> list[Division]:
-    """Groups of channels, where there is a scale of more than a block, and channels are still apart."""
+    """Return groups of channels, where there is a scale of more than a block, and channels are still apart."""
     format = layer_group.activation_format
     if not format.quantized or format.block or decisions.rotation is not None:
         return []
@@ -139,14 +140,15 @@ def channel_divisions(
 
 
 def token_divisions(layer_group: LayerGroup, decisions: Decisions) -> list[Division]:
-    """A scale for each token, in place of one constant."""
+    """Return a scale for each token, in place of one constant."""
     if layer_group.convolution or not layer_group.static(decisions):
         return []
     return [Division("token", "scales per token", {"per_token": True, "clip": 1.0, "timestep_scales": False})]
 
 
 def choose_division(judged: list[Division], wider: Axis, minimum_gain_db: float) -> Division:
-    """The division that gains most, or one of the axis with the larger D where that gains enough and not clearly less."""
+    """Return the division that gains most, or one of the axis with the larger D where that gains enough and not clearly
+    less."""
     best = max(judged, key=lambda division: division.gain)
     enough = max(best.gain - minimum_gain_db, minimum_gain_db)
     close = [division for division in judged if division.axis == wider and division.gain >= enough]
@@ -162,7 +164,8 @@ def dgq(
     tokens: bool = False,
     minimum_gain_db: Decibels = 0.1,
 ) -> Decisions:
-    """Divides the axis that gains most, at least ``minimum_gain_db``; ``tokens`` allows scales that TensorRT cannot run."""
+    """Divide the axis that gains most, at least ``minimum_gain_db``; ``tokens`` allows scales that TensorRT cannot
+    run."""
     divisions = channel_divisions(layer_group, decisions, groups, strengths)
     if tokens:
         divisions += token_divisions(layer_group, decisions)

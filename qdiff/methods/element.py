@@ -18,7 +18,7 @@ from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibel
 
 
 def sisters(format: Format) -> list[str]:
-    """Names of the other formats of the same size: bits, block and scales."""
+    """Return names of the other formats of the same size: bits, block and scales."""
 
     def size(row: Format) -> tuple[object, ...]:
         return row.bits, row.block, row.scale, row.tensor_scale
@@ -33,7 +33,8 @@ def element(
     candidates: tuple[str, ...] | None = None,
     minimum_gain_db: Decibels = 0.1,
 ) -> Decisions:
-    """Takes the candidate whose outputs come nearest to float, if it gains at least ``minimum_gain_db`` over the recipe's format.
+    """Take the candidate whose outputs come nearest to float, if it gains at least ``minimum_gain_db`` over the
+    recipe's format.
 
     Raises:
         InputError: a candidate that does not exist, or of another size than the recipe's weights.
@@ -71,7 +72,7 @@ def element(
 
 
 def _rule(decisions: Decisions, row: Format) -> list[float]:
-    """Candidates of the decisions' rule in another format; one where the rule is not for it."""
+    """Return candidates of the decisions' rule in another format; one where the rule is not for it."""
     try:
         return stretches(decisions.scale_rule, row)
     except InputError:

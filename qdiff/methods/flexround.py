@@ -29,7 +29,7 @@ class Divided(LearnedWeight):
         self.channels = nn.Parameter(weight.new_zeros(len(weight), 1))
 
     def quotient(self) -> Tensor:
-        """W / (s1 S2 s3) ``[out, in]``."""
+        """Return W / (s1 S2 s3) ``[out, in]``."""
         return self.ratio * torch.exp(-self.elements - self.channels)
 
     def forward(self) -> Tensor:
@@ -42,7 +42,8 @@ class Divided(LearnedWeight):
 
 
 def _start(ratio: Tensor, start: QuantizedWeight) -> Tensor:
-    """log S2 with which the quotient rounds to the codes that exist: just inside their cell; 0 where it does already."""
+    """Return log S2 with which the quotient rounds to the codes that exist: just inside their cell; 0 where it does
+    already."""
     element, chosen = start.format.element, code_values(start)
     below, above = candidates(ratio, chosen, start)
     other = torch.where(below == chosen, above, below)
@@ -54,5 +55,5 @@ def _start(ratio: Tensor, start: QuantizedWeight) -> Tensor:
 
 @RECONSTRUCTIONS.register("flexround")
 def flexround(fit: Fit, iterations: Iterations = 300, rate: Rate = 1e-3, bias_rate: Share = 0.0) -> None:
-    """Learns the divisors of every weight of the block."""
+    """Learn the divisors of every weight of the block."""
     fit.learn(Divided, iterations, rate, bias_rate=bias_rate)

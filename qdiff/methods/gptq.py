@@ -29,7 +29,7 @@ ATTEMPTS = 4
 
 
 def inverse_factor(hessian: Tensor, damping: float, names: list[str]) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the damped Hessian's inverse, float64 ``[in, in]``, and the damping that it took.
+    """Return upper Cholesky factor of the damped Hessian's inverse, float64 ``[in, in]``, and the damping that it took.
 
     Raises:
         InputError: no damping makes it positive definite: the inputs are not numbers, or all are zero.
@@ -54,7 +54,7 @@ def inverse_factor(hessian: Tensor, damping: float, names: list[str]) -> tuple[T
 
 
 def round_columns(weight: Tensor, nearest: QuantizedWeight, factor: Tensor, order: Tensor, width: int) -> Tensor:
-    """Values on the grid of ``nearest`` for ``weight [out, in]``, chosen column by column in ``order``.
+    """Return values on the grid of ``nearest`` for ``weight [out, in]``, chosen column by column in ``order``.
 
     Args:
         factor: of the Hessian's inverse, in that order.
@@ -84,7 +84,7 @@ def gptq(
     width: Columns = 128,
     minimum_gain_db: Decibels = 0.0,
 ) -> Decisions:
-    """Rounds every layer of the group by GPTQ, on the decisions' transform and scales."""
+    """Round every layer of the group by GPTQ, on the decisions' transform and scales."""
     rows = layer_group.rows(held_out=False)
     if len(rows.x) < 2:
         raise InputError(

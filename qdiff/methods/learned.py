@@ -51,18 +51,19 @@ class LearnedWeight(nn.Module, ABC):
 
     @abstractmethod
     def forward(self) -> Tensor:
-        """The weight ``[out, in]`` as it is now, differentiable."""
+        """Return the weight ``[out, in]`` as it is now, differentiable."""
 
     def penalty(self, progress: float) -> Tensor | None:
-        """What is added to the loss at ``progress`` (0 … 1) of the iterations, a mean over the weight's elements."""
+        """Return what is added to the loss at ``progress`` (0 … 1) of the iterations, a mean over the weight's
+        elements."""
         return None
 
     @abstractmethod
     def values(self) -> Tensor:
-        """Finished values ``[out, in]`` in codes' units, on the grid."""
+        """Return finished values ``[out, in]`` in codes' units, on the grid."""
 
     def finished(self) -> QuantizedWeight:
-        """Codes of :meth:`values` on the scales of the start."""
+        """Return codes of :meth:`values` on the scales of the start."""
         with torch.no_grad():
             return self.start.with_values(self.values() * self.scale)
 
@@ -78,7 +79,7 @@ class Fit(Protocol):
         penalty: float = 0.0,
         bias_rate: float = 0.0,
     ) -> None:
-        """Learns all weights of the block together with Adam.
+        """Learn all weights of the block together with Adam.
 
         Args:
             make: the variable of one weight, from the weight and its codes so far.
@@ -120,7 +121,7 @@ class Reconstruct:
 
 
 def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
-    """A recipe's ``sequential.reconstruct``.
+    """Return a recipe's ``sequential.reconstruct``.
 
     Raises:
         InputError: no or an unknown method, an unknown option, or a value that the option does not take.
@@ -138,12 +139,12 @@ def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
 
 
 def code_values(weight: QuantizedWeight) -> Tensor:
-    """Codes as values of their grid ``[out, in]``, float32: the weight without its scales."""
+    """Return codes as values of their grid ``[out, in]``, float32: the weight without its scales."""
     return elements.decode(weight.codes, weight.format.element).float()
 
 
 def candidates(ratio: Tensor, chosen: Tensor, start: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """The two values of the grid, lower and upper, between which AdaRound decides, in codes' units.
+    """Return the two values of the grid, lower and upper, between which AdaRound decides, in codes' units.
 
     One of them is the value ``chosen`` so far, the other its neighbour on the side of ``ratio``. Rounded to nearest that is
     floor and ceiling of ``ratio``; where GPTQ moved a value further, its code stays possible. Both are equal where ``ratio``

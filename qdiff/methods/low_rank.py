@@ -28,7 +28,8 @@ DAMPING = 0.01
 
 
 def factors(matrix: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``down [rank, in]``, ``up [out, rank]``: the best approximation of ``matrix [out, in]``, on the float16 grid.
+    """Return ``down [rank, in]``, ``up [out, rank]``: the best approximation of ``matrix [out, in]``, on the float16
+    grid.
 
     Args:
         root: S ``[in, in]`` of the weighted form, float64; ``None``: unweighted.
@@ -52,7 +53,7 @@ def low_rank(
     weighted: bool = True,
     minimum_gain_db: Decibels = 0.1,
 ) -> Decisions:
-    """Adds a branch of ``rank`` to every layer of the group where it gains at least ``minimum_gain_db``.
+    """Add a branch of ``rank`` to every layer of the group where it gains at least ``minimum_gain_db``.
 
     Raises:
         InputError: the rank is not smaller than the layer.

@@ -27,12 +27,12 @@ Most = Annotated[int, Field(ge=4, le=256)]
 
 
 def fluctuation(x: Tensor) -> float:
-    """J of LRQ-DiT: the root mean square of tokens ``x [N, in]``."""
+    """Return J of LRQ-DiT: the root mean square of tokens ``x [N, in]``."""
     return float(x.double().square().mean().sqrt())
 
 
 def rotated(layer_group: LayerGroup, decisions: Decisions, kind: Kind, block: int) -> Decisions:
-    """The decisions with a rotation of that kind, in place of one that is there."""
+    """Return the decisions with a rotation of that kind, in place of one that is there."""
     if kind == "hadamard":
         return decisions.decide("rotate", "", rotation=Rotation(hadamard(block).to(layer_group.weights[0])))
     if kind == "randomised":
@@ -57,7 +57,7 @@ def rotate(
     choice: Literal["error", "fluctuation"] = "error",
     minimum_gain_db: Decibels = 0.3,
 ) -> Decisions:
-    """Rotates where that gains at least ``minimum_gain_db`` (a product with a small matrix is not free).
+    """Rotate where that gains at least ``minimum_gain_db`` (a product with a small matrix is not free).
 
     Args:
         most: the largest block to mix; the largest power of 4 that divides the layer's columns is taken.

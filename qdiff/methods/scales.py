@@ -21,7 +21,7 @@ Rules = Annotated[tuple[Rule, ...], Field(min_length=1)]
 def scales(
     layer_group: LayerGroup, decisions: Decisions, rules: Rules = ("mse",), minimum_gain_db: Decibels = 0.0
 ) -> Decisions:
-    """Takes the rule whose outputs come nearest to float."""
+    """Take the rule whose outputs come nearest to float."""
     plain = layer_group.error(decisions)
     if layer_group.convolution:  # a recipe's rules may be meant for the formats of its linear layers
         format = decisions.weight_format or layer_group.weight_format

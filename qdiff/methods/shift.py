@@ -21,26 +21,28 @@ from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibel
 
 
 def _after_multiplier(values: Tensor, decisions: Decisions) -> Tensor:
-    """``values [in]`` of the input's channels after the decisions' multiplier, on the float16 grid."""
+    """Return ``values [in]`` of the input's channels after the decisions' multiplier, on the float16 grid."""
     if decisions.input_multiplier is not None:
         values = values * decisions.input_multiplier
     return to_half_grid(values)
 
 
 def means(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
-    """Mean of every channel over the calibration tokens, after the decisions' multiplier: ``[in]`` on the float16 grid."""
+    """Return mean of every channel over the calibration tokens, after the decisions' multiplier: ``[in]`` on the
+    float16 grid."""
     return _after_multiplier(layer_group.statistics.rows.float().mean(dim=0), decisions)
 
 
 def middles(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
-    """Middle of every channel's range over all timesteps, after the decisions' multiplier: ``[in]`` on the float16 grid."""
+    """Return middle of every channel's range over all timesteps, after the decisions' multiplier: ``[in]`` on the
+    float16 grid."""
     low, high = layer_group.statistics.low.amin(dim=0), layer_group.statistics.high.amax(dim=0)
     return _after_multiplier((low + high) / 2, decisions)
 
 
 @METHODS.register("shift")
 def shift(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.2) -> Decisions:
-    """Shifts the input where that gains at least ``minimum_gain_db`` (a subtraction is not free)."""
+    """Shift the input where that gains at least ``minimum_gain_db`` (a subtraction is not free)."""
     plain = layer_group.error(decisions)
     own = middles(layer_group, decisions)
     one = to_half_grid(torch.full_like(own, float((own.min() + own.max()) / 2)))

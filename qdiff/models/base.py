@@ -78,7 +78,7 @@ class Model:
 
     @property
     def backbone(self) -> nn.Module:
-        """The network that is called once a step."""
+        """Return the network that is called once a step."""
         return getattr(self.pipeline, self.family.backbone_attribute)
 
     @backbone.setter
@@ -87,36 +87,36 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone computes."""
+        """Return where the backbone computes."""
         return device.of(self.backbone)
 
     @property
     def pixels_per_cell(self) -> int:
-        """Pixels along one side of a latent cell: the factor of the autoencoder that is there."""
+        """Return pixels along one side of a latent cell: the factor of the autoencoder that is there."""
         pipeline = self.pipeline
         factor = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", None)
         return int(factor or self.family.pixels_per_cell(self.backbone.config))  # type: ignore[arg-type]
 
     def steps(self, asked: int | None = None) -> int:
-        """Denoising steps: the number asked for, else what these weights or their family sample with."""
+        """Return denoising steps: the number asked for, else what these weights or their family sample with."""
         return int(self.defaults.get("num_inference_steps", self.family.default_steps)) if asked is None else asked
 
     def guidance(self, asked: float | None = None) -> float:
-        """Guidance scale, chosen as :meth:`steps` is."""
+        """Return guidance scale, chosen as :meth:`steps` is."""
         return float(self.defaults.get("guidance_scale", self.family.default_guidance)) if asked is None else asked
 
     def guided(self, asked: float | None = None) -> bool:
-        """Whether a step has two branches of guidance; a backbone that reads the scale as an input has one."""
+        """Return whether a step has two branches of guidance; a backbone that reads the scale as an input has one."""
         return self.guidance(asked) > 1 and not self.backbone.config.get("time_cond_proj_dim")  # type: ignore[union-attr, operator]
 
     def calls_per_step(self, guidance: float | None = None) -> int:
-        """How often the pipeline gives a step to the backbone: twice where branches of guidance are apart."""
+        """Return how often the pipeline gives a step to the backbone: twice where branches of guidance are apart."""
         return 2 if self.family.branches_apart and self.guided(guidance) else 1
 
     def calls_of_a_picture(
         self, steps: int | None = None, guidance: float | None = None, scheduler: str | None = None
     ) -> int:
-        """How often the backbone is called for a picture of so many steps. Arguments as in :class:`Request`."""
+        """Return how often the backbone is called for a picture of so many steps. Arguments as in :class:`Request`."""
         before = self.pipeline.scheduler
         try:
             self.use_scheduler(scheduler)
@@ -125,7 +125,7 @@ class Model:
             self.pipeline.scheduler = before
 
     def use_scheduler(self, name: str | None) -> None:
-        """Replaces the pipeline's scheduler by a compatible one (``dpmsolver++`` … or a diffusers class name).
+        """Replace the pipeline's scheduler by a compatible one (``dpmsolver++`` … or a diffusers class name).
 
         Raises:
             UsageError: unknown, or it cannot sample this model; names those that can.
@@ -134,7 +134,7 @@ class Model:
             self.pipeline.scheduler = named(name, self.pipeline.scheduler, self.pipeline, self.weights)
 
     def use_size(self, height: int | None, width: int | None, frames: int | None) -> None:
-        """Makes pictures or clips of that size where a request names none; ``None`` leaves the weights' own.
+        """Make pictures or clips of that size where a request names none; ``None`` leaves the weights' own.
 
         Raises:
             UsageError: a size that the model does not make.
@@ -157,8 +157,8 @@ class Model:
         return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
 
     def generate(self, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
-        """Makes the pictures or clips of ``request``. ``on_step(step, timestep, latents)`` is called after every step; an
-        exception that it raises stops the pipeline.
+        """Make the pictures or clips of ``request``. ``on_step(step, timestep, latents)`` is called after every step;
+        an exception that it raises stops the pipeline.
 
         Raises:
             UsageError: a size, a number of frames or a scheduler that is not the model's, or steps that the scheduler does not
@@ -199,8 +199,8 @@ class Family(ABC):
     default_guidance: ClassVar[float]
 
     def load(self, weights: str = "bundled", *, revision: str | None = None, seed: int = 0) -> Model:
-        """Loads a pipeline in float32 onto the process's device (:mod:`qdiff.device`): ``bundled``, ``random:NAME``, a folder, or
-        a Hub id (pinned to a commit).
+        """Load a pipeline in float32 onto the process's device (:mod:`qdiff.device`): ``bundled``, ``random:NAME``, a
+        folder, or a Hub id (pinned to a commit).
 
         Raises:
             InputError: nothing there, another family's folder, damaged or NaN weights, parts that do not fit together or that
@@ -219,13 +219,13 @@ class Family(ABC):
         return model
 
     def resolved(self, backbone: nn.Module) -> dict[str, Any]:
-        """Entries of the config that the file leaves open (null) and the module has decided, with what it decided. Everything
-        after loading reads the config."""
+        """Return entries of the config that the file leaves open (null) and the module has decided, with what it
+        decided. Everything after loading reads the config."""
         return {}
 
     def check(self, model: Model) -> None:
-        """Looks at whether the parts of a pipeline fit together and whether it feeds its backbone everything that the backbone
-        reads; most faults would else show as an error of a matrix product.
+        """Look at whether the parts of a pipeline fit together and whether it feeds its backbone everything that the
+        backbone reads; most faults would else show as an error of a matrix product.
 
         Raises:
             InputError: with what the folder lacks for this pipeline.
@@ -237,19 +237,23 @@ class Family(ABC):
         return ()
 
     def splits(self, backbone: nn.Module) -> dict[str, int]:
-        """Layers that read hidden states joined with a skip connection, and at which channel the second part begins."""
+        """Return layers that read hidden states joined with a skip connection, and at which channel the second part
+        begins."""
         return {}
 
     def first_token_layers(self, backbone: nn.Module) -> list[str]:
-        """Layers that read text states whose first token is the same for every prompt and dwarfs the others (CLIP's)."""
+        """Return layers that read text states whose first token is the same for every prompt and dwarfs the others
+        (CLIP's)."""
         return []
 
     def masked_layers(self, backbone: nn.Module) -> list[str]:
-        """Layers that read text states token per token, of which :meth:`text_mask` says which are ever looked at."""
+        """Return layers that read text states token per token, of which :meth:`text_mask` says which are ever looked
+        at."""
         return []
 
     def text_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Which text tokens of a call attention looks at, bool ``[batch, tokens]``; the others are padding. ``None``: all."""
+        """Return which text tokens of a call attention looks at, bool ``[batch, tokens]``; the others are padding.
+        ``None``: all."""
         return None
 
     def read_by(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,72 +262,75 @@ class Family(ABC):
         return {} if mask is None or not mask.any() else dict.fromkeys(self.masked_layers(backbone), mask)
 
     def blocks(self, backbone: nn.Module) -> list[str]:
-        """Names of the blocks that the hidden states pass one after the other (:mod:`qdiff.quantization.block_walk`); empty
-        where no block of the backbone is known."""
+        """Return names of the blocks that the hidden states pass one after the other
+        (:mod:`qdiff.quantization.block_walk`); empty where no block of the backbone is known."""
         if self.block_list is None:
             return []
         return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]
 
     def self_attentions(self, backbone: nn.Module) -> list[str]:
-        """Attention modules in which the tokens of the picture read each other, in order; empty where the family knows none."""
+        """Return attention modules in which the tokens of the picture read each other, in order; empty where the family
+        knows none."""
         return []
 
     @property
     def can_be_sparse(self) -> bool:
-        """Whether its self-attentions can follow block lists."""
+        """Return whether its self-attentions can follow block lists."""
         return type(self).self_attentions is not Family.self_attentions
 
     def attention_processor(self, attend: Attend) -> Any:
-        """A diffusers attention processor for those modules that leaves to ``attend`` what happens between the projections."""
+        """Return a diffusers attention processor for those modules that leaves to ``attend`` what happens between the
+        projections."""
         raise NotImplementedError(self.name)
 
     def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
-        """Frames, rows and columns of tokens that the backbone makes of a latent of that shape."""
+        """Return frames, rows and columns of tokens that the backbone makes of a latent of that shape."""
         raise NotImplementedError(self.name)
 
     def text_tokens(self, config: Mapping[str, Any]) -> int:
-        """How many tokens of text lie before those of the picture in its self-attentions."""
+        """Return how many tokens of text lie before those of the picture in its self-attentions."""
         return 0
 
     @abstractmethod
     def random_pipeline(self, configuration: str, seed: int) -> Any:
-        """A pipeline with random weights whose backbone has the full size of a published model."""
+        """Return a pipeline with random weights whose backbone has the full size of a published model."""
 
     @abstractmethod
     def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
-        """What the backbone of that diffusers config is given, in the order of the exported graph's inputs."""
+        """Return what the backbone of that diffusers config is given, in the order of the exported graph's inputs."""
 
     @abstractmethod
     def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
-        """Axes of the backbone's output."""
+        """Return axes of the backbone's output."""
 
     def cells_divisor(self, config: Mapping[str, Any]) -> int:
-        """What a latent's height and width must divide by: cells of a patch, or the halvings of a U-Net."""
+        """Return what a latent's height and width must divide by: cells of a patch, or the halvings of a U-Net."""
         return 2
 
     def longest_axis(self, config: Mapping[str, Any]) -> int | None:
-        """How many patches an axis of a latent can have at most, where position tables end; ``None``: as many as one likes."""
+        """Return how many patches an axis of a latent can have at most, where position tables end; ``None``: as many as
+        one likes."""
         return None
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
-        """Settings for sampling that belong to a full-size configuration, as ``generation.json`` has them."""
+        """Return settings for sampling that belong to a full-size configuration, as ``generation.json`` has them."""
         return {}
 
     def pixels_per_cell(self, config: Mapping[str, Any]) -> int:
-        """Pixels along one side of a latent cell: the VAE's factor."""
+        """Return pixels along one side of a latent cell: the VAE's factor."""
         return 8
 
     @abstractmethod
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Named inputs from a call that the pipeline made to the backbone."""
+        """Return named inputs from a call that the pipeline made to the backbone."""
 
     @abstractmethod
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Calls a backbone (float or quantized) with named inputs; returns its prediction."""
+        """Call a backbone (float or quantized) with named inputs; return its prediction."""
 
     @abstractmethod
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
-        """Calls the pipeline."""
+        """Call the pipeline."""
 
     def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
         """Before a backbone is traced: makes for this size what it would otherwise make anew in every call. Most make nothing.
@@ -333,7 +340,8 @@ class Family(ABC):
         """
 
     def for_export(self, backbone: nn.Module) -> nn.Module:
-        """The backbone in a form that exports with dynamic axes, equal in its numbers. May share modules with it."""
+        """Return the backbone in a form that exports with dynamic axes, equal in its numbers. May share modules with
+        it."""
         return NamedInputs(self, backbone)
 
 
@@ -348,7 +356,7 @@ class NamedInputs(nn.Module):
         self.exact = frozenset(spec.name for spec in specs if spec.exact)
 
     def forward(self, *values: Tensor, **named: Tensor) -> Tensor:
-        """The prediction."""
+        """Return the prediction."""
         from qdiff.routing.follow import predict
 
         return predict(self.family, self.backbone, {**dict(zip(self.names, values, strict=False)), **named})
@@ -358,7 +366,7 @@ FAMILIES: Registry[Family] = Registry("model")
 
 
 def quantizable_layers(backbone: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that can be quantized, by name, in module order: linear layers, and convolutions that are plain
+    """Return the layers that can be quantized, by name, in module order: linear layers, and convolutions that are plain
     (:func:`qdiff.nn.conv.is_plain`). What subclasses ``nn.Linear`` has a forward of its own. Left out are those of
     :data:`ASKED_FOR_DTYPE`."""
     left_out = tuple(
@@ -378,14 +386,14 @@ ASKED_FOR_DTYPE = {"WanTimeTextImageEmbedding": ("time_embedder",)}
 
 
 def default_prompts(count: int, seed: int, media: str = "image") -> list[str]:
-    """Prompts for calibration and reports when the user gives none: of the kind the bundled models know."""
+    """Return prompts for calibration and reports when the user gives none: of the kind the bundled models know."""
     from qdiff.evaluation import motion, prompt_accuracy
 
     return (motion if media == "video" else prompt_accuracy).default_prompts(count, seed)
 
 
 def check_size(model: Model, height: int | None, width: int | None, frames: int | None) -> None:
-    """Refuses sizes that the backbone cannot cut into patches or the VAE into frames.
+    """Refuse sizes that the backbone cannot cut into patches or the VAE into frames.
 
     Raises:
         UsageError: with the nearest sizes that work; or frames are asked of a picture.
@@ -421,7 +429,7 @@ def check_frames(family: Family, frames: int | None) -> None:
 
 
 def require_steps(timesteps: Sequence[float]) -> None:
-    """Refuses a recording without a single call of the backbone.
+    """Refuse a recording without a single call of the backbone.
 
     Raises:
         InputError: the pipeline never called it.

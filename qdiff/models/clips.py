@@ -13,7 +13,7 @@ from qdiff.models.base import Model, Request, StepCallback
 
 
 def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Named inputs from a call to a backbone that is given states of a text and one timestep for all samples."""
+    """Return named inputs from a call to a backbone that is given states of a text and one timestep for all samples."""
     hidden_states = args[0] if args else kwargs["hidden_states"]
     return {
         "hidden_states": hidden_states.float(),
@@ -23,7 +23,7 @@ def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def generate(model: Model, request: Request, on_step: StepCallback | None, **further: Any) -> list[Clip]:
-    """The clips of a request.
+    """Return the clips of a request.
 
     Args:
         further: arguments of the pipeline besides those that all have.

@@ -195,7 +195,7 @@ class _JointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Video ``[batch, tokens, width]`` and text ``[batch, text, width]`` to the same."""
+        """Return video ``[batch, tokens, width]`` and text ``[batch, text, width]`` to the same."""
         assert attention_mask is None
         text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -210,7 +210,7 @@ class _JointAttention:
 
 
 def _rotate(x: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Positions of the tokens behind the text: ``x [batch, heads, text + tokens, size]``."""
+    """Return positions of the tokens behind the text: ``x [batch, heads, text + tokens, size]``."""
     from diffusers.models.embeddings import apply_rotary_emb
 
     turned: Any = apply_rotary_emb(x[:, :, text:], rotary)  # type: ignore[arg-type]
@@ -218,7 +218,8 @@ def _rotate(x: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _rotary(config: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines of the positions of a grid of tokens, as the pipeline makes them; ``None`` where there is a table."""
+    """Return cosines and sines of the positions of a grid of tokens, as the pipeline makes them; ``None`` where there
+    is a table."""
     if not config["use_rotary_positional_embeddings"]:
         return None
     from diffusers.models.embeddings import get_3d_rotary_pos_embed

@@ -25,7 +25,7 @@ FLOAT = "float"
 
 
 def not_finite(what: str, engine: str, where: str) -> QdiffError:
-    """The error about NaN or infinity.
+    """Return the error about NaN or infinity.
 
     Args:
         what: is not finite.
@@ -44,7 +44,7 @@ def not_finite(what: str, engine: str, where: str) -> QdiffError:
 
 
 def require_finite_step(engine: str, timestep: Any, latents: Tensor, prediction: Tensor, step: str = "") -> None:
-    """Refuses a prediction that is not finite, and says whether it was the latents that had been broken before.
+    """Refuse a prediction that is not finite, and say whether it was the latents that had been broken before.
 
     Args:
         step: which one of how many, in words, where that is known.
@@ -62,7 +62,7 @@ def require_finite_step(engine: str, timestep: Any, latents: Tensor, prediction:
 
 @contextlib.contextmanager
 def finite_pictures(model: Model, steps: int, calls_per_step: int) -> Iterator[None]:
-    """Looks at every prediction of the backbone and at what the decoder gives, for the length of a block."""
+    """Look at every prediction of the backbone and at what the decoder gives, for the length of a block."""
     backbone = model.backbone
     engine = getattr(backbone, "engine", FLOAT)
     hooks = [_decoder(model.pipeline.vae).register_forward_hook(_watch_decoder(engine))]
@@ -76,7 +76,7 @@ def finite_pictures(model: Model, steps: int, calls_per_step: int) -> Iterator[N
 
 
 def _decoder(vae: nn.Module) -> nn.Module:
-    """What of an autoencoder is called as a module when it decodes."""
+    """Return what of an autoencoder is called as a module when it decodes."""
     inside = getattr(vae, "decoder", None)
     return inside if isinstance(inside, nn.Module) else vae
 
@@ -105,7 +105,7 @@ def _watch_backbone(model: Model, steps: int, calls_per_step: int) -> Callable[.
 
 
 def _tensor(output: Any) -> Tensor:
-    """The tensor of an answer of diffusers: itself, the first of a tuple, or ``sample``."""
+    """Return the tensor of an answer of diffusers: itself, the first of a tuple, or ``sample``."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else output.sample

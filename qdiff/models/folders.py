@@ -45,7 +45,7 @@ class Component:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """``model_index.json`` of a folder.
+    """Return ``model_index.json`` of a folder.
 
     Raises:
         InputError: there is none, or it holds no pipeline.
@@ -68,7 +68,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def components(folder: Path, index: Mapping[str, Any]) -> list[Component]:
-    """The components that an index names and that are loaded; those of :data:`LEFT_OUT` are checked and left away.
+    """Return the components that an index names and that are loaded; those of :data:`LEFT_OUT` are checked and left
+    away.
 
     Raises:
         IntegrityError: code of its own.
@@ -128,7 +129,7 @@ def _class_of(folder: Path, name: str, library: str, class_name: str) -> type:
 
 
 def _pipeline_class(module: str, class_name: str) -> type | None:
-    """A class that lives in ``diffusers.pipelines.<module>``; ``None`` where it does not."""
+    """Return a class that lives in ``diffusers.pipelines.<module>``; ``None`` where it does not."""
     if not module.isidentifier():
         return None
     home = f"diffusers.pipelines.{module}"
@@ -159,7 +160,8 @@ def _is_network(cls: type) -> bool:
 
 
 def weight_files(names: Iterable[str]) -> dict[str, list[str]]:
-    """The weight files among the names of a component's files, by variant; the plain ones are those of the variant ``""``."""
+    """Return the weight files among the names of a component's files, by variant; the plain ones are those of the
+    variant ``""``."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         match = _WEIGHTS.match(name)
@@ -169,7 +171,7 @@ def weight_files(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def choose_variant(variants: Iterable[str]) -> str:
-    """The set of weights that is read: the plain one, else the most exact variant, else the first by name."""
+    """Return the set of weights that is read: the plain one, else the most exact variant, else the first by name."""
     known = sorted(variants)
     return next((name for name in ("", *_MOST_EXACT) if name in known), known[0])
 
@@ -195,7 +197,7 @@ def files_that_count(names: Iterable[str]) -> list[str]:
 
 
 def load_component(folder: Path, component: Component, weights: str) -> tuple[Any, str]:
-    """A network of a folder in float32, whole and finite, and the variant that was read.
+    """Return a network of a folder in float32, whole and finite, and the variant that was read.
 
     Raises:
         InputError: no safetensors, a damaged file, a missing weight, NaN or infinity.
@@ -231,7 +233,7 @@ def load_component(folder: Path, component: Component, weights: str) -> tuple[An
 
 
 def require_whole(module: Any, account: Mapping[str, Iterable[str]], name: str, weights: str) -> None:
-    """Refuses a network with weights that no file gave or that are not finite; warns of those that it does not use.
+    """Refuse a network with weights that no file gave or that are not finite; warns of those that it does not use.
 
     Args:
         account: ``missing_keys`` and ``unexpected_keys``, as the libraries give them.
@@ -257,7 +259,7 @@ def require_whole(module: Any, account: Mapping[str, Iterable[str]], name: str, 
 
 
 def cannot_load(folder: Path, error: Exception, part: str = "") -> InputError:
-    """What a library said about a folder, in a line."""
+    """Return what a library said about a folder, in a line."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return InputError(
         f"cannot load {folder}: {part + ': ' if part else ''}{reason[:300]}",

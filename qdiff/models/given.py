@@ -24,7 +24,7 @@ def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown(given: Mapping[str, Any], inputs: Collection[str]) -> list[str]:
-    """Names of what has a value and is no input."""
+    """Return names of what has a value and is no input."""
     return [
         name
         for name, value in given.items()

@@ -17,12 +17,12 @@ _FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model"]
 
 
 def is_id(weights: str) -> bool:
-    """Whether a name can be that of a repository: ``owner/name``."""
+    """Return whether a name can be that of a repository: ``owner/name``."""
     return bool(_ID.match(weights))
 
 
 def download(hub_id: str, revision: str | None) -> tuple[Path, str]:
-    """A local folder with what is needed of a repository, and the commit.
+    """Return a local folder with what is needed of a repository, and the commit.
 
     Args:
         revision: a commit, a branch or a tag; ``None``: the default branch.

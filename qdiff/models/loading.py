@@ -28,19 +28,19 @@ HUB = "hub:"
 
 
 def bundled_folder(family: str) -> Path:
-    """The folder of the small trained weights that come with qdiff."""
+    """Return the folder of the small trained weights that come with qdiff."""
     return Path(str(resources.files("qdiff.models") / "bundled" / family))
 
 
 def bundled_tokenizer(family: str) -> Any:
-    """The tokenizer of the bundled weights, which pipelines with random weights share."""
+    """Return the tokenizer of the bundled weights, which pipelines with random weights share."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(bundled_folder(family) / "tokenizer"), local_files_only=True)
 
 
 def stand_in_text_encoder(configuration: Any, encoder: Any, tokenizer: Any, width: int) -> Any:
-    """A small T5 of the right interface, with random weights.
+    """Return a small T5 of the right interface, with random weights.
 
     Args:
         configuration, encoder: transformers' classes.
@@ -52,7 +52,7 @@ def stand_in_text_encoder(configuration: Any, encoder: Any, tokenizer: Any, widt
 
 
 def stand_in_vae() -> Any:
-    """A small random autoencoder with the interface of the published ones: 8 pixels a cell, 4 channels."""
+    """Return a small random autoencoder with the interface of the published ones: 8 pixels a cell, 4 channels."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -139,7 +139,7 @@ def _from_folder(family: Family, folder: Path, weights: str, note: str) -> Model
 
 
 def _another_family(family: Family, folder: Path, class_name: Any) -> InputError:
-    """A folder of another pipeline than the family's: which family loads it, if one does."""
+    """Return a folder of another pipeline than the family's: which family loads it, if one does."""
     from qdiff.models.base import FAMILIES
 
     takers = [name for name in FAMILIES if class_name in FAMILIES[name].pipelines]
@@ -150,7 +150,7 @@ def _another_family(family: Family, folder: Path, class_name: Any) -> InputError
 
 
 def _fingerprint(folder: Path) -> str:
-    """sha256 over the names and bytes of everything that decides the numbers."""
+    """Return sha256 over the names and bytes of everything that decides the numbers."""
     digest = hashlib.sha256()
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     for name in files_that_count(name.as_posix() for name in names):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def captured(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The named inputs of a call that the pipeline made, all of them and nothing else.
+    """Return the named inputs of a call that the pipeline made, all of them and nothing else.
 
     Raises:
         InputError: the pipeline gives something that the family has no input for, or lacks one.
@@ -47,7 +47,7 @@ def captured(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def require_width(model: Model, width: int, encoders: Sequence[Any]) -> None:
-    """Refuses text encoders whose states, side by side, are not as wide as the backbone reads them.
+    """Refuse text encoders whose states, side by side, are not as wide as the backbone reads them.
 
     Raises:
         InputError: with both widths, or when there is no text encoder.
@@ -63,7 +63,7 @@ def require_width(model: Model, width: int, encoders: Sequence[Any]) -> None:
 
 
 def require_latents(model: Model) -> None:
-    """Refuses a backbone that reads more channels than the latents have.
+    """Refuse a backbone that reads more channels than the latents have.
 
     Raises:
         InputError: with both numbers.

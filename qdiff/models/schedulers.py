@@ -55,7 +55,7 @@ Kind = Literal["noise", "flow", "edm"]
 
 
 def schedulers_for(current: Any, pipeline: Any = None) -> dict[str, Any]:
-    """Schedulers that can sample what ``current`` can, by class name and short name.
+    """Return schedulers that can sample what ``current`` can, by class name and short name.
 
     Args:
         pipeline: whose loop they run in; it may ask a scheduler for more than others do.
@@ -66,7 +66,7 @@ def schedulers_for(current: Any, pipeline: Any = None) -> dict[str, Any]:
 
 
 def named(name: str, current: Any, pipeline: Any, weights: str) -> Any:
-    """The scheduler of that name with ``current``'s configuration.
+    """Return the scheduler of that name with ``current``'s configuration.
 
     Raises:
         UsageError: unknown, or it cannot sample this model; names those that can.
@@ -90,7 +90,7 @@ def named(name: str, current: Any, pipeline: Any, weights: str) -> Any:
 
 
 def configured(cls: Any, current: Any) -> Any:
-    """A scheduler of a class with another's configuration."""
+    """Return a scheduler of a class with another's configuration."""
     config = current.config
     known = inspect.signature(cls.__init__).parameters
     # One number under two names: the shift of a flow's noise.
@@ -104,7 +104,7 @@ def configured(cls: Any, current: Any) -> Any:
 
 
 def can_sample(cls: Any, current: Any, pipeline: Any = None) -> bool:
-    """Whether a scheduler of that class samples the model of ``current``; see the module's docstring."""
+    """Return whether a scheduler of that class samples the model of ``current``; see the module's docstring."""
     if cls is type(current):
         return True
     if not _suits(cls, pipeline):
@@ -119,7 +119,7 @@ def can_sample(cls: Any, current: Any, pipeline: Any = None) -> bool:
 
 
 def check_steps(scheduler: Any, steps: int) -> None:
-    """Refuses numbers of steps that a scheduler does not take, by its own word.
+    """Refuse numbers of steps that a scheduler does not take, by its own word.
 
     Raises:
         UsageError: with the most or the fewest that it takes.
@@ -137,7 +137,8 @@ def check_steps(scheduler: Any, steps: int) -> None:
 
 
 def count_calls(scheduler: Any, steps: int) -> int:
-    """How many timesteps a scheduler goes through in so many steps: more than those where it is of higher order."""
+    """Return how many timesteps a scheduler goes through in so many steps: more than those where it is of higher
+    order."""
     trial = copy.deepcopy(scheduler)
     try:
         trial.set_timesteps(steps)
@@ -155,7 +156,7 @@ def _refusal(scheduler: Any, steps: int) -> str | None:
 
 
 def _classes(current: Any) -> list[Any]:
-    """All schedulers of diffusers that are installed whole, and ``current``'s own class, first."""
+    """Return all schedulers of diffusers that are installed whole, and ``current``'s own class, first."""
     import diffusers
 
     names = [name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")]
@@ -165,14 +166,15 @@ def _classes(current: Any) -> list[Any]:
 
 
 def _is_whole(cls: Any) -> bool:
-    """Whether that is a scheduler's class, and not diffusers' stand-in for one whose package is not installed."""
+    """Return whether that is a scheduler's class, and not diffusers' stand-in for one whose package is not
+    installed."""
     from diffusers import SchedulerMixin
 
     return isinstance(cls, type) and issubclass(cls, SchedulerMixin) and not hasattr(cls, "_backends")
 
 
 def _suits(cls: Any, pipeline: Any) -> bool:
-    """Whether a class has what a pipeline's loop asks of its scheduler."""
+    """Return whether a class has what a pipeline's loop asks of its scheduler."""
     if pipeline is None:
         return True
     asked: set[str] = set()
@@ -188,7 +190,7 @@ def _sets(cls: Any, name: str) -> bool:
 
 
 def _moments(sample: Tensor) -> tuple[float, float]:
-    """Mean, with the sign of the data's mean, and spread around it."""
+    """Return mean, with the sign of the data's mean, and spread around it."""
     signs = _signs(sample)
     return float((sample * signs).mean()), float((sample - _MEAN * signs).std())
 
@@ -228,7 +230,7 @@ class _Ideal:
         return cls("noise", predicts, ((1 - kept) / kept).log() / 2, count)
 
     def __call__(self, seen: Tensor, timestep: float) -> Tensor:
-        """The prediction for what a backbone is given."""
+        """Return the prediction for what a backbone is given."""
         mean = _MEAN * _signs(seen)
         if self.kind == "edm":
             sigma, data = math.exp(4 * timestep), self.sigma_data
@@ -254,14 +256,14 @@ class _Ideal:
         return signal_share * noise - noise_share * clean if self.predicts == "v_prediction" else noise
 
     def _log_ratio(self, timestep: float) -> float:
-        """Linear between timesteps, as the schedulers that have some of them in between take it."""
+        """Return linear between timesteps, as the schedulers that have some of them in between take it."""
         place = min(max(timestep, 0.0), len(self.log_ratios) - 1.0)
         low = min(int(place), len(self.log_ratios) - 2)
         return float(torch.lerp(self.log_ratios[low], self.log_ratios[low + 1], place - low))
 
 
 def _sample(scheduler: Any, model: _Ideal) -> Tensor:
-    """What a scheduler draws with the ideal predictions: ``[1, 1, 64, 64]``, float64."""
+    """Return what a scheduler draws with the ideal predictions: ``[1, 1, 64, 64]``, float64."""
     scheduler.set_timesteps(_TRIAL_STEPS)
     latents = torch.randn(1, 1, 64, 64, dtype=torch.float64) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for timestep in scheduler.timesteps:

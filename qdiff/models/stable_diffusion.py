@@ -191,7 +191,8 @@ class StableDiffusion(Family):
         return found
 
     def blocks(self, backbone: nn.Module) -> list[str]:
-        """Resnets and transformer blocks in the order in which they are called: a level's resnets and attentions take turns."""
+        """Return resnets and transformer blocks in the order in which they are called: a level's resnets and attentions
+        take turns."""
         sections = [f"down_blocks.{i}" for i, _ in enumerate(backbone.get_submodule("down_blocks").children())]
         middle = ["mid_block"] if getattr(backbone, "mid_block", None) is not None else []
         sections += [
@@ -288,7 +289,7 @@ def _text_width(config: Mapping[str, Any]) -> int:
 
 
 def _clip(width: int, tokenizer: Any, pooled: int = 0) -> Any:
-    """A text encoder of one layer and of that width."""
+    """Return a text encoder of one layer and of that width."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(

@@ -26,7 +26,7 @@ class Window:
 
     @property
     def taps(self) -> int:
-        """Columns of the weight's matrix that belong to one channel of the input."""
+        """Return columns of the weight's matrix that belong to one channel of the input."""
         return self.kernel[0] * self.kernel[1]
 
     @classmethod
@@ -40,15 +40,16 @@ class Window:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a module is a convolution that can be quantized. Not a patch embedding (its kernel is its stride: the first layer
-    of a DiT, as sensitive as small), no groups, no padding but by zeros."""
+    """Return whether a module is a convolution that can be quantized. Not a patch embedding (its kernel is its stride:
+    the first layer of a DiT, as sensitive as small), no groups, no padding but by zeros."""
     if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
         return False
     return not isinstance(layer.padding, str) and (layer.kernel_size != layer.stride or layer.kernel_size == (1, 1))
 
 
 def tokens(layer: nn.Module, x: Tensor, read: Tensor | None = None) -> Tensor:
-    """The input as ``[N, channels]``: of ``[..., in]`` for a linear layer, of ``[B, in, H, W]`` for a convolution.
+    """Return the input as ``[N, channels]``: of ``[..., in]`` for a linear layer, of ``[B, in, H, W]`` for a
+    convolution.
 
     Args:
         read: bool ``[...]`` of a linear layer's tokens, where only some count (:meth:`qdiff.models.base.Family.read_by`).
@@ -59,12 +60,13 @@ def tokens(layer: nn.Module, x: Tensor, read: Tensor | None = None) -> Tensor:
 
 
 def layer_channels(layer: nn.Module) -> int:
-    """Channels of the input."""
+    """Return channels of the input."""
     return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features  # type: ignore[return-value]
 
 
 def sample_windows(layer: nn.Conv2d, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` random windows of ``x [B, in, H, W]``, as they meet the weight: ``[count, in * height * width]``."""
+    """Return ``count`` random windows of ``x [B, in, H, W]``, as they meet the weight: ``[count, in * height *
+    width]``."""
     window = Window.of(layer)
     (up, left), (height, width) = window.padding, window.kernel
     padded = F.pad(x, (left, left, up, up))

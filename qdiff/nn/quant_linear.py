@@ -63,7 +63,7 @@ class TimestepIndex:
         self._index = distance.argmin(dim=1)
 
     def gather(self, table: Tensor) -> Tensor:
-        """``table [T]`` at the current timesteps: ``[batch]``."""
+        """Return ``table [T]`` at the current timesteps: ``[batch]``."""
         if self._index is None:
             raise RuntimeError("no timestep was set: call the backbone, not a layer of it")
         return table[self._index]
@@ -108,12 +108,12 @@ class QuantLinearConfig:
 
     @property
     def channels(self) -> int:
-        """Channels of the input."""
+        """Return channels of the input."""
         return self.in_features // (1 if self.window is None else self.window.taps)
 
     @property
     def static(self) -> bool:
-        """Whether the input's scale is one constant."""
+        """Return whether the input's scale is one constant."""
         format = format_named(self.activations)
         return format.quantized and not format.block and not self.per_token
 
@@ -175,7 +175,7 @@ class QuantLinear(nn.Module):
         add("output_scale", config.output is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [batch, ..., in]`` to ``[batch, ..., out]``."""
+        """Return ``x [batch, ..., in]`` to ``[batch, ..., out]``."""
         x = self._transformed(x)
         if self.timestep_scales is None:
             y = self._product(x, self.bias)
@@ -196,7 +196,7 @@ class QuantLinear(nn.Module):
         return rotate(x, self.rotation, self.outlier_rotation, self.outlier_order)
 
     def _along_output(self, x: Tensor) -> Tensor:
-        """``x [out]`` in a shape that an output can be added to."""
+        """Return ``x [out]`` in a shape that an output can be added to."""
         return x
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,7 +221,8 @@ class QuantLinear(nn.Module):
         return ops.quantize_dequantize(x, self.input_scale, format.name)
 
     def exact(self) -> set[str]:
-        """Buffers that lose something in 16 bit: scales of a whole tensor, which are no float16 numbers, and stored codes."""
+        """Return buffers that lose something in 16 bit: scales of a whole tensor, which are no float16 numbers, and
+        stored codes."""
         names = {"codes", "tensor_scale"}
         if format_named(self.config.weights).scale != "float16":
             names.add("scale")
@@ -263,12 +264,12 @@ class QuantConv2d(QuantLinear):
     # What diffusers and export ask of a convolution.
     @property
     def in_channels(self) -> int:
-        """Channels of the input."""
+        """Return channels of the input."""
         return self.config.channels
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output."""
+        """Return channels of the output."""
         return self.config.out_features
 
     def _transformed(self, x: Tensor) -> Tensor:
@@ -278,13 +279,14 @@ class QuantConv2d(QuantLinear):
         return x[:, None, None]
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x [B, in, H, W]``."""
+        """Return ``x [B, in, H, W]``."""
         weight = self._weight(x.dtype).unflatten(1, (self.config.channels, *self.window.kernel))
         return _convolve(self._quantized(x), weight, bias, self.window)
 
 
 def centered(x: Tensor, quantized: Callable[[Tensor], Tensor]) -> Tensor:
-    """Tokens without their mean, and the mean as :data:`MEAN_ROWS` rows more: ``x [..., N, in]`` to ``[..., N + 2, in]``.
+    """Return tokens without their mean, and the mean as :data:`MEAN_ROWS` rows more: ``x [..., N, in]`` to ``[..., N +
+    2, in]``.
 
     The last rows are the mean and what ``quantized`` loses of it, so that nearly nothing is lost when all rows are quantized. A
     token's output is its own row's and both of these. Sums are taken in float32: thousands of tokens leave float16's range.
@@ -294,7 +296,7 @@ def centered(x: Tensor, quantized: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``x * multiplier - shift``: what a layer's input goes through before its rotation and its quantizer."""
+    """Return ``x * multiplier - shift``: what a layer's input goes through before its rotation and its quantizer."""
     if multiplier is not None:
         x = x * multiplier
     return x if shift is None else x - shift
@@ -314,7 +316,7 @@ class KeptLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in]`` to ``[..., out]``."""
+        """Return ``x [..., in]`` to ``[..., out]``."""
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
@@ -334,7 +336,7 @@ class KeptConv2d(nn.Module):
         self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [B, in, H, W]`` to ``[B, out, H', W']``."""
+        """Return ``x [B, in, H, W]`` to ``[B, out, H', W']``."""
         return _convolve(x, self.weight.to(x.dtype), self.bias, self.window)
 
 

@@ -44,11 +44,11 @@ class Rotation:
 
     @property
     def block(self) -> int:
-        """Channels that are mixed with each other by one factor."""
+        """Return channels that are mixed with each other by one factor."""
         return self.last.shape[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x R`` for ``x [..., in]``, in its own dtype.
+        """Return ``x R`` for ``x [..., in]``, in its own dtype.
 
         Raises:
             InputError: the block does not divide the columns.
@@ -58,8 +58,8 @@ class Rotation:
         return rotate(x, self.last.to(x), None if self.first is None else self.first.to(x), self.order)
 
     def weight(self, weight: Tensor) -> Tensor:
-        """``W (Rᵀ)⁻¹`` for ``W [out, in]``: what the rotated input is multiplied with. G on the float16 grid is orthogonal to
-        2^-11 only, so its own inverse is taken."""
+        """Return ``W (Rᵀ)⁻¹`` for ``W [out, in]``: what the rotated input is multiplied with. G on the float16 grid is
+        orthogonal to 2^-11 only, so its own inverse is taken."""
         if self.first is None:
             return self.forward(weight)
         inverse = torch.linalg.inv(self.first.double()).transpose(-1, -2).to(weight)
@@ -67,7 +67,8 @@ class Rotation:
 
 
 def rotate(x: Tensor, last: Tensor | None, first: Tensor | None = None, order: Tensor | None = None) -> Tensor:
-    """``x G P H`` for ``x [..., in]`` with the factors of :class:`Rotation`; what a quantized layer's graph holds."""
+    """Return ``x G P H`` for ``x [..., in]`` with the factors of :class:`Rotation`; what a quantized layer's graph
+    holds."""
     if first is not None and order is not None:
         blocks = x.unflatten(-1, (first.shape[0], 1, first.shape[1]))
         x = (blocks @ first).flatten(-3).index_select(-1, order)
@@ -77,7 +78,7 @@ def rotate(x: Tensor, last: Tensor | None, first: Tensor | None = None, order: T
 
 
 def hadamard(block: int) -> Tensor:
-    """The regular Hadamard matrix ``[block, block]``, orthogonal and symmetric, float32.
+    """Return the regular Hadamard matrix ``[block, block]``, orthogonal and symmetric, float32.
 
     Raises:
         InputError: a block that is no power of 4 up to 256.
@@ -91,12 +92,12 @@ def hadamard(block: int) -> Tensor:
 
 
 def largest_block(columns: int, most: int = 256) -> int:
-    """The largest block that divides ``columns`` and is at most ``most``; 0 when none does."""
+    """Return the largest block that divides ``columns`` and is at most ``most``; 0 when none does."""
     return next((block for block in BLOCKS if block <= most and columns % block == 0), 0)
 
 
 def outlier_rotation(x: Tensor, block: int, steps: int = 32, seed: int = 0) -> Rotation:
-    """The *outlier* kind, fitted to tokens ``x [N, in]``: see the module's docstring.
+    """Return the *outlier* kind, fitted to tokens ``x [N, in]``: see the module's docstring.
 
     Greedy, block by block: the channel with the largest value becomes the first of its block and a random rotation whose first
     row is constant spreads it; of up to ``steps`` such rotations in a row the product with the smallest largest value is
@@ -129,7 +130,8 @@ def outlier_rotation(x: Tensor, block: int, steps: int = 32, seed: int = 0) -> R
 
 
 def zigzag(magnitudes: Tensor, block: int) -> Tensor:
-    """Channels dealt to blocks from the largest on, forwards and backwards in turn: ``[in]`` int64, block after block."""
+    """Return channels dealt to blocks from the largest on, forwards and backwards in turn: ``[in]`` int64, block after
+    block."""
     count = len(magnitudes) // block
     dealt = magnitudes.argsort(descending=True, stable=True).reshape(block, count)
     dealt[1::2] = dealt[1::2].flip(1)
@@ -137,7 +139,8 @@ def zigzag(magnitudes: Tensor, block: int) -> Tensor:
 
 
 def _spreading(block: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix ``[block, block]`` whose first row is constant: it spreads the first channel evenly."""
+    """Return a random orthogonal matrix ``[block, block]`` whose first row is constant: it spreads the first channel
+    evenly."""
     matrix = torch.randn(block, block, generator=generator, dtype=torch.float64)
     matrix[:, 0] = 1.0
     q, _ = torch.linalg.qr(matrix)

@@ -43,12 +43,12 @@ class SplitConv2d(nn.Module):
         self.at, self.hidden, self.skip = at, hidden, skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [B, in, H, W]`` to ``[B, out, H', W']``."""
+        """Return ``x [B, in, H, W]`` to ``[B, out, H', W']``."""
         return self.hidden(x[:, : self.at]) + self.skip(x[:, self.at :])
 
     @classmethod
     def of(cls, layer: nn.Conv2d, at: int) -> SplitConv2d:
-        """The two halves of a float convolution; their weights are copies.
+        """Return the two halves of a float convolution; their weights are copies.
 
         Raises:
             InputError: the channel is none of the layer's.
@@ -95,7 +95,7 @@ class FirstTokenLinear(nn.Module):
         self.register_buffer("product", product)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [B, tokens, in]`` to ``[B, tokens, out]``."""
+        """Return ``x [B, tokens, in]`` to ``[B, tokens, out]``."""
         first, others = x[:, :1], x[:, 1:]
         share = first @ self.direction[:, None]  # [B, 1, 1]
         y = self.rest(torch.cat([first - share * self.state, others], dim=1))
@@ -108,7 +108,8 @@ class FirstTokenLinear(nn.Module):
 
 
 def divide(statistics: Statistics, structure: Structure) -> Statistics:
-    """The statistics of the changed model from those of the model as it was; exact, because they are kept by channel."""
+    """Return the statistics of the changed model from those of the model as it was; exact, because they are kept by
+    channel."""
     inputs, outputs = {}, dict(statistics.outputs)
     for group, entry in statistics.inputs.items():
         at = structure.split.get(group)
@@ -125,7 +126,7 @@ def divide(statistics: Statistics, structure: Structure) -> Statistics:
 
 
 def restructure(backbone: nn.Module, structure: Structure, states: Mapping[str, Tensor] | None = None) -> None:
-    """Makes the changes in place.
+    """Make the changes in place.
 
     Args:
         states: for each layer of ``structure.first_token`` its constant state ``[in]``; ``None``: the numbers are loaded later.

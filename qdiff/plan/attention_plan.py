@@ -52,5 +52,5 @@ class AttentionPlan(BaseModel):
 
     @property
     def heads(self) -> int:
-        """Heads of all sparse attentions."""
+        """Return heads of all sparse attentions."""
         return sum(len(layer.heads) for layer in self.layers)

@@ -48,7 +48,7 @@ MEASURED_ON = ("openvino", "onnxruntime", "tensorrt_rtx", "tensorrt")  # engines
 
 
 def device_named(name: str) -> Device:
-    """A GPU of the table.
+    """Return a GPU of the table.
 
     Raises:
         InputError: unknown; names the known ones.

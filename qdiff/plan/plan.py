@@ -78,31 +78,32 @@ class LayerPlan(BaseModel):
 
     @property
     def quantized(self) -> bool:
-        """Whether this layer's weights are in a quantized format."""
+        """Return whether this layer's weights are in a quantized format."""
         return FORMATS[self.weights].quantized
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the weight as the matrix that a product is made with."""
+        """Return rows and columns of the weight as the matrix that a product is made with."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def precision(self) -> str:
-        """Formats in one word or two: ``float16``, ``int8 x int8``, ``int4_g64 x int8 per token``, ``int4_g64 x float16``."""
+        """Return formats in one word or two: ``float16``, ``int8 x int8``, ``int4_g64 x int8 per token``, ``int4_g64 x
+        float16``."""
         if not self.quantized:
             return self.weights
         return f"{self.weights} x {self.activations}{' per token' if self.per_token else ''}"
 
     def weight_bits(self) -> float:
-        """Bits of the stored weight with all its scales, its low-rank branch and a rotation that was fitted, for each of its
-        elements."""
+        """Return bits of the stored weight with all its scales, its low-rank branch and a rotation that was fitted, for
+        each of its elements."""
         rows, columns = self.matrix
         extra = low_rank_bits(rows, columns, self.rank) if self.rank else 0.0
         extra += rotation_bits(self.rotation) / rows if self.outliers else 0.0
         return FORMATS[self.weights].stored_bits(self.matrix) / (rows * columns) + extra
 
     def weight_bytes(self) -> int:
-        """Bytes of what :meth:`weight_bits` counts, bias left out."""
+        """Return bytes of what :meth:`weight_bits` counts, bias left out."""
         rows, columns = self.matrix
         return round(rows * columns * self.weight_bits() / 8)
 
@@ -144,12 +145,12 @@ class Plan(BaseModel):
         return with_new_names(values, renamed.PLAN)
 
     def save(self, path: Path) -> None:
-        """Writes ``plan.json``."""
+        """Write ``plan.json``."""
         write_json(path, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Reads ``plan.json``.
+        """Read ``plan.json``.
 
         Raises:
             InputError: missing.
@@ -180,12 +181,12 @@ class Plan(BaseModel):
 
     @property
     def quantized(self) -> list[LayerPlan]:
-        """The layers that are quantized."""
+        """Return the layers that are quantized."""
         return [layer for layer in self.layers if layer.quantized]
 
 
 def _place(value: Any, path: tuple[int | str, ...]) -> str:
-    """Where in a plan something is wrong: a layer by its name, where it has one."""
+    """Return where in a plan something is wrong: a layer by its name, where it has one."""
     layer = value
     for part in path[:2]:
         try:

@@ -96,7 +96,7 @@ class Distillation(BaseModel):
         return self
 
     def steps(self, calls: int) -> int:
-        """Training steps on that many recorded calls."""
+        """Return training steps on that many recorded calls."""
         return self.iterations or max(1, round(self.passes * calls))
 
 
@@ -176,12 +176,12 @@ class Routing(BaseModel):
 
     @property
     def predicts(self) -> bool:
-        """Whether routes may follow what blocks changed the step before."""
+        """Return whether routes may follow what blocks changed the step before."""
         return len(self.recipes) == 2 and self.rule in ("best", "predicted")
 
     @property
     def follows_changes(self) -> bool:
-        """Whether anything depends on how blocks change from step to step."""
+        """Return whether anything depends on how blocks change from step to step."""
         return self.predicts or self.reuse is not None
 
     @model_validator(mode="after")
@@ -277,7 +277,7 @@ class Recipe(BaseModel):
         return self
 
     def scheme_of(self, kind: str) -> Scheme:
-        """Formats of a layer of that kind (``Linear``, ``Conv2d``).
+        """Return formats of a layer of that kind (``Linear``, ``Conv2d``).
 
         Raises:
             RuntimeError: the recipe is mixed or routed: its members have formats.
@@ -288,7 +288,7 @@ class Recipe(BaseModel):
         return scheme
 
     def check_families(self, known: Iterable[str]) -> None:
-        """Refuses patterns for families that do not exist: they would never match.
+        """Refuse patterns for families that do not exist: they would never match.
 
         Raises:
             InputError: with the nearest names.
@@ -306,7 +306,7 @@ class Recipe(BaseModel):
                     raise unknown_name(f"family in {entry} of recipe {self.name!r}", family, known, InputError)
 
     def ignored(self, family: str, names: list[str]) -> dict[str, str]:
-        """Which of ``names`` stay unquantized, with the pattern that says so.
+        """Return which of ``names`` stay unquantized, with the pattern that says so.
 
         Raises:
             InputError: a pattern that matches no layer, with the nearest names.
@@ -314,12 +314,13 @@ class Recipe(BaseModel):
         return match(f"recipe {self.name!r}: the ignore", self.ignore.get(family, []), family, names)
 
     def with_output(self, family: str, names: list[str]) -> dict[str, str]:
-        """Which of ``names`` have their output quantized too, with the pattern that says so. Raises as :meth:`ignored`."""
+        """Return which of ``names`` have their output quantized too, with the pattern that says so. Raises as
+        :meth:`ignored`."""
         return match(f"recipe {self.name!r}: quantize_outputs", self.quantize_outputs.get(family, []), family, names)
 
 
 def match(what: str, patterns: list[str], family: str, names: list[str]) -> dict[str, str]:
-    """Which of ``names`` the patterns mean, with the first pattern that does.
+    """Return which of ``names`` the patterns mean, with the first pattern that does.
 
     Args:
         what: begins the message, before "pattern".

@@ -60,7 +60,7 @@ class RoutedBlock(BaseModel):
 
     @property
     def switches(self) -> bool:
-        """Whether it needs more than one of its branches."""
+        """Return whether it needs more than one of its branches."""
         return self.predictor is not None or len(set(self.table)) > 1
 
 
@@ -87,6 +87,7 @@ class RoutingPlan(BaseModel):
 
     @property
     def by_sample(self) -> bool:
-        """Whether routes depend on what a sample did before, so that every sample has to be called for alone: else its picture
-        would depend on the others of its batch. Tables depend on the timestep, which all samples share."""
+        """Return whether routes depend on what a sample did before, so that every sample has to be called for alone:
+        else its picture would depend on the others of its batch. Tables depend on the timestep, which all samples
+        share."""
         return self.reuse is not None or any(block.predictor is not None for block in self.blocks)

@@ -100,7 +100,8 @@ class BlockWalk:
         return Call(states, args, kwargs, timestep, number, step.timestep, step.shard, read)
 
     def _door(self, block: str, step: Step) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """States and other arguments that the block is called with when the recorded call is replayed up to it."""
+        """Return states and other arguments that the block is called with when the recorded call is replayed up to
+        it."""
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,7 +118,7 @@ class BlockWalk:
         return seen[0]
 
     def enter(self, block: str) -> None:
-        """Brings every call to the door of the block. Here they are there already."""
+        """Bring every call to the door of the block. Here they are there already."""
 
     def leave(self, block: str) -> None:
         """The block is as it will be: on to the next."""
@@ -126,7 +127,8 @@ class BlockWalk:
     def observe(
         self, block: str, statistics: dict[str, InputStatistics], without: Collection[int] = ()
     ) -> dict[str, InputStatistics]:
-        """Statistics of the block's groups on the present states: other tokens, and ranges at least as wide as before.
+        """Return statistics of the block's groups on the present states: other tokens, and ranges at least as wide as
+        before.
 
         Args:
             block: name of the block, whose layers are still float.
@@ -191,13 +193,13 @@ class BlockWalk:
         }
 
     def advance(self, block: str) -> None:
-        """Moves every call through the block as it is now."""
+        """Move every call through the block as it is now."""
         for call in self.calls:
             with torch.no_grad():
                 call.states = self.run(block, call)
 
     def run(self, block: str, call: Call) -> Tensor:
-        """What the block as it is now makes of a call's states; with gradients where they are on."""
+        """Return what the block as it is now makes of a call's states; with gradients where they are on."""
         self.timestep_index.set(self.timesteps.new_tensor([call.value]), self.timesteps)
         result = self.backbone.get_submodule(block)(call.states, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
@@ -220,7 +222,7 @@ class ReplayWalk(BlockWalk):
             call.states, call.args, call.kwargs = self._door(block, step)
 
     def advance(self, block: str) -> None:
-        """Brings every call behind the block."""
+        """Bring every call behind the block."""
         self.enter(block)
         super().advance(block)
 

@@ -43,5 +43,6 @@ def buffers_of(
 
 
 def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
-    """The constant scale of a layer's output from its ranges by timestep ``[T]``; ``None`` when the output stays float."""
+    """Return the constant scale of a layer's output from its ranges by timestep ``[T]``; ``None`` when the output stays
+    float."""
     return None if plan.output is None else scales.choose_scale(amax.max(), format_named(plan.output))

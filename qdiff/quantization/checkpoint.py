@@ -35,7 +35,7 @@ def empty_layer(
     storage_dtype: StorageDtype,
     replaced: nn.Module,
 ) -> nn.Module:
-    """The layer that ``plan`` describes, without numbers (its buffers are on the meta device).
+    """Return the layer that ``plan`` describes, without numbers (its buffers are on the meta device).
 
     Args:
         replaced: the layer whose place it takes; a convolution's geometry is read from it.
@@ -92,7 +92,8 @@ def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
 
 
 def install_timestep_index(backbone: nn.Module, timestep_index: TimestepIndex, timesteps: Tensor) -> None:
-    """Sets the timestep index at the start of every forward of the backbone, from the value of its ``timestep`` argument."""
+    """Set the timestep index at the start of every forward of the backbone, from the value of its ``timestep``
+    argument."""
     backbone.register_buffer(TIMESTEPS, timesteps.float().to(device.of(backbone)))
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
 
@@ -107,8 +108,8 @@ def install_timestep_index(backbone: nn.Module, timestep_index: TimestepIndex, t
 
 
 def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
-    """Writes codes, scales and everything that was kept as one safetensors file, really packed. Hadamard matrices are left out:
-    their size says all."""
+    """Write codes, scales and everything that was kept as one safetensors file, really packed. Hadamard matrices are
+    left out: their size says all."""
     parameters, known = dict(backbone.named_parameters()), set(_hadamards(plan))
     tensors = {
         name: to_storage(tensor.detach(), plan.storage_dtype) if name in parameters else tensor.detach()
@@ -119,12 +120,12 @@ def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
 
 
 def _hadamards(plan: Plan) -> dict[str, int]:
-    """Names of the Hadamard matrices of a plan's layers, and their sizes."""
+    """Return names of the Hadamard matrices of a plan's layers, and their sizes."""
     return {f"{layer.name}.rotation": layer.rotation for layer in plan.layers if layer.rotation}
 
 
 def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module:
-    """Builds the quantized backbone from the plan and the packed tensors; the float weights are not needed. The masks of
+    """Build the quantized backbone from the plan and the packed tensors; the float weights are not needed. The masks of
     sparse attention are read from beside ``path``.
 
     Args:

@@ -79,7 +79,7 @@ class Distilled:
 
     @property
     def better(self) -> bool:
-        """Whether the trained model is nearer to float."""
+        """Return whether the trained model is nearer to float."""
         return self.after < self.before
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Distilled:
 
 
 def float_predictions(model: Model, trajectory: Iterable[Step]) -> list[Tensor]:
-    """What the float model predicts on every recorded call: the targets. Call it before a layer is quantized."""
+    """Return what the float model predicts on every recorded call: the targets. Call it before a layer is quantized."""
     with torch.no_grad():
         return [model.family.call(model.backbone, step.inputs) for step in trajectory]
 
@@ -108,7 +108,7 @@ class _Outputs:
         return keep
 
     def remove(self) -> None:
-        """Looks no more."""
+        """Look no more."""
         self.found = {}
         for handle in self._handles:
             handle.remove()
@@ -134,7 +134,7 @@ class _Blocks:
         return torch.stack([(a - b).square().mean() / b.square().mean().clamp(min=1e-30) for a, b in pairs])
 
     def remove(self) -> None:
-        """Leaves both models as they were."""
+        """Leave both models as they were."""
         self.ours.remove()
         self.theirs.remove()
 
@@ -147,7 +147,7 @@ def distil(
     scratch: Scratch | None = None,
     teacher: nn.Module | None = None,
 ) -> Distilled:
-    """Trains the quantized layers of ``model.backbone`` in place.
+    """Train the quantized layers of ``model.backbone`` in place.
 
     Args:
         targets: :func:`float_predictions` of the same trajectory.
@@ -241,7 +241,7 @@ class _Work:
             blocks.remove()
 
     def _call(self, iteration: int) -> int:
-        """Every call once before any comes again, in an order that the iteration alone decides."""
+        """Return every call once before any comes again, in an order that the iteration alone decides."""
         epoch, place = divmod(iteration, len(self.fitting))
         generator = torch.Generator().manual_seed(zlib.crc32(f"distil {epoch}".encode()))
         return self.fitting[int(torch.randperm(len(self.fitting), generator=generator)[place])]
@@ -270,7 +270,7 @@ class _Work:
         return learned
 
     def _finish(self, learned: dict[str, LearnedLinear]) -> None:
-        """Puts layers with the trained codes in the place of those that were trained."""
+        """Put layers with the trained codes in the place of those that were trained."""
         for name, layer in learned.items():
             state = {key: value.clone() for key, value in self.quantized[name].state_dict().items()}
             state["codes"] = layer.learned.finished().packed()

@@ -44,7 +44,7 @@ _UNSET: dict[str, Any] = {
 
 
 def read(path: Path) -> Plan:
-    """The plan in a file that a person gives.
+    """Return the plan in a file that a person gives.
 
     Raises:
         InputError: missing, not JSON, or not of a plan's form.
@@ -58,7 +58,7 @@ def read(path: Path) -> Plan:
 
 
 def decisions(plan: Plan) -> dict[str, Any]:
-    """What the plan decides, as JSON: two plans with equal decisions make the same tensors."""
+    """Return what the plan decides, as JSON: two plans with equal decisions make the same tensors."""
     return {
         "recipe": plan.recipe,
         "storage_dtype": plan.storage_dtype,
@@ -68,7 +68,8 @@ def decisions(plan: Plan) -> dict[str, Any]:
 
 
 def settle(plan: Plan, model: Model, statistics: Statistics, before: Plan | None, source: Path) -> Plan:
-    """``plan`` ready for :func:`qdiff.quantization.quantize.quantize_as_planned`: checked, and with the reason of every entry.
+    """Return ``plan`` ready for :func:`qdiff.quantization.quantize.quantize_as_planned`: checked, and with the reason
+    of every entry.
 
     Args:
         plan: as :func:`read` gave it.
@@ -117,7 +118,7 @@ def _decided(layer: LayerPlan) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str:
-    """A value as the file spells it, without quotes."""
+    """Return a value as the file spells it, without quotes."""
     return json.dumps(value).strip('"')
 
 
@@ -150,7 +151,7 @@ def _other_model(plan: Plan, model: Model) -> Iterator[str]:
 
 
 def _facts(layer: LayerPlan, linear: nn.Module, group: str | None) -> Iterator[str]:
-    """Facts about one layer that are not the model's."""
+    """Yield facts about one layer that are not the model's."""
     shape = tuple(linear.weight.shape)  # type: ignore[arg-type]
     if layer.shape != shape:
         yield f"{layer.name}: shape is {list(layer.shape)}, the model's is {list(shape)}"
@@ -164,14 +165,15 @@ def _facts(layer: LayerPlan, linear: nn.Module, group: str | None) -> Iterator[s
 
 
 def _is_smoothing(layer: LayerPlan, before: LayerPlan | None) -> bool:
-    """Whether a layer's multiplier follows from its smoothing, or did before the hand took the smoothing away."""
+    """Return whether a layer's multiplier follows from its smoothing, or did before the hand took the smoothing
+    away."""
     if layer.smoothing is not None or before is None:
         return layer.smoothing is not None
     return before.smoothing is not None or not before.input_multiplier
 
 
 def _impossible(layer: LayerPlan, storage_dtype: str, before: LayerPlan | None, linear: nn.Module) -> Iterator[str]:
-    """Decisions about one layer that no layer can carry out."""
+    """Yield decisions about one layer that no layer can carry out."""
     activations = FORMATS[layer.activations]
     if activations.quantized and not layer.quantized:
         pair = f"weights {layer.weights} with activations {layer.activations}"
@@ -211,7 +213,7 @@ def _impossible(layer: LayerPlan, storage_dtype: str, before: LayerPlan | None, 
 
 
 def _disagreements(layers: list[LayerPlan], groups: dict[str, str]) -> Iterator[str]:
-    """Layers that read one tensor and want it in two ways."""
+    """Yield layers that read one tensor and want it in two ways."""
     first: dict[str, LayerPlan] = {}
     for layer in layers:
         other = first.setdefault(groups[layer.name], layer)
@@ -225,7 +227,7 @@ def _disagreements(layers: list[LayerPlan], groups: dict[str, str]) -> Iterator[
 
 
 def _settled(layer: LayerPlan, group: str | None, before: LayerPlan | None) -> LayerPlan:
-    """The entry without what does not belong to it, and with its reason."""
+    """Return the entry without what does not belong to it, and with its reason."""
     if layer.quantized:
         layer = layer.model_copy(update={"group": group})
     else:

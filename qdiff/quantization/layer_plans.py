@@ -25,7 +25,8 @@ from qdiff.recording.activation_statistics import Statistics
 
 
 def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics, ignored: Collection[str] = ()) -> Structure:
-    """What the recipe changes in this model before anything is decided about its layers, those apart that it ignores."""
+    """Return what the recipe changes in this model before anything is decided about its layers, those apart that it
+    ignores."""
     layers = groups_of(model, statistics)
     split = model.family.splits(model.backbone) if recipe.split_shortcuts else {}
     split = {name: at for name, at in split.items() if name not in ignored and name in layers}
@@ -37,7 +38,7 @@ def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics, ignor
 
 
 def change(model: Model, structure: Structure, statistics: Statistics) -> Statistics:
-    """Changes the float model in place and returns the statistics of what it then is."""
+    """Change the float model in place and return the statistics of what it then is."""
     firsts = statistics.first_tokens
     missing = [name for name in structure.first_token if name not in firsts]
     if missing:
@@ -49,7 +50,8 @@ def change(model: Model, structure: Structure, statistics: Statistics) -> Statis
 
 
 def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
-    """The group of every layer of the model that can be quantized; layers that calibration never reached have none.
+    """Return the group of every layer of the model that can be quantized; layers that calibration never reached have
+    none.
 
     Raises:
         InputError: the statistics are of other layers.
@@ -82,7 +84,7 @@ class Draft:
 
 
 def draft_plan(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
-    """Changes the model's structure as the recipe wants it, in place, and says what the recipe makes of every layer.
+    """Change the model's structure as the recipe wants it, in place, and say what the recipe makes of every layer.
 
     Raises:
         InputError: a pattern that matches no layer, statistics of another model, or a layer that a format's blocks do not divide.
@@ -92,14 +94,15 @@ def draft_plan(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
 
 
 def prepare(model: Model, recipe: Recipe, statistics: Statistics) -> tuple[Structure, Statistics]:
-    """Changes the model's structure as the recipe wants it, in place; what was changed, and statistics of what it then is."""
+    """Change the model's structure as the recipe wants it, in place; what was changed, and statistics of what it then
+    is."""
     ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
     structure = wanted_structure(model, recipe, statistics, ignored)
     return structure, change(model, structure, statistics)
 
 
 def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient: bool = False) -> dict[str, LayerPlan]:
-    """What a recipe alone says about every layer of a model that :func:`prepare` has changed.
+    """Return what a recipe alone says about every layer of a model that :func:`prepare` has changed.
 
     Args:
         lenient: layers that the formats do not fit are kept, instead of an error.
@@ -145,7 +148,8 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
 
 
 def kept_entry(name: str, layer: nn.Linear | nn.Conv2d, storage_dtype: StorageDtype, reason: str) -> LayerPlan:
-    """The entry of a layer that stays unquantized, in ``storage_dtype``, or in float32 where that cannot hold its weight."""
+    """Return the entry of a layer that stays unquantized, in ``storage_dtype``, or in float32 where that cannot hold
+    its weight."""
     storage: str = storage_dtype
     if storage_dtype == "float16" and not fits_float16(layer.weight):
         storage = "float32"
@@ -156,17 +160,17 @@ def kept_entry(name: str, layer: nn.Linear | nn.Conv2d, storage_dtype: StorageDt
 
 
 def _facts(name: str, layer: nn.Linear | nn.Conv2d) -> dict[str, Any]:
-    """What an entry says about the layer itself."""
+    """Return what an entry says about the layer itself."""
     return {"name": name, "kind": kind_of(layer), "shape": tuple(layer.weight.shape), "bias": layer.bias is not None}
 
 
 def kind_of(layer: nn.Module) -> Literal["Linear", "Conv2d"]:
-    """What a plan calls a layer."""
+    """Return what a plan calls a layer."""
     return "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
 
 
 def _check_shape(name: str, layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> None:
-    """Refuses, by its name, a layer that the scheme's blocks do not divide, or whose input they cannot be laid over."""
+    """Refuse, by its name, a layer that the scheme's blocks do not divide, or whose input they cannot be laid over."""
     shape = tuple(layer.weight.shape)
     try:
         check_formats(
@@ -177,7 +181,7 @@ def _check_shape(name: str, layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> Non
 
 
 def check_formats(kind: str, matrix: tuple[int, int], weights: str, activations: str, per_token: bool) -> None:
-    """Refuses formats that a layer of that kind and matrix cannot have.
+    """Refuse formats that a layer of that kind and matrix cannot have.
 
     Raises:
         InputError: blocks that do not divide its columns, codes that do not fill bytes, or scales that windows do not have.

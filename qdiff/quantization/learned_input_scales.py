@@ -46,20 +46,21 @@ class LearnedInputScale:
         self.variable = nn.Parameter((self.scale if self.table is None else self.table).log())
 
     def value(self) -> Tensor:
-        """The scale ``[]``, or the table ``[T]``, as it is now: positive and on float16's grid, differentiable."""
+        """Return the scale ``[]``, or the table ``[T]``, as it is now: positive and on float16's grid,
+        differentiable."""
         element = format_named(self.layers[0].config.activations).element
         largest = scales.largest_scale(element) if self.table is None else LARGEST_STRETCH
         value = self.variable.exp().clamp(scales.SMALLEST_SCALE, largest)
         return value + (scales.to_half_grid(value) - value).detach()
 
     def install(self) -> None:
-        """Lets the layers compute with :meth:`value`."""
+        """Let the layers compute with :meth:`value`."""
         name, value = "input_scale" if self.table is None else "timestep_scales", self.value()
         for layer in self.layers:
             setattr(layer, name, value)
 
     def finished(self) -> tuple[Tensor, Tensor | None]:
-        """Scale and table, as :meth:`qdiff.methods.base.LayerGroup.activation_scale` gives them."""
+        """Return scale and table, as :meth:`qdiff.methods.base.LayerGroup.activation_scale` gives them."""
         assert self.scale is not None
         with torch.no_grad():
             value = scales.to_half_grid(self.value())

@@ -48,7 +48,7 @@ def quantize(
     trajectory: Trajectory | None = None,
     scratch: Scratch | None = None,
 ) -> Plan:
-    """Quantizes ``model.backbone`` in place by the methods of a recipe and returns the plan.
+    """Quantize ``model.backbone`` in place by the methods of a recipe and return the plan.
 
     Args:
         trajectory: needed by sequential recipes, which replay it block by block.
@@ -112,7 +112,7 @@ def quantize_from_draft(
 
 
 def decide_by(recipe: Recipe, layer_group: LayerGroup) -> Decisions:
-    """What a recipe's methods decide about a group, one after the other."""
+    """Return what a recipe's methods decide about a group, one after the other."""
     decisions = Decisions()
     for method, options in recipe.methods.items():
         decisions = apply_method(method, options or {}, layer_group, decisions)
@@ -122,7 +122,8 @@ def decide_by(recipe: Recipe, layer_group: LayerGroup) -> Decisions:
 def quantize_groups(
     model: Model, recipe: Recipe, entries: dict[str, LayerPlan], statistics: Statistics
 ) -> dict[str, LayerPlan]:
-    """Quantizes ``model.backbone`` in place by a recipe's methods on the float model's statistics, every group on its own.
+    """Quantize ``model.backbone`` in place by a recipe's methods on the float model's statistics, every group on its
+    own.
 
     Args:
         entries: :func:`qdiff.quantization.layer_plans.entries_of` of the recipe.
@@ -138,7 +139,8 @@ def quantize_groups(
 
 
 def distilled(plan: Plan, result: Distilled) -> Plan:
-    """The plan of a model that was trained as a whole. Errors of trained layers, not what they are trained for, are left out."""
+    """Return the plan of a model that was trained as a whole. Errors of trained layers, not what they are trained for,
+    are left out."""
 
     def entry(layer: LayerPlan) -> LayerPlan:
         if layer.name not in result.layers:
@@ -155,7 +157,7 @@ def distilled(plan: Plan, result: Distilled) -> Plan:
 
 
 def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Plan:
-    """Quantizes ``model.backbone`` in place by the decisions of ``plan`` and returns it with the errors that they make.
+    """Quantize ``model.backbone`` in place by the decisions of ``plan`` and return it with the errors that they make.
 
     Args:
         plan: one that :func:`qdiff.quantization.edited_plan.settle` has checked against this model and these statistics.
@@ -256,7 +258,7 @@ class GroupQuantizer:
                 progress.advance(len(inside))
 
     def plan(self, recipe: str, structure: Structure) -> Plan:
-        """The plan of what was done, in the order of the backbone's modules."""
+        """Return the plan of what was done, in the order of the backbone's modules."""
         for name, linear in self.layers.items():  # no group reads anything into them
             keep_layer(self.backbone, self.entries[name], linear)
         modules = self.backbone.named_modules()
@@ -284,7 +286,8 @@ class GroupQuantizer:
         return decided
 
     def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> Decided | None:
-        """Decides about a group and places its layers; those below the floor, or all, are left for :meth:`_group` to keep."""
+        """Decide about a group and places its layers; those below the floor, or all, are left for :meth:`_group` to
+        keep."""
         weights = []
         for entry in members:
             weight = self.layers[entry.name].weight.detach()
@@ -322,7 +325,7 @@ class GroupQuantizer:
         log.warning("quantize: %s is kept: %s", entry.name, reason)
 
     def _place_group(self, decided: Decided, errors: list[float] | None = None) -> None:
-        """Puts the layers of a group into the backbone, in the place of float or of quantized ones.
+        """Put the layers of a group into the backbone, in the place of float or of quantized ones.
 
         Args:
             errors: of their outputs on held-out tokens, where they are known.
@@ -387,13 +390,13 @@ class GroupQuantizer:
 
 
 def sqnr_db_of(error: float) -> float:
-    """SQNR in dB of a normalised mean square error; at most 300, NaN of NaN."""
+    """Return SQNR in dB of a normalised mean square error; at most 300, NaN of NaN."""
     return -10 * torch.tensor(max(error, 1e-30)).log10().item()
 
 
 def backbone_config(backbone: nn.Module) -> dict[str, Any]:
-    """The diffusers config that the backbone is rebuilt from, as JSON values; without the path that it was loaded from, which
-    differs from machine to machine."""
+    """Return the diffusers config that the backbone is rebuilt from, as JSON values; without the path that it was
+    loaded from, which differs from machine to machine."""
     config = json.loads(backbone.to_json_string())  # type: ignore[operator]
     config.pop("_name_or_path", None)
     return config

@@ -101,7 +101,7 @@ class LearnedConv2d(LearnedLinear, QuantConv2d):
 
 
 def learned_layer(layer: QuantLinear, weight: LearnedWeight, bias: bool) -> LearnedLinear:
-    """The layer of that kind whose weight is a variable."""
+    """Return the layer of that kind whose weight is a variable."""
     return (LearnedConv2d if isinstance(layer, QuantConv2d) else LearnedLinear)(layer, weight, bias)
 
 
@@ -133,20 +133,20 @@ class BlockFit:
         self.learned: dict[str, LearnedLinear] = {}
 
     def error(self, numbers: Iterable[int]) -> float:
-        """Mean over calls of the squared error of the block's output, relative to the target's energy."""
+        """Return mean over calls of the squared error of the block's output, relative to the target's energy."""
         with torch.no_grad():
             errors = [float(self._error(number)) for number in numbers]
         return sum(errors) / len(errors)
 
     def layer(self, name: str) -> QuantLinear:
-        """A quantized layer of the block, as it is now."""
+        """Return a quantized layer of the block, as it is now."""
         layer = self.walk.backbone.get_submodule(name)
         assert isinstance(layer, QuantLinear)
         return layer
 
     @property
     def emphasis(self) -> str:
-        """What timesteps count, in words; nothing where they count the same."""
+        """Return what timesteps count, in words; nothing where they count the same."""
         low, high = float(self.importance.min()), float(self.importance.max())
         return "" if low == high else f", timesteps weighted {low:.2f} to {high:.2f}"
 
@@ -182,7 +182,7 @@ class BlockFit:
         self._descend("reconstruct", iterations, optimizer, loss)
 
     def learn_input_scales(self, scales: list[LearnedInputScale], iterations: int, rate: float) -> None:
-        """Learns the constant scales of inputs together with Adam, at a rate that falls to 0 along a cosine."""
+        """Learn the constant scales of inputs together with Adam, at a rate that falls to 0 along a cosine."""
         optimizer = torch.optim.Adam([scale.variable for scale in scales], lr=rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
 
@@ -215,7 +215,7 @@ class BlockFit:
                 progress.advance()
 
     def _weigh(self, variables: list[nn.Parameter]) -> None:
-        """Gives timesteps the weights with which the gradients of ``variables``, as they are now, agree best."""
+        """Give timesteps the weights with which the gradients of ``variables``, as they are now, agree best."""
         calls: dict[int, list[int]] = {}
         for number in self.fitting:
             calls.setdefault(self.walk.calls[number].timestep, []).append(number)
@@ -234,8 +234,8 @@ class BlockFit:
 
 
 def split(calls: Sequence[Call | Step]) -> tuple[list[int], list[int]]:
-    """Numbers of the calls to fit on and of those held out: whole shards, because the calls of one have their prompts in common;
-    of a single shard every fourth call."""
+    """Return numbers of the calls to fit on and of those held out: whole shards, because the calls of one have their
+    prompts in common; of a single shard every fourth call."""
     shards = sorted({call.shard for call in calls})
     if len(shards) > 1:
         kept = set(shards[-max(1, len(shards) // 8) :])
@@ -247,7 +247,7 @@ def split(calls: Sequence[Call | Step]) -> tuple[list[int], list[int]]:
 
 
 def codes_of(layer: QuantLinear) -> QuantizedWeight:
-    """Codes and scales of a quantized layer."""
+    """Return codes and scales of a quantized layer."""
     return QuantizedWeight.from_packed(format_named(layer.config.weights), layer.codes, layer.scale, layer.tensor_scale)
 
 
@@ -259,8 +259,8 @@ def reconstruct(
     groups: list[Decided],
     place: Callable[[Decided], None],
 ) -> None:
-    """Learns the rounding of a block whose groups are placed, then scales of inputs if asked to, and places the groups again with
-    what was learned, where that is better.
+    """Learn the rounding of a block whose groups are placed, then scales of inputs if asked to, and places the groups
+    again with what was learned, where that is better.
 
     Args:
         walk, reference: see :class:`BlockFit`.
@@ -287,7 +287,8 @@ def _better(
     place: Callable[[Decided], None],
     learn: Callable[[], list[Decided]],
 ) -> list[Decided]:
-    """Groups as they were or as ``learn`` makes them, whichever brings the block nearer to float; placed, with a note."""
+    """Return groups as they were or as ``learn`` makes them, whichever brings the block nearer to float; placed, with a
+    note."""
     before = fit.error(fit.held_out)
     with torch.enable_grad():  # whatever the caller runs in
         learned = learn()
@@ -312,7 +313,7 @@ def _with_rounding(fit: BlockFit, how: Reconstruct, groups: list[Decided]) -> li
 
 
 def _with_input_scales(fit: BlockFit, course: ReconstructionOptions, groups: list[Decided]) -> list[Decided]:
-    """Groups, each of which reads one tensor and gets one scale."""
+    """Return groups, each of which reads one tensor and gets one scale."""
     scales = [LearnedInputScale([fit.layer(name) for name in group.layer_group.names]) for group in groups]
     fit.learn_input_scales(scales, course.input_scale_iterations, course.input_scale_rate)
     return [

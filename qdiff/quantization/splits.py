@@ -53,11 +53,11 @@ def _first_member(recipe: Recipe) -> Recipe | None:
 
 
 def _errors(recipe: Recipe, scheme: Scheme, layer: nn.Conv2d, inputs: InputStatistics, at: int) -> tuple[float, float]:
-    """Mean square errors of the layer's output as one layer and as two."""
+    """Return mean square errors of the layer's output as one layer and as two."""
     weight = layer.weight.detach().float()
 
     def output(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """What quantized channels give, and what float ones do ``[N, out]``."""
+        """Return what quantized channels give, and what float ones do ``[N, out]``."""
         layer_group = LayerGroup(
             ["layer"],
             [weight[:, part].flatten(1)],

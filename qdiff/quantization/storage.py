@@ -16,12 +16,12 @@ from qdiff.quantization.checkpoint import empty_layer
 
 
 def keep_layer(backbone: nn.Module, plan: LayerPlan, linear: nn.Linear | nn.Conv2d) -> None:
-    """Puts a float layer, as one that is kept, into the place that its plan names."""
+    """Put a float layer, as one that is kept, into the place that its plan names."""
     backbone.set_submodule(plan.name, half_layer(plan, linear))
 
 
 def half_layer(plan: LayerPlan, layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    """A float layer as one that is kept, in the storage that its plan says."""
+    """Return a float layer as one that is kept, in the storage that its plan says."""
     module = empty_layer(plan, 0, None, "float16", layer)
     state = {"weight": layer.weight.detach().to(getattr(torch, plan.weights))}
     if layer.bias is not None:
@@ -31,7 +31,7 @@ def half_layer(plan: LayerPlan, layer: nn.Linear | nn.Conv2d) -> nn.Module:
 
 
 def round_to_storage(backbone: nn.Module, storage_dtype: str) -> None:
-    """Rounds the parameters outside linear layers to the storage they get, so that this model equals the loaded one."""
+    """Round the parameters outside linear layers to the storage they get, so that this model equals the loaded one."""
     linear = {id(parameter) for layer in quantizable_layers(backbone).values() for parameter in layer.parameters()}
     for parameter in backbone.parameters():
         if id(parameter) not in linear:

@@ -31,7 +31,8 @@ NEGLIGIBLE = 1e-6  # share of the largest gradient below which one has no direct
 
 
 def mean_gradient(losses: Sequence[Callable[[], Tensor]], variables: list[nn.Parameter]) -> Tensor:
-    """Mean gradient of some losses in a sample of the variables' elements ``[n]``, of which one is computed at a time."""
+    """Return mean gradient of some losses in a sample of the variables' elements ``[n]``, of which one is computed at a
+    time."""
     places = [_sample(variable) for variable in variables]
     total = torch.zeros(sum(len(place) for place in places), device=variables[0].device)
     for loss in losses:
@@ -41,7 +42,8 @@ def mean_gradient(losses: Sequence[Callable[[], Tensor]], variables: list[nn.Par
 
 
 def agreeing(gradients: Tensor) -> Tensor:
-    """Weights ``[T]``, at least 0 and with a mean of 1, for gradients ``[T, n]`` of timesteps; see the module's docstring.
+    """Return weights ``[T]``, at least 0 and with a mean of 1, for gradients ``[T, n]`` of timesteps; see the module's
+    docstring.
 
     A timestep without a gradient has no say and keeps the weight 1.
     """
@@ -63,10 +65,10 @@ def agreeing(gradients: Tensor) -> Tensor:
 
 
 def _part(gradient: Tensor, places: Tensor) -> Tensor:
-    """A gradient at some places ``[n]``, as long as the whole one in the mean."""
+    """Return a gradient at some places ``[n]``, as long as the whole one in the mean."""
     return gradient.flatten()[places] * (gradient.numel() / len(places)) ** 0.5
 
 
 def _sample(variable: Tensor) -> Tensor:
-    """Places of the elements that stand for a variable, the same at every call."""
+    """Return places of the elements that stand for a variable, the same at every call."""
     return torch.randperm(variable.numel(), generator=torch.Generator().manual_seed(0))[:ELEMENTS].to(variable.device)

@@ -23,13 +23,13 @@ EXAMPLE = "see qdiff/recipes/int8.yaml for an example"
 
 
 def built_in() -> list[str]:
-    """Names of the recipes that come with qdiff."""
+    """Return names of the recipes that come with qdiff."""
     folder = resources.files(__name__)
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of that name (built in) or at that path, with overrides of the form ``a.b=value``.
+    """Return the recipe of that name (built in) or at that path, with overrides of the form ``a.b=value``.
 
     Raises:
         InputError: unknown name, unreadable YAML, unknown or wrong entries; says where and what is allowed.
@@ -81,7 +81,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def _entries(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Names of the entries of a recipe's group, by its path."""
+    """Return names of the entries of a recipe's group, by its path."""
     for name in path:
         field = model.model_fields.get(str(name))
         groups = [] if field is None else [field.annotation, *get_args(field.annotation)]
@@ -90,8 +90,8 @@ def _entries(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 
 def members_of(recipe: Recipe) -> list[Recipe | None]:
-    """The recipes that a mixed one chooses from, each with its ``ignore``, ``kept``, ``floors`` and structure; ``None``
-    where a layer may stay in ``kept``.
+    """Return the recipes that a mixed one chooses from, each with its ``ignore``, ``kept``, ``floors`` and structure;
+    ``None`` where a layer may stay in ``kept``.
 
     Raises:
         InputError: one that cannot be read, or chooses itself.
@@ -110,8 +110,8 @@ def members_of(recipe: Recipe) -> list[Recipe | None]:
 
 
 def versions_of(recipe: Recipe) -> list[Recipe]:
-    """The recipes that a routed one changes between, each with its ``ignore``, ``kept``, ``floors`` and structure. Raises as
-    :func:`members_of`."""
+    """Return the recipes that a routed one changes between, each with its ``ignore``, ``kept``, ``floors`` and
+    structure. Raises as :func:`members_of`."""
     assert recipe.routing is not None
     return [_member(recipe, name) for name in recipe.routing.recipes]
 
@@ -127,7 +127,7 @@ def _member(recipe: Recipe, name: str) -> Recipe:
 
 
 def budget_override(text: str) -> str:
-    """``bits=5.5`` of ``--budget`` as an override.
+    """Return ``bits=5.5`` of ``--budget`` as an override.
 
     Raises:
         UsageError: another form, measure, or no number.
@@ -146,7 +146,7 @@ def budget_override(text: str) -> str:
 
 
 def density_override(density: float) -> str:
-    """``--density`` as an override.
+    """Return ``--density`` as an override.
 
     Raises:
         UsageError: not above 0 and at most 1.

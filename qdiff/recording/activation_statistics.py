@@ -55,7 +55,7 @@ class InputStatistics:
 
     @property
     def taps(self) -> int:
-        """Columns of ``rows`` for each channel."""
+        """Return columns of ``rows`` for each channel."""
         return self.rows.shape[1] // self.low.shape[1]
 
     def to(self, device: torch.device) -> InputStatistics:
@@ -90,11 +90,11 @@ class InputStatistics:
 
     @property
     def amax(self) -> Tensor:
-        """Largest magnitude of each channel at each timestep, ``[T, C]``."""
+        """Return largest magnitude of each channel at each timestep, ``[T, C]``."""
         return torch.maximum(self.high, -self.low)
 
     def percentile(self, share: float, timestep: int | None = None) -> float:
-        """The magnitude that ``share`` (0..1) of all values do not exceed; upper edge of the histogram's bin."""
+        """Return the magnitude that ``share`` (0..1) of all values do not exceed; upper edge of the histogram's bin."""
         counts = self.histogram.sum(dim=0) if timestep is None else self.histogram[timestep]
         cumulative = counts.double().cumsum(0)
         position = int(torch.searchsorted(cumulative, share * cumulative[-1]))
@@ -111,11 +111,11 @@ class Statistics:
 
     @property
     def first_tokens(self) -> dict[str, Tensor]:
-        """The constant first token ``[in]`` that each layer reads, of those that read one."""
+        """Return the constant first token ``[in]`` that each layer reads, of those that read one."""
         return {name: entry.first for entry in self.inputs.values() if entry.first is not None for name in entry.layers}
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file; names are ``<group>|<table>``."""
+        """Write one safetensors file; names are ``<group>|<table>``."""
         tensors = {f"{name}|{table}": getattr(entry, table) for name, entry in self.inputs.items() for table in TABLES}
         tensors |= {f"{name}|output": amax for name, amax in self.outputs.items()}
         firsts = {name: entry for name, entry in self.inputs.items() if entry.first is not None}
@@ -129,7 +129,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
-        """Reads what :meth:`save` wrote.
+        """Read what :meth:`save` wrote.
 
         Raises:
             InputError: missing.

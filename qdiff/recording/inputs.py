@@ -36,7 +36,7 @@ class InputSpec:
 
     @property
     def batch_axis(self) -> int | None:
-        """The axis of samples; ``None`` where all samples of a call share the input."""
+        """Return the axis of samples; ``None`` where all samples of a call share the input."""
         return self.axes.index("batch") if "batch" in self.axes else None
 
     def samples(self, tensor: Tensor, part: slice) -> Tensor:

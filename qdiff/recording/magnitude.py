@@ -34,7 +34,7 @@ class Magnitude:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude so far."""
+        """Return the largest magnitude so far."""
         return float(self._largest)
 
     def _watch(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -62,7 +62,7 @@ class Trajectory:
             return self._header(shard, file)[0]
 
     def steps(self, shard: int, *, once: bool = False) -> Iterator[Step]:
-        """The recorded calls of one shard, in sampling order.
+        """Yield the recorded calls of one shard, in sampling order.
 
         Args:
             once: only the first call of each timestep's value, for those who follow what changes from one value to the next.
@@ -81,7 +81,7 @@ class Trajectory:
             yield Step(shard, timestep, inputs, repeat)
 
     def _header(self, shard: int, file: Any) -> tuple[list[float], set[str]]:
-        """Timesteps, and the names of what changes with them."""
+        """Return timesteps, and the names of what changes with them."""
         try:
             header = json.loads(file.metadata()["qdiff"])
             return header["timesteps"], set(header["varying"])
@@ -96,7 +96,7 @@ class Trajectory:
 
 
 def require_shard(path: Path, owner: str) -> None:
-    """Refuses a shard that an earlier try left but that is not whole or not this calibration's.
+    """Refuse a shard that an earlier try left but that is not whole or not this calibration's.
 
     Args:
         owner: fingerprint of everything that decides the recording.
@@ -124,7 +124,7 @@ def save_shard(
     constant: dict[str, Tensor],
     owner: str = "",
 ) -> Path:
-    """Writes one shard. ``varying`` tensors are ``[steps, batch, ...]``, ``constant`` ones ``[batch, ...]``."""
+    """Write one shard. ``varying`` tensors are ``[steps, batch, ...]``, ``constant`` ones ``[batch, ...]``."""
     path = folder / SHARD.format(index)
     header = {"timesteps": timesteps, "varying": sorted(varying), "owner": owner}
     save_tensors(path, {**varying, **constant}, {"qdiff": json.dumps(header)})

@@ -109,12 +109,12 @@ class EngineResult:
 
     @property
     def reliable_speedup(self) -> float | None:
-        """The speed-up, unless the machine was too busy to tell."""
+        """Return the speed-up, unless the machine was too busy to tell."""
         return None if self.speed_reason else self.speedup
 
     @property
     def speed_words(self) -> str:
-        """The speed-up for a table: ``3.5×``, or between what it was found on a busy machine."""
+        """Return the speed-up for a table: ``3.5×``, or between what it was found on a busy machine."""
         if not self.speed_reason or self.speedup_low is None or self.speedup_high is None:
             return times(self.reliable_speedup)
         return f"machine busy: not reliable ({self.speedup_low:.2g} to {times(self.speedup_high)})"
@@ -195,7 +195,7 @@ class AllocationResult:
 
     @property
     def unit(self) -> str:
-        """The budget's unit, for axes and tables."""
+        """Return the budget's unit, for axes and tables."""
         if self.measure == "latency":
             return f"ms a step, {'measured with' if self.measured else 'reckoned for'} {self.device}"
         return {"bits": "bits a weight", "bytes": "bytes"}[self.measure]
@@ -293,28 +293,28 @@ class ReportData:
 
     @property
     def size_ratio(self) -> float | None:
-        """Float bytes over quantized bytes, or ``None``."""
+        """Return float bytes over quantized bytes, or ``None``."""
         before, after = self.sizes.weights_float, self.sizes.weights_quantized
         return before / after if before and after else None
 
     @property
     def chosen(self) -> EngineResult | None:
-        """The entry of :attr:`engine`, when it could run."""
+        """Return the entry of :attr:`engine`, when it could run."""
         return next((one for one in self.engines if one.name == self.engine and one.available), None)
 
     @property
     def identical(self) -> int:
-        """How many pairs of pictures are equal in every value."""
+        """Return how many pairs of pictures are equal in every value."""
         return sum(one.psnr_db is not None and one.psnr_db >= DB_CAP for one in self.prompts)
 
     @property
     def mismatches(self) -> list[LayerResult]:
-        """Layers that some target runs in another precision than the plan asked for."""
+        """Return layers that some target runs in another precision than the plan asked for."""
         return [layer for layer in self.layers if any(found != layer.requested for found in layer.realised.values())]
 
 
 def megabytes(size: int | None) -> str:
-    """``68_200_000`` -> ``68.2 MB`` (powers of ten, as disks and ``ls --si`` count)."""
+    """Return ``68_200_000`` -> ``68.2 MB`` (powers of ten, as disks and ``ls --si`` count)."""
     if size is None:
         return NOT_MEASURED
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -324,7 +324,7 @@ def megabytes(size: int | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """``0.105`` -> ``105 ms``; from ten seconds on as :func:`qdiff.events.duration`."""
+    """Return ``0.105`` -> ``105 ms``; from ten seconds on as :func:`qdiff.events.duration`."""
     if value is None:
         return NOT_MEASURED
     if value < 1e-3:
@@ -333,22 +333,22 @@ def seconds(value: float | None) -> str:
 
 
 def db(value: float | None) -> str:
-    """``38.94`` -> ``38.9 dB``; the cap is ``identical``."""
+    """Return ``38.94`` -> ``38.9 dB``; the cap is ``identical``."""
     return NOT_MEASURED if value is None else "identical" if value >= DB_CAP else f"{value:.1f} dB"
 
 
 def times(value: float | None) -> str:
-    """``3.93`` -> ``3.9×``."""
+    """Return ``3.93`` -> ``3.9×``."""
     return NOT_MEASURED if value is None else f"{value:.2g}×" if value < 10 else f"{value:.0f}×"
 
 
 def percent(value: float | None) -> str:
-    """``0.957`` -> ``96 %``."""
+    """Return ``0.957`` -> ``96 %``."""
     return NOT_MEASURED if value is None else f"{100 * value:.0f} %"
 
 
 def count(value: int | None) -> str:
-    """``66_800_000`` -> ``66.8 M``."""
+    """Return ``66_800_000`` -> ``66.8 M``."""
     if value is None:
         return NOT_MEASURED
     for unit, step in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -78,7 +78,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(run_path: Path | str, data: ReportData) -> tuple[Path, Path]:
-    """Writes ``report.html`` and ``report.json`` into the run folder, each whole or not at all.
+    """Write ``report.html`` and ``report.json`` into the run folder, each whole or not at all.
 
     Pictures that are missing or damaged become a warning in both files.
 
@@ -130,7 +130,8 @@ def write_report(run_path: Path | str, data: ReportData) -> tuple[Path, Path]:
 
 
 def checked(data: ReportData) -> ReportData:
-    """A copy whose numbers are finite (dB values clamped), whose fields have their types and whose text has a UTF-8 form.
+    """Return a copy whose numbers are finite (dB values clamped), whose fields have their types and whose text has a
+    UTF-8 form.
 
     Raises:
         InputError: naming the field.
@@ -162,7 +163,7 @@ def _clean(value: Any, place: str) -> Any:
 
 
 def headline(data: ReportData) -> str:
-    """The result in one sentence, made of what was measured."""
+    """Return the result in one sentence, made of what was measured."""
     engine, quality, gains = data.chosen, data.quality, []
     if data.size_ratio:
         gains.append(f"{times(data.size_ratio)} smaller")
@@ -179,7 +180,7 @@ def headline(data: ReportData) -> str:
 
 
 def summary_lines(data: ReportData) -> list[str]:
-    """The summary for a terminal, one aligned line a fact, without control characters.
+    """Return the summary for a terminal, one aligned line a fact, without control characters.
 
     Raises:
         InputError: as :func:`write_report`.
@@ -255,7 +256,7 @@ def _pictures(run: Path, data: ReportData) -> list[_Picture]:
 
 
 def _masks(run: Path, data: ReportData) -> str | None:
-    """The picture of attention's masks as a data URI."""
+    """Return the picture of attention's masks as a data URI."""
     if data.attention is None or data.attention.picture is None:
         return None
     try:

@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"^(?:\w*(?:blocks|layers|resnets|attentions|samplers)\.\d+\
 
 
 def format_colours(layers: list[LayerResult]) -> dict[str, int]:
-    """Index of the series colour of each format, by first appearance; unquantized layers are grey (7)."""
+    """Return index of the series colour of each format, by first appearance; unquantized layers are grey (7)."""
     formats = dict.fromkeys(layer.requested for layer in layers)
     coloured = [name for name in formats if name.lower() not in UNQUANTIZED]
     return {name: coloured.index(name) % 7 if name in coloured else 7 for name in formats}
@@ -41,7 +41,7 @@ def _block(name: str) -> str:
 
 
 def layer_plot(layers: list[LayerResult], colours: dict[str, int]) -> str | None:
-    """A dot for each layer by its SQNR, a row for each block."""
+    """Return a dot for each layer by its SQNR, a row for each block."""
     shown = [(one, _block(one.name), one.sqnr_db) for one in layers if one.sqnr_db is not None]
     if not shown:
         return None
@@ -75,7 +75,7 @@ def layer_plot(layers: list[LayerResult], colours: dict[str, int]) -> str | None
 
 
 def timestep_plot(data: ReportData) -> str | None:
-    """SQNR of the whole backbone over the timestep, in the order of denoising."""
+    """Return SQNR of the whole backbone over the timestep, in the order of denoising."""
     worst: dict[float, float] = {}  # of the calls at one timestep
     for one in data.timesteps:
         if one.sqnr_db is not None:
@@ -96,7 +96,8 @@ def timestep_plot(data: ReportData) -> str | None:
 
 
 def allocation_plot(allocation: AllocationResult | None) -> str | None:
-    """PSNR of plans over what they cost: the solver's at several budgets, uniform ones, those within the budget."""
+    """Return PSNR of plans over what they cost: the solver's at several budgets, uniform ones, those within the
+    budget."""
     shown = [(plan, plan.psnr_db) for plan in allocation.plans if plan.psnr_db is not None] if allocation else []
     if allocation is None or not shown:
         return None
@@ -130,7 +131,7 @@ def allocation_plot(allocation: AllocationResult | None) -> str | None:
 
 
 def engine_plot(data: ReportData) -> str | None:
-    """Seconds per step and peak memory of each engine that ran; a dashed line marks the baseline."""
+    """Return seconds per step and peak memory of each engine that ran; a dashed line marks the baseline."""
     ran = [one for one in data.engines if one.available and one.seconds_per_step is not None]
     if not ran:
         return None
@@ -162,7 +163,8 @@ def engine_plot(data: ReportData) -> str | None:
 
 
 def _svg(name: str, draw: Any, heights: tuple[int, int], label: str, titles: dict[str, str] | None = None) -> str:
-    """Two drawings of one plot, wide and narrow, as inline SVG whose colours are CSS variables. Every text in it is escaped.
+    """Return two drawings of one plot, wide and narrow, as inline SVG whose colours are CSS variables. Every text in it
+    is escaped.
 
     Args:
         draw: ``draw(figure, narrow)``.

@@ -45,23 +45,23 @@ class BranchState:
         self._reports: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
     def clear(self) -> None:
-        """Forgets what the last call reported."""
+        """Forget what the last call reported."""
         self._reports.clear()
 
     def previous(self, index: int, states: Tensor) -> Tensor | None:
-        """The cached delta of a block, in the shape of its input ``[batch, tokens, width]``."""
+        """Return the cached delta of a block, in the shape of its input ``[batch, tokens, width]``."""
         if self.deltas is None:
             return None
         return ops.shaped_like(self.deltas[index].to(states.dtype), states)
 
     def choose_branch(self, index: int, alternatives: Sequence[Callable[[], Tensor]]) -> Tensor:
-        """What the route of a block says."""
+        """Return what the route of a block says."""
         if isinstance(self.routes, Tensor):
             return ops.choose(self.routes[index], [alternative() for alternative in alternatives])
         return alternatives[self.routes[index]]()
 
     def report(self, index: int, states: Tensor, out: Tensor, previous: Tensor | None) -> None:
-        """Keeps what a block changed."""
+        """Keep what a block changed."""
         delta = (out - states).float()
         change = _sizes(delta) / _sizes(states.float()).clamp(min=TINY)
         if not self.caching:
@@ -72,15 +72,15 @@ class BranchState:
         self._reports[index] = change, drift, delta
 
     def changes(self) -> Tensor:
-        """``[blocks, batch]`` of the last call."""
+        """Return ``[blocks, batch]`` of the last call."""
         return torch.stack([self._reports[index][0] for index in range(self.blocks)])
 
     def drifts(self) -> Tensor:
-        """``[blocks, batch]`` of the last call; huge where there was no delta before."""
+        """Return ``[blocks, batch]`` of the last call; huge where there was no delta before."""
         return torch.stack([_there(self._reports[index][1]) for index in range(self.blocks)])
 
     def new_deltas(self) -> Tensor:
-        """``[blocks, batch, tokens, width]`` of the last call."""
+        """Return ``[blocks, batch, tokens, width]`` of the last call."""
         return torch.stack([_there(self._reports[index][2]) for index in range(self.blocks)])
 
 
@@ -90,7 +90,7 @@ def _there(value: Tensor | None) -> Tensor:
 
 
 def _sizes(x: Tensor) -> Tensor:
-    """Sum of magnitudes of each sample: ``[batch]``."""
+    """Return sum of magnitudes of each sample: ``[batch]``."""
     return x.abs().flatten(1).sum(dim=1)
 
 
@@ -123,7 +123,7 @@ class BranchedBlock(nn.Module):
 
 
 def disturbed(states: Tensor, out: Tensor, noise: float, seed: int) -> Tensor:
-    """A block's output with white noise, ``noise`` times as large as what the block added (root mean square)."""
+    """Return a block's output with white noise, ``noise`` times as large as what the block added (root mean square)."""
     random = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
     return out + noise * (out - states).square().mean().sqrt() * random.to(out)
 
@@ -139,12 +139,13 @@ class _Call:
 
 
 def branch_name(block: str, branch: int) -> str:
-    """The module of a branch."""
+    """Return the module of a branch."""
     return f"{block}.branches.{branch}"
 
 
 def in_branches(layer: str, branches: Mapping[str, int]) -> list[str]:
-    """What a module of the float backbone is called in every branch of its block; its own name where that has none.
+    """Return what a module of the float backbone is called in every branch of its block; its own name where that has
+    none.
 
     Args:
         branches: how many, by block.
@@ -156,7 +157,7 @@ def in_branches(layer: str, branches: Mapping[str, int]) -> list[str]:
 
 
 def install_branches(backbone: nn.Module, branches: dict[str, int]) -> BranchState:
-    """Gives blocks copies of themselves as branches, in place.
+    """Give blocks copies of themselves as branches, in place.
 
     Args:
         branches: how many, by block, in the order of the chain.
@@ -178,12 +179,12 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> BranchSta
 
 
 def branches_of(backbone: nn.Module) -> dict[str, int]:
-    """How many branches each block of a backbone has, by name; empty where they have none."""
+    """Return how many branches each block of a backbone has, by name; empty where they have none."""
     return {
         name: len(module.branches) for name, module in backbone.named_modules() if isinstance(module, BranchedBlock)
     }
 
 
 def branch_state_of(backbone: nn.Module) -> BranchState | None:
-    """The branch_state of a backbone's blocks, or ``None`` where they have no branches."""
+    """Return the branch_state of a backbone's blocks, or ``None`` where they have no branches."""
     return next((module.branch_state for module in backbone.modules() if isinstance(module, BranchedBlock)), None)

@@ -15,7 +15,7 @@ from qdiff.routing.router import Router, nearest
 
 
 def varying_inputs(family: Any, config: Any) -> frozenset[str]:
-    """Names of the inputs that change from step to step."""
+    """Return names of the inputs that change from step to step."""
     return frozenset(spec.name for spec in family.inputs(config) if spec.varies)
 
 
@@ -30,7 +30,7 @@ class Following:
     hooks: list[Any]
 
     def stop(self) -> None:
-        """Leaves the backbone with the routes that it has."""
+        """Leave the backbone with the routes that it has."""
         for hook in self.hooks:
             hook.remove()
 
@@ -51,7 +51,7 @@ def predict(family: Any, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> T
 
 
 def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
-    """Sets the routes of every call from now on.
+    """Set the routes of every call from now on.
 
     Args:
         family: :class:`qdiff.models.base.Family` of the backbone.

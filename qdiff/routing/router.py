@@ -78,8 +78,8 @@ class Router:
         self._call: tuple[int, float, tuple[int, ...], State | None, list[int]] | None = None
 
     def route(self, timestep: float, inputs: Mapping[str, Tensor]) -> tuple[list[int], Tensor | None]:
-        """Routes of the next call and, with reuse, the deltas ``[blocks, batch, tokens, width]`` of the call before (``None``
-        where there is none).
+        """Return routes of the next call and, with reuse, the deltas ``[blocks, batch, tokens, width]`` of the call
+        before (``None`` where there is none).
 
         Args:
             inputs: of the backbone, by name.
@@ -124,11 +124,11 @@ class Router:
             self._states.popitem(last=False)
 
     def latest(self) -> list[tuple[float, list[int]]]:
-        """Timesteps and routes of the picture, or of its branch of guidance, that was called for last."""
+        """Return timesteps and routes of the picture, or of its branch of guidance, that was called for last."""
         return next(reversed(self._states.values())).history if self._states else []
 
     def forget(self) -> None:
-        """Drops all state and all counts."""
+        """Drop all state and all counts."""
         self._states.clear()
         self.counts.clear()
         self.history.clear()
@@ -136,7 +136,7 @@ class Router:
 
     @property
     def skipped(self) -> float:
-        """Share of block evaluations that were left out."""
+        """Return share of block evaluations that were left out."""
         return self.counts.get(REUSE, 0) / max(1, sum(self.counts.values()))
 
     def _route(self, index: int, block: RoutedBlock, timestep: float, state: State | None) -> int:
@@ -189,5 +189,5 @@ class Router:
 
 
 def nearest(timesteps: list[float], timestep: float) -> int:
-    """Index of the nearest calibrated timestep."""
+    """Return index of the nearest calibrated timestep."""
     return min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - timestep))

@@ -14,7 +14,7 @@ _ABSENT = object()
 
 
 def differences(recorded: Any, wanted: Any, path: str = "") -> list[str]:
-    """One phrase for each changed entry: ``recipe.methods.smooth.strengths was [0.3] and is now [0.3, 0.5]``."""
+    """Return one phrase for each changed entry: ``recipe.methods.smooth.strengths was [0.3] and is now [0.3, 0.5]``."""
     if recorded == wanted or {recorded is _ABSENT or recorded is None, wanted is _ABSENT or wanted is None} == {True}:
         return []
     if isinstance(recorded, dict) and isinstance(wanted, dict):
@@ -40,6 +40,6 @@ def differences(recorded: Any, wanted: Any, path: str = "") -> list[str]:
 
 
 def shortened(value: Any) -> str:
-    """The value as JSON, cut to :data:`SHORT` characters."""
+    """Return the value as JSON, cut to :data:`SHORT` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= SHORT else text[: SHORT - 1] + "…"

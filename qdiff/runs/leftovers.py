@@ -22,7 +22,7 @@ _UNFINISHED = re.compile(r"\.[a-z0-9_]+(-[0-9a-f]{16})?\.[a-z0-9_]{8}(\.old)?") 
 
 
 def sweep(run: Path) -> None:
-    """Removes what a killed process left half written. Nobody else works in the run folder: its lock is held."""
+    """Remove what a killed process left half written. Nobody else works in the run folder: its lock is held."""
     inside = [path for name in FOLDERS for path in (run / name).rglob(".*")]
     for path in [*run.glob(".*"), *inside]:
         if _HALF_WRITTEN.fullmatch(path.name) and path.is_file():
@@ -36,7 +36,7 @@ def sweep(run: Path) -> None:
 
 
 def remove(run: Path, name: str, recorded: Collection[str], unfinished: bool) -> bool:
-    """Removes what a stage left at ``name`` in the run folder, a file or a folder.
+    """Remove what a stage left at ``name`` in the run folder, a file or a folder.
 
     Args:
         recorded: outputs that the manifest names, relative to the run folder.

@@ -26,26 +26,27 @@ _SEAL = "sha256"
 
 
 def is_there(folder: Path) -> bool:
-    """Whether the folder holds a manifest, or its copy, or something in its place."""
+    """Return whether the folder holds a manifest, or its copy, or something in its place."""
     return (folder / NAME).exists() or (folder / COPY).is_file()
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest with its seal, and its copy."""
+    """Write the manifest with its seal, and its copy."""
     sealed = {**manifest, _SEAL: sha256_json(manifest)}
     write_json(folder / NAME, sealed)
     write_json(folder / COPY, sealed)
 
 
 def refresh_copy(folder: Path) -> None:
-    """Writes the copy again where it is not the manifest's text: a process that was killed between the two had left it behind."""
+    """Write the copy again where it is not the manifest's text: a process that was killed between the two had left it
+    behind."""
     path, copy = folder / NAME, folder / COPY
     if path.is_file() and not (copy.is_file() and copy.read_bytes() == path.read_bytes()):
         write_text(copy, path.read_text(encoding="utf-8"))
 
 
 def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
-    """The manifest without its seal; from the copy where ``run.json`` is missing or cut.
+    """Return the manifest without its seal; from the copy where ``run.json`` is missing or cut.
 
     Args:
         stages: names that its entries may have, up to a colon.

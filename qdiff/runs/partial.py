@@ -22,7 +22,7 @@ from qdiff.files import open_tensors, save_tensors
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
-    """Hex sha256 over names, element types, shapes and bytes of tensors, and over the text beside them."""
+    """Return Hex sha256 over names, element types, shapes and bytes of tensors, and over the text beside them."""
     digest = hashlib.sha256(json.dumps(dict(notes), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -43,13 +43,13 @@ class Scratch:
         self.folder, self.owner = folder, owner
 
     def save(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
-        """Writes one part: its tensors, and ``facts`` as JSON."""
+        """Write one part: its tensors, and ``facts`` as JSON."""
         self.folder.mkdir(parents=True, exist_ok=True)
         notes = {"owner": self.owner, "facts": json.dumps(facts)}
         save_tensors(self._path(part), tensors, {**notes, "sha256": sha256_tensors(tensors, notes)})
 
     def load(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
-        """Tensors and facts of a part, or ``None`` when it is not there.
+        """Return tensors and facts of a part, or ``None`` when it is not there.
 
         Raises:
             IntegrityError: damaged, or made from something else.
@@ -68,7 +68,7 @@ class Scratch:
         return tensors, json.loads(notes["facts"])
 
     def clear(self) -> None:
-        """Removes the parts: the stage is done."""
+        """Remove the parts: the stage is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, part: str) -> Path:

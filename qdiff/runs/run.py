@@ -54,7 +54,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openv
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on; packages that are not installed are left out."""
+    """Return versions of what the numbers depend on; packages that are not installed are left out."""
     found = {"qdiff": qdiff.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -69,19 +69,20 @@ def _command(stage: str, path: Path) -> str:
 
 
 def _given() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     return shlex.join(["qdiff", *sys.argv[1:]])
 
 
 def _again(entry: dict[str, Any], stage: str) -> str | None:
-    """The command that goes on with a stage that was cut off, with its options; ``None`` where that was no command line."""
+    """Return the command that goes on with a stage that was cut off, with its options; ``None`` where that was no
+    command line."""
     words = str(entry.get("command", "")).split(" ")
     made_by = (stage.partition(":")[0], "run")
     return " ".join(word for word in words if word != "--force") if words[1:2] and words[1] in made_by else None
 
 
 def _anew(entry: dict[str, Any], stage: str, path: Path) -> str:
-    """The command that makes a finished stage anew from the same options."""
+    """Return the command that makes a finished stage anew from the same options."""
     decided = stage in ("calibrate", "attention", "quantize", "correct")  # by options that its name does not tell
     return f"{(_again(entry, stage) if decided else None) or _command(stage, path)} --force"
 
@@ -97,16 +98,16 @@ class StageRun:
         self._outputs: list[Path] = []
 
     def output(self, path: Path) -> Path:
-        """Declares a file that this stage made; its hash goes into the manifest when the stage ends."""
+        """Declare a file that this stage made; its hash goes into the manifest when the stage ends."""
         self._outputs.append(path)
         return path
 
     def fact(self, **values: Any) -> None:
-        """Adds JSON facts about this stage (counts, seconds of a part, warnings) to its manifest entry."""
+        """Add JSON facts about this stage (counts, seconds of a part, warnings) to its manifest entry."""
         self._facts.update(values)
 
     def entry(self, status: str) -> dict[str, Any]:
-        """The manifest entry of this stage."""
+        """Return the manifest entry of this stage."""
         return {
             "status": status,
             "inputs": self.inputs,
@@ -143,7 +144,7 @@ class Run:
 
     @classmethod
     def existing(cls, path: Path | str) -> Run:
-        """Opens a run folder that has to be there.
+        """Open a run folder that has to be there.
 
         Raises:
             InputError: when the folder holds no manifest.
@@ -172,17 +173,17 @@ class Run:
                 require_writable(place)
 
     def file(self, *parts: str) -> Path:
-        """A path inside the run folder."""
+        """Return a path inside the run folder."""
         return self.path.joinpath(*parts)
 
     @property
     def id(self) -> str:
-        """Twelve hex digits that name this run: the hash of its calibration's inputs. It goes into pictures."""
+        """Return twelve hex digits that name this run: the hash of its calibration's inputs. It goes into pictures."""
         entry = self.manifest["stages"].get("calibrate")
         return sha256_json(entry["inputs"])[:12] if entry else "0" * 12
 
     def entry(self, stage: str) -> dict[str, Any]:
-        """The manifest entry of a finished stage.
+        """Return the manifest entry of a finished stage.
 
         Raises:
             InputError: when it is not finished, with the command that makes it.
@@ -198,15 +199,15 @@ class Run:
         return entry
 
     def done(self, stage: str) -> bool:
-        """Whether the manifest says that ``stage`` is finished."""
+        """Return whether the manifest says that ``stage`` is finished."""
         return self.manifest["stages"].get(stage, {}).get("status") == "done"
 
     def outputs_hash(self, stage: str) -> str:
-        """One hash over the outputs of a finished stage: an input of the next one."""
+        """Return one hash over the outputs of a finished stage: an input of the next one."""
         return sha256_json(self.entry(stage)["outputs"])
 
     def verify(self, stage: str, only: Container[str] | None = None) -> None:
-        """Compares the outputs of a finished stage, or ``only`` some of them, with the hashes in the manifest.
+        """Compare the outputs of a finished stage, or ``only`` some of them, with the hashes in the manifest.
 
         Raises:
             InputError: an output is missing, or the stage is not finished.
@@ -231,7 +232,7 @@ class Run:
                 break_links(path)  # readers of ONNX refuse files with several names
 
     def is_current(self, stage: str, inputs: dict[str, Any]) -> bool:
-        """Whether ``stage`` is finished with exactly these inputs and unchanged outputs.
+        """Return whether ``stage`` is finished with exactly these inputs and unchanged outputs.
 
         Raises:
             InputError: finished or begun with other inputs (the message lists what differs).
@@ -257,7 +258,7 @@ class Run:
             self.verify(stage)
 
     def _fix(self, stage: str) -> str:
-        """What to do about a stage that was made from other inputs, and what that costs."""
+        """Return what to do about a stage that was made from other inputs, and what that costs."""
         later = self._made_from(stage)
         fix = f"add --force to make {stage} anew"
         fix += f", which forgets what was made from it: {', '.join(later)}" if later else ""
@@ -266,7 +267,7 @@ class Run:
         return f"{fix}; `{_command(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
 
     def _made_from(self, name: str) -> list[str]:
-        """Recorded stages that were made from ``name``, directly or not."""
+        """Return recorded stages that were made from ``name``, directly or not."""
         own = name.partition(":")[0]
         verbs = {own}
         for verb, sources in UPSTREAM.items():  # in order: a stage comes after all that it is made from
@@ -352,15 +353,15 @@ class Run:
             self._write()
 
     def _remove_summaries(self) -> None:
-        """Removes what forgotten stages had written in the run folder itself (a report, a comparison, a correction): it speaks of
-        what is no longer there. Pictures, graphs and engines stay."""
+        """Remove what forgotten stages had written in the run folder itself (a report, a comparison, a correction): it
+        speaks of what is no longer there. Pictures, graphs and engines stay."""
         current = {output for entry in self.manifest["stages"].values() for output in entry.get("outputs", {})}
         for output in self.manifest["leftovers"]:
             if output not in current and "/" not in output:
                 safe_child(self.path, output).unlink(missing_ok=True)
 
     def _forget(self, name: str) -> None:
-        """Drops the entries of a stage and of what was made from it; their files that stay are remembered as ours."""
+        """Drop the entries of a stage and of what was made from it; their files that stay are remembered as ours."""
         names = set(self.manifest.get("leftovers", ()))
         for stage in [name, *self._made_from(name)]:
             names |= self.manifest["stages"].pop(stage, {}).get("outputs", {}).keys()
@@ -401,7 +402,7 @@ class Run:
                 self._locked = False
 
     def _is_locked(self) -> bool:
-        """Whether another process works here now."""
+        """Return whether another process works here now."""
         if self._locked:
             return False
         try:

@@ -25,7 +25,7 @@ SCRATCH = "attention/passes"  # finished passes, until the stage is done
 
 
 def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
-    """Writes ``attention/statistics.safetensors``: orders of tokens, masses of blocks, errors.
+    """Write ``attention/statistics.safetensors``: orders of tokens, masses of blocks, errors.
 
     Raises:
         InputError: a family whose self-attentions are not known, or a trajectory that is too short.
@@ -55,7 +55,7 @@ def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
 
 
 def require_sparse(model: str) -> None:
-    """Refuses sparse attention for a family that has none, before any work.
+    """Refuse sparse attention for a family that has none, before any work.
 
     Raises:
         InputError: its self-attentions are not known.
@@ -70,7 +70,7 @@ def require_sparse(model: str) -> None:
 
 
 def require_statistics(run: Run) -> None:
-    """Refuses to go on without them.
+    """Refuse to go on without them.
 
     Raises:
         InputError: with the command that makes them; or the family has no self-attentions that are known.
@@ -84,7 +84,8 @@ def require_statistics(run: Run) -> None:
 
 
 def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[AttentionPlan, Tensor]:
-    """Which blocks every head reads, for a recipe's wish: :func:`qdiff.allocation.attention_masks.decide_masks`."""
+    """Return which blocks every head reads, for a recipe's wish:
+    :func:`qdiff.allocation.attention_masks.decide_masks`."""
     from qdiff.allocation.attention_masks import decide_masks
     from qdiff.attention.numerics import numerics_named
     from qdiff.attention.statistics import AttentionStatistics

@@ -51,15 +51,15 @@ def make_options(
 
 
 def _has_kernel(plan: Any) -> bool:
-    """Whether the plan's attention has numerics of the kernel that the data-centre engine takes in as a plugin, which is for one
-    size (:mod:`qdiff.engines.trt_plugin`)."""
+    """Return whether the plan's attention has numerics of the kernel that the data-centre engine takes in as a plugin,
+    which is for one size (:mod:`qdiff.engines.trt_plugin`)."""
     from qdiff.attention.numerics import numerics_named
 
     return plan.attention is not None and numerics_named(plan.attention.numerics).coded
 
 
 def _switches_blocks(plan: Any) -> bool:
-    """Whether some block has a branch with scales for blocks of values (NVFP4) beside another."""
+    """Return whether some block has a branch with scales for blocks of values (NVFP4) beside another."""
     from qdiff.formats.table import FORMATS
 
     several = tuple(f"{name}.branches." for name, count in plan.structure.branches.items() if count > 1)
@@ -82,7 +82,7 @@ def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
 def _profile(
     plan: Any, text: str, shapes: dict[str, list[int]], cell: int, batch: str = DEFAULT_BATCH, one_size: bool = False
 ) -> Profile:
-    """A profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors).
+    """Return a profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors).
 
     Args:
         cell: pixels along one side of a latent cell.
@@ -128,8 +128,8 @@ def _profile(
 
 
 def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:
-    """A profile of a graph that takes cached deltas (:mod:`qdiff.export.routes`), as large as the latent ``latent`` makes
-    them."""
+    """Return a profile of a graph that takes cached deltas (:mod:`qdiff.export.routes`), as large as the latent
+    ``latent`` makes them."""
     import dataclasses
     import math
 
@@ -145,8 +145,8 @@ def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:
 def _with_lists(
     attention: AttentionPlan, text: str, axes: dict[str, Any], sizes: dict[str, Any], one_size: bool = False
 ) -> Profile:
-    """A profile of a graph that takes lists (:mod:`qdiff.export.list_inputs`): for one size of pictures, and any lists, or with
-    ``one_size`` lists as wide as the widest."""
+    """Return a profile of a graph that takes lists (:mod:`qdiff.export.list_inputs`): for one size of pictures, and any
+    lists, or with ``one_size`` lists as wide as the widest."""
     import dataclasses
     import math
 
@@ -180,7 +180,7 @@ def build(
     force: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Builds into ``engines/<engine>-<key>/`` unless the same engine is there already.
+    """Build into ``engines/<engine>-<key>/`` unless the same engine is there already.
 
     Args:
         whole: one engine that computes everything at every step, where the graph could be cut (:mod:`qdiff.export.hoist`).
@@ -266,18 +266,18 @@ def build(
 
 
 def _folders(entry: Mapping[str, Any]) -> list[str]:
-    """Folders of a built engine: the step's, and those of what is computed once."""
+    """Return folders of a built engine: the step's, and those of what is computed once."""
     return [entry["folder"], *(part["folder"] for part in built_parts(entry))]
 
 
 def built_parts(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is computed once; runs of earlier versions have none."""
+    """Return what is computed once; runs of earlier versions have none."""
     parts: list[dict[str, Any]] = entry.get("parts", [])
     return parts
 
 
 def exported_graph(run: Run, engine: Engine) -> Path:
-    """The ONNX file that ``engine`` takes.
+    """Return the ONNX file that ``engine`` takes.
 
     Raises:
         InputError: it was not exported, with the command that does it.
@@ -292,7 +292,7 @@ def exported_graph(run: Run, engine: Engine) -> Path:
 
 
 def default_engine(run: Run) -> str:
-    """The fastest engine that can run here and was built in this run; torch itself when none was."""
+    """Return the fastest engine that can run here and was built in this run; torch itself when none was."""
     from qdiff.engines import ranked
 
     usable = (engine.name for engine in ranked() if run.done(f"build:{engine.name}") and engine.missing() is None)
@@ -300,7 +300,7 @@ def default_engine(run: Run) -> str:
 
 
 def require_runner(run: Run, engine_name: str) -> None:
-    """Refuses an engine that :func:`load_runner` could not load, before anything expensive is done for it."""
+    """Refuse an engine that :func:`load_runner` could not load, before anything expensive is done for it."""
     from qdiff.engines import choose_engine
 
     engine = choose_engine(engine_name)
@@ -319,7 +319,7 @@ def require_runner(run: Run, engine_name: str) -> None:
 
 
 def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | None = None) -> Runner:
-    """A loaded engine of this run.
+    """Return a loaded engine of this run.
 
     Args:
         model: the float pipeline; only the ``float`` engine needs it.
@@ -355,8 +355,8 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
 
 
 def beside(run: Run, engines: Iterable[str]) -> contextlib.AbstractContextManager[None]:
-    """Where the float model, text encoder and VAE are while those engines run: beside an engine of the host on the host, unless
-    a device was named."""
+    """Return where the float model, text encoder and VAE are while those engines run: beside an engine of the host on
+    the host, unless a device was named."""
     from qdiff import device
 
     built = [f"build:{name}" for name in engines]
@@ -364,7 +364,8 @@ def beside(run: Run, engines: Iterable[str]) -> contextlib.AbstractContextManage
 
 
 def device_beside(run: Run, engines: Iterable[str]) -> dict[str, str]:
-    """Inputs of a stage whose result depends on where the float model is beside those engines: a GPU by its name."""
+    """Return inputs of a stage whose result depends on where the float model is beside those engines: a GPU by its
+    name."""
     from qdiff import device
 
     with beside(run, engines):
@@ -373,7 +374,7 @@ def device_beside(run: Run, engines: Iterable[str]) -> dict[str, str]:
 
 
 def assembled(step: Runner, parts: Iterable[tuple[Runner, Sequence[str]]]) -> Runner:
-    """The runner of a step, with the parts that are computed once where there are any."""
+    """Return the runner of a step, with the parts that are computed once where there are any."""
     from qdiff.engines.hoisted import HoistedRunner
 
     found = list(parts)
@@ -381,7 +382,8 @@ def assembled(step: Runner, parts: Iterable[tuple[Runner, Sequence[str]]]) -> Ru
 
 
 def scheduled(run: Run, runner: Runner) -> Runner:
-    """The runner of an exported graph; one that gives it its lists where the plan's attention is sparse, or its routes."""
+    """Return the runner of an exported graph; one that gives it its lists where the plan's attention is sparse, or its
+    routes."""
     from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))

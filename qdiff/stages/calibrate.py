@@ -45,7 +45,7 @@ class CalibrateOptions:
 
 
 def load_prompts(options: CalibrateOptions) -> list[str]:
-    """The prompts of the file, or the default ones, cut to ``samples``."""
+    """Return the prompts of the file, or the default ones, cut to ``samples``."""
     from qdiff.calib.prompts import choose_prompts, read_prompts
     from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
@@ -58,7 +58,7 @@ def load_prompts(options: CalibrateOptions) -> list[str]:
 
 
 def load_model(options: CalibrateOptions) -> Model:
-    """The float model, with the scheduler and the size that were named."""
+    """Return the float model, with the scheduler and the size that were named."""
     from qdiff.models import FAMILIES
 
     model = FAMILIES[options.model].load(options.weights, revision=options.revision, seed=options.seed)
@@ -68,7 +68,7 @@ def load_model(options: CalibrateOptions) -> Model:
 
 
 def check_sampling(steps: int | None, guidance: float | None) -> None:
-    """Refuses numbers that no sampler takes, before a model is loaded; ``None`` is the model's own.
+    """Refuse numbers that no sampler takes, before a model is loaded; ``None`` is the model's own.
 
     Raises:
         UsageError: with the range.
@@ -80,7 +80,7 @@ def check_sampling(steps: int | None, guidance: float | None) -> None:
 
 
 def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
-    """What will be recorded.
+    """Return what will be recorded.
 
     Raises:
         UsageError: numbers out of range or an unknown timestep strategy.
@@ -123,7 +123,7 @@ def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
 def calibrate(
     run: Run, options: CalibrateOptions, *, force: bool = False, dry_run: bool = False, later: Later | None = None
 ) -> dict[str, Any]:
-    """Writes ``calibration/`` into the run folder; see the module's docstring for the order of things.
+    """Write ``calibration/`` into the run folder; see the module's docstring for the order of things.
 
     Args:
         later: bytes on disk that stages after this one need, of the model and the bytes of its trajectory.
@@ -177,8 +177,8 @@ def calibrate(
 
 
 def _at_recorded_commit(run: Run, options: CalibrateOptions) -> CalibrateOptions:
-    """The options, with the commit that this run was begun with where the same id is given without one: what the Hub calls
-    ``main`` may have moved since."""
+    """Return the options, with the commit that this run was begun with where the same id is given without one: what the
+    Hub calls ``main`` may have moved since."""
     recorded = run.manifest["stages"].get("calibrate", {}).get("inputs", {})
     if options.revision is None and recorded.get("weights") == options.weights and "revision" in recorded:
         return replace(options, revision=recorded["revision"])
@@ -224,7 +224,8 @@ def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], 
 
 
 def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
-    """Seconds and bytes, from one timed call of the backbone: it is called once to record and once to collect."""
+    """Return seconds and bytes, from one timed call of the backbone: it is called once to record and once to
+    collect."""
     from qdiff.calib.record import seconds_per_call
 
     seconds, latent_bytes = seconds_per_call(model, recording)
@@ -253,7 +254,7 @@ def _summary(run: Run) -> dict[str, Any]:
 
 
 def options_of(run: Run) -> CalibrateOptions:
-    """The options that a finished calibration was made with: later stages load the same model."""
+    """Return the options that a finished calibration was made with: later stages load the same model."""
     inputs = run.entry("calibrate")["inputs"]
     return CalibrateOptions(
         model=inputs["model"],
@@ -272,14 +273,14 @@ def options_of(run: Run) -> CalibrateOptions:
 
 
 def guidance_range(run: Run, model: Model) -> tuple[float, float]:
-    """The least and the largest guidance scale that a run was calibrated with."""
+    """Return the least and the largest guidance scale that a run was calibrated with."""
     options = options_of(run)
     scales = (model.guidance(options.guidance), *options.other_guidance)
     return min(scales), max(scales)
 
 
 def reload_model(run: Run) -> Model:
-    """The float model of a run, checked to be the one that was calibrated.
+    """Return the float model of a run, checked to be the one that was calibrated.
 
     Raises:
         InputError: its weights changed since.

@@ -41,7 +41,7 @@ def compare(
     force: bool = False,
     accept_quality: bool = False,
 ) -> dict[str, Any]:
-    """Writes ``images/<engine>/NNN.png`` and ``compare.json``.
+    """Write ``images/<engine>/NNN.png`` and ``compare.json``.
 
     Args:
         accept_quality: whether pictures below the recipe's floor are no error.
@@ -104,7 +104,7 @@ def _require_quality(run: Run, engines: list[dict[str, Any]]) -> None:
 
 
 def check_gate(minimum_psnr: float | None) -> None:
-    """Refuses a gate that is no number of decibels, before anything is done for it.
+    """Refuse a gate that is no number of decibels, before anything is done for it.
 
     Raises:
         UsageError: NaN, infinity or a negative number.
@@ -114,7 +114,7 @@ def check_gate(minimum_psnr: float | None) -> None:
 
 
 def require_comparable(engines: list[str]) -> None:
-    """Refuses the reference as something to compare with it.
+    """Refuse the reference as something to compare with it.
 
     Raises:
         UsageError: with what to name instead.
@@ -183,7 +183,8 @@ def _judge(name: str, made: dict[str, Pictures], speed: Speed, request: Request,
 
 
 def accuracy(model: Model, images: list[Any], prompts: list[str]) -> dict[str, Any] | None:
-    """Share of pictures or clips that show what their prompt names; ``None`` for models that were not trained on the emoji."""
+    """Return share of pictures or clips that show what their prompt names; ``None`` for models that were not trained on
+    the emoji."""
     if model.weights != "bundled":
         return None
     from qdiff.evaluation.images import to_pixels

@@ -56,7 +56,8 @@ def correct(
     pictures: int = 16,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Writes ``correction.json``: what was tried, and what is applied whenever the run's quantized engines make pictures.
+    """Write ``correction.json``: what was tried, and what is applied whenever the run's quantized engines make
+    pictures.
 
     Args:
         methods: names of :data:`qdiff.correction.CORRECTIONS`; when not given, all of them, those that search over pictures only
@@ -125,7 +126,7 @@ class _Work:
         self.judge = self._request(JUDGE_SEED, pictures)
 
     def try_all(self, methods: list[str]) -> dict[str, Any]:
-        """What ``correction.json`` holds."""
+        """Return what ``correction.json`` holds."""
         quantized = self._gains(self.engine, methods)
         control = self._gains("float", methods) if self.goal == "prompt" else {}
         tried = []
@@ -169,7 +170,7 @@ class _Work:
         return found
 
     def _moments(self, session: Session) -> PairMoments:
-        """Guided predictions of both models on the recorded calls."""
+        """Return guided predictions of both models on the recorded calls."""
         import torch
 
         from qdiff.correction.moments import PairMoments
@@ -185,7 +186,7 @@ class _Work:
         return moments
 
     def _guided(self, prediction: Tensor, step: Step) -> Tensor:
-        """What the pipeline hands to the scheduler: both branches joined, a learned variance left out."""
+        """Return what the pipeline hands to the scheduler: both branches joined, a learned variance left out."""
         from qdiff.recording.inputs import latent_of
 
         latent = step.inputs[latent_of(self.model.family.inputs(self.float_backbone.config)).name]  # type: ignore[arg-type]
@@ -197,7 +198,8 @@ class _Work:
         return without + guidance * (given - without)
 
     def _scorer(self, request: Request) -> Scorer:
-        """How good an engine's pictures are with a correction; larger is better. What was scored before a kill is remembered."""
+        """Return how good an engine's pictures are with a correction; larger is better. What was scored before a kill
+        is remembered."""
         score = self._new_scorer(request)
 
         def remembered(session: Session, correction: Correction | None) -> float:

@@ -58,24 +58,24 @@ class DecisionSource(Protocol):
 
     @property
     def attention(self) -> Attention | None:
-        """How self-attentions are to be sparse, where a recipe says so."""
+        """Return how self-attentions are to be sparse, where a recipe says so."""
         ...
 
     @property
     def floors(self) -> Floors:
-        """What quality may not fall below."""
+        """Return what quality may not fall below."""
         ...
 
     def inputs(self) -> dict[str, Any]:
-        """What the outputs depend on."""
+        """Return what the outputs depend on."""
         ...
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        """What is known before the float model has run; refuses what cannot be carried out."""
+        """Return what is known before the float model has run; refuses what cannot be carried out."""
         ...
 
     def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
-        """Quantizes the model in place and completes it."""
+        """Quantize the model in place and completes it."""
         ...
 
 
@@ -185,7 +185,7 @@ class ByBudget:
         return {"recipe": self.recipe.model_dump(mode="json"), **self.measured_inputs()}
 
     def measured_inputs(self) -> dict[str, Any]:
-        """What sensitivities depend on besides the calibration: not the budget."""
+        """Return what sensitivities depend on besides the calibration: not the budget."""
         assert self.recipe.mixed is not None
         members = [member and member.model_dump(mode="json") for member in members_of(self.recipe)]
         shared = {
@@ -252,7 +252,7 @@ class ByBudget:
         return decide_formats(self.recipe.mixed, model.family.name, candidates, table, score, branches, time)
 
     def check_size(self, packed: int) -> None:
-        """Says when a checkpoint came out larger than a budget in bytes: the budget is kept by an estimate."""
+        """Say when a checkpoint came out larger than a budget in bytes: the budget is kept by an estimate."""
         assert self.recipe.mixed is not None
         budget = self.recipe.mixed.budget.get("bytes")
         if budget is not None and packed > budget:
@@ -320,7 +320,8 @@ class ByRouting:
 def measured(
     run: Run, model: Model, candidates: Candidates, trajectory: Trajectory, depends_on: dict[str, Any]
 ) -> Sensitivity:
-    """Sensitivities, measured once for a calibration and the recipes that are chosen from; the budget does not matter.
+    """Return sensitivities, measured once for a calibration and the recipes that are chosen from; the budget does not
+    matter.
 
     Finished groups and the whole table are kept beside the calibration, under the fingerprint of what they depend on.
     """

@@ -98,6 +98,6 @@ def run_bytes(model: Model, pictures: int, targets: int, engines: int, trajector
 
 
 def _kept(model: Model, recording: Recording) -> int:
-    """Steps that are recorded of each shard."""
+    """Return steps that are recorded of each shard."""
     steps = model.steps(recording.steps)
     return steps if recording.strategy == "all" else min(steps, recording.keep)

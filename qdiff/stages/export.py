@@ -26,7 +26,7 @@ PARITY_STEPS = 25
 
 
 def require_onnx() -> None:
-    """Refuses to begin when the packages that write ONNX are not installed.
+    """Refuse to begin when the packages that write ONNX are not installed.
 
     Raises:
         MissingDependencyError: with the extra that installs them.
@@ -41,7 +41,7 @@ def require_onnx() -> None:
 
 
 def export(run: Run, target_name: str, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Writes ``onnx/<target>/model.onnx`` (+ external data); the checks are part of the stage and cannot be skipped."""
+    """Write ``onnx/<target>/model.onnx`` (+ external data); the checks are part of the stage and cannot be skipped."""
     require_onnx()
     from qdiff.export.precision import fitting_target
     from qdiff.export.translations import TARGETS

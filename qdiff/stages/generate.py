@@ -44,7 +44,7 @@ class Pictures:
 
     @property
     def seconds_per_step(self) -> float:
-        """Median over the steps, the first left out: it compiles and warms caches."""
+        """Return median over the steps, the first left out: it compiles and warms caches."""
         steps = self.step_seconds[1:] or self.step_seconds
         return statistics.median(steps)
 
@@ -80,20 +80,20 @@ class Session:
         self.load_seconds = time.perf_counter() - start
 
     def close(self) -> None:
-        """Frees the engine and gives a borrowed pipeline its float backbone back."""
+        """Free the engine and give a borrowed pipeline its float backbone back."""
         if self._float is not None:
             self.model.backbone, self.model.correction = self._float, None
         self.runner.close()
 
     def recorder(self, most: int) -> CallRecorder:
-        """Keeps the inputs of the backbone's next ``most`` calls, for :mod:`qdiff.stages.speed`."""
+        """Keep the inputs of the backbone's next ``most`` calls, for :mod:`qdiff.stages.speed`."""
         from qdiff.engines.recorder import CallRecorder
 
         recorder = self._stand_in.runner = CallRecorder(self.runner, most)
         return recorder
 
     def pictures(self, request: Request, batch: int = 4, on_step: StepCallback | None = None) -> Pictures:
-        """Makes the pictures of ``request``, ``batch`` at a time; every picture depends on its own seed alone.
+        """Make the pictures of ``request``, ``batch`` at a time; every picture depends on its own seed alone.
 
         ``on_step(steps done so far, timestep, latents)`` is called after every step; an exception that it raises stops the
         work at once. Several sessions may share one model: the one that is asked puts its engine in.
@@ -126,7 +126,8 @@ class Session:
 
 
 def correction_of(run: Run) -> Correction | None:
-    """What corrects the trajectory of the run's quantized engines; ``None`` where nothing was fitted, or nothing gained.
+    """Return what corrects the trajectory of the run's quantized engines; ``None`` where nothing was fitted, or nothing
+    gained.
 
     Raises:
         IntegrityError: the file was changed since.
@@ -142,7 +143,8 @@ def correction_of(run: Run) -> Correction | None:
 
 
 def simulate(model: Model, backbone: nn.Module, request: Request, batch: int) -> list[Image | Clip]:
-    """Pictures of the model's pipeline with a torch module as its backbone, ``batch`` at a time; no run is asked for.
+    """Return pictures of the model's pipeline with a torch module as its backbone, ``batch`` at a time; no run is asked
+    for.
 
     Args:
         backbone: of the model's class, float or quantized.
@@ -164,12 +166,12 @@ def simulate(model: Model, backbone: nn.Module, request: Request, batch: int) ->
 
 
 def _by_step(calls: list[float], together: int) -> list[float]:
-    """Seconds of the calls of each step, added up."""
+    """Return seconds of the calls of each step, added up."""
     return [sum(calls[start : start + together]) for start in range(0, len(calls), together)]
 
 
 def check_pictures(count: int) -> None:
-    """Refuses a number of pictures that no comparison makes, before anything is done for them.
+    """Refuse a number of pictures that no comparison makes, before anything is done for them.
 
     Raises:
         UsageError: with the range.
@@ -191,7 +193,7 @@ def make_request(
     scheduler: str | None = None,
     frames: int | None = None,
 ) -> Request:
-    """A checked request; what is not given is as in the run's calibration.
+    """Return a checked request; what is not given is as in the run's calibration.
 
     Raises:
         UsageError: empty or overlong prompts, too many pictures, numbers out of range.
@@ -243,7 +245,7 @@ def guidance_warning(run: Run, model: Model, guidance: float | None) -> str | No
 
 
 def save_pictures(run: Run, made: Pictures, request: Request, model: Model, paths: list[Path]) -> None:
-    """Writes PNGs that carry prompt, seed, settings and run id; of clips an MP4, and a PNG with some frames beside it.
+    """Write PNGs that carry prompt, seed, settings and run id; of clips an MP4, and a PNG with some frames beside it.
 
     Args:
         paths: of the PNGs; a clip whose path is that of an MP4 gets no strip of frames beside it.
@@ -272,7 +274,7 @@ def save_pictures(run: Run, made: Pictures, request: Request, model: Model, path
 
 
 def default_output(run: Run) -> Path:
-    """Where what the run's model makes goes when no path is given."""
+    """Return where what the run's model makes goes when no path is given."""
     from qdiff.models import FAMILIES
 
     return Path("out.mp4" if FAMILIES[options_of(run).model].media == "video" else "out.png")

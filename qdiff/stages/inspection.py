@@ -14,7 +14,8 @@ from qdiff.stages.build import built_parts
 
 
 def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str, Any]:
-    """Stages with their state, whether their files are unchanged, and the plan in numbers (or layer by layer)."""
+    """Return stages with their state, whether their files are unchanged, and the plan in numbers (or layer by
+    layer)."""
     from qdiff.engines.cache import list_engines
     from qdiff.plan.plan import Plan
 
@@ -78,7 +79,8 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
 
 
 def _roles(run: Run) -> dict[str, str]:
-    """What each engine folder that is in use computes: everything, a step, or one of the parts that are computed once."""
+    """Return what each engine folder that is in use computes: everything, a step, or one of the parts that are computed
+    once."""
     roles: dict[str, str] = {}
     for stage, entry in run.manifest["stages"].items():
         if stage.startswith("build:") and entry.get("status") == "done":
@@ -94,7 +96,7 @@ def _missing(run: Run) -> list[str]:
 
 
 def doctor() -> dict[str, Any]:
-    """Versions, engines (and why one cannot run), how they multiply INT8 on this processor, memory and disk."""
+    """Return versions, engines (and why one cannot run), how they multiply INT8 on this processor, memory and disk."""
     import psutil
     import torch
 
@@ -132,7 +134,7 @@ def doctor() -> dict[str, Any]:
 
 
 def models() -> list[dict[str, Any]]:
-    """The families, what their bundled weights are, and the configurations for random weights."""
+    """Return the families, what their bundled weights are, and the configurations for random weights."""
     from qdiff.models import FAMILIES
     from qdiff.models.loading import bundled_folder
 

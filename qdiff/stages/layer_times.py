@@ -62,7 +62,7 @@ class LayerTimes:
         self._idle = self._measure(nn.Identity(), [1, 1])
 
     def __call__(self, module: nn.Module, entry: LayerPlan, shape: Sequence[int]) -> float:
-        """Milliseconds of one call.
+        """Return milliseconds of one call.
 
         Args:
             module: a quantized layer, or one that is kept in 16 bit.
@@ -104,7 +104,7 @@ class LayerTimes:
 
 
 def _median(runner: Runner, example: Tensor) -> float:
-    """Milliseconds of one call."""
+    """Return milliseconds of one call."""
     seconds: list[float] = []
     began = time.perf_counter()
     for call in range(WARM + CALLS):
@@ -129,7 +129,7 @@ class _OneInput(nn.Module):
             module.timestep_index = _FirstTimestep()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer gives."""
+        """Return what the layer gives."""
         found: Tensor = self.module(x)
         return found
 
@@ -140,6 +140,6 @@ class _FirstTimestep(TimestepIndex):
 
 
 def _shape_of(module: nn.Module) -> Hashable:
-    """Everything about a layer but its numbers."""
+    """Return everything about a layer but its numbers."""
     form: Any = getattr(module, "form", None) or getattr(module, "window", None)
     return form, tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in module.state_dict().items())

@@ -23,12 +23,13 @@ LOOK_SEED = 25_000  # of the pictures that tell what a group does to them
 
 
 def picture_score(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureScore:
-    """:func:`picture_score_of` with ``count`` of the calibration's prompts, on seeds of its own."""
+    """Return :func:`picture_score_of` with ``count`` of the calibration's prompts, on seeds of its own."""
     return picture_score_of(run, model, backbone, _prompts(run, count), PLAN_SEED + options_of(run).seed)
 
 
 def picture_errors_of(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureErrors:
-    """Squared error and loss of structure of ``count`` pictures, of the calibration's prompts on seeds of their own."""
+    """Return squared error and loss of structure of ``count`` pictures, of the calibration's prompts on seeds of their
+    own."""
     compare = comparison(run, model, backbone, _prompts(run, count), LOOK_SEED + options_of(run).seed)
 
     def picture_errors() -> tuple[float, float]:
@@ -45,7 +46,7 @@ def _prompts(run: Run, count: int) -> list[str]:
 
 
 def picture_score_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> PictureScore:
-    """Mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
+    """Return mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
     compare = comparison(run, model, candidate, prompts, seed)
     return lambda: compare().psnr_db_mean
 
@@ -53,8 +54,9 @@ def picture_score_of(run: Run, model: Model, candidate: nn.Module, prompts: list
 def comparison(
     run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int
 ) -> Callable[[], PairedQuality]:
-    """Compares the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds. A backbone that
-    makes NaN is compared as what diffusers draws of NaN, black: it is the worst of those that are tried, not the end of trying.
+    """Compare the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds. A
+    backbone that makes NaN is compared as what diffusers draws of NaN, black: it is the worst of those that are tried,
+    not the end of trying.
 
     Args:
         seed: of the first picture.

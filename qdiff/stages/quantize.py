@@ -45,7 +45,7 @@ def quantize(
     dry_run: bool = False,
     accept_quality: bool = False,
 ) -> dict[str, Any]:
-    """Writes ``plan.json``, ``model.safetensors``, ``quantization.json`` and ``quantization/``.
+    """Write ``plan.json``, ``model.safetensors``, ``quantization.json`` and ``quantization/``.
 
     Args:
         plan_file: a plan whose decisions are taken in place of a recipe's; it may be the run's own ``plan.json``, edited.
@@ -73,7 +73,7 @@ def quantize(
 
 
 def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> DecisionSource:
-    """Reads the plan now: it may be the file that the work will overwrite."""
+    """Read the plan now: it may be the file that the work will overwrite."""
     if plan_file is None:
         from qdiff.models import FAMILIES
         from qdiff.recipes import load_recipe
@@ -173,7 +173,7 @@ def _work(run: Run, decided: DecisionSource, work: Any, scratch: Scratch) -> Non
 
 
 def _attention(run: Run, decided: DecisionSource, model: Model) -> tuple[AttentionPlan, Tensor] | None:
-    """Plan and masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
+    """Return plan and masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
     if decided.attention is not None:
         return decide_attention(run, decided.attention, model)
     if isinstance(decided, ByPlan) and decided.plan.attention is not None and decided.masks is not None:
@@ -215,7 +215,7 @@ def _refuse_idle(plan: Plan, errors: list[dict[str, float]]) -> None:
 
 
 def floor_of(run: Run, name: str) -> float:
-    """A floor in dB (:class:`qdiff.plan.recipe.Floors`) of the recipe that a run was quantized by."""
+    """Return a floor in dB (:class:`qdiff.plan.recipe.Floors`) of the recipe that a run was quantized by."""
     from qdiff.plan.recipe import Floors
 
     return float((run.entry("quantize").get("floors") or Floors().model_dump())[name])
@@ -257,7 +257,7 @@ def _summary(run: Run) -> dict[str, Any]:
 
 
 def _dry_run(run: Run, decided: DecisionSource) -> dict[str, Any]:
-    """Formats and bytes of every layer; nothing that only the work can decide."""
+    """Return formats and bytes of every layer; nothing that only the work can decide."""
     from qdiff.recording.activation_statistics import Statistics
 
     model = reload_model(run)

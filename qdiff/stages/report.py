@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def report(run: Run) -> dict[str, Any]:
-    """Writes ``report.html`` and ``report.json`` from the manifest, the plan and the comparison (if there is one)."""
+    """Write ``report.html`` and ``report.json`` from the manifest, the plan and the comparison (if there is one)."""
     from qdiff.plan.plan import Plan
     from qdiff.report.page import write_report
 
@@ -41,7 +41,7 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def gather(run: Run, plan: Plan) -> Any:
-    """The :class:`qdiff.report.page.ReportData` of a run."""
+    """Return the :class:`qdiff.report.page.ReportData` of a run."""
     from qdiff.report.page import ModelInfo, Quality, ReportData, Sizes, StageResult, TimestepError
 
     calibrated, quantized = run.entry("calibrate"), run.entry("quantize")
@@ -94,7 +94,7 @@ def gather(run: Run, plan: Plan) -> Any:
 
 
 def _correction(run: Run) -> CorrectionResult | None:
-    """Corrections of the trajectory, of runs in which they were tried."""
+    """Return corrections of the trajectory, of runs in which they were tried."""
     from qdiff.report.data import CorrectionResult
 
     if not run.done("correct"):
@@ -105,7 +105,7 @@ def _correction(run: Run) -> CorrectionResult | None:
 
 
 def _allocation(run: Run) -> AllocationResult | None:
-    """How formats were chosen, of runs with a mixed recipe."""
+    """Return how formats were chosen, of runs with a mixed recipe."""
     from qdiff.report.page import AllocationResult, PlanResult
     from qdiff.stages.decisions import ALLOCATION, TABLE
 
@@ -209,7 +209,7 @@ def _layers(run: Run, plan: Plan) -> list[LayerResult]:
 
 
 def _precision(layer: LayerPlan, found: dict[str, Any]) -> str:
-    """What a graph holds of a layer, in the words of :attr:`qdiff.plan.plan.LayerPlan.precision`."""
+    """Return what a graph holds of a layer, in the words of :attr:`qdiff.plan.plan.LayerPlan.precision`."""
     names = ("weights", "per_token")
     realised = {**{name: found[name] for name in names}, "activations": found["activations"] or _plain(layer)}
     return layer.model_copy(update=realised).precision

@@ -17,7 +17,7 @@ PICTURE = "attention.png"
 
 
 def attention_result(plan: AttentionPlan) -> AttentionResult:
-    """Density, recall and error of every head."""
+    """Return density, recall and error of every head."""
     from qdiff.report.page import AttentionResult, HeadResult
 
     edges = [*plan.edges, 0.0]
@@ -40,7 +40,7 @@ def attention_result(plan: AttentionPlan) -> AttentionResult:
 
 
 def draw(run: Run, plan: AttentionPlan) -> Path:
-    """Writes the picture of the masks into the run folder."""
+    """Write the picture of the masks into the run folder."""
     from qdiff.attention.drawing import draw_masks
     from qdiff.attention.sparse import SIDECAR, load_masks
     from qdiff.files import write_atomically

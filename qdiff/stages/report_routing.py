@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def routing_result(run: Run, plan: Plan) -> RoutingResult | None:
-    """How precision changes with the step, of runs with a routed recipe."""
+    """Return how precision changes with the step, of runs with a routed recipe."""
     from qdiff.report.data import RoutesResult, RoutingResult
 
     if ROUTING not in run.entry("quantize")["outputs"]:

@@ -42,7 +42,7 @@ def run_all(
     force: bool = False,
     accept_quality: bool = False,
 ) -> dict[str, Any]:
-    """Calibrates, quantizes, exports, builds, compares and reports.
+    """Calibrate, quantizes, exports, builds, compares and reports.
 
     Engines that were not asked for by name and cannot be built here are left out, with a line in the result that says why.
 
@@ -133,7 +133,7 @@ def run_all(
 
 
 def _cannot_take(run: Run, engine: Engine) -> InputError | None:
-    """Why the plan cannot be exported for an engine, if so: some formats run in torch alone."""
+    """Return why the plan cannot be exported for an engine, if so: some formats run in torch alone."""
     if engine.target is None:
         return None
     from qdiff.export.onnx_graph import check_target

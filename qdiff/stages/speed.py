@@ -35,7 +35,7 @@ Call = dict[str, "Tensor"]
 def measure_speeds(
     run: Run, model: Model, engines: Sequence[str], calls: Sequence[Call], together: int, seen: Mapping[str, Any]
 ) -> dict[str, Speed]:
-    """Speeds of ``float`` and of ``engines``, by name.
+    """Return speeds of ``float`` and of ``engines``, by name.
 
     Args:
         model: with its float backbone.
@@ -73,7 +73,8 @@ def measure_speeds(
 
 
 def _follows_steps(run: Run) -> bool:
-    """Whether steps take different times: then all of a trajectory are timed, else as many as a few seconds hold."""
+    """Return whether steps take different times: then all of a trajectory are timed, else as many as a few seconds
+    hold."""
     from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))

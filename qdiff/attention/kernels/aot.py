@@ -103,7 +103,7 @@ def compile_kernel(
     ptx_version: int | None = None,
     aligned: bool = True,
 ) -> Compiled:
-    """The attention kernel with these constants.
+    """Return the attention kernel with these constants.
 
     Args:
         launch: the constants.
@@ -126,7 +126,8 @@ def compile_kernel(
 
 
 def compile_hopper(launch: Launch, capability: int = 90, out: str = "bfloat16") -> Compiled:
-    """The kernel of :mod:`qdiff.attention.kernels.hopper` with these constants. Arguments as of :func:`compile_kernel`.
+    """Return the kernel of :mod:`qdiff.attention.kernels.hopper` with these constants. Arguments as of
+    :func:`compile_kernel`.
 
     Raises:
         InputError: another GPU than a Hopper.
@@ -156,7 +157,7 @@ def compile_rows(
     x: str,
     ptx_version: int | None,
 ) -> Compiled:
-    """The kernel that packs queries or keys, from contiguous memory.
+    """Return the kernel that packs queries or keys, from contiguous memory.
 
     Args:
         numerics: one with codes.
@@ -171,7 +172,7 @@ def compile_rows(
 
 
 def rows_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int, keys: bool) -> dict[str, object]:
-    """Compile-time arguments of :func:`compile_rows`."""
+    """Return compile-time arguments of :func:`compile_rows`."""
     widths = Widths.of(size, numerics)
     return {
         "WIDTH": widths.qk,
@@ -187,7 +188,7 @@ def rows_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int, ke
 def compile_columns(
     numerics: Numerics, tiling: Tiling, heads: int, size: int, capability: int, x: str, ptx_version: int | None
 ) -> Compiled:
-    """The kernel that packs values, from contiguous memory. Arguments as of :func:`compile_rows`."""
+    """Return the kernel that packs values, from contiguous memory. Arguments as of :func:`compile_rows`."""
     pointers = {"x": _float(x), "order": "i32", "codes": ELEMENTS[numerics.output or ""]}
     pointers |= dict.fromkeys(("mean", "scales"), "fp32")
     constants = columns_constants(numerics, tiling, heads, size)
@@ -195,7 +196,7 @@ def compile_columns(
 
 
 def columns_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int) -> dict[str, object]:
-    """Compile-time arguments of :func:`compile_columns`."""
+    """Return compile-time arguments of :func:`compile_columns`."""
     widths = Widths.of(size, numerics)
     return {
         "WIDTH": widths.pv,
@@ -228,7 +229,7 @@ def _compile(
     ptx_version: int | None,
     aligned: bool = True,
 ) -> Compiled:
-    """A kernel whose parameters are pointers or descriptors, constants, and otherwise int32."""
+    """Return a kernel whose parameters are pointers or descriptors, constants, and otherwise int32."""
     if capability not in CAPABILITIES:
         raise InputError(
             f"no kernel for compute capability {capability}", f"known: {', '.join(map(str, CAPABILITIES))}"
@@ -278,7 +279,7 @@ def _source_of(kernel: JITFunction) -> type[ASTSource]:
 
 
 def assemble(ptx: str) -> tuple[int, int]:
-    """Translates PTX with the ptxas that triton brings, and throws the result away.
+    """Translate PTX with the ptxas that triton brings, and throws the result away.
 
     Returns:
         registers of a thread, and bytes that it spills.
@@ -301,7 +302,7 @@ def assemble(ptx: str) -> tuple[int, int]:
 
 
 def stripped(compiled: Compiled) -> Compiled:
-    """The kernel without triton's hidden parameters, assembled anew.
+    """Return the kernel without triton's hidden parameters, assembled anew.
 
     Raises:
         InputError: it needs scratch memory.
@@ -326,7 +327,7 @@ def stripped(compiled: Compiled) -> Compiled:
 
 
 def _parameters(ptx: str) -> tuple[tuple[int, int], list[str]]:
-    """Where between the brackets of the entry its parameters stand, and each of them."""
+    """Return where between the brackets of the entry its parameters stand, and each of them."""
     entry = re.search(r"\.entry \w+\(([^)]*)\)", ptx)
     if entry is None:
         raise IntegrityError("this PTX has no entry")

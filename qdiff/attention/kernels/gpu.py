@@ -34,7 +34,7 @@ def attend(
     scale: float | None = None,
     **constants: Any,
 ) -> Tensor:
-    """Shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype.
+    """Return shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype.
 
     Args:
         q, k, v: on a GPU, or in host memory in the interpreter.
@@ -58,7 +58,7 @@ def attend_rows(
     scale: float | None = None,
     **constants: Any,
 ) -> Tensor:
-    """:func:`attend` with the lists as :func:`on_device` gives them, which callers keep from call to call."""
+    """Return :func:`attend` with the lists as :func:`on_device` gives them, which callers keep from call to call."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     if q.is_cuda and capability < ((8, 9) if numerics.coded else (8, 0)):
         name = torch.cuda.get_device_name(q.device)
@@ -74,7 +74,8 @@ def attend_rows(
 def attend_packed(
     operands: Operands, order: Tensor, rows: tuple[Tensor, Tensor], tiling: Tiling, launch: Launch, out: Tensor
 ) -> Tensor:
-    """The attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, which is returned.
+    """Return the attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, which
+    is returned.
 
     Args:
         order: int32 ``[heads, ordered]``.
@@ -89,14 +90,14 @@ def attend_packed(
 
 
 def in_gluon(launch: Launch) -> bool:
-    """Whether :mod:`qdiff.attention.kernels.hopper` was measured to be faster with these constants."""
+    """Return whether :mod:`qdiff.attention.kernels.hopper` was measured to be faster with these constants."""
     rows = {"bf16": 128, "int8_fp8": sparse_attention.PROGRAM}.get(launch.numerics.name)
     return launch.size == launch.keys == 128 and launch.rows == rows and not launch.matrix
 
 
 def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, int]) -> dict[str, int]:
-    """Constants of a :class:`qdiff.attention.kernels.sparse_attention.Launch` for a Hopper; none for other GPUs, on which
-    nothing was measured."""
+    """Return constants of a :class:`qdiff.attention.kernels.sparse_attention.Launch` for a Hopper; none for other GPUs,
+    on which nothing was measured."""
     if capability != HOPPER:
         return {}
     if not numerics.coded:
@@ -107,7 +108,7 @@ def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, 
 
 
 def on_device(lists: BlockLists, tiling: Tiling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """:meth:`qdiff.attention.lists.BlockLists.by_row`, computed in host memory."""
+    """Return :meth:`qdiff.attention.lists.BlockLists.by_row`, computed in host memory."""
     host = BlockLists(lists.blocks.cpu(), lists.bounds.cpu())
     offsets, entries = host.by_row(tiling)
     return offsets.to(device), entries.to(device)

@@ -338,7 +338,7 @@ def attend_packed(
 
 
 def constants_of(launch: Launch) -> dict[str, object]:
-    """The kernel's compile-time arguments."""
+    """Return the kernel's compile-time arguments."""
     names = ("SCALE", "SIZE", "BLOCK_Q", "BLOCK_K", "TILE", "CODED", "PARTIAL")
     return {
         **{name: launch.constants[name] for name in names},
@@ -350,21 +350,21 @@ def constants_of(launch: Launch) -> dict[str, object]:
 
 
 def options_of(launch: Launch) -> dict[str, int | bool]:
-    """The compiler's options."""
+    """Return the compiler's options."""
     return {"num_warps": 4, "maxnreg": REGISTERS[launch.rows // GROUP], "enable_fp_fusion": True}
 
 
 def boxes_of(launch: Launch) -> dict[str, tuple[int, int]]:
-    """Rows and columns of what is copied at once, by the operand's name."""
+    """Return rows and columns of what is copied at once, by the operand's name."""
     size, tile = launch.size, launch.keys
     return {"q": (GROUP, size), "k": (tile, size), "v": (size, tile)}
 
 
 def layout_of(columns: int, bits: int) -> gl.NVMMASharedLayout:
-    """How a box with rows of ``columns`` elements lies in shared memory."""
+    """Return how a box with rows of ``columns`` elements lies in shared memory."""
     return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 2)
 
 
 def _described(x: Tensor, box: tuple[int, int]) -> TensorDescriptor:
-    """``x [..., columns]`` as a matrix that is copied in boxes."""
+    """Return ``x [..., columns]`` as a matrix that is copied in boxes."""
     return TensorDescriptor.from_tensor(x.flatten(0, -2), list(box), layout_of(box[1], 8 * x.itemsize))

@@ -121,7 +121,8 @@ class Moments:
 
 
 def moments_of(k: Tensor, v: Tensor, numerics: Numerics) -> Moments:
-    """One pass over ``k`` and ``v [batch, heads, tokens, size]``, of any float dtype and any strides of the first three axes."""
+    """Return one pass over ``k`` and ``v [batch, heads, tokens, size]``, of any float dtype and any strides of the
+    first three axes."""
     batch, heads, tokens, size = k.shape
     channels, spans = triton.next_power_of_2(size), -(-tokens // SPAN)
     parts = k.new_empty(batch, heads, spans, 4, channels, dtype=torch.float32)

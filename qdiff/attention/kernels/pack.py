@@ -221,16 +221,16 @@ class Widths:
 
     @property
     def qk(self) -> int:
-        """Channels of packed queries and keys."""
+        """Return channels of packed queries and keys."""
         return self.main + self.rest_qk
 
     @property
     def pv(self) -> int:
-        """Channels of packed values."""
+        """Return channels of packed values."""
         return self.main + self.rest_pv
 
     def channels(self, size: int) -> dict[str, int]:
-        """Compile-time arguments of both kernels that pack heads of ``size`` channels."""
+        """Return compile-time arguments of both kernels that pack heads of ``size`` channels."""
         return {"SIZE": size, "CHANNELS": max(map(triton.next_power_of_2, (self.qk, self.pv)))}
 
 
@@ -255,7 +255,7 @@ class Operands:
 
     @classmethod
     def of(cls, packed: Packed, tiling: Tiling, numerics: Numerics) -> Operands:
-        """The same operands, laid out anew."""
+        """Return the same operands, laid out anew."""
         size = packed.k.shape[-1]
         widths = Widths.of(size, numerics)
         q, k, v = (
@@ -279,7 +279,7 @@ def pack(
     numerics: Numerics,
     moments: Moments | None = None,
 ) -> Operands:
-    """Orders and quantizes, as :func:`qdiff.attention.packing.pack`.
+    """Return orders and quantizes, as :func:`qdiff.attention.packing.pack`.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``, any float dtype and any strides of the first three axes.

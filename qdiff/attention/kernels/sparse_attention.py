@@ -193,7 +193,7 @@ def _block(entries, number, last, ahead, text_columns, columns, MATRIX: tl.const
 
 @triton.jit
 def _finish(result, to, token, channel, plane, v_scale, v_mean, listed, SIZE: tl.constexpr, CODED: tl.constexpr):
-    """Scales ``result [queries, channels]``, adds the mean of the values, and writes it where the tokens are."""
+    """Scales ``result [queries, channels]``, add the mean of the values, and write it where the tokens are."""
     there = channel < SIZE
     if CODED:
         scale = tl.load(v_scale + plane * SIZE + channel, mask=there, other=0.0)
@@ -257,17 +257,17 @@ class Launch:
 
     @property
     def rows(self) -> int:
-        """Queries of a program."""
+        """Return queries of a program."""
         return PROGRAM if self.queries is None else self.queries
 
     @property
     def keys(self) -> int:
-        """Keys taken at a time."""
+        """Return keys taken at a time."""
         return min(TILE, self.block_k) if self.tile is None else self.tile
 
     @property
     def constants(self) -> dict[str, object]:
-        """The kernel's compile-time arguments."""
+        """Return the kernel's compile-time arguments."""
         widths = Widths.of(self.size, self.numerics)
         scale = self.size**-0.5 if self.scale is None else self.scale
         return {
@@ -287,21 +287,22 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's options."""
+        """Return the compiler's options."""
         warps = self.warps or self.rows // 16
         stages = self.stages or (3 if self.numerics.coded else 2)
         return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def is_partial(tiling: Tiling) -> bool:
-    """Whether blocks of keys have places without a token."""
+    """Return whether blocks of keys have places without a token."""
     return bool(tiling.text % tiling.block_k or tiling.ordered % tiling.block_k)
 
 
 def attend_packed(
     operands: Operands, order: Tensor, rows: tuple[Tensor, Tensor], tiling: Tiling, launch: Launch, out: Tensor
 ) -> Tensor:
-    """The attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, which is returned.
+    """Return the attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, which
+    is returned.
 
     Args:
         order: int32 ``[heads, ordered]``.
