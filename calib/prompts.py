@@ -1,7 +1,8 @@
-"""Prompts from a file: one a line, text, of sane length. Refused early, before any model is loaded."""
+"""Prompts from a file, one a line, or from Python: text of sane length. Refused early, before any model is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qdiff.errors import InputError
@@ -34,6 +35,22 @@ def read_prompts(path: Path) -> list[str]:
     if len(prompts) > MOST:
         raise InputError(f"{path} holds {len(prompts):,} prompts", f"calibration takes at most {MOST:,}")
     return prompts
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return prompts that were given as texts.
+
+    Raises:
+        InputError: none, too many, an empty one, or one that is too long; says which.
+    """
+    if not 0 < len(prompts) <= MOST:
+        raise InputError(f"{len(prompts):,} prompts were given", f"calibration takes 1 to {MOST:,}")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not 0 < len(prompt.strip()) <= LONGEST:
+            raise InputError(
+                f"prompt {number} is {str(prompt)[:40]!r}", f"a prompt is a text of 1 to {LONGEST:,} characters"
+            )
+    return [prompt.strip() for prompt in prompts]
 
 
 def choose_prompts(prompts: list[str], samples: int | None) -> list[str]:

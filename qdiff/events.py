@@ -95,6 +95,11 @@ def listening(listener: Listener | None) -> Iterator[None]:
         _listener.reset(token)
 
 
+def listened_to() -> bool:
+    """Return whether somebody listens already to the work of this context."""
+    return _listener.get() is not None
+
+
 class Progress:
     """Counts the units of one task and tells the listener. Units done by an earlier process are given as ``start``.
 

@@ -6,12 +6,11 @@ stdout is the result (``--json``: one JSON object), stderr is progress and log. 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -55,10 +54,6 @@ from qdiff.cli.options import (
 from qdiff.errors import IntegrityError, UsageError
 from qdiff.files import path_of
 
-if TYPE_CHECKING:
-    from qdiff.runs.run import Run
-    from qdiff.stages.calibrate import CalibrateOptions
-
 app = typer.Typer(
     name="qdiff",
     help="Quantize a diffusion model, export it, build its engine, and see that it makes the same pictures.",
@@ -96,21 +91,6 @@ def _show(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text(result))
 
 
-def _open(path: Path) -> Run:
-    from qdiff.runs.run import Run
-
-    return Run.existing(path)
-
-
-def _overrides(given: list[str] | None, budget: str | None, density: float | None) -> list[str] | None:
-    """Return ``--set`` with ``--budget`` and ``--density``, which are short forms of one."""
-    from qdiff.recipes import budget_override, density_override
-
-    short = [] if budget is None else [budget_override(budget)]
-    short += [] if density is None else [density_override(density)]
-    return [*(given or []), *short] if short else given
-
-
 def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
     pairs = {}
     for value in values or []:
@@ -124,18 +104,9 @@ def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
 @app.command()
 def models(json: JsonOption = False) -> None:
     """List model families, their bundled weights and their full-size random configurations."""
-    from qdiff.stages import inspection
+    from qdiff import api
 
-    _show(inspection.models(), json, present.models)
-
-
-def _calibrate_options(given: dict[str, Any]) -> CalibrateOptions:
-    """Return those of a command's parameters that a calibration takes."""
-    from qdiff.stages.calibrate import CalibrateOptions
-
-    first, *others = [None] if given["guidance"] is None else scales_of(given["guidance"])
-    given = {**given, "guidance": first, "other_guidance": tuple(others)}
-    return CalibrateOptions(**{field.name: given[field.name] for field in dataclasses.fields(CalibrateOptions)})
+    _show(api.list_models(), json, present.models)
 
 
 @app.command()
@@ -168,21 +139,30 @@ def calibrate(
 
     Example: qdiff calibrate --model pixart --samples 32 -o runs/pixart
     """
-    options = _calibrate_options(locals())
-    from qdiff.runs.run import Run
-    from qdiff.stages import calibrate as stage
+    from qdiff import api
 
-    run = Run(output or Path("runs") / model)
-    if attention:
-        from qdiff.stages.attention import require_sparse
-
-        require_sparse(model)
-    result = stage.calibrate(run, options, force=force, dry_run=dry_run)
-    if attention and not dry_run:
-        from qdiff.stages.attention import calibrate_attention
-
-        result["attention"] = calibrate_attention(run, force=force)
-    _show(result, json, present.calibrate)
+    run = api.calibrate(
+        model,
+        output=output,
+        prompts=prompts,
+        weights=weights,
+        attention=attention,
+        force=force,
+        dry_run=dry_run,
+        revision=revision,
+        samples=samples,
+        steps=steps,
+        guidance=None if guidance is None else scales_of(guidance),
+        scheduler=scheduler,
+        height=height,
+        width=width,
+        frames=frames,
+        timesteps=timesteps,
+        keep=keep,
+        batch=batch,
+        seed=seed,
+    )
+    _show(run.results["calibrate"], json, present.calibrate)
 
 
 @app.command()
@@ -203,13 +183,20 @@ def quantize(
 
     Example: qdiff quantize runs/pixart --recipe int8
     """
-    from qdiff.stages import quantize as stage
+    from qdiff import api
 
-    overrides = _overrides(set, budget, density)
-    result = stage.quantize(
-        _open(run), recipe, overrides, plan_file=plan, force=force, dry_run=dry_run, accept_quality=accept_quality
+    opened = api.quantize(
+        api.open_run(run),
+        recipe,
+        settings=set or (),
+        budget=budget,
+        density=density,
+        plan=plan,
+        accept_quality=accept_quality,
+        force=force,
+        dry_run=dry_run,
     )
-    _show(result, json, present.quantize)
+    _show(opened.results["quantize"], json, present.quantize)
 
 
 @app.command()
@@ -226,13 +213,10 @@ def export(
 
     Example: qdiff export runs/pixart --target tensorrt
     """
-    from qdiff.stages import export as stage
+    from qdiff import api
 
-    folder = _open(run)
-    results = [
-        stage.export(folder, name, force=force, dry_run=dry_run) for name in target or ["onnxruntime", "tensorrt"]
-    ]
-    _show(results, json, present.export)
+    opened = api.export(run, target or api.TARGETS, force=force, dry_run=dry_run)
+    _show(opened.results["export"], json, present.export)
 
 
 @app.command()
@@ -256,19 +240,20 @@ def build(
 
     Example: qdiff build runs/pixart --engine tensorrt_rtx --compute-capability 12.0
     """
-    from qdiff.stages import build as stage
+    from qdiff import api
 
-    result = stage.build(
-        _open(run),
+    opened = api.build(
+        run,
         engine,
         profiles=profile,
         compute_capability=compute_capability,
         flags=_pairs(flag, "--flag"),
         whole=whole,
+        export_first=False,
         force=force,
         dry_run=dry_run,
     )
-    _show(result, json, present.build)
+    _show(opened.results["build"], json, present.build)
 
 
 @app.command()
@@ -291,10 +276,10 @@ def correct(
 
     Example: qdiff correct runs/pixart --method q_drift --method ptqd
     """
-    from qdiff.stages import correct as stage
+    from qdiff import api
 
-    result = stage.correct(_open(run), method, engine=engine, goal=goal, pictures=pictures, force=force)
-    _show(result, json, present.correct)
+    opened = api.correct(run, method, engine=engine, goal=goal, pictures=pictures, force=force)
+    _show(opened.results["correct"], json, present.correct)
 
 
 @app.command()
@@ -324,23 +309,25 @@ def generate(
 
     Example: qdiff generate runs/pixart --prompt "a rocket on a blue background" --seed 7 -o rocket.png
     """
-    from qdiff.stages import generate as stage
+    from qdiff import api
 
-    folder = _open(run)
-    request = stage.make_request(
-        folder,
+    opened = api.open_run(run)
+    api.generate(
+        opened,
         prompt,
+        output=output,
+        engine=engine,
         negative_prompt=negative_prompt,
         steps=steps,
         guidance=guidance,
         seed=seed,
         height=height,
         width=width,
-        scheduler=scheduler,
         frames=frames,
+        scheduler=scheduler,
+        batch=batch,
     )
-    output = output or stage.default_output(folder)
-    _show(stage.generate(folder, request, engine, output, batch), json, present.generate)
+    _show(opened.results["generate"], json, present.generate)
 
 
 @app.command()
@@ -360,21 +347,19 @@ def compare(
 
     Example: qdiff compare runs/pixart --engine openvino --pictures 64 --min-psnr 30
     """
-    from qdiff.calib.prompts import read_prompts
-    from qdiff.stages import compare as stage
+    from qdiff import api
 
-    texts = read_prompts(prompts) if prompts else None
-    result = stage.compare(
-        _open(run),
-        engines=engine,
-        prompts=texts,
+    opened = api.compare(
+        run,
+        engine,
+        prompts=prompts,
         pictures=pictures,
         seed=seed,
         minimum_psnr=min_psnr,
         accept_quality=accept_quality,
         force=force,
     )
-    _show(result, json, present.compare)
+    _show(opened.results["compare"], json, present.compare)
 
 
 @app.command()
@@ -383,9 +368,11 @@ def report(run: RunArgument, json: JsonOption = False) -> None:
 
     Example: qdiff report runs/pixart
     """
-    from qdiff.stages import report as stage
+    from qdiff import api
 
-    _show(stage.report(_open(run)), json, present.report)
+    opened = api.open_run(run)
+    api.write_report(opened)
+    _show(opened.results["report"], json, present.report)
 
 
 @app.command("run")
@@ -426,24 +413,38 @@ def run_all(
 
     Example: qdiff run --model pixart
     """
-    options = _calibrate_options(locals())
-    from qdiff.runs.run import Run
-    from qdiff.stages import run as stage
+    from qdiff import api
 
-    result = stage.run_all(
-        Run(output or Path("runs") / model),
-        options,
+    run = api.run_all(
+        model,
         recipe,
-        _overrides(set, budget, density),
-        engine,
-        compute_capability=compute_capability,
+        output=output,
+        prompts=prompts,
+        weights=weights,
+        settings=set or (),
+        budget=budget,
+        density=density,
+        engines=engine,
         profiles=profile,
+        compute_capability=compute_capability,
         pictures=pictures,
         minimum_psnr=min_psnr,
         accept_quality=accept_quality,
         force=force,
+        revision=revision,
+        samples=samples,
+        steps=steps,
+        guidance=None if guidance is None else scales_of(guidance),
+        scheduler=scheduler,
+        height=height,
+        width=width,
+        frames=frames,
+        timesteps=timesteps,
+        keep=keep,
+        batch=batch,
+        seed=seed,
     )
-    _show(result, json, present.run)
+    _show(run.results["run"], json, present.run)
 
 
 @app.command()
@@ -456,9 +457,9 @@ def inspect(
 
     Example: qdiff inspect runs/pixart --layers
     """
-    from qdiff.stages import inspection
+    from qdiff import api
 
-    result = inspection.inspect(_open(run), layers=layers)
+    result = api.inspect(run, layers=layers)
     _show(result, json, present.inspect)
     if result["changed"]:
         raise IntegrityError(f"{result['run']} is not as it was made: {result['changed'][0]}", result["fixes"][0])
@@ -470,9 +471,9 @@ def doctor(json: JsonOption = False) -> None:
 
     Example: qdiff doctor
     """
-    from qdiff.stages import inspection
+    from qdiff import api
 
-    _show(inspection.doctor(), json, present.doctor)
+    _show(api.doctor(), json, present.doctor)
 
 
 @app.command()

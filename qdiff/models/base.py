@@ -328,6 +328,10 @@ class Family(ABC):
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Call a backbone (float or quantized) with named inputs; return its prediction."""
 
+    def call_settings(self, model: Model) -> dict[str, Any]:
+        """Return arguments that a call of the pipeline needs besides those of a request, so that every size and prompt works."""
+        return {}
+
     @abstractmethod
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> Sequence[Image | Clip]:
         """Call the pipeline."""

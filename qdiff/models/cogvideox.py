@@ -141,9 +141,11 @@ class CogVideoX(Family):
             return_dict=False,
         )[0]
 
+    def call_settings(self, model: Model) -> dict[str, Any]:
+        return {"max_sequence_length": model.backbone.config.max_text_seq_length}  # type: ignore[union-attr]
+
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
-        config: Any = model.backbone.config
-        return clips.generate(model, request, on_step, max_sequence_length=config.max_text_seq_length)
+        return clips.generate(model, request, on_step, **self.call_settings(model))
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
         return dict(_SIZES[configuration])

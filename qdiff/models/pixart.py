@@ -152,13 +152,16 @@ class PixArt(Family):
             return_dict=False,
         )[0]
 
-    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
+    def call_settings(self, model: Model) -> dict[str, Any]:
         sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
-        arguments = {
+        return {
             "use_resolution_binning": sample_size in _binned_sizes(type(model.pipeline)),
             "max_sequence_length": min(300, model.pipeline.tokenizer.model_max_length),
-            **model.arguments(request),
+            "clean_caption": False,
         }
+
+    def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Image]:
+        arguments = {**self.call_settings(model), **model.arguments(request)}
         if arguments.get("height") or arguments.get("width"):
             arguments["use_resolution_binning"] = False
         if on_step is not None:
@@ -167,7 +170,6 @@ class PixArt(Family):
         with torch.inference_mode():
             return model.pipeline(
                 negative_prompt=[request.negative_prompt] * len(request.prompts),
-                clean_caption=False,
                 **arguments,
             ).images
 

@@ -26,6 +26,7 @@ from qdiff.plan.renamed import buffer_name
 from qdiff.routing.blocks import install_branches
 
 TIMESTEPS = "calibrated_timesteps"
+TIMESTEP = "timestep"  # argument of a backbone's forward
 
 
 def empty_layer(
@@ -96,10 +97,13 @@ def install_timestep_index(backbone: nn.Module, timestep_index: TimestepIndex, t
     argument."""
     backbone.register_buffer(TIMESTEPS, timesteps.float().to(device.of(backbone)))
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+    if TIMESTEP not in names:  # a module that has one timestep
+        timestep_index.set(timesteps[:1], timesteps)
+        return
 
     def set_timestep_index(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        timestep = given["timestep"]
+        timestep = given[TIMESTEP]
         if not torch.is_tensor(timestep):
             timestep = torch.tensor([float(timestep)])
         timestep_index.set(timestep, getattr(module, TIMESTEPS))

@@ -397,6 +397,8 @@ def sqnr_db_of(error: float) -> float:
 def backbone_config(backbone: nn.Module) -> dict[str, Any]:
     """Return the diffusers config that the backbone is rebuilt from, as JSON values; without the path that it was
     loaded from, which differs from machine to machine."""
+    if not hasattr(backbone, "to_json_string"):  # a module that is not diffusers'
+        return {}
     config = json.loads(backbone.to_json_string())  # type: ignore[operator]
     config.pop("_name_or_path", None)
     return config

@@ -126,6 +126,8 @@ class Run:
     Args:
         path: the folder; made when the first stage begins.
 
+    ``results`` are the facts that the stages of :mod:`qdiff.api` found in this process, by stage, as JSON values.
+
     Raises:
         IntegrityError: when ``run.json`` is there but is not one of ours.
     """
@@ -133,6 +135,7 @@ class Run:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
         self.manifest: dict[str, Any] = {"version": manifest.VERSION, "stages": {}}
+        self.results: dict[str, Any] = {}
         self._locked = False
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a run folder", "name a folder")

@@ -29,7 +29,7 @@ class CalibrateOptions:
     model: str = "pixart"
     weights: str = "bundled"
     revision: str | None = None
-    prompts: Path | None = None
+    prompts: Path | tuple[str, ...] | None = None
     samples: int | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -46,7 +46,7 @@ class CalibrateOptions:
 
 def load_prompts(options: CalibrateOptions) -> list[str]:
     """Return the prompts of the file, or the default ones, cut to ``samples``."""
-    from qdiff.calib.prompts import choose_prompts, read_prompts
+    from qdiff.calib.prompts import check_prompts, choose_prompts, read_prompts
     from qdiff.models import FAMILIES
     from qdiff.models.base import default_prompts
 
@@ -54,7 +54,8 @@ def load_prompts(options: CalibrateOptions) -> list[str]:
         raise UsageError(f"--samples {options.samples} is not between 1 and {MOST_SAMPLES}", "16 to 128 are usual")
     if options.prompts is None:
         return default_prompts(options.samples or DEFAULT_SAMPLES, options.seed, FAMILIES[options.model].media)
-    return choose_prompts(read_prompts(options.prompts), options.samples)
+    texts = read_prompts(options.prompts) if isinstance(options.prompts, Path) else check_prompts(options.prompts)
+    return choose_prompts(texts, options.samples)
 
 
 def load_model(options: CalibrateOptions) -> Model:

@@ -17,10 +17,17 @@ ALLOWED = {
     "engines": {"qdiff", "engines"},
     "app": {"qdiff", "engines", "app"},
 }
-# The composition root joins the folders, inside functions only: cli parses and prints, stages holds the stages.
-ROOTS = {"qdiff.stages": {"calib", "export", "engines"}, "qdiff.cli": {"calib", "export", "engines", "app"}}
+# The composition root joins the folders, inside functions only: stages holds the stages, api their functions, cli prints.
+ROOTS = {
+    "qdiff.stages": {"calib", "export", "engines"},
+    "qdiff.api": {"calib", "export", "engines"},
+    "qdiff.cli": {"app"},
+}
 # Who may import the composition root, apart from itself; anything else would be a circle.
-ROOT_USERS = {"qdiff.stages": ("qdiff.cli", "qdiff.app"), "qdiff.cli": ("qdiff.__main__", "qdiff.app.__main__")}
+ROOT_USERS = {
+    "qdiff.stages": ("qdiff.api", "qdiff.cli", "qdiff.app"),
+    "qdiff.cli": ("qdiff.__main__", "qdiff.app.__main__"),
+}
 NOT_SHIPPED = {"zoo", "bench", "tests"}
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx", "gradio", "diffusers")
 BACKENDS = {"onnx", "onnxruntime", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx", "gradio"}

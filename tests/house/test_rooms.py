@@ -23,6 +23,7 @@ ORDER = (
     "allocation",
     "report",
     "stages",
+    "api",
     "cli",
 )
 MOST_AT_THE_TOP = 10
@@ -38,7 +39,7 @@ def against(shipped) -> dict[tuple[str, str], str]:
     """(importing module, imported module) -> where, of every import against the order."""
     modules, found = {source.module for source in shipped}, {}
     for source in shipped:
-        if source.folder != "qdiff" or source.module == "qdiff.__main__":
+        if source.folder != "qdiff" or source.module in ("qdiff", "qdiff.__main__"):  # what hands names on
             continue
         own = room_of(source.module)
         for each in source.imports():

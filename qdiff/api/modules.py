@@ -1,0 +1,169 @@
+"""Quantizing any torch module from example calls, without a pipeline and without a run folder."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdiff.api.progress import Progress, reporting
+from qdiff.errors import InputError
+from qdiff.events import log
+from qdiff.models.base import Family, Model, quantizable_layers
+from qdiff.plan.plan import Plan
+from qdiff.recipes import load_recipe
+from qdiff.recording.inputs import Axis, InputSpec
+from qdiff.recording.trajectory import Trajectory, save_shard
+
+Call = Tensor | Sequence[Any] | Mapping[str, Any]
+TIMESTEP = "timestep"
+
+
+def quantize_module(
+    module: nn.Module,
+    calls: Sequence[Call],
+    recipe: str = "int8",
+    *,
+    settings: Sequence[str] = (),
+    progress: Progress = None,
+) -> nn.Module:
+    """Return a quantized copy of a module; its plan is the attribute ``qdiff_plan``.
+
+    Calls with another value of the argument ``timestep`` have statistics of their own, as with a denoiser; without that argument
+    there is one timestep. Patterns of a recipe that name layers by family do not apply. Sequential recipes walk through the
+    members of the module's outermost ``ModuleList``.
+
+    Args:
+        module: float, in evaluation mode; it stays as it is.
+        calls: what the module is called with: one tensor, positional arguments, or named ones. The last axis of what a linear
+            layer reads are its channels.
+        recipe: a built-in recipe or a YAML file, with a scheme (not ``mixed`` or ``routed``, which make pictures).
+        settings: entries of the recipe to change, each ``"a.b=value"``.
+        progress: see :data:`qdiff.api.progress.Progress`.
+
+    Raises:
+        InputError: no call, calls that do not fit the forward, arguments in lists or dicts, or a recipe that cannot be applied.
+    """
+    from qdiff.calib.collect import Collector
+    from qdiff.quantization.quantize import quantize
+
+    wanted = load_recipe(recipe, list(settings) or None)
+    if wanted.scheme is None:
+        raise InputError(
+            f"recipe {wanted.name!r} chooses by pictures, and a module makes none", "take int8, w4a8 or nvfp4"
+        )
+    given, constants = _arguments(module, calls)
+    quantized = copy.deepcopy(module).eval()
+    family = ModuleFamily(given[0], constants)
+    model = Model(family, SimpleNamespace(module=quantized), "module", "", "a torch module")
+    if wanted.sequential is not None and not family.blocks(quantized):
+        log.warning(
+            "quantize_module: the module has no ModuleList to walk through: all layers are decided about at once"
+        )
+        wanted = wanted.model_copy(update={"sequential": None})
+    with reporting(progress), tempfile.TemporaryDirectory(prefix="qdiff-") as folder:
+        for number, call in enumerate(given):
+            timestep = float(call[TIMESTEP].reshape(-1)[0]) if TIMESTEP in call else 0.0
+            save_shard(Path(folder), number, [timestep], {name: value[None] for name, value in call.items()}, {})
+        trajectory = Trajectory(Path(folder), model.device)
+        statistics = Collector(model, trajectory, "").collect(Path(folder) / "statistics.partial.safetensors")
+        plan: Plan = quantize(model, wanted, statistics, trajectory)
+    made = model.backbone
+    made.qdiff_plan = plan  # type: ignore[assignment]
+    return made
+
+
+class ModuleFamily(Family):
+    """What :mod:`qdiff.quantization` asks of a model, for a module of which only example calls are known.
+
+    Args:
+        example: the tensors of one call, by the argument of the forward.
+        constants: its other arguments, the same in every call.
+    """
+
+    name = "module"
+    title = "a torch module"
+    backbone_attribute = "module"
+    pipelines = ()
+    chain = False
+
+    def __init__(self, example: Mapping[str, Tensor], constants: Mapping[str, Any]) -> None:
+        self.example, self.constants = dict(example), dict(constants)
+
+    def blocks(self, backbone: nn.Module) -> list[str]:
+        """Return the members of the outermost module lists, in the order of the module."""
+        lists = [name for name, part in backbone.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
+        outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        layers = quantizable_layers(backbone)
+        found = [f"{name}.{child}" for name in outermost for child, _ in backbone.get_submodule(name).named_children()]
+        return [block for block in found if any(layer.startswith(f"{block}.") for layer in layers)]
+
+    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+        """Return the tensors of the example, with fixed axes."""
+        return tuple(
+            InputSpec(name, tuple(value.shape), value.dtype, varies=True) for name, value in self.example.items()
+        )
+
+    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
+        """Return nothing: a module is not exported."""
+        return ()
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tensors of a call by name."""
+        named = {**dict(zip(self.example, args, strict=False)), **kwargs}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the module's output; the first one of a tuple, or ``sample`` of an output object of diffusers."""
+        output = backbone(**inputs, **self.constants)
+        output = getattr(output, "sample", output)
+        return output[0] if isinstance(output, tuple) else output
+
+    def generate(self, model: Any, request: Any, on_step: Any = None) -> Any:
+        """Raise: a module makes no pictures."""
+        raise NotImplementedError(self.title)
+
+    def random_pipeline(self, configuration: str, seed: int) -> Any:
+        """Raise: there is no published configuration."""
+        raise NotImplementedError(self.title)
+
+
+def _arguments(module: nn.Module, calls: Sequence[Call]) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Return the tensors of every call by the forward's argument, and the arguments that are no tensors."""
+    if not calls:
+        raise InputError("there is no call to calibrate on", "give what the module is called with, 16 calls or more")
+    signature = inspect.signature(module.forward)
+    given: list[dict[str, Tensor]] = []
+    constants: dict[str, Any] = {}
+    for number, call in enumerate(calls):
+        args = (call,) if isinstance(call, Tensor) else tuple(call) if not isinstance(call, Mapping) else ()
+        kwargs = dict(call) if isinstance(call, Mapping) else {}
+        try:
+            named = dict(signature.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise InputError(f"call {number} does not fit {type(module).__name__}.forward: {error}") from None
+        named |= named.pop(_keywords(signature), {})
+        for name, value in named.items():
+            if isinstance(value, list | tuple | dict):
+                raise InputError(
+                    f"call {number} gives {name!r} as a {type(value).__name__}", "give tensors and plain values"
+                )
+        tensors = {name: value.detach() for name, value in named.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in named.items() if not isinstance(value, Tensor)}
+        if given and (tensors.keys() != given[0].keys() or plain != constants):
+            raise InputError(f"call {number} has other arguments than the first", "give every call the same arguments")
+        constants = plain
+        given.append(tensors)
+    return given, constants
+
+
+def _keywords(signature: inspect.Signature) -> str:
+    """Return the name of the parameter that takes all other keywords; empty where there is none."""
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    return next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), "")

@@ -1,0 +1,148 @@
+"""The Python API: what the README shows, and that it is what the command line calls."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import qdiff
+from qdiff.api.source import SAVED, source_of
+from qdiff.errors import InputError, UsageError
+from qdiff.events import Event, listening
+from qdiff.models import FAMILIES
+from qdiff.models.loading import bundled_folder
+
+TINY = {"weights": "random:pixart-tiny", "samples": 3, "batch": 3, "steps": 4}
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = (
+        "import sys, qdiff; qdiff.Recipe, qdiff.quantize, qdiff.export, dir(qdiff);"
+        "print([name for name in ('torch', 'onnx', 'diffusers', 'gradio') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        qdiff.quantise  # noqa: B018
+
+
+def test_every_name_is_there_and_documented():
+    for name in qdiff.__all__:
+        assert (getattr(qdiff, name).__doc__ or "").strip(), name
+    assert callable(qdiff.export) and qdiff.export.__name__ == "qdiff.export"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    prompts = ["a red apple", "a rocket on a blue background", "cheese"]
+    events: list[Event] = []
+    made = qdiff.quantize(
+        "pixart", prompts=prompts, output=tmp_path_factory.mktemp("api") / "run", progress=events.append, **TINY
+    )
+    assert {"record", "collect", "quantize"} <= {event.task for event in events}
+    return made
+
+
+def test_a_run_is_quantized_exported_built_and_used(run, cli):
+    assert run.results["quantize"]["packed_bytes"] < run.results["quantize"]["float32_bytes"]
+    assert run.results["calibrate"]["prompts"] == 3
+    qdiff.build(run, "openvino", progress=False)  # exports the graph that it needs
+    assert run.done("export:onnxruntime") and not run.done("export:tensorrt")
+    again = qdiff.export(str(run.path), "onnxruntime", progress=False)
+    assert [result["target"] for result in again.results["export"]] == ["onnxruntime"]
+    (picture,) = qdiff.generate(
+        run, "a red apple", output=run.path / "apple.png", engine="openvino", steps=2, progress=False
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    compared = qdiff.compare(run, ["openvino"], pictures=1, accept_quality=True, progress=False).results["compare"]
+    assert [row["name"] for row in compared["engines"]] == ["openvino"]
+    assert qdiff.write_report(run).is_file()
+    shown = cli("inspect", run.path, "--json")
+    assert json.loads(shown.out) == qdiff.inspect(run.path)
+
+
+@pytest.mark.parametrize("engine", ["float", "eager"])
+def test_the_pipeline_is_that_of_diffusers_with_the_engine_in_it(run, engine, cli, tmp_path):
+    import diffusers
+    import numpy as np
+    from PIL import Image
+
+    pipe = qdiff.load_pipeline(run, engine)
+    assert isinstance(pipe, diffusers.PixArtSigmaPipeline) and type(pipe).__name__ == "PixArtSigmaPipeline"
+    seen: list[int] = []
+    made = pipe(
+        "a red apple",
+        negative_prompt="",
+        generator=torch.Generator().manual_seed(5),
+        callback=lambda step, *_: seen.append(step),
+        callback_steps=1,
+    ).images[0]
+    assert seen == [0, 1, 2, 3], "the steps of the calibration"
+    written = tmp_path / "apple.png"
+    assert (
+        cli("generate", run.path, "--prompt", "a red apple", "--seed", "5", "--engine", engine, "-o", written).code == 0
+    )
+    assert np.array_equal(np.asarray(made), np.asarray(Image.open(written).convert("RGB")))
+
+
+def test_a_pipeline_object_is_saved_and_taken(tmp_path):
+    pipe = FAMILIES["stable-diffusion"].load("random:sd-tiny").pipeline
+    run = qdiff.calibrate(
+        pipe, prompts=["one", "two"], output=tmp_path / "run", batch=1, steps=2, guidance=(2, 5), keep=2, progress=False,
+    )  # fmt: skip
+    inputs = run.entry("calibrate")["inputs"]
+    assert inputs["model"] == "stable-diffusion" and inputs["weights"] == str(tmp_path / "run" / SAVED)
+    assert (inputs["guidance"], inputs["other_guidance"]) == (2, [5])
+    again = qdiff.calibrate(
+        pipe, prompts=["one", "two"], output=tmp_path / "run", batch=1, steps=2, guidance=(2, 5), keep=2, progress=False,
+    )  # fmt: skip
+    assert again.entry("calibrate") == run.entry("calibrate"), "done already"
+    with pytest.raises(UsageError, match="calibrated already"):
+        qdiff.quantize(run, samples=3)
+
+
+def test_what_names_a_model(tmp_path):
+    folder = bundled_folder("wan")
+    assert source_of(str(folder), tmp_path) == source_of(folder, tmp_path)
+    assert source_of(folder, tmp_path).model == "wan"
+    assert (source_of("pixart", tmp_path).weights, source_of("pixart", tmp_path, weights="x").weights) == (
+        "bundled",
+        "x",
+    )
+    for wrong, error in (("nothing here", UsageError), (nn.Linear(2, 2), UsageError)):
+        with pytest.raises(error):
+            source_of(wrong, tmp_path)
+    with pytest.raises(UsageError, match="pixrat"):
+        qdiff.calibrate("pixrat", weights="bundled", output=tmp_path / "run")
+    with pytest.raises(UsageError, match="no option 'step'"):
+        qdiff.calibrate("pixart", output=tmp_path / "run", step=3)
+    with pytest.raises(InputError, match="prompt 1"):
+        qdiff.calibrate("pixart", output=tmp_path / "run", prompts=["a", " "], progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lora_that_is_not_fused_is_refused(tmp_path):
+    pipe = FAMILIES["pixart"].load("random:pixart-tiny").pipeline
+    pipe.transformer.lora_A = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="LoRA"):
+        source_of(pipe, tmp_path)
+
+
+def test_progress_is_a_bar_a_function_or_nothing(capfd):
+    from qdiff.api.progress import reporting
+    from qdiff.events import track
+
+    heard: list[Event] = []
+    with reporting(True):
+        list(track(range(3), "counted"))
+    assert "counted" in capfd.readouterr().err
+    with listening(heard.append), reporting(None):
+        list(track(range(3), "heard"))
+    with listening(heard.append), reporting(False):
+        list(track(range(3), "silent"))
+    assert {event.task for event in heard} == {"heard"} and "heard" not in capfd.readouterr().err
