@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qdiff.api.progress import Progress, reporting
-from qdiff.errors import InputError
+from qdiff.errors import InputError, QualityGateError
 from qdiff.events import log
 from qdiff.models.base import Family, Model, quantizable_layers
 from qdiff.plan.plan import Plan
@@ -48,7 +49,8 @@ def quantize_module(
         progress: see :data:`qdiff.api.progress.Progress`.
 
     Raises:
-        InputError: no call, calls that do not fit the forward, arguments in lists or dicts, or a recipe that cannot be applied.
+        InputError: no call, calls that do not fit the forward, arguments in lists or dicts, a recipe that cannot be applied, or a
+            forward that reads the weights of its layers instead of calling them.
     """
     from qdiff.calib.collect import Collector
     from qdiff.quantization.quantize import quantize
@@ -75,8 +77,26 @@ def quantize_module(
         statistics = Collector(model, trajectory, "").collect(Path(folder) / "statistics.partial.safetensors")
         plan: Plan = quantize(model, wanted, statistics, trajectory)
     made = model.backbone
+    _check(family, module, made, given[0])
     made.qdiff_plan = plan  # type: ignore[assignment]
     return made
+
+
+def _check(family: ModuleFamily, module: nn.Module, quantized: nn.Module, call: Mapping[str, Tensor]) -> None:
+    """Call both once: refuse a module that reads the weights of its layers itself, and quantizers that change nothing."""
+    with torch.no_grad():
+        expected = family.call(module, call)
+        try:
+            got = family.call(quantized, call)
+        except AttributeError as error:
+            raise InputError(
+                f"{type(module).__name__} reads what a quantized layer does not have ({error})",
+                "its forward has to call its linear layers: modules with fused kernels of their own cannot be quantized",
+            ) from error
+    if torch.equal(expected, got):
+        raise QualityGateError(
+            "the quantized module gives the float module's output bit for bit", "this is a bug: its quantizers are off"
+        )
 
 
 class ModuleFamily(Family):

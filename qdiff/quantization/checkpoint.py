@@ -103,7 +103,9 @@ def install_timestep_index(backbone: nn.Module, timestep_index: TimestepIndex, t
 
     def set_timestep_index(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        timestep = given[TIMESTEP]
+        timestep = given.get(TIMESTEP)
+        if timestep is None:
+            timestep = timesteps[0]
         if not torch.is_tensor(timestep):
             timestep = torch.tensor([float(timestep)])
         timestep_index.set(timestep, getattr(module, TIMESTEPS))

@@ -80,3 +80,9 @@ def test_calls_that_are_none_are_refused(denoiser, calls, words):
 def test_recipes_that_make_pictures_are_refused(denoiser):
     with pytest.raises(InputError, match="chooses by pictures"):
         qdiff.quantize_module(*denoiser, "mixed", progress=False)
+
+
+def test_a_module_that_reads_the_weights_of_its_layers_is_refused():
+    fused = nn.TransformerEncoderLayer(d_model=32, nhead=4, dim_feedforward=64, batch_first=True).eval()
+    with pytest.raises(InputError, match="TransformerEncoderLayer reads what a quantized layer does not have"):
+        qdiff.quantize_module(fused, [torch.randn(1, 8, 32) for _ in range(4)], progress=False)
