@@ -121,7 +121,7 @@ class Progress:
             self._tell(finished=True)
 
     def advance(self, units: int = 1) -> None:
-        """``units`` more are done."""
+        """Report that ``units`` more are done."""
         self.done += units
         self._tell()
 

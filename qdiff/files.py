@@ -106,7 +106,8 @@ def break_links(path: Path) -> None:
 
 
 def require_writable(folder: Path, *, make: bool = False) -> None:
-    """Before work whose result goes into ``folder``: tries whether it can. Nothing of the trial stays.
+    """Try whether files can be written into ``folder``, before the work whose result goes there. Nothing of the trial
+    stays.
 
     Args:
         make: whether the folder, and those above it, may have to be made.
@@ -162,7 +163,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
-    """A file with ``data`` in the folder of ``path``, gone when the context ends: for a graph that reads another's weights."""
+    """Write a file with ``data`` into the folder of ``path``, and remove it when the context ends: for a graph that
+    reads another's weights.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     beside = Path(name)
     try:

@@ -112,7 +112,7 @@ def _end_with(parent: int) -> None:
 
 
 def _serve(todo: Any, results: Any, work: Callable[[int], None], parent: int) -> None:
-    """A forked process: one thread, since the parent's pool of threads has not come along."""
+    """Run the work of a forked process, in one thread: the parent's pool of threads has not come along."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its processes
     _end_with(parent)

@@ -240,7 +240,7 @@ class _Errs(nn.Module):
         self.block, self.index = block, index
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         return disturbed(hidden_states, self.block(hidden_states, *args, **kwargs), NOISE, self.index)
 
 
@@ -252,7 +252,7 @@ class _Adds(nn.Module):
         self.delta = delta
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         return hidden_states + self.delta
 
 
@@ -264,7 +264,7 @@ class _Returns(nn.Module):
         self.output = output
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         return self.output
 
 

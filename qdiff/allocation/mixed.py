@@ -88,7 +88,7 @@ class Allocation:
         return cls(**{**value, **lists})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the allocation as JSON values."""
         return asdict(self)
 
 

@@ -76,7 +76,7 @@ class Decision:
     history: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the decision as JSON values."""
         return asdict(self)
 
 

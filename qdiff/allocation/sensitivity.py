@@ -338,7 +338,9 @@ class _Gradients:
         self.output += float(gradient.double().square().sum())
 
     def take(self, weight: Tensor) -> None:
-        """Called as soon as the gradient is there, which then goes: those of all layers would be a second model."""
+        """Use the gradient of ``weight`` as soon as it is there, and free it: those of all layers would be as large as
+        a second model.
+        """
         assert weight.grad is not None
         self.weight += float(weight.grad.double().square().sum())
         self.relevance += float((weight.grad * weight.detach()).double().abs().sum())

@@ -19,7 +19,7 @@ class PairMoments:
         self._counts: dict[float, int] = {}
 
     def add(self, timestep: float, expected: Tensor, got: Tensor) -> None:
-        """One call of both models."""
+        """Add the predictions of both models in one call."""
         f, q = (tensor.double().movedim(1, 0).flatten(1) for tensor in (expected, got))
         sums = torch.stack([f.sum(1), q.sum(1), (f * f).sum(1), (q * q).sum(1), (f * q).sum(1)])  # [5, channels]
         self._sums[timestep] = self._sums.get(timestep, torch.zeros_like(sums)) + sums

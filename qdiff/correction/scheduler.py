@@ -47,7 +47,7 @@ class CorrectedScheduler:
         return getattr(self.scheduler, name)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """The scheduler's; a new schedule has new responses."""
+        """Set the scheduler's timesteps; a new schedule has new responses."""
         self._responses = None
         self.scheduler.set_timesteps(*args, **kwargs)
 

@@ -71,7 +71,7 @@ class QuantizedWeight:
 
     @classmethod
     def from_packed(cls, format: Format, packed: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> QuantizedWeight:
-        """From what :meth:`packed` gave and the scales."""
+        """Return the weight from what :meth:`packed` gave and the scales."""
         return cls(format, unpack(packed, format), scale, tensor_scale)
 
     def packed(self) -> Tensor:

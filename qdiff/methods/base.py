@@ -78,7 +78,9 @@ class Decisions:
     notes: tuple[str, ...] = ()
 
     def decide(self, method: str, note: str, **changes: Any) -> Decisions:
-        """This decisions with ``changes`` made by ``method``; codes rounded for another transform or rule are dropped."""
+        """Return these decisions with ``changes`` made by ``method``; codes rounded for another transform or rule are
+        dropped.
+        """
         if "rounded" not in changes and any(name in changes for name in (*TRANSFORM, "scale_rule", "weight_format")):
             changes |= {"rounded": None, "rounding": "nearest"}
         elif "rounded" in changes:
@@ -125,7 +127,7 @@ class LayerGroup:
     _targets: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def only(self, layers: Sequence[int]) -> LayerGroup:
-        """Of some of the layers, by their numbers."""
+        """Return the group with some of its layers only, by their numbers."""
         return replace(
             self,
             names=[self.names[layer] for layer in layers],

@@ -97,7 +97,7 @@ def _distances(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def group_ranges(layer_group: LayerGroup, decisions: Decisions, groups: int) -> Tensor:
-    """For each column the largest magnitude, over all timesteps, of its group of channels ``[in]``."""
+    """Return, for each column, the largest magnitude over all timesteps of its group of channels: ``[in]``."""
     low = layer_group.inputs(decisions, layer_group.statistics.low).amin(dim=0)
     high = layer_group.inputs(decisions, layer_group.statistics.high).amax(dim=0)
     labels = k_means(torch.stack([low, high], dim=1), groups)

@@ -144,7 +144,7 @@ class Model:
         self.defaults = {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
 
     def arguments(self, request: Request) -> dict[str, Any]:
-        """Arguments of a request that every pipeline takes, over these weights' own settings."""
+        """Return the arguments of a request that every pipeline takes, over these weights' own settings."""
         given = {
             "num_inference_steps": self.steps(request.steps),
             "guidance_scale": self.guidance(request.guidance),
@@ -233,7 +233,7 @@ class Family(ABC):
         require_latents(model)
 
     def unread(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Arguments that a pipeline gives and a backbone of that config does not read."""
+        """Return the arguments that a pipeline gives and a backbone of that config does not read."""
         return ()
 
     def splits(self, backbone: nn.Module) -> dict[str, int]:
@@ -257,7 +257,9 @@ class Family(ABC):
         return None
 
     def read_by(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of layers that are given padding as well: which tokens of the call count, bool ``[batch, tokens]``, by layer."""
+        """Return, by layer, which tokens of the call count, bool ``[batch, tokens]``, for layers that are given padding
+        as well.
+        """
         mask = self.text_mask(inputs)
         return {} if mask is None or not mask.any() else dict.fromkeys(self.masked_layers(backbone), mask)
 
@@ -337,7 +339,8 @@ class Family(ABC):
         """Call the pipeline."""
 
     def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
-        """Before a backbone is traced: makes for this size what it would otherwise make anew in every call. Most make nothing.
+        """Make for this size, before a backbone is traced, what it would otherwise make anew in every call. Most make
+        nothing.
 
         Args:
             latent: shape of the first input.
@@ -419,7 +422,7 @@ def check_size(model: Model, height: int | None, width: int | None, frames: int 
 
 
 def check_frames(family: Family, frames: int | None) -> None:
-    """What is known of a number of frames before a model is loaded.
+    """Check a number of frames as far as is known before a model is loaded.
 
     Raises:
         UsageError: frames of a picture, or a number that no clip has.

@@ -119,7 +119,9 @@ class CogVideoX(Family):
         return latent[1], latent[-2] // patch, latent[-1] // patch
 
     def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
-        """The table of positions, which diffusers computes in the forward for all sizes but the one in its configuration."""
+        """Make the table of positions, which diffusers computes in the forward for all sizes but the one in its
+        configuration.
+        """
         patches: Any = backbone.patch_embed
         if not patches.use_positional_embeddings:
             return

@@ -91,7 +91,9 @@ def components(folder: Path, index: Mapping[str, Any]) -> list[Component]:
 
 
 def absent(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for what is left out of an index, with a log line for what somebody might miss."""
+    """Return the arguments of ``from_pretrained`` for what is left out of an index, and log a line for what somebody
+    might miss.
+    """
     arguments: dict[str, Any] = {}
     for name, effect in LEFT_OUT.items():
         if _is_there(index, name):
@@ -142,7 +144,9 @@ def _pipeline_class(module: str, class_name: str) -> type | None:
 
 
 def _refuse_own_code(folder: Path, name: str) -> None:
-    """An ``Auto`` class takes its class from the component's own configuration, which may name a file beside it."""
+    """Refuse a component whose configuration names a file of code: an ``Auto`` class takes its class from that
+    configuration, which may name a file beside it.
+    """
     path = folder / name / "config.json"
     config = read_json(path, "the configuration") if path.is_file() else {}
     if isinstance(config, dict) and config.get("auto_map"):
@@ -177,8 +181,9 @@ def choose_variant(variants: Iterable[str]) -> str:
 
 
 def files_that_count(names: Iterable[str]) -> list[str]:
-    """Of the paths inside a diffusers folder those that decide what is loaded, sorted: configurations, tokenizers, and of every
-    component the weights of the variant that is read. What is left out counts nowhere."""
+    """Return, sorted, the paths inside a diffusers folder that decide what is loaded: configurations, tokenizers, and
+    of every component the weights of the variant that is read. What is left out counts nowhere.
+    """
     by_folder: dict[str, list[str]] = {}
     kept = []
     for name in names:

@@ -203,7 +203,7 @@ class PixArt(Family):
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
-    """Of the states that the backbone is given: those of its own width where it projects none."""
+    """Return the width of the text states that the backbone is given: its own width where it projects none."""
     return int(config["cross_attention_dim"] if config["caption_channels"] is None else config["caption_channels"])
 
 

@@ -218,7 +218,7 @@ class _Ideal:
 
     @classmethod
     def of(cls, scheduler: Any) -> _Ideal:
-        """That of a model that this scheduler samples."""
+        """Return the ideal of a model that this scheduler samples."""
         config = scheduler.config
         predicts = str(config.get("prediction_type", "flow_prediction"))
         nothing, count = torch.zeros(0), int(config.get("num_train_timesteps", 1000))

@@ -281,7 +281,9 @@ class StableDiffusion(Family):
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
-    """Of the states that the backbone is given, which it may project; blocks may have a width each, of the same states."""
+    """Return the width of the text states that the backbone is given, which it may project; blocks may have a width
+    each, of the same states.
+    """
     if config.get("encoder_hid_dim") is not None:
         return int(config["encoder_hid_dim"])
     widths = config["cross_attention_dim"]

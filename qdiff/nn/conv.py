@@ -31,7 +31,7 @@ class Window:
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Window:
-        """That of a convolution that :func:`is_plain` accepts."""
+        """Return the window of a convolution that :func:`is_plain` accepts."""
         height, width = layer.kernel_size
         up, left = map(int, layer.padding)  # no word: is_plain
         return cls(

@@ -58,7 +58,9 @@ class TimestepIndex:
         self._index: Tensor | None = None
 
     def set(self, timestep: Tensor, calibrated: Tensor) -> None:
-        """``timestep [batch]`` (or 0-dim), ``calibrated [T]``: both are the sampler's timestep values."""
+        """Set the index from ``timestep [batch]`` (or 0-dim) and ``calibrated [T]``: both are the sampler's timestep
+        values.
+        """
         distance = (timestep.reshape(-1, 1).to(calibrated) - calibrated.reshape(1, -1)).abs()
         self._index = distance.argmin(dim=1)
 

@@ -103,7 +103,7 @@ class FirstTokenLinear(nn.Module):
 
     @classmethod
     def of(cls, layer: nn.Linear, state: Tensor) -> FirstTokenLinear:
-        """Around a float layer. ``state [in]`` is the constant first token."""
+        """Return the layer around a float layer. ``state [in]`` is the constant first token."""
         return cls(layer, state.to(layer.weight, copy=True), layer.weight.detach() @ state.to(layer.weight))
 
 

@@ -121,7 +121,7 @@ class BlockWalk:
         """Bring every call to the door of the block. Here they are there already."""
 
     def leave(self, block: str) -> None:
-        """The block is as it will be: on to the next."""
+        """Go on to the next block; this one is as it will be."""
         self.advance(block)
 
     def observe(
@@ -227,4 +227,4 @@ class ReplayWalk(BlockWalk):
         super().advance(block)
 
     def leave(self, block: str) -> None:
-        """Nothing to carry: the next block is entered from the beginning."""
+        """Do nothing: the next block is entered from the beginning."""

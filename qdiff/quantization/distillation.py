@@ -127,7 +127,7 @@ class _Blocks:
         self.ours, self.theirs = _Outputs(model.backbone, names), _Outputs(teacher, names)
 
     def errors(self, step: Step) -> Tensor:
-        """Of each block, relative to the energy of the float block's output, ``[blocks]``."""
+        """Return the error of each block, relative to the energy of the float block's output: ``[blocks]``."""
         with torch.no_grad():
             self.model.family.call(self.teacher, step.inputs)
         pairs = [(self.ours.found[name], self.theirs.found[name]) for name in self.names]
@@ -223,8 +223,9 @@ class _Work:
 
     @contextlib.contextmanager
     def _blocks(self) -> Iterator[tuple[_Blocks | None, Tensor]]:
-        """What tells the blocks' errors, where they count, and what they are before on held-out calls, ``[blocks]``. Their hooks
-        are gone when the context ends, however it does."""
+        """Yield what tells the blocks' errors where they count, and those errors before, on held-out calls:
+        ``[blocks]``. The hooks are removed when the context ends, also after an error.
+        """
         names = self.model.family.blocks(self.backbone)
         if self.teacher is None or not self.how.blocks or not names:
             yield None, torch.zeros(0)

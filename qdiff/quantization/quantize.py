@@ -69,7 +69,7 @@ def quantize_from_draft(
     scratch: Scratch | None = None,
     complete: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """:func:`quantize` from the draft on. Raises as there.
+    """Do the work of :func:`quantize` from the draft on. Raise as it does.
 
     Args:
         complete: puts in place what the finished backbone has besides its layers (sparse attention), so that a recipe that trains
@@ -216,14 +216,16 @@ class GroupQuantizer:
         round_to_storage(self.backbone, storage_dtype)
 
     def all_groups(self) -> None:
-        """Every group on the statistics of the float model."""
+        """Quantize every group on the statistics of the float model."""
         with Progress("quantize", len(self.layers)) as progress:
             for group, entry in self.statistics.inputs.items():
                 self._group(group, entry)
                 progress.advance(len(entry.layers))
 
     def block_by_block(self, trajectory: Trajectory, how: Sequential, scratch: Scratch | None) -> None:
-        """Every block on the states that the quantized blocks before it produce; the rest, first, as :meth:`all_groups`."""
+        """Quantize every block on the states that the quantized blocks before it produce; the rest, first, as
+        :meth:`all_groups` does.
+        """
         blocks = self.model.family.blocks(self.backbone)
         groups = self.statistics.inputs
         outside = [group for group in groups if not any(group.startswith(f"{block}.") for block in blocks)]
@@ -319,7 +321,7 @@ class GroupQuantizer:
         return decided
 
     def _refuse(self, entry: LayerPlan, reached: float) -> None:
-        """Plans a layer to be kept, because its output would be below the floor."""
+        """Plan to keep a layer in float, because its output would be below the floor."""
         reason = f"{entry.precision} reaches {reached:.1f} dB, the floor is {self.floor:g} dB (floors.layer)"
         self.planned[entry.name] = kept_entry(entry.name, self.layers[entry.name], self.storage_dtype, reason)
         log.warning("quantize: %s is kept: %s", entry.name, reason)

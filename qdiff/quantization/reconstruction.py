@@ -58,7 +58,7 @@ class Decided:
     biases: list[Tensor | None]
 
     def only(self, layers: Sequence[int]) -> Decided:
-        """Of some of the group's layers, by their numbers."""
+        """Return the decisions for some of the group's layers, by their numbers."""
         layer_group, decisions = self.layer_group, self.decisions
         parts: dict[str, Any] = {
             name: tuple(value[layer] for layer in layers)
@@ -201,7 +201,7 @@ class BlockFit:
         loss: Callable[[int, float], Tensor],
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
-        """Steps down ``loss`` of one fitting call and the share of iterations done, every call before any comes again."""
+        """Step down ``loss`` of one fitting call and the share of iterations done, every call before any comes again."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.block.encode()))
         order: list[int] = []
         with Progress(f"{what} {self.block}", iterations) as progress:

@@ -53,7 +53,7 @@ class Trajectory:
             raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate -o RUN")
 
     def timesteps(self, shard: int) -> list[float]:
-        """Of the recorded calls of one shard, in sampling order.
+        """Return the timesteps of the recorded calls of one shard, in sampling order.
 
         Raises:
             IntegrityError: when the shard is damaged or not ours.

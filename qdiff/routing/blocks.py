@@ -108,7 +108,7 @@ class BranchedBlock(nn.Module):
         self.index, self.branch_state = index, branch_state
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         previous = self.branch_state.previous(self.index, hidden_states)
         alternatives: list[Callable[[], Tensor]] = [
             _Call(branch, hidden_states, args, kwargs) for branch in self.branches

@@ -95,7 +95,7 @@ class Router:
         return routes, None if state is None else state.deltas
 
     def observe(self, changes: Tensor, drifts: Tensor | None = None, deltas: Tensor | None = None) -> None:
-        """What the call reported: ``changes [blocks, batch]``, and with reuse ``drifts`` and new deltas."""
+        """Take over what the call reported: ``changes [blocks, batch]``, and with reuse ``drifts`` and new deltas."""
         if self._call is None:
             raise RuntimeError("the router was told of a call that it gave no routes for")
         key, timestep, shape, before, routes = self._call

@@ -160,7 +160,8 @@ class Run:
         return cls(path)
 
     def require_writable(self, *folders: str) -> None:
-        """Before work whose results go into the run folder, and into ``folders`` in it: tries whether they can.
+        """Try whether files can be written into the run folder, and into ``folders`` in it, before the work whose
+        results go there.
 
         Raises:
             UsageError: they cannot be made or written to.
@@ -289,7 +290,7 @@ class Run:
         leftovers: Iterable[str] = (),
         needs: Iterable[str] = (),
     ) -> Iterator[StageRun | None]:
-        """Does a stage unless it is done already.
+        """Do a stage unless it is done already.
 
         Yields ``None`` when the stage is finished with the same inputs: the caller's block then has nothing to do.
         Otherwise yields the :class:`StageRun`; its ``resumed`` says that an earlier try with the same inputs was cut off

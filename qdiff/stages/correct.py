@@ -146,7 +146,7 @@ class _Work:
         }
 
     def _gains(self, engine: str, methods: list[str]) -> dict[str, dict[str, Any]]:
-        """Of every method its correction, fitted to an engine, and what pictures gain by it."""
+        """Return, for every method, its correction, fitted to an engine, and what pictures gain by it."""
         from qdiff.correction import CORRECTIONS
 
         judging = self._scorer(self.judge)

@@ -53,7 +53,7 @@ class DecisionSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the recipe."""
+        """Return the name of the recipe."""
         ...
 
     @property

@@ -207,7 +207,7 @@ def _errors(expected: list[tuple[float, Tensor]], got: list[tuple[float, Tensor]
 
 
 def _refuse_idle(plan: Plan, errors: list[dict[str, float]]) -> None:
-    """A quantized model that equals the float model is one whose quantizers are off."""
+    """Refuse a quantized model that equals the float model: its quantizers are off."""
     from qdiff.evaluation.metrics import DB_CAP
 
     if plan.quantized and any(error["sqnr_db"] >= DB_CAP for error in errors):

@@ -209,7 +209,9 @@ def columns_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int)
 
 
 def _strides(tiling: Tiling, heads: int, size: int) -> dict[str, object]:
-    """Of contiguous ``[batch, heads, tokens, size]``. As constants: what they are multiples of decides how wide loads are."""
+    """Return the strides of a contiguous ``[batch, heads, tokens, size]`` as constants: what they are multiples of
+    decides how wide loads are.
+    """
     plane = tiling.tokens * size
     return {"stride_batch": heads * plane, "stride_head": plane, "stride_token": size}
 

@@ -45,7 +45,8 @@ def moments_kernel(
     SPAN: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """Sum of the keys, and sum, largest and smallest of the values, of ``SPAN`` tokens; the grid is ``(spans, heads, batch)``.
+    """Write the sum of the keys, and sum, largest and smallest of the values, of ``SPAN`` tokens; the grid is ``(spans,
+    heads, batch)``.
 
     ``k`` and ``v [batch, heads, tokens, SIZE]`` with any strides but the last to float32 ``parts [batch, heads, spans, 4,
     CHANNELS]``.
@@ -86,8 +87,9 @@ def join_moments_kernel(
     LINES: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """The parts of :func:`moments_kernel` together; the grid is ``(heads times batch,)``. Results are float32 ``[batch, heads,
-    SIZE]``; ``LARGEST`` is that of the values' format."""
+    """Join the parts of :func:`moments_kernel`; the grid is ``(heads times batch,)``. Results are float32 ``[batch,
+    heads, SIZE]``; ``LARGEST`` is the largest number of the values' format.
+    """
     plane = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, CHANNELS)
     k_sum = tl.zeros([LINES, CHANNELS], tl.float32)
