@@ -69,7 +69,7 @@ class Made:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """Return JSON for the download: the settings, and what was measured."""
+        """Return the settings and what was measured, as JSON values for the download."""
         names = ("engine", "note", "seconds", "seconds_per_step", "load_seconds", "memory_bytes", "size_bytes")
         facts = {name: getattr(self, name) for name in (*names, "psnr_db", "ssim", "disturbed")}
         facts["warnings"] = list(self.warnings) or None

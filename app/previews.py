@@ -53,8 +53,9 @@ class Previewer:
 
 
 def _neighbours(latents: Tensor) -> Tensor:
-    """Return ``[N, C, h, w]`` to ``[N h w, 9 C + 1]``: each cell with its eight neighbours (edges repeated), and
-    one."""
+    """Return ``[N h w, 9 C + 1]`` for ``[N, C, h, w]``: each cell with its eight neighbours (edges repeated), and a
+    one.
+    """
     import torch
     from torch.nn import functional
 

@@ -142,7 +142,7 @@ class Service:
         self._slot.close(grace)
 
     def close(self) -> None:
-        """:meth:`stop`; then ends the build, lets the engines go, and removes the temporary files."""
+        """Call :meth:`stop`, then end the build, let the engines go, and remove the temporary files."""
         self.stop()
         self.builds.close()
         self._pool.drop()

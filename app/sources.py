@@ -45,7 +45,7 @@ class Weights:
 
     @classmethod
     def parse(cls, text: str) -> Weights:
-        """Return ``FAMILY`` or ``FAMILY=WEIGHTS``, from the command line.
+        """Return the weights that the command line names as ``FAMILY`` or ``FAMILY=WEIGHTS``.
 
         Raises:
             UsageError: no such family.

@@ -457,7 +457,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("HEADS", "TOKENS", "SIZE"))

@@ -67,7 +67,7 @@ class Page:
 
 
 def load(page: Page, clients: int, seconds: float, steps: int) -> dict[str, Any]:
-    """Return ``clients`` visitors who ask again as soon as they are served."""
+    """Run ``clients`` visitors who ask again as soon as they are served."""
     lock, walls = threading.Lock(), []
     outcomes = {"served": 0, "refused": 0, "failed": 0}
     failures: list[str] = []
@@ -159,7 +159,9 @@ def cancelling(page: Page, rounds: int = 5) -> dict[str, Any]:
 
 
 def felt(page: Page, chromium: str) -> dict[str, Any] | None:
-    """In a browser: seconds from the click on Generate to the first preview and to the picture. ``None``: no browser."""
+    """Return the seconds in a browser from the click on Generate to the first preview and to the picture. ``None``: no
+    browser.
+    """
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:

@@ -118,7 +118,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", default="pixart")
     parser.add_argument("--bits", type=float, nargs="+", default=[5.5, 6.5])

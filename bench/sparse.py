@@ -37,7 +37,7 @@ ROWS = ("qdiff", "model's order", "one mask", WINDOWS, "dense, fp8", "dense, int
 
 
 def nearest_blocks(order: Tensor, grid: tuple[int, int, int], block: int, width: int) -> Tensor:
-    """For every block the ``width`` blocks whose middles lie nearest: bool ``[blocks, blocks]``."""
+    """Return, for every block, the ``width`` blocks whose middles lie nearest: bool ``[blocks, blocks]``."""
     places = torch.stack([axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij")], dim=1)
     middles = torch.stack([part.double().mean(dim=0) for part in places[order].split(block)])
     apart = torch.cdist(middles, middles)
@@ -187,7 +187,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3])

@@ -26,7 +26,7 @@ class FirstToken:
         self.tokens = torch.zeros(1, device=device)
 
     def take(self, x: Tensor) -> Tensor:
-        """Of ``x [B, tokens, in]`` everything but the first tokens, which it keeps."""
+        """Return everything of ``x [B, tokens, in]`` but the first tokens, and keep those."""
         first = x[:, 0]
         self.tokens.fill_(x.shape[1])
         self.low, self.high = torch.minimum(self.low, first.amin(0)), torch.maximum(self.high, first.amax(0))

@@ -124,7 +124,8 @@ def record(model: Model, recording: Recording, folder: Path, owner: str = "") ->
 def joined(
     timesteps: list[float], calls: list[dict[str, torch.Tensor]], branches: int = 2
 ) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
-    """Of each ``branches`` calls that follow each other one, the last first: the unguided half leads, as elsewhere.
+    """Return one of each ``branches`` calls that follow each other, the last first: the unguided half leads, as
+    elsewhere.
 
     Calls are counted, not told apart by their timestep: a sampler may come to a timestep twice.
 

@@ -42,7 +42,7 @@ class Profile:
     values: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON form; part of the engine cache's key."""
+        """Return the profile as JSON values; part of the engine cache's key."""
         return {
             "name": self.name,
             "ranges": {key: [list(shape) for shape in value] for key, value in self.ranges.items()},
@@ -76,7 +76,7 @@ class BuildOptions:
     flags: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON form of what decides the engine's files (all but ``threads``)."""
+        """Return what decides the engine's files (all options but ``threads``) as JSON values."""
         return {
             "profiles": [profile.to_json() for profile in self.profiles],
             "compute_capability": self.compute_capability,

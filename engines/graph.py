@@ -61,7 +61,7 @@ def _external(onnx: Path, name: str) -> Path:
 
 
 def graph_digest(onnx: Path) -> str:
-    """Return Hex sha256 over the graph file and its weights files (names and bytes)."""
+    """Return the sha256, in hexadecimal, of the graph file and its weights files (names and bytes)."""
     files = [[path.relative_to(onnx.parent.resolve()).as_posix(), sha256_file(path)] for path in external_files(onnx)]
     return hashlib.sha256(json.dumps([sha256_file(onnx), files]).encode()).hexdigest()
 
@@ -73,8 +73,9 @@ def graph_bytes(onnx: Path) -> int:
 
 @contextlib.contextmanager
 def inlined(onnx: Path, kept: Collection[str] = ()) -> Iterator[Path]:
-    """The graph with every call of a function in the file replaced by its nodes, beside ``onnx`` (whose weights it reads) until
-    the context ends; ``onnx`` itself where there is nothing to replace. For runtimes that know no functions.
+    """Yield the graph with every call of a function in the file replaced by its nodes, beside ``onnx`` (whose weights
+    it reads) until the context ends; ``onnx`` itself where there is nothing to replace. For runtimes that know no
+    functions.
 
     Args:
         onnx: checked by :func:`external_files`.

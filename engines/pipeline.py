@@ -81,7 +81,9 @@ class EngineBackbone(torch.nn.Module):
 
     @contextlib.contextmanager
     def cache_context(self, *_: Any, **__: Any) -> Iterator[None]:
-        """Diffusers' feature caches live inside torch blocks; an engine has none."""
+        """Do nothing for the length of a block: diffusers' feature caches live inside torch blocks, and an engine has
+        none.
+        """
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +165,7 @@ def insert(
     engine: str = UNNAMED,
     unread: Sequence[str] = (),
 ) -> Iterator[EngineBackbone]:
-    """:func:`replace` for the length of a block; then the original is back, also after an error."""
+    """Call :func:`replace` for the length of a block; put the original back afterwards, also after an error."""
     original = getattr(pipe, attribute)
     try:
         yield replace(pipe, attribute, runner, inputs, engine, unread)

@@ -53,7 +53,7 @@ def _key() -> bytes:
 
 
 def sign(payload: bytes, purpose: str) -> str:
-    """Return Hex tag of ``payload``; ``purpose`` keeps a tag for one use from being valid for another.
+    """Return the tag of ``payload`` in hexadecimal; ``purpose`` keeps a tag for one use from being valid for another.
 
     Raises:
         IntegrityError: the key file is readable by others, a link, or cut off.

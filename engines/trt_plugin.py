@@ -243,7 +243,7 @@ def register(trt: Any, names: Iterable[str], capability: int) -> None:
 
 
 def _interface_of(trt: Any) -> Any:
-    """Return ``tensorrt.plugin``."""
+    """Return the module ``tensorrt.plugin``."""
     if hasattr(trt, "QuickPluginCreationRequest"):
         for package in (trt.__name__, f"{trt.__name__}_bindings"):
             try:

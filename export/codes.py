@@ -22,7 +22,7 @@ from qdiff.nn.quant_linear import QuantConv2d, QuantLinear
 
 
 def bytes_as_codes(module: nn.Module) -> None:
-    """Views E8M0 scales as bytes, in place; the module is for tracing only afterwards."""
+    """View E8M0 scales as bytes, in place; the module is for tracing only afterwards."""
     for layer in module.modules():
         if isinstance(layer, QuantLinear) and layer.scale.dtype == torch.float8_e8m0fnu:
             layer.scale = layer.scale.view(torch.uint8)

@@ -18,7 +18,7 @@ class Body:
         self._constants: dict[str, str] = {}
 
     def do(self, call: str) -> str:
-        """Return ``do("Mul(a, b)")`` -> the name of the product."""
+        """Write one expression and return the name of its result: ``do("Mul(a, b)")`` gives the name of the product."""
         name = f"v{len(self.lines)}"
         self.lines.append(f"{name} = {call}")
         return name
@@ -55,11 +55,13 @@ class Body:
         return self._constants[call]
 
     def clip(self, value: str, low: float, high: float) -> str:
-        """Between two numbers."""
+        """Write a clip of ``value`` to the range between two numbers, and return the name of the result."""
         return self.do(f"Clip({value}, {self.number(low)}, {self.number(high)})")
 
     def cast(self, value: str, dtype: int) -> str:
-        """To an element type, by its number in ``onnx.TensorProto``."""
+        """Write a cast of ``value`` to an element type, by its number in ``onnx.TensorProto``, and return the name of
+        the result.
+        """
         return self.do(f"Cast<to = {dtype}>({value})")
 
 

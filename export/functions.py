@@ -201,7 +201,7 @@ def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
 
 
 def _on_half_grid(body: Body, x: str) -> str:
-    """Return :func:`qdiff.formats.scales.to_half_grid` of positive numbers."""
+    """Return what :func:`qdiff.formats.scales.to_half_grid` returns for positive numbers."""
     half, wide = (body.cast(body.cast(x, dtype), _FLOAT) for dtype in (_FLOAT16, _BFLOAT16))
     return body.do(f"Where({body.do(f'Greater({x}, {body.number(LARGEST_FLOAT16)})')}, {wide}, {half})")
 
@@ -220,7 +220,7 @@ def _power_below(body: Body, x: str) -> str:
 
 
 def _on_grid(body: Body, ratio: str, element: Element) -> str:
-    """Return :func:`qdiff.formats.elements.round_to_grid`."""
+    """Return what :func:`qdiff.formats.elements.round_to_grid` returns."""
     if element.kind == "integer":
         return body.clip(body.do(f"Round({ratio})"), element.lowest, element.highest)
     within = body.clip(ratio, element.lowest, element.highest)

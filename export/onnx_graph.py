@@ -325,7 +325,9 @@ def _named(size: Any, names: Mapping[str, str]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints to stdout, which belongs to results, and warns about packages that are not needed."""
+    """Silence the exporter for the length of a block: it prints to stdout, which belongs to results, and warns about
+    packages that are not needed.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -252,12 +252,12 @@ class _Writer:
         return self.do(f"Slice({x}, {self.axes(start)}, {self.axes(end)}, {self.axes(1)})")
 
     def gathered(self, x: str, listed: str, rows: int) -> str:
-        """Return ``[batch, c, block_k, size]`` to ``[batch, rows, keys, size]``."""
+        """Gather ``[batch, c, block_k, size]`` into ``[batch, rows, keys, size]``."""
         blocks = self.do(f"Gather<axis = 1>({x}, {listed})")
         return self.do(f"Reshape({blocks}, {self.axes(0, rows, -1, self.made.size)})")
 
     def gathered_scale(self, scale: str | None, listed: str, rows: int) -> str | None:
-        """Return ``[batch, c, 1, 1]`` to ``[batch, rows, 1, keys]``."""
+        """Gather ``[batch, c, 1, 1]`` into ``[batch, rows, 1, keys]``."""
         if scale is None:
             return None
         blocks = self.do(f"Gather<axis = 1>({self.do(f'Squeeze({scale}, {self.axes(3)})')}, {listed})")
@@ -265,7 +265,7 @@ class _Writer:
         return self.do(f"Reshape({spread}, {self.axes(0, rows, 1, -1)})")
 
     def gathered_empty(self, empty: str, listed: str, rows: int) -> str:
-        """Return ``[c, block_k]`` to ``[rows, 1, keys]``."""
+        """Gather ``[c, block_k]`` into ``[rows, 1, keys]``."""
         blocks = self.do(f"Gather<axis = 0>({empty}, {listed})")
         return self.do(f"Reshape({blocks}, {self.axes(rows, 1, -1)})")
 
@@ -278,7 +278,9 @@ class _Writer:
         k_scale: str | None,
         empty: str | None,
     ) -> str:
-        """Return ``[batch, r, block_q, size]`` and ``[batch, r, keys, size]`` to ``[batch, r, block_q, size]``."""
+        """Return the attention of ``[batch, r, block_q, size]`` over ``[batch, r, keys, size]``: ``[batch, r, block_q,
+        size]``.
+        """
         if self.scores and self.output:
             q, k = (self.codes(x, self.scores, _UNIT[self.scores]) for x in (q, k))
             v = self.codes(v, self.output, _V_UNIT)

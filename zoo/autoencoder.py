@@ -45,7 +45,7 @@ def build() -> nn.Module:
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """Return [N, H, W, 3] in 0..255 -> [N, 3, H, W] in -1..1."""
+    """Return ``[N, 3, H, W]`` in -1..1 for pictures ``[N, H, W, 3]`` in 0..255."""
     return torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
@@ -60,7 +60,9 @@ def batch(all_sprites: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return L1 + 0.5 L1 of neighbour differences, along every axis after the channels that has neighbours."""
+    """Return the L1 loss plus 0.5 times the L1 loss of neighbour differences, along every axis after the channels that
+    has neighbours.
+    """
     loss = functional.l1_loss(output, target)
     for dim in range(2, target.ndim):
         if target.shape[dim] == 1:
@@ -149,7 +151,7 @@ class Decoder(nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return unscaled latents [N, 4, h, w] -> [N, 3, 4h, 4w]."""
+        """Return pictures ``[N, 3, 4h, 4w]`` for unscaled latents ``[N, 4, h, w]``."""
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -199,7 +201,7 @@ def load(work: Path) -> nn.Module:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, then train the autoencoder."""
     parser = argparse.ArgumentParser(prog="python -m zoo.autoencoder", description=str(__doc__).splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=1200)

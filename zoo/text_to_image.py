@@ -203,7 +203,7 @@ def export(pipeline: Any, folder: Path, generation: dict[str, Any]) -> None:
 
 
 def main(kind: type[TextToImage], description: str, batch: int = 64) -> None:
-    """Command line of one model."""
+    """Parse the command line of one model, then train it."""
     parser = argparse.ArgumentParser(prog=f"python -m zoo.{kind.name}", description=description)
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints; has vae/ from zoo.autoencoder")
     parser.add_argument("--steps", type=int, default=2800)

@@ -127,7 +127,9 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """average += (1 - decay) (weights - average); the decay grows with the step, so that the start is forgotten."""
+        """Add ``(1 - decay) (weights - average)`` to the average; the decay grows with the step, so that the start is
+        forgotten.
+        """
         decay = min(self.settings.average, (1 + self.step) / (10 + self.step))
         names, values = zip(*self.model.state_dict().items(), strict=True)
         torch._foreach_lerp_([self.average[n] for n in names], [v.float() for v in values], 1 - decay)

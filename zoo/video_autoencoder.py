@@ -98,7 +98,7 @@ def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cac
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
-    """Return [N, T, H, W, 3] in 0..255 -> [N, 3, T, H, W] in -1..1."""
+    """Return ``[N, 3, T, H, W]`` in -1..1 for clips ``[N, T, H, W, 3]`` in 0..255."""
     return torch.from_numpy(frames).float().permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
 
 
@@ -189,7 +189,7 @@ def load(work: Path) -> nn.Module:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, then train the autoencoder of clips."""
     parser = argparse.ArgumentParser(prog="python -m zoo.video_autoencoder", description=str(__doc__).splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=1200)

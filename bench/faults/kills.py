@@ -79,7 +79,7 @@ class Laboratory:
             shutil.copytree(self.folder(stage.after), folder, symlinks=True)
 
     def reference(self, name: str) -> Reference:
-        """Of a stage, measured once: later calls read it."""
+        """Return the reference of a stage, measured once: later calls read it."""
         path, stage = self.work / "references" / f"{name}.json", STAGES[name]
         if path.exists():
             return Reference(**json.loads(path.read_text()))

@@ -138,7 +138,7 @@ class Commands:
     def _become(
         self, arguments: list[str], out: Path, err: Path, threads: int, may_read_all: bool, list_modules: bool
     ) -> None:
-        """The rest of the child's life."""
+        """Run the rest of the child's life."""
         code = 70
         try:
             for number, path in ((1, out), (2, err)):

@@ -151,7 +151,7 @@ def _overdue(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def _plain_logging() -> Iterator[None]:
-    """A log that goes to this command's stderr, and none that is left behind."""
+    """Send the log to this command's stderr for the length of a block, and leave no handler behind."""
     from qdiff import device
 
     root = logging.getLogger()

@@ -178,7 +178,7 @@ def _send(port: int, method: str, path: str, headers: dict[str, str], body: byte
 
 @contextlib.contextmanager
 def running(finished: Path, folder: Path) -> Iterator[tuple[int, io.StringIO]]:
-    """A server in a thread: its port, and what it and its libraries write to stderr."""
+    """Run a server in a thread; yield its port, and what it and its libraries write to stderr."""
     import uvicorn
 
     from qdiff.app.limits import Limits

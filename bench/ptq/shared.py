@@ -73,7 +73,7 @@ class Shared:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return ``shared.json``."""
+        """Return the contents of ``shared.json``."""
         return read_json(self.folder / "shared.json", "the shared part of the benchmark")
 
     def prepare(self) -> None:
@@ -153,7 +153,7 @@ class Shared:
         return Material(model, Trajectory(folder), statistics, shared_layers(model), scratch)
 
     def float_answers(self) -> tuple[Tensor, Tensor]:
-        """Return Float's predictions on the held-out calls, and its pictures."""
+        """Return the float model's predictions on the held-out calls, and its pictures."""
         with open_tensors(self.folder / "float.safetensors", "float's answers") as file:
             return file.get_tensor("predictions"), file.get_tensor("pictures")
 

@@ -14,13 +14,13 @@ from qdiff.export.translations.quantizers import call
 
 @translates("qdiff::choose", "onnxruntime", "tensorrt")
 def choose(which: Any, alternatives: Sequence[Any]) -> Any:
-    """Arguments of :func:`qdiff.routing.ops.choose`."""
+    """Translate :func:`qdiff.routing.ops.choose`; the arguments are the same."""
     return call(DOMAIN, f"{CHOOSE}{len(alternatives)}", [which, *alternatives], ["T1"])
 
 
 @translates("qdiff::shaped_like", "onnxruntime", "tensorrt")
 def shaped_like(x: Any, reference: Any) -> Any:
-    """Arguments of :func:`qdiff.routing.ops.shaped_like`."""
+    """Translate :func:`qdiff.routing.ops.shaped_like`; the arguments are the same."""
     from onnxscript import opset23 as op
 
     return op.Reshape(x, op.Shape(reference))

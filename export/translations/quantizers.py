@@ -58,7 +58,7 @@ def call(
 
 @translates("qdiff::quantize_dequantize", "tensorrt")
 def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
-    """Return Q and DQ with one constant scale."""
+    """Return the output of Q and DQ nodes with one constant scale."""
     from onnxscript import opset23 as op
 
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, output_dtype=_PAIRS[format]), scale)
@@ -66,7 +66,7 @@ def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
 
 @translates("qdiff::quantize_dequantize", "onnxruntime")
 def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
-    """Return Q and DQ in INT8; other formats as a function."""
+    """Return the output of Q and DQ nodes in INT8; of a function in other formats."""
     if format == "int8":
         return quantize_dequantize(x, scale, format)
     return call(DOMAIN, f"QuantizeDequantize_{format}", [x, scale], ["same"])
@@ -87,7 +87,9 @@ def block_quantize_dequantize(x: Any, tensor_scale: Any, format: str) -> Any:
 
 @translates("qdiff::block_quantize_dequantize", "tensorrt")
 def block_quantize_dequantize_by_tensorrt(x: Any, tensor_scale: Any, format: str) -> Any:
-    """Return TensorRT's dynamic quantizer: FP4 codes and E4M3 block scales, which two DequantizeLinear undo."""
+    """Return the output of TensorRT's dynamic quantizer: FP4 codes and E4M3 block scales, which two DequantizeLinear
+    undo.
+    """
     from onnxscript import opset23 as op
 
     row = format_named(format)
