@@ -126,7 +126,7 @@ def add(service: Service) -> None:
         return build_state()
 
     def status() -> dict:
-        """Return queue and work."""
+        """Return the queue and the work in progress."""
         return {"waiting": service.queue_length, "busy": service.busy, "building": service.builds.running}
 
     endpoints: list[Any] = [generate, compare, models, cancel, build, build_state, stop_build, status]

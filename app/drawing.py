@@ -120,7 +120,7 @@ class Artist:
         self.known: dict[str, Defaults] = {}  # what was read so far, by source
 
     def defaults(self, source: Source) -> Defaults:
-        """Return the source's own settings; loads its model the first time."""
+        """Return the source's own settings; load its model the first time."""
         if source.name not in self.known:
             model = self._pool.model(source)
             usual = {**_usual(model, source), **model.defaults}
@@ -247,7 +247,7 @@ class Artist:
         return judged
 
     def _beside(self, reference: Made, other: Made) -> Path:
-        """Return two clips as one."""
+        """Return two clips side by side as one."""
         import numpy as np
 
         from qdiff.evaluation.images import PictureInfo

@@ -60,12 +60,12 @@ class Pool:
 
     @property
     def bytes(self) -> int:
-        """Return memory that everything loaded took when it was loaded."""
+        """Return the memory that everything loaded took when it was loaded."""
         return sum(one.bytes for one in self._models.values()) + sum(one.bytes for one in self._engines.values())
 
     @property
     def loaded(self) -> list[tuple[str, str]]:
-        """Return source and engine of what is in memory."""
+        """Return the source and the engine of what is in memory."""
         return list(self._engines)
 
     def model(self, source: Source) -> Model:

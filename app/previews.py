@@ -80,7 +80,9 @@ def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def _fit(vae: Any) -> Tensor:
-    """Return least squares from latents to RGB in [0, 1]. The generator is our own: no caller's seed is touched."""
+    """Return the least squares fit from latents to RGB in [0, 1]. The generator is our own: no caller's seed is
+    touched.
+    """
     import torch
     from torch.nn import functional
 

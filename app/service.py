@@ -62,7 +62,7 @@ class Service:
     # What there is
 
     def defaults(self, source: Source) -> Defaults:
-        """Return settings of a source; loads its model the first time, in the compute slot."""
+        """Return the settings of a source; load its model the first time, in the compute slot."""
         if source.name not in self._artist.known:
             job = self._submit(f"defaults-{secrets.token_hex(4)}", "load", lambda job: self._artist.defaults(source))
             update = job.wait()

@@ -39,7 +39,7 @@ class Settings(BaseModel):
 
     @classmethod
     def make(cls, **values: Any) -> Settings:
-        """Return checked settings.
+        """Check the values and return them as settings.
 
         Raises:
             InputError: an unknown name or a wrong type, with the name.

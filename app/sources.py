@@ -40,7 +40,7 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """As the page shows and send it."""
+        """Return the name as the page shows and sends it."""
         return self.family if self.weights == "bundled" else f"{self.family} {self.weights.rpartition('/')[2]}"
 
     @classmethod
@@ -86,7 +86,7 @@ class Source:
         return self.run is not None and self.run.done("quantize")
 
     def engines(self) -> list[EngineChoice]:
-        """Return float first, then by speed; engines that were not built are not in the list."""
+        """Return the engines, float first, then by speed; engines that were not built are not in the list."""
         from qdiff.engines import choose_engine, ranked
 
         chosen = [EngineChoice("float", choose_engine("float").title)]

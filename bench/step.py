@@ -40,7 +40,7 @@ Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
-    """Calibrate, quantizes, exports and builds with qdiff's own stages (skipped when done), and writes the float graph.
+    """Calibrate, quantize, export and build with qdiff's own stages (skipped when done), and write the float graph.
 
     Returns:
         the run and the path of the float ONNX file.

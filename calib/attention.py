@@ -200,8 +200,9 @@ class AttentionCalibration:
         return {"choice": torch.stack([needed[layer].argmin(dim=1) for layer in self.layers])}
 
     def _needed(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate:
-        ``[candidates]``. Text does not count: it is read in any case."""
+        """Return the mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate:
+        ``[candidates]``. Text does not count: it is read in any case.
+        """
         tiling = self.tiling
         q = q[tiling.text :]
         count = min(SAMPLED_QUERIES, len(q))

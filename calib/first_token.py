@@ -38,7 +38,7 @@ class FirstToken:
         return x[:, 1:]
 
     def state(self) -> Tensor:
-        """Return everything needed to go on later, in one row."""
+        """Return everything that is needed to go on later, in one row."""
         return torch.cat([self.token, self.low, self.high, self.constant, self.tokens])
 
     def restore(self, state: Tensor) -> None:

@@ -28,7 +28,7 @@ class Observer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return everything needed to go on later, by name."""
+        """Return everything that is needed to go on later, by name."""
 
     @abstractmethod
     def restore(self, state: dict[str, Tensor]) -> None:

@@ -50,7 +50,7 @@ class Recording:
 
     @property
     def shards(self) -> int:
-        """Return number of shards."""
+        """Return the number of shards."""
         return -(-len(self.prompts) // self.batch)
 
     def request(self, shard: int) -> Request:

@@ -99,7 +99,7 @@ class Runner(ABC):
     lasting: frozenset[str] = frozenset()
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return everything that the graph returns, the prediction first; raises as :meth:`__call__`."""
+        """Return everything that the graph returns, the prediction first; raise as :meth:`__call__` does."""
         return [self(inputs)]
 
     @abstractmethod
@@ -130,7 +130,7 @@ class Engine(ABC):
 
     @property
     def rank(self) -> int:
-        """Return place among the engines: the highest rank among those that can run is the default engine."""
+        """Return the place among the engines: the highest rank among those that can run is the default engine."""
         return 0
 
     def integer_arithmetic(self) -> str | None:
@@ -173,7 +173,7 @@ class Engine(ABC):
             ) from error
 
     def version(self) -> str:
-        """Return version of the backend library.
+        """Return the version of the backend library.
 
         Raises:
             MissingDependencyError: it is not installed.

@@ -67,7 +67,7 @@ def graph_digest(onnx: Path) -> str:
 
 
 def graph_bytes(onnx: Path) -> int:
-    """Return size on disk of the graph and its weights."""
+    """Return the size on disk of the graph and its weights."""
     return sum(path.stat().st_size for path in [onnx, *external_files(onnx)])
 
 

@@ -52,7 +52,7 @@ class CachedPart:
         return results
 
     def _key(self, given: Mapping[str, Tensor]) -> Hashable:
-        """Return small inputs themselves."""
+        """Return the small inputs themselves as the key."""
         return tuple((str(x.device), tuple(x.shape), x.cpu().numpy().tobytes()) for x in given.values())
 
     def _equal(self, given: Mapping[str, Tensor]) -> Hashable | None:

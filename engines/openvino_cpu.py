@@ -182,8 +182,9 @@ class OpenVinoEngine(Engine):
 
     @property
     def rank(self) -> int:
-        """Return place before ONNX Runtime; behind it where products overflow and are computed in float, which is
-        slower."""
+        """Return a place before ONNX Runtime; behind it where products overflow and are computed in float, which is
+        slower.
+        """
         return 20 if self.missing() is not None or integer_products.exact(self.library) else 5
 
     def integer_arithmetic(self) -> str | None:

@@ -71,7 +71,7 @@ class EngineBackbone(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return element type that the pipeline prepares its tensors in."""
+        """Return the element type that the pipeline prepares its tensors in."""
         return self._anchor.dtype  # type: ignore[return-value]
 
     @property
@@ -87,7 +87,8 @@ class EngineBackbone(torch.nn.Module):
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the original's call: ``(sample,)`` or an output object with ``sample``, in the latent's element type.
+        """Return what the original's call returns: ``(sample,)`` or an output object with ``sample``, in the latent's
+        element type.
 
         Raises:
             InputError: an input of the graph that the pipeline did not give, a value that the graph has no input for, or NaN

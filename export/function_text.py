@@ -24,8 +24,9 @@ class Body:
         return name
 
     def call(self, name: str, inputs: str, outputs: int, attributes: Mapping[str, str | int]) -> list[str]:
-        """Return a call of another function of the domain, which has to declare the attributes; the names of its
-        results."""
+        """Write a call of another function of the domain, which has to declare the attributes, and return the names of
+        its results.
+        """
         names = [f"v{len(self.lines)}_{place}" for place in range(outputs)]
         given = ", ".join(
             f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}" for key, value in attributes.items()

@@ -132,8 +132,9 @@ class Graph:
         return "float16"  # a number on its grid, in float16 or float32
 
     def _output(self, product: Any) -> str | None:
-        """Return format of the quantizer right behind a product, its bias and its division by the timestep's factor;
-        the input quantizer of a layer that reads this one is not meant."""
+        """Return the format of the quantizer right behind a product, its bias and its division by the timestep's
+        factor; the input quantizer of a layer that reads this one is not meant.
+        """
         value = product.output[0]
         while True:
             users = self.consumers.get(value, [])
@@ -172,7 +173,7 @@ class Graph:
         return value in self.initializers and value.endswith(".codes")
 
     def _pair(self, quantizer: Any) -> str:
-        """Return format of a QuantizeLinear with one scale."""
+        """Return the format of a QuantizeLinear with one scale."""
         dtype = _attribute(quantizer, "output_dtype", 0)
         if not dtype and len(quantizer.input) > 2:
             dtype = self.initializers[quantizer.input[2]].data_type
@@ -181,7 +182,7 @@ class Graph:
         return next(rows, element)
 
     def _activation(self, value: str) -> tuple[str | None, bool]:
-        """Return format of the quantizer that a product's operand comes from, and whether its scales are per token."""
+        """Return the format of the quantizer that a product's operand comes from, and whether its scales are per token."""
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH and not node.domain:
             node = self.producer.get(node.input[0])

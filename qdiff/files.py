@@ -278,13 +278,15 @@ def open_lock(path: Path) -> int:
 
 
 def sha256_file(path: Path) -> str:
-    """Return Hex sha256 of a file's bytes."""
+    """Return the hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """Return Hex sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their key order."""
+    """Return the hexadecimal sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their
+    key order.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -36,7 +36,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def resident_bytes() -> int:
-    """Return resident set size of this process in bytes."""
+    """Return the resident set size of this process in bytes."""
     import psutil
 
     return psutil.Process().memory_info().rss

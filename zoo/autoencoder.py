@@ -72,8 +72,9 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def variational_loss(vae: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return reconstruction from a sampled latent, and a little KL. ``images`` [N, 3, (T,) H, W] in -1..1, on the
-    model's device."""
+    """Return the loss of the reconstruction from a sampled latent, and a little KL. ``images`` ``[N, 3, (T,) H, W]`` in
+    -1..1, on the model's device.
+    """
     posterior = vae.encode(images).latent_dist  # type: ignore[operator]
     mean, deviation = posterior.mean.float(), posterior.std.float()
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -83,14 +84,14 @@ def variational_loss(vae: nn.Module, images: Tensor, generator: torch.Generator)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return mean over pictures of the PSNR in dB, for values in -1..1."""
+    """Return the mean over pictures of the PSNR in dB, for values in -1..1."""
     error = (a - b).float().square().flatten(1).mean(1)
     return float((10 * torch.log10(4 / error)).mean())
 
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: np.ndarray, chunk: int = 256) -> Tensor:
-    """Return unscaled latent means, float32 [N, 4, 16, 16]."""
+    """Return the unscaled latent means, float32 [N, 4, 16, 16]."""
     parts = [to_tensor(images[i : i + chunk]) for i in range(0, len(images), chunk)]
     device = next(vae.parameters()).device
     return torch.cat([vae.encode(p.to(device)).latent_dist.mean.float() for p in parts])  # type: ignore[operator]

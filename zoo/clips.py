@@ -96,8 +96,9 @@ class Clips:
 
 
 def encoded(vae: nn.Module, clips: list[Clip], folder: Path, which: range | list[int]) -> Tensor:
-    """Return normalised latents of the frames ``which`` of each clip, float16 [N, C, T, h, w]; read where ``folder``
-    has them."""
+    """Return the normalised latents of the frames ``which`` of each clip, float16 [N, C, T, h, w]; read where
+    ``folder`` has them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in range(0, len(clips), PART):

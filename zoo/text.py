@@ -158,7 +158,7 @@ class WarmUp(nn.Module):
         self.head = nn.Linear(WIDTH, latents)
 
     def loss(self, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-        """Return mean squared error over the tokens that are asked. ids, mask [B, L]; target [B, latents]."""
+        """Return the mean squared error over the tokens that are asked. ids, mask ``[B, L]``; target ``[B, latents]``."""
         if self.encoder.config.model_type.startswith("clip"):  # pads are attended to, as in the pipeline
             states = self.encoder(input_ids=ids).last_hidden_state.float()  # [B, L, WIDTH]
             mask = (ids == self.encoder.config.eos_token_id).long()

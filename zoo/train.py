@@ -49,7 +49,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def optimizers(model: nn.Module, hidden: Callable[[str], bool], settings: Settings) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices whose name ``hidden`` accepts (if any), AdamW for the rest."""
+    """Return the optimizers: Muon for the matrices whose name ``hidden`` accepts (if any), AdamW for the rest."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim == 2 and hidden(n)]
     others = [p for n, p in named if not (p.ndim == 2 and hidden(n))]

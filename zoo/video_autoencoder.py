@@ -112,7 +112,7 @@ def clips(size: int, frames: int, rng: np.random.Generator) -> Iterator[np.ndarr
 
 @torch.no_grad()
 def encode(vae: nn.Module, frames: np.ndarray, chunk: int = 8) -> Tensor:
-    """Return normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
+    """Return the normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
     config = vae.config
     mean, deviation = (
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)

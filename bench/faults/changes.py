@@ -114,7 +114,7 @@ def counterpart(run: Path, other: Path, name: str) -> Path | None:
 
 
 def _roles(run: Path) -> dict[str, str]:
-    """Return engine folders by what they compute, and the other way round."""
+    """Return the engine folders by what they compute, and the other way round."""
     roles: dict[str, str] = {}
     for stage, entry in json.loads((run / "run.json").read_bytes())["stages"].items():
         if stage.startswith("build:"):

@@ -113,7 +113,7 @@ class Laboratory:
             yield trial
 
     def trial(self, name: str, number: int, sent: int) -> Trial:
-        """Kill a stage, run it again, and looks."""
+        """Kill a stage, run it again, and look at what is there."""
         stage, reference = STAGES[name], self.reference(name)
         chance = random.Random(f"{self.seed} {name} {number} {sent}")
         folder, faults, moments, hits = self.work / "trial", [], [], 0

@@ -122,8 +122,9 @@ def _harmless(name: str, options: list[Any], rng: random.Random) -> list[str]:
 
 
 def run_command(words: list[str], limit: float) -> tuple[int, str, float]:
-    """Return exit code, everything that was printed, and seconds; -1 for an exception that came through, -2 for no
-    answer in time."""
+    """Return the exit code, everything that was printed, and the seconds; -1 for an exception that came through, -2 for
+    no answer in time.
+    """
     from qdiff.cli import main
 
     out, err = io.StringIO(), io.StringIO()

@@ -188,7 +188,7 @@ class Material:
         self.here.mkdir()
 
     def path(self, rng: random.Random) -> str:
-        """Return some path: three of ten times a whole run, three a damaged one, else something else."""
+        """Return a path: three of ten times a whole run, three a damaged one, else something else."""
         kind = rng.random()
         if kind < 0.3:
             return str(self.runs["whole"])

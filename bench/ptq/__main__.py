@@ -30,7 +30,7 @@ TIMES = ("seconds", "cpu_seconds")
 
 
 def key_of(shared: Shared, row: Row) -> str:
-    """Return fingerprint of everything that decides a row's result."""
+    """Return the fingerprint of everything that decides a row's result."""
     recipe = (
         load_recipe(row.options["recipe"], list(row.options["overrides"])).model_dump()
         if row.library == "qdiff"

@@ -53,6 +53,6 @@ class Storage:
 
 
 def effective_bits(storage: dict[str, Storage], shapes: dict[str, tuple[int, int]]) -> float:
-    """Return mean over all weights of the quantized layers."""
+    """Return the mean bits over all weights of the quantized layers."""
     weights = sum(rows * columns for rows, columns in shapes.values())
     return sum(storage[name].total(shape) for name, shape in shapes.items()) / weights

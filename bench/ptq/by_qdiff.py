@@ -33,7 +33,7 @@ def make(material: Material, recipe: str, overrides: Sequence[str] = ()) -> Made
 
 
 def original(name: str, structure: Structure) -> str:
-    """Return name of a planned layer in the model as it was before it was restructured."""
+    """Return the name of a planned layer in the model as it was before it was restructured."""
     parent = name.rpartition(".")[0]
     return parent if parent in structure.split or parent in structure.first_token else name
 

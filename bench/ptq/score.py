@@ -51,7 +51,7 @@ def buckets(timesteps: list[float]) -> list[tuple[float, float]]:
 
 
 def sqnr_by_bucket(timesteps: list[float], reference: Tensor, predicted: Tensor) -> list[dict[str, float]]:
-    """Return mean over the calls of each bucket of the call's SQNR in dB."""
+    """Return the mean over the calls of each bucket of the call's SQNR in dB."""
     each = [decibels(sqnr_db(a, b)) for a, b in zip(reference, predicted, strict=True)]
     result = []
     for first, last in buckets(timesteps):

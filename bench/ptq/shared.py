@@ -68,7 +68,7 @@ class Shared:
 
     @property
     def held_out(self) -> Trajectory:
-        """Return recorded calls that no row was calibrated on."""
+        """Return the recorded calls that no row was calibrated on."""
         return Trajectory(Run(self.folder / "held-out").file("calibration"))
 
     @property
@@ -127,7 +127,7 @@ class Shared:
 
     @property
     def key(self) -> str:
-        """Return fingerprint of everything that scores depend on, but for the row."""
+        """Return the fingerprint of everything that scores depend on, but for the row."""
         hashes = [Run(self.folder / name).outputs_hash("calibrate") for name in ("calibration", "held-out")]
         return sha256_json([asdict(self.settings), hashes])
 
@@ -159,7 +159,7 @@ class Shared:
 
     @staticmethod
     def kept(model: Model) -> list[str]:
-        """Return linear layers that no row quantizes."""
+        """Return the linear layers that no row quantizes."""
         from qdiff.models.base import quantizable_layers
 
         layers = shared_layers(model)

@@ -74,7 +74,7 @@ def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
 
 @translates("qdiff::token_quantize_dequantize", "onnxruntime")
 def token_quantize_dequantize(x: Any, format: str) -> Any:
-    """Return one scale for each token, from its amax."""
+    """Return ``x`` quantized with one scale for each token, from its amax."""
     return call(DOMAIN, f"TokenQuantizeDequantize_{format}", [x], ["same"])
 
 

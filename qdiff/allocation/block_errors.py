@@ -222,7 +222,7 @@ def _predictions(
 
 
 def _together(model: Model, trial: nn.Module, blocks: Sequence[str], step: Step, reference: Tensor) -> float:
-    """Return error of the prediction when all blocks err a little."""
+    """Return the error of the prediction when all blocks err a little."""
     before = [trial.get_submodule(name) for name in blocks]
     for index, (name, module) in enumerate(zip(blocks, before, strict=True)):
         trial.set_submodule(name, _Errs(module, index))

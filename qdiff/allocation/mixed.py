@@ -101,7 +101,7 @@ def decide_formats(
     branches: int = 1,
     time: Time | None = None,
 ) -> Allocation:
-    """Solve, looks and takes.
+    """Solve the allocation, look at the plans, and take one.
 
     Args:
         family: whose minimum formats hold.

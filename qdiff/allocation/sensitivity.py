@@ -230,7 +230,7 @@ def _facts(scratch: Scratch, part: str) -> dict[str, list[Any]]:
 
 
 def _whole(rows: list[list[float | None]]) -> Tensor:
-    """Return ``[group, format]``, float64; infinite where there is no value."""
+    """Return a table ``[group, format]``, float64; infinite where there is no value."""
     return torch.tensor([[math.inf if value is None else value for value in row] for row in rows], dtype=torch.float64)
 
 

@@ -166,7 +166,7 @@ def _products(
 
 
 def rounded(probabilities: Tensor, numerics: Numerics) -> Tensor:
-    """Return unnormalised probabilities, at most 1, in the format of the numerics."""
+    """Return the unnormalised probabilities, at most 1, in the format of the numerics."""
     if numerics.output is None:
         return probabilities
     if not numerics.coded:

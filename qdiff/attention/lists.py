@@ -139,7 +139,7 @@ class BlockLists:
         return self.blocks[:, int(self.bounds[head]) : int(self.bounds[head + 1])]
 
     def density(self, columns: int) -> Tensor:
-        """Return share of the block pairs that are read, by head: float64 ``[heads]``."""
+        """Return the share of the block pairs that are read, by head: float64 ``[heads]``."""
         read = torch.stack([(self.of(head) != NOTHING).double().sum() for head in range(self.heads)])
         return read / (len(self.blocks) * columns)
 

@@ -41,12 +41,12 @@ class PairMoments:
         return float(covariance / variance) if variance > 0 else 1.0
 
     def offsets(self, timestep: float) -> list[float]:
-        """Return mean of ``q - (1 + k) f`` for each channel."""
+        """Return the mean of ``q - (1 + k) f`` for each channel."""
         means, factor = self._means(timestep), self.factor(timestep)
         return (means[_Q] - factor * means[_F]).tolist()
 
     def residual_variance(self, timestep: float) -> float:
-        """Return variance of ``q - (1 + k) f`` around those means."""
+        """Return the variance of ``q - (1 + k) f`` around those means."""
         means, factor = self._means(timestep), self.factor(timestep)
         f, q = means[_FF] - means[_F].square(), means[_QQ] - means[_Q].square()
         crossed = means[_FQ] - means[_F] * means[_Q]

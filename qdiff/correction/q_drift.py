@@ -38,7 +38,7 @@ class QDrift(Correction):
         return scale_noise(prediction, seen, moment, 1 + self.lengthening(moment))
 
     def lengthening(self, moment: Moment) -> float:
-        """Return ``c``."""
+        """Return the factor ``c``."""
         if not 0 < moment.level < math.inf:  # only noise is seen: a prediction of any length names the same
             return 0.0
         alpha, sigma = moment.alpha, moment.alpha * moment.level

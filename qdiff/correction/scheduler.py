@@ -102,7 +102,7 @@ def predicts(scheduler: Any) -> Predicts:
 
 
 def noise_levels(scheduler: Any) -> list[float]:
-    """Return noise over signal before each step and after the last (:class:`qdiff.correction.base.Moment`)."""
+    """Return the noise over the signal before each step and after the last (:class:`qdiff.correction.base.Moment`)."""
     count = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == count + 1:
@@ -122,7 +122,7 @@ def noise_share(response: Response, variance: float) -> float:
 
 
 def responses(scheduler: Any, options: dict[str, Any]) -> list[Response | None]:
-    """Return :class:`Response` of every step, found by stepping copies of the scheduler with zeros and ones.
+    """Return the :class:`Response` of every step, found by stepping copies of the scheduler with zeros and ones.
 
     ``None`` where a step adds no noise, or where it is not linear in the two, because it clips or looks at earlier steps.
 

@@ -189,7 +189,7 @@ def _known(colour: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _halved(frames: np.ndarray) -> np.ndarray:
-    """Return means of 2x2 pixels: [T, H, W, C] -> [T x H/2 x W/2, C]."""
+    """Return the means of 2x2 pixels: ``[T x H/2 x W/2, C]`` for ``[T, H, W, C]``."""
     count, height, width, channels = frames.shape
     return frames.reshape(count, height // 2, 2, width // 2, 2, channels).mean((2, 4)).reshape(-1, channels)
 

@@ -33,7 +33,7 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def step(ratio: Tensor, element: Element) -> Tensor:
-    """Return distance of neighbouring codes at ``ratio`` (float32, within the grid): the s(w) of FP4DiT (arXiv
+    """Return the distance of neighbouring codes at ``ratio`` (float32, within the grid): the s(w) of FP4DiT (arXiv
     2503.15465).
 
     An integer grid has step 1 everywhere. Same shape as ``ratio``.
@@ -86,8 +86,9 @@ def encode(ratio: Tensor, element: Element) -> Tensor:
 
 
 def decode(codes: Tensor, element: Element, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return grid values of unpacked codes in ``dtype``; exact wherever ``dtype`` holds them (float16 and bfloat16 hold
-    all)."""
+    """Return the grid values of unpacked codes in ``dtype``; exact wherever ``dtype`` holds them (float16 and bfloat16
+    hold all).
+    """
     if codes.dtype != torch.uint8:
         return codes.to(dtype)
     return torch.tensor(_values(element), dtype=dtype, device=codes.device)[codes.int()]
@@ -97,6 +98,6 @@ _values = functools.cache(Element.values)
 
 
 def _exponent_field(steps: Tensor, element: Element) -> Tensor:
-    """Return number of a step's binade, int32: 0 for the smallest normal numbers and for the subnormals below them."""
+    """Return the number of a step's binade, int32: 0 for the smallest normal numbers and for the subnormals below them."""
     lowest = element.smallest_exponent - element.mantissa_bits + EXPONENT_BIAS
     return (steps.view(torch.int32) >> EXPONENT_SHIFT) - lowest

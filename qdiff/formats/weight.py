@@ -186,6 +186,6 @@ def quantize_weight(
 
 
 def _error(blocks: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: Format) -> Tensor:
-    """Return sum of squares of what rounding changes in each block: ``[out, blocks, 1]``."""
+    """Return the sum of squares of what rounding changes in each block: ``[out, blocks, 1]``."""
     values = quantize_dequantize(blocks, effective(scale, tensor_scale), format)
     return values.sub_(blocks).square_().sum(dim=-1, keepdim=True)

@@ -89,7 +89,7 @@ class Decisions:
 
     @property
     def rank(self) -> int:
-        """Return rank of the low-rank branches; 0: none."""
+        """Return the rank of the low-rank branches; 0: none."""
         return 0 if self.low_rank is None else self.low_rank[0][0].shape[0]
 
 
@@ -150,7 +150,7 @@ class LayerGroup:
         return self.kind == "Conv2d"
 
     def by_channel(self, columns: Tensor) -> Tensor:
-        """Return ``columns [in]`` with the largest of each channel's columns in all of them."""
+        """Return ``columns [in]`` with the largest value of each channel's columns in all of them."""
         return columns.unflatten(0, (-1, self.taps)).amax(dim=1).repeat_interleave(self.taps)
 
     def rows(self, held_out: bool) -> Rows:
@@ -181,7 +181,7 @@ class LayerGroup:
         return [weight - up @ down for weight, (down, up) in zip(moved, decisions.low_rank, strict=True)]
 
     def ranges(self, decisions: Decisions) -> Tensor:
-        """Return largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
+        """Return the largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
 
         Exact from the channels' ranges without rotation; otherwise that of the calibration tokens. Centered tokens are at most as
         far from their mean as a channel's range is wide.
@@ -291,8 +291,9 @@ class LayerGroup:
         return [y if bias is None else y + bias for y, bias in zip(results, self.biases(decisions), strict=True)]
 
     def errors(self, decisions: Decisions, held_out: bool = False) -> list[float]:
-        """Return normalised mean square error of each layer's output, bias left out, on fitting or on held-out
-        tokens."""
+        """Return the normalised mean square error of each layer's output, bias left out, on fitting or on held-out
+        tokens.
+        """
         rows = self.rows(held_out)
         key = "held" if held_out else "fit"
         if key not in self._targets:
@@ -303,7 +304,7 @@ class LayerGroup:
         ]
 
     def error(self, decisions: Decisions) -> float:
-        """Return mean of :meth:`errors` on the fitting tokens: what methods minimise."""
+        """Return the mean of :meth:`errors` on the fitting tokens: what methods minimise."""
         errors = self.errors(decisions)
         return sum(errors) / len(errors)
 

@@ -56,12 +56,12 @@ class Division:
 
 
 def spread(low: Tensor, high: Tensor) -> float:
-    """Return D of an axis whose indices have these least and largest values ``[n]``."""
+    """Return the spread D of an axis whose indices have these least and largest values ``[n]``."""
     return float((high.max() - high.min()) + (low.max() - low.min()))
 
 
 def spreads(layer_group: LayerGroup, decisions: Decisions) -> dict[Axis, float]:
-    """Return D of both axes, on the fitting tokens as the transform leaves them."""
+    """Return the spread D of both axes, on the fitting tokens as the transform leaves them."""
     x = layer_group.inputs(decisions, layer_group.rows(held_out=False).x)
     channels = spread(-layer_group.by_channel(-x.amin(dim=0)), layer_group.by_channel(x.amax(dim=0)))
     return {"channel": channels, "token": spread(x.amin(dim=1), x.amax(dim=1))}

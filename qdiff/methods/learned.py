@@ -60,7 +60,7 @@ class LearnedWeight(nn.Module, ABC):
 
     @abstractmethod
     def values(self) -> Tensor:
-        """Return finished values ``[out, in]`` in codes' units, on the grid."""
+        """Return the finished values ``[out, in]`` in codes' units, on the grid."""
 
     def finished(self) -> QuantizedWeight:
         """Return codes of :meth:`values` on the scales of the start."""

@@ -98,11 +98,13 @@ class Model:
         return int(factor or self.family.pixels_per_cell(self.backbone.config))  # type: ignore[arg-type]
 
     def steps(self, asked: int | None = None) -> int:
-        """Return denoising steps: the number asked for, else what these weights or their family sample with."""
+        """Return the number of denoising steps: what was asked for, else what these weights or their family sample
+        with.
+        """
         return int(self.defaults.get("num_inference_steps", self.family.default_steps)) if asked is None else asked
 
     def guidance(self, asked: float | None = None) -> float:
-        """Return guidance scale, chosen as :meth:`steps` is."""
+        """Return the guidance scale, chosen as :meth:`steps` is."""
         return float(self.defaults.get("guidance_scale", self.family.default_guidance)) if asked is None else asked
 
     def guided(self, asked: float | None = None) -> bool:
@@ -271,8 +273,9 @@ class Family(ABC):
         return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]
 
     def self_attentions(self, backbone: nn.Module) -> list[str]:
-        """Return attention modules in which the tokens of the picture read each other, in order; empty where the family
-        knows none."""
+        """Return the attention modules in which the tokens of the picture read each other, in order; empty where the
+        family knows none.
+        """
         return []
 
     @property
@@ -324,7 +327,7 @@ class Family(ABC):
 
     @abstractmethod
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return named inputs from a call that the pipeline made to the backbone."""
+        """Return the named inputs from a call that the pipeline made to the backbone."""
 
     @abstractmethod
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

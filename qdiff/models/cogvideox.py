@@ -199,7 +199,9 @@ class _JointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return video ``[batch, tokens, width]`` and text ``[batch, text, width]`` to the same."""
+        """Return the attention's outputs for video ``[batch, tokens, width]`` and text ``[batch, text, width]``, in
+        these shapes.
+        """
         assert attention_mask is None
         text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)

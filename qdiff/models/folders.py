@@ -45,7 +45,7 @@ class Component:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return ``model_index.json`` of a folder.
+    """Return the contents of ``model_index.json`` of a folder.
 
     Raises:
         InputError: there is none, or it holds no pipeline.

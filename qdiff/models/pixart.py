@@ -221,7 +221,7 @@ class _SelfAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Return ``[batch, tokens, width]`` to the same."""
+        """Return the attention's output ``[batch, tokens, width]`` for an input of that shape."""
         assert encoder_hidden_states is None and attention_mask is None
         projected = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
@@ -240,7 +240,7 @@ class _DynamicPatchEmbed(nn.Module):
         self.interpolation_scale: float = original.interpolation_scale
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Return ``latent [B, C, H, W]`` to tokens ``[B, H/p * W/p, width]``."""
+        """Return the tokens ``[B, H/p * W/p, width]`` of ``latent [B, C, H, W]``."""
         patches = self.proj(latent)  # [B, D, h, w]
         height, width = patches.shape[-2:]
         rows = self._angles(height)  # [h, D/4]
@@ -259,7 +259,7 @@ class _DynamicPatchEmbed(nn.Module):
 
 
 def _binned_sizes(pipeline: type) -> tuple[int, ...]:
-    """Return sample sizes that a pipeline class, or the one that it is made from, has a table of sizes for."""
+    """Return the sample sizes that a pipeline class, or the one that it is made from, has a table of sizes for."""
     return next((_BINS[cls.__name__] for cls in pipeline.__mro__ if cls.__name__ in _BINS), ())
 
 

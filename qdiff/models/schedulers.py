@@ -256,7 +256,7 @@ class _Ideal:
         return signal_share * noise - noise_share * clean if self.predicts == "v_prediction" else noise
 
     def _log_ratio(self, timestep: float) -> float:
-        """Return linear between timesteps, as the schedulers that have some of them in between take it."""
+        """Return the log ratio, linear between timesteps, as the schedulers that have some of them in between take it."""
         place = min(max(timestep, 0.0), len(self.log_ratios) - 1.0)
         low = min(int(place), len(self.log_ratios) - 2)
         return float(torch.lerp(self.log_ratios[low], self.log_ratios[low + 1], place - low))

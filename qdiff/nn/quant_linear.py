@@ -65,7 +65,7 @@ class TimestepIndex:
         self._index = distance.argmin(dim=1)
 
     def gather(self, table: Tensor) -> Tensor:
-        """Return ``table [T]`` at the current timesteps: ``[batch]``."""
+        """Return the entries of ``table [T]`` at the current timesteps: ``[batch]``."""
         if self._index is None:
             raise RuntimeError("no timestep was set: call the backbone, not a layer of it")
         return table[self._index]
@@ -177,7 +177,7 @@ class QuantLinear(nn.Module):
         add("output_scale", config.output is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [batch, ..., in]`` to ``[batch, ..., out]``."""
+        """Return the layer's output ``[batch, ..., out]`` for ``x [batch, ..., in]``."""
         x = self._transformed(x)
         if self.timestep_scales is None:
             y = self._product(x, self.bias)
@@ -281,7 +281,7 @@ class QuantConv2d(QuantLinear):
         return x[:, None, None]
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``x [B, in, H, W]``."""
+        """Return the convolution of ``x [B, in, H, W]`` with the weight."""
         weight = self._weight(x.dtype).unflatten(1, (self.config.channels, *self.window.kernel))
         return _convolve(self._quantized(x), weight, bias, self.window)
 
@@ -318,7 +318,7 @@ class KeptLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [..., in]`` to ``[..., out]``."""
+        """Return the layer's output ``[..., out]`` for ``x [..., in]``."""
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
@@ -338,7 +338,7 @@ class KeptConv2d(nn.Module):
         self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [B, in, H, W]`` to ``[B, out, H', W']``."""
+        """Return the layer's output ``[B, out, H', W']`` for ``x [B, in, H, W]``."""
         return _convolve(x, self.weight.to(x.dtype), self.bias, self.window)
 
 

@@ -96,7 +96,7 @@ class Distillation(BaseModel):
         return self
 
     def steps(self, calls: int) -> int:
-        """Return training steps on that many recorded calls."""
+        """Return the number of training steps on that many recorded calls."""
         return self.iterations or max(1, round(self.passes * calls))
 
 

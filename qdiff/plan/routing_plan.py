@@ -40,7 +40,7 @@ class Predictor(BaseModel):
     r2: float | None = None
 
     def error(self, change: float, place: int) -> float:
-        """See above; ``place`` is the index of the timestep."""
+        """Return the predicted error at a ``change``, as the class says; ``place`` is the index of the timestep."""
         return self.gains[place] * max(0.0, self.slope * change + self.intercept) ** 2
 
 

@@ -60,7 +60,7 @@ class LearnedInputScale:
             setattr(layer, name, value)
 
     def finished(self) -> tuple[Tensor, Tensor | None]:
-        """Return scale and table, as :meth:`qdiff.methods.base.LayerGroup.activation_scale` gives them."""
+        """Return the scale and the table, as :meth:`qdiff.methods.base.LayerGroup.activation_scale` gives them."""
         assert self.scale is not None
         with torch.no_grad():
             value = scales.to_half_grid(self.value())

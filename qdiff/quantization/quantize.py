@@ -392,7 +392,7 @@ class GroupQuantizer:
 
 
 def sqnr_db_of(error: float) -> float:
-    """Return SQNR in dB of a normalised mean square error; at most 300, NaN of NaN."""
+    """Return the SQNR in dB of a normalised mean square error; at most 300, NaN of NaN."""
     return -10 * torch.tensor(max(error, 1e-30)).log10().item()
 
 

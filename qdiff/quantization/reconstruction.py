@@ -133,7 +133,7 @@ class BlockFit:
         self.learned: dict[str, LearnedLinear] = {}
 
     def error(self, numbers: Iterable[int]) -> float:
-        """Return mean over calls of the squared error of the block's output, relative to the target's energy."""
+        """Return the mean over calls of the squared error of the block's output, relative to the target's energy."""
         with torch.no_grad():
             errors = [float(self._error(number)) for number in numbers]
         return sum(errors) / len(errors)
@@ -158,7 +158,7 @@ class BlockFit:
         penalty: float = 0.0,
         bias_rate: float = 0.0,
     ) -> None:
-        """See :class:`qdiff.methods.learned.Fit`."""
+        """Learn as :class:`qdiff.methods.learned.Fit` says."""
         for name, weight in self.weights.items():
             layer = self.layer(name)
             self.learned[name] = learned_layer(layer, make(weight, codes_of(layer)), bias_rate > 0)

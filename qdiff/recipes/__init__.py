@@ -127,7 +127,7 @@ def _member(recipe: Recipe, name: str) -> Recipe:
 
 
 def budget_override(text: str) -> str:
-    """Return ``bits=5.5`` of ``--budget`` as an override.
+    """Return the override of ``--budget``, such as ``bits=5.5``.
 
     Raises:
         UsageError: another form, measure, or no number.
@@ -146,7 +146,7 @@ def budget_override(text: str) -> str:
 
 
 def density_override(density: float) -> str:
-    """Return ``--density`` as an override.
+    """Return the override of ``--density``.
 
     Raises:
         UsageError: not above 0 and at most 1.

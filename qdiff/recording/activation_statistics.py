@@ -92,7 +92,7 @@ class InputStatistics:
 
     @property
     def amax(self) -> Tensor:
-        """Return largest magnitude of each channel at each timestep, ``[T, C]``."""
+        """Return the largest magnitude of each channel at each timestep, ``[T, C]``."""
         return torch.maximum(self.high, -self.low)
 
     def percentile(self, share: float, timestep: int | None = None) -> float:

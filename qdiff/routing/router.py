@@ -136,7 +136,7 @@ class Router:
 
     @property
     def skipped(self) -> float:
-        """Return share of block evaluations that were left out."""
+        """Return the share of block evaluations that were left out."""
         return self.counts.get(REUSE, 0) / max(1, sum(self.counts.values()))
 
     def _route(self, index: int, block: RoutedBlock, timestep: float, state: State | None) -> int:
@@ -189,5 +189,5 @@ class Router:
 
 
 def nearest(timesteps: list[float], timestep: float) -> int:
-    """Return index of the nearest calibrated timestep."""
+    """Return the index of the nearest calibrated timestep."""
     return min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - timestep))

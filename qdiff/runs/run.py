@@ -182,7 +182,9 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Return twelve hex digits that name this run: the hash of its calibration's inputs. It goes into pictures."""
+        """Return the twelve hexadecimal digits that name this run: the hash of its calibration's inputs. It goes into
+        pictures.
+        """
         entry = self.manifest["stages"].get("calibrate")
         return sha256_json(entry["inputs"])[:12] if entry else "0" * 12
 
@@ -271,7 +273,7 @@ class Run:
         return f"{fix}; `{_command(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
 
     def _made_from(self, name: str) -> list[str]:
-        """Return recorded stages that were made from ``name``, directly or not."""
+        """Return the recorded stages that were made from ``name``, directly or not."""
         own = name.partition(":")[0]
         verbs = {own}
         for verb, sources in UPSTREAM.items():  # in order: a stage comes after all that it is made from

@@ -67,8 +67,8 @@ def _switches_blocks(plan: Any) -> bool:
 
 
 def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
-    """Refuse profiles with a range of batch sizes: TensorRT-RTX 1.7 compiles no NVFP4 product inside an ``If`` whose batch is a range
-    ("Unsupported op"); other axes may be one.
+    """Refuse profiles with a range of batch sizes: TensorRT-RTX 1.7 compiles no NVFP4 product inside an ``If`` whose
+    batch is a range ("Unsupported op"); other axes may be one.
     """
     for profile in profiles:
         low, _, high = profile.ranges["timestep"]

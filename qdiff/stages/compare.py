@@ -183,8 +183,9 @@ def _judge(name: str, made: dict[str, Pictures], speed: Speed, request: Request,
 
 
 def accuracy(model: Model, images: list[Any], prompts: list[str]) -> dict[str, Any] | None:
-    """Return share of pictures or clips that show what their prompt names; ``None`` for models that were not trained on
-    the emoji."""
+    """Return the share of pictures or clips that show what their prompt names; ``None`` for models that were not
+    trained on the emoji.
+    """
     if model.weights != "bundled":
         return None
     from qdiff.evaluation.images import to_pixels

@@ -170,7 +170,7 @@ class _Work:
         return found
 
     def _moments(self, session: Session) -> PairMoments:
-        """Return guided predictions of both models on the recorded calls."""
+        """Return the guided predictions of both models on the recorded calls."""
         import torch
 
         from qdiff.correction.moments import PairMoments

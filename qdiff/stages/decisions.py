@@ -71,7 +71,7 @@ class DecisionSource(Protocol):
         ...
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        """Return what is known before the float model has run; refuses what cannot be carried out."""
+        """Return what is known before the float model has run; refuse what cannot be carried out."""
         ...
 
     def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:

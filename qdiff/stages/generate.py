@@ -44,7 +44,7 @@ class Pictures:
 
     @property
     def seconds_per_step(self) -> float:
-        """Return median over the steps, the first left out: it compiles and warms caches."""
+        """Return the median seconds over the steps, the first left out: it compiles and warms caches."""
         steps = self.step_seconds[1:] or self.step_seconds
         return statistics.median(steps)
 

@@ -173,7 +173,7 @@ def _work(run: Run, decided: DecisionSource, work: Any, scratch: Scratch) -> Non
 
 
 def _attention(run: Run, decided: DecisionSource, model: Model) -> tuple[AttentionPlan, Tensor] | None:
-    """Return plan and masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
+    """Return the plan and the masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
     if decided.attention is not None:
         return decide_attention(run, decided.attention, model)
     if isinstance(decided, ByPlan) and decided.plan.attention is not None and decided.masks is not None:

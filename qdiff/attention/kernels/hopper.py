@@ -370,5 +370,5 @@ def layout_of(columns: int, bits: int) -> gl.NVMMASharedLayout:
 
 
 def _described(x: Tensor, box: tuple[int, int]) -> TensorDescriptor:
-    """Return ``x [..., columns]`` as a matrix that is copied in boxes."""
+    """Return a descriptor of ``x [..., columns]`` as a matrix that is copied in boxes."""
     return TensorDescriptor.from_tensor(x.flatten(0, -2), list(box), layout_of(box[1], 8 * x.itemsize))
