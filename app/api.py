@@ -60,7 +60,8 @@ def add(service: Service) -> None:
         pictures: int = 1, frames: int | None = None, request: gr.Request | None = None,
     ) -> dict:  # fmt: skip
         """Draw pictures or clips. Empty and null mean the model's own; the answer has the settings used and the
-        files."""
+        files.
+        """
         try:
             if isinstance(guidance, int) and not isinstance(guidance, bool) and abs(guidance) < 2**53:
                 guidance = float(guidance)

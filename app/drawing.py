@@ -61,7 +61,8 @@ class Made:
 
     def each(self) -> list[Made]:
         """Return one for each picture, with its own seed: pictures do not depend on those that were made beside
-        them."""
+        them.
+        """
         seed = self.settings.seed or 0
         return [
             replace(self, paths=(path,), settings=self.settings.model_copy(update={"seed": seed + i, "pictures": 1}))

@@ -91,7 +91,8 @@ class Job:
 
     def updates(self, every: float = 0.0) -> Iterator[Update]:
         """Yield the state whenever it changed, at most once in ``every`` seconds, until a final one, which always
-        comes."""
+        comes.
+        """
         seen = -1
         while True:
             with self._changed:

@@ -132,7 +132,8 @@ class Pool:
     @staticmethod
     def _key(source: Source) -> Any:
         """Return what decides the float pipeline; weights that were changed since a run are refused when they are
-        loaded."""
+        loaded.
+        """
         if source.run is None:
             return (source.weights, None, None, None)
         inputs = source.run.entry("calibrate")["inputs"]

@@ -33,7 +33,8 @@ class Previewer:
 
     def __call__(self, latents: Tensor) -> Image:
         """Return the first picture of ``latents [B, C, h, w]``, or the middle frame of a clip's ``[B, C, T, h, w]``,
-        ``h × w`` large."""
+        ``h × w`` large.
+        """
         import torch
         from PIL import Image
 
@@ -66,7 +67,8 @@ def _neighbours(latents: Tensor) -> Tensor:
 
 def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
     """Return what a diffusion model sees of pictures ``[N, 3, H, W]``; a video's autoencoder gets clips of one
-    frame."""
+    frame.
+    """
     import torch
 
     if getattr(vae.config, "latents_mean", None) is None:

@@ -291,7 +291,8 @@ def _not_about_the_end(record: logging.LogRecord) -> bool:
 
 def make_server(config: Any, service: Any) -> Any:
     """Return a uvicorn server that stops the service's work when it is told to end, not when the last connection has
-    gone."""
+    gone.
+    """
     import uvicorn
 
     logging.getLogger("uvicorn.error").addFilter(_not_about_the_end)

@@ -72,7 +72,8 @@ class Service:
 
     def warm(self, client: str = "warm-up") -> Job:
         """Load the first source and its fastest engine and draw one step, so that the first visitor does not wait for
-        it."""
+        it.
+        """
         source = self.sources[""]
         settings = Settings(prompt="warm up", model=source.name, steps=1, seed=0)
         return self._submit(
@@ -152,7 +153,8 @@ class Service:
 
     def shown(self, error: BaseException) -> QdiffError:
         """Return the error that a visitor may see: ours without this machine's paths, anything else by a number that
-        the log has too."""
+        the log has too.
+        """
         if out_of_memory(error) and not isinstance(error, MemoryExhaustedError):
             return MemoryExhaustedError(
                 "There was not enough memory for this.", "Take a smaller size or fewer pictures."

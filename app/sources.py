@@ -152,7 +152,8 @@ class Sources:
 
     def refresh(self) -> None:
         """Read the folders anew: a build has ended. Damaged folders in the workspace are left out, with a line in the
-        log."""
+        log.
+        """
         listed: list[Source] = []
         found = sorted(self.workspace.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in dict.fromkeys([*self._named, *(path.parent.absolute() for path in found)]):

@@ -33,7 +33,8 @@ def text(value: object) -> str:
 
 def picture(path: Path, alt: str, kind: str = "") -> str:
     """Return a finished picture, or the clip that it is a strip of. Small ones are enlarged without smoothing: what is
-    judged are the pixels."""
+    judged are the pixels.
+    """
     file = file_of(path)
     data = base64.b64encode(file.read_bytes()).decode()
     if file.suffix == ".mp4":

@@ -277,7 +277,8 @@ class Graphs:
 
 def contenders(case: Case, on_gpu: bool, folder: Path) -> tuple[list[Contender], list[str]]:
     """Return all rows that run here, each run once and its error taken, and why others are left out. The reference is
-    the first row."""
+    the first row.
+    """
     from torch.nn.attention import SDPBackend
 
     makers: list[tuple[str, float, Callable[[], Contender]]] = []

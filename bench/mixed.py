@@ -28,7 +28,8 @@ SEED = 30_000  # of the pictures: neither calibration's, nor those that chose be
 
 def fill(costs: Tensor, budget: float, order: Sequence[int]) -> Tensor:
     """Return the dear format (the last) for groups in ``order`` as long as it fits, the cheap one (the first) for the
-    rest."""
+    rest.
+    """
     choice = torch.zeros(len(costs), dtype=torch.int64)
     spent = float(costs[:, 0].sum())
     for row in order:

@@ -97,7 +97,8 @@ def backbones(
     run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
 ) -> Iterator[tuple[str, dict[str, float], Any]]:
     """Yield name, densities and backbone of every row beside dense float; of those named ``only``, where there are
-    any."""
+    any.
+    """
     from qdiff.attention.sparse import SIDECAR, install, load_masks, schedule_of
     from qdiff.plan.plan import Plan
     from qdiff.quantization.checkpoint import load_quantized

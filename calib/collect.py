@@ -86,7 +86,8 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
 
 def _module_with_forward(backbone: nn.Module, name: str) -> nn.Module:
     """Return the module of that name, or the nearest one around it that is called (lists and dicts of modules are
-    not)."""
+    not).
+    """
     module = backbone.get_submodule(name)
     while isinstance(module, nn.ModuleList | nn.ModuleDict):
         name = name.rpartition(".")[0]

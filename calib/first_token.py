@@ -49,7 +49,8 @@ class FirstToken:
 
     def into(self, entry: InputStatistics) -> InputStatistics:
         """Return the statistics of the other tokens, with the constant token; without one, with the range of the first
-        tokens."""
+        tokens.
+        """
         if self.constant.item() and self.token.any():
             return replace(entry, first=self.token, tokens=int(self.tokens.item()))
         log.warning("collect: the first token that %s reads is not the same for every prompt", entry.layers[0])

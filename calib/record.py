@@ -69,7 +69,8 @@ class _Stop(Exception):
 
 def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
     """Return seconds of one backbone call of the recording's batch size and the bytes of its inputs, measured on the
-    first step of the first shard."""
+    first step of the first shard.
+    """
     started, inputs_bytes = 0.0, 0
     seconds: list[float] = []
 

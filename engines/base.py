@@ -92,7 +92,8 @@ class BuildOptions:
 
 class Runner(ABC):
     """A loaded engine. ``__call__`` takes the backbone's inputs by name and returns its output as a float32 CPU tensor
-    (or a CUDA tensor when the inputs are). One call at a time; the output is the caller's to keep."""
+    (or a CUDA tensor when the inputs are). One call at a time; the output is the caller's to keep.
+    """
 
     inputs: tuple[TensorSpec, ...] = ()  # what the graph declares; empty for torch modules, which check for themselves
     # Inputs whose tensors nobody changes: one that is given again need not be handed over again.
@@ -135,13 +136,15 @@ class Engine(ABC):
 
     def integer_arithmetic(self) -> str | None:
         """Return how this engine multiplies INT8 here, in a sentence for ``qdiff doctor``; ``None`` where the processor
-        does not decide it, or the library is not installed."""
+        does not decide it, or the library is not installed.
+        """
         return None
 
     @property
     def runs_module(self) -> bool:
         """Return whether a runner is made from a torch module (:meth:`load_module`) and not from a built folder
-        (:meth:`load`)."""
+        (:meth:`load`).
+        """
         return self.target is None
 
     def missing(self) -> str | None:
@@ -182,7 +185,8 @@ class Engine(ABC):
 
     def device(self, options: BuildOptions) -> str:
         """Return the device an engine is built for, as it goes into the cache key: ``cpu``, ``cuda`` or e.g.
-        ``sm_120``."""
+        ``sm_120``.
+        """
         return "cpu"
 
     def flag(self, options: BuildOptions, name: str) -> str:
@@ -224,7 +228,8 @@ class Engine(ABC):
 
     def load_module(self, module: nn.Module) -> Runner:
         """Return a runner around a torch module (float or quantized) whose ``forward`` takes the backbone's inputs by
-        name."""
+        name.
+        """
         raise UsageError(f"engine {self.name!r} runs built engines, not torch modules", "export and build first")
 
 

@@ -97,7 +97,8 @@ def inlined(onnx: Path, kept: Collection[str] = ()) -> Iterator[Path]:
 
 def simulates(onnx: Path) -> bool:
     """Return whether quantizers of the graph are written out in float arithmetic (functions of the domain ``qdiff``,
-    but for those that unpack codes), which has to run in float32: in 16 bit the scales themselves would be rounded."""
+    but for those that unpack codes), which has to run in float32: in 16 bit the scales themselves would be rounded.
+    """
     import onnx as library
 
     functions = library.load(onnx, load_external_data=False).functions

@@ -1,5 +1,6 @@
 """An engine in parts: what follows from the prompt or from the timestep alone is computed once, not at every step
-(:mod:`qdiff.export.hoist`). Whoever calls the runner names the backbone's own inputs."""
+(:mod:`qdiff.export.hoist`). Whoever calls the runner names the backbone's own inputs.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ class CachedPart:
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same bytes. On a CPU numpy compares them, in this thread: torch's threads
-    would still spin when the engine's want the cores, which cost a small U-Net a seventh of its step."""
+    would still spin when the engine's want the cores, which cost a small U-Net a seventh of its step.
+    """
     import numpy as np
     import torch
 

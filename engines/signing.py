@@ -78,7 +78,8 @@ def seal(path: Path, payload: bytes, purpose: str) -> None:
 
 def unseal(path: Path, purpose: str) -> bytes | None:
     """Return what :func:`seal` wrote, or ``None`` when there is nothing or its tag is wrong: a cache is made again, not
-    argued about."""
+    argued about.
+    """
     if path.is_symlink() or not path.is_file():
         return None
     blob = path.read_bytes()

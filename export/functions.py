@@ -143,7 +143,8 @@ def _unpack(format: Format) -> Function:
 
 def _fields(body: Body) -> str:
     """Return the bit patterns in ``codes``, four of 6 bits in three bytes (:mod:`qdiff.formats.packing`), by arithmetic
-    that runtimes fold."""
+    that runtimes fold.
+    """
     three = body.do(f"Reshape({body.cast('codes', _INT32)}, {body.integers(0, -1, 3)})")
     parts = body.do(f"Mul({three}, {body.small_integers(1, 2**8, 2**16)})")
     word = body.do(f"ReduceSum<keepdims = 1>({parts}, {body.integers(2)})")
@@ -182,7 +183,8 @@ _KINDS: dict[str, Callable[[Format], Function]] = {
 
 def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
     """Return a scale for each row of ``rows [..., n]`` from its own amax: as it is stored, and what codes are
-    multiplied with."""
+    multiplied with.
+    """
     amax = body.do(f"ReduceMax<keepdims = 1>({body.do(f'Abs({rows})')}, {body.integers(-1)})")
     if format.scale == "float16":
         ideal = body.do(f"Div({amax}, {body.number(format.largest)})")

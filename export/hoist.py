@@ -257,7 +257,8 @@ def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
 
 def _model(model: Any, kept: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
     """Return a model of these nodes, with the initializers, value descriptions and functions of ``model`` that they
-    use."""
+    use.
+    """
     import onnx
 
     made = onnx.ModelProto()

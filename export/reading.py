@@ -119,7 +119,8 @@ class Graph:
 
     def _scale(self, value: str) -> str:
         """Return how the scales behind ``value`` are stored, in the words of
-        :attr:`qdiff.formats.table.Format.scale`."""
+        :attr:`qdiff.formats.table.Format.scale`.
+        """
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH:
             value = node.input[0]

@@ -136,7 +136,8 @@ class _Writer:
 
     def laid(self, x: str, block: int) -> str:
         """Return all heads' tokens where they lie, in blocks: ``[batch, heads, blocks, block, size]``. Where none lies
-        there is zero."""
+        there is zero.
+        """
         tiling, heads, size = self.tiling, self.made.heads, self.made.size
         text, rest = -tiling.text % block, -tiling.ordered % block
         parts = [self.do(f"Add(order, {self.by_head(tiling.tokens, tiling.text)})")]
@@ -159,7 +160,8 @@ class _Writer:
 
     def normalised(self, x: str, format: str, unit: float) -> tuple[str, str]:
         """Return ``x`` over its scale, between -largest and largest in units of ``unit``, and the scale
-        ``[batch, heads, blocks, 1, 1]``."""
+        ``[batch, heads, blocks, 1, 1]``.
+        """
         amax = self.do(f"ReduceMax<keepdims = 1>({self.do(f'Abs({x})')}, {self.axes(3, 4)})")
         whole = self.number(1 / (format_named(format).element.largest * unit))
         some = self.do(f"Greater({amax}, {self.number(0.0)})")
@@ -200,7 +202,8 @@ class _Writer:
         bounds: str,
     ) -> tuple[str, str]:
         """Return what one head's queries get: those that have an order ``[batch, rows * block_q, size]``, and the
-        text's."""
+        text's.
+        """
         tiling, size = self.tiling, self.made.size
         listed = self.listed(head, bounds)  # [rows, blocks]
         ends = tiling.text_rows, tiling.text_rows + tiling.rows
@@ -314,7 +317,8 @@ class _Writer:
 
     def positions(self, places: int) -> str:
         """Return where each head's tokens lie among the queries of all heads, of which each has ``places``: the inverse
-        of its order."""
+        of its order.
+        """
         heads, count = self.made.heads, self.tiling.ordered
         zeros = self.do(f"ConstantOfShape<value = int32[1] {{0}}>({self.axes(heads, count)})")
         numbers = self.do(f"Range({self.int32(0)}, {self.int32(count)}, {self.int32(1)})")

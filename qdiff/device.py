@@ -84,7 +84,8 @@ def of(backbone: nn.Module) -> torch.device:
 
 def place(pipeline: Any) -> None:
     """Move a pipeline there. Its products and convolutions are of float32 and not of TF32, which has 10 bits of
-    mantissa."""
+    mantissa.
+    """
     import torch
 
     device = chosen()

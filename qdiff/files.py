@@ -93,7 +93,8 @@ def read_user_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
 def break_links(path: Path) -> None:
     """Make a file that has several names (``cp -al``, ``rsync --link-dest``) one of its own with the same bytes, where
     its folder can be written: libraries that refuse hard links then read it, and what is written there changes no other
-    folder."""
+    folder.
+    """
     if path.lstat().st_nlink < 2:
         return
     with contextlib.suppress(PermissionError), contextlib.ExitStack() as stack:

@@ -30,7 +30,8 @@ Clip = tuple[str, str, str]  # emoji, colour, motion
 
 def all_clips(unseen: bool = False) -> list[Clip]:
     """Return every clip of the training set, or every clip of an (emoji, colour) pair that is held out; in a fixed
-    random order."""
+    random order.
+    """
     names, apart = [str(row["name"]) for row in load_table()], held_out()
     found = [
         (name, colour, motion)

@@ -32,7 +32,8 @@ SHEET_COLUMNS = 16
 
 def pair_prompts(n: int, unseen: bool, seed: int) -> list[str]:
     """Return ``n`` prompts for seen or for held-out pairs, of any form and with synonyms, all stating the
-    background."""
+    background.
+    """
     rng, table, colours, mask = random.Random(seed), load_table(), list(PALETTE), held_out()
     pairs = [(e, c) for e in range(len(table)) for c in range(len(colours)) if mask[e, c] == unseen]
     prompts = []

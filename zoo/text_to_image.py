@@ -142,7 +142,8 @@ class TextToImage(ABC):
 
     def make_tokenizer(self) -> Any:
         """Return the tokenizer of this run: built once, then read, so that later changes of the captions cannot shift
-        ids."""
+        ids.
+        """
         from transformers import PreTrainedTokenizerFast
 
         folder = self.work / f"tokenizer-{self.name}"

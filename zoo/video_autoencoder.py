@@ -90,7 +90,8 @@ def _present_alone(gradient: Tensor) -> Tensor:
 
 def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """Return a causal convolution of a clip's first frame, as the 2-D one that it is: the frames before it are
-    zeros."""
+    zeros.
+    """
     if x.shape[2] > 1 or cache_x is not None or module.stride[0] > 1:
         return original(x, cache_x)
     x = functional.pad(x[:, :, 0], module._padding[:4])  # type: ignore[operator, index]
@@ -142,7 +143,8 @@ def check(vae: nn.Module) -> tuple[float, Tensor]:
 
 def batch(step: int, settings: Settings) -> Tensor:
     """Return what a step sees, ``[N, 3, T, H, W]``: crops of single frames for most of the time, then whole ones, then
-    clips."""
+    clips.
+    """
     rng, done = np.random.default_rng([settings.seed, step]), step / settings.steps
     count, frames, side = (
         (64, 1, CROP) if done < 0.6 else (16, 1, IMAGE_SIZE) if done < 0.87 else (2, NEIGHBOURS, IMAGE_SIZE)

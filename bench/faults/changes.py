@@ -104,7 +104,8 @@ CHANGES: dict[str, Change] = {
 
 def counterpart(run: Path, other: Path, name: str) -> Path | None:
     """Return the file of another run in the place of ``name`` in ``run``; ``None`` where there is none, or it has the
-    same bytes."""
+    same bytes.
+    """
     path = other / name
     if name.startswith("engines/"):
         ours, theirs = _roles(run), _roles(other)

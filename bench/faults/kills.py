@@ -41,7 +41,8 @@ class Reference:
 @dataclass(frozen=True)
 class Trial:
     """One trial: the signal and the moments (seconds) at which it was sent, how often it met the process at work, and what is
-    wrong afterwards (nothing, where all is well)."""
+    wrong afterwards (nothing, where all is well).
+    """
 
     number: int
     signal: int

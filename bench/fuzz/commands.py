@@ -1,5 +1,6 @@
 """Random command lines, in this process: all commands and options as typer declares them, right and wrong values, runs in every
-state. Each has to end in time, without a traceback, and not with exit code 1, which is a bug of qdiff."""
+state. Each has to end in time, without a traceback, and not with exit code 1, which is a bug of qdiff.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def value(option: Any, rng: random.Random, material: Material) -> str:
 
 def _harmless(name: str, options: list[Any], rng: random.Random) -> list[str]:
     """Return words that keep a command line short where all its values happen to be right: the last of two options
-    counts."""
+    counts.
+    """
     if name == "demo":
         return list(rng.choice(NEVER_SERVES))
     if any("--dry-run" in one.opts for one in options) and rng.random() < 0.97:

@@ -1,6 +1,7 @@
 """Random requests to the page's API, over HTTP, to a real server on a finished run: endpoints with right and wrong values, bodies
 that are no JSON, paths, methods and headers that nobody sends. No answer is of the kind 5xx, none shows a traceback, and the
-server writes none."""
+server writes none.
+"""
 
 from __future__ import annotations
 

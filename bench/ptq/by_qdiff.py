@@ -40,7 +40,8 @@ def original(name: str, structure: Structure) -> str:
 
 def storage(layer: LayerPlan, parts: int) -> Storage:
     """Return a planned layer in the terms that all libraries are counted in. Both halves of a split layer have one
-    format."""
+    format.
+    """
     format = format_named(layer.weights)
     fitted = rotation_bits(layer.rotation) if layer.outliers else 0
     return Storage(

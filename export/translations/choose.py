@@ -1,5 +1,6 @@
 """``qdiff::choose`` in ONNX: a call that :mod:`qdiff.export.branches` makes an ``If`` of before the file is written; and
-``qdiff::shaped_like``, a Reshape."""
+``qdiff::shaped_like``, a Reshape.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ def call(
     domain: str, name: str, inputs: Sequence[Any], outputs: Sequence[str] = ("tensor(float)",), **attributes: int
 ) -> Any:
     """Return a node of another domain than ONNX's own; ``outputs`` names its results' types where they are not the
-    first input's."""
+    first input's.
+    """
     from onnx.defs import OpSchema
     from onnxscript import values
 
@@ -124,7 +125,8 @@ def dequantize_weight(codes: Any, scale: Any, tensor_scale: Any, format: str, dt
 
 def _block_scale(row: Format, scale: Any, tensor_scale: Any) -> Any:
     """Return what codes are multiplied with: stored scales are numbers, or E4M3 under the tensor's scale, or E8M0 as
-    bytes."""
+    bytes.
+    """
     from onnxscript import opset23 as op
 
     if tensor_scale is not None:

@@ -182,7 +182,8 @@ def _predictions(
     reuse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return errors of the prediction by branch, of reuse, and of noise in all blocks. One call for every timestep,
-    from one shard after the other."""
+    from one shard after the other.
+    """
     shards = len(trajectory.paths)
     pairs: dict[int, tuple[Step | None, Step]] = {}
     for shard in range(shards):

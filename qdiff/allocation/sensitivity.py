@@ -128,7 +128,8 @@ class Sensitivity:
     def rank_correlations(self) -> dict[str, float | None]:
         """Return Spearman's correlation of each proxy with the truth, over all groups and formats that have an error;
         ``None`` where there is none (too few values, or all alike). The truth is the error of pictures where they were
-        made, and the change of the prediction is then one of the proxies, like the loss of structure."""
+        made, and the change of the prediction is then one of the proxies, like the loss of structure.
+        """
         from scipy.stats import spearmanr
 
         tables = {name: _whole(rows) for name, rows in self.proxies.items()}
@@ -240,7 +241,8 @@ def _is_content(layers: list[str]) -> bool:
 
 def spread(trajectory: Trajectory, calls: int) -> list[Step]:
     """Return ``calls`` recorded calls, evenly over the timesteps and over the shards; all of them when there are no
-    more."""
+    more.
+    """
     shards = len(trajectory.paths)
     count = sum(1 for _ in trajectory.steps(0))
     wanted: dict[int, set[int]] = {}
@@ -285,7 +287,8 @@ def _sizes(model: Model, candidates: Candidates, step: Step) -> list[tuple[int, 
 
 def proxies_of(model: Model, candidates: Candidates, steps: list[Step]) -> dict[str, list[list[float | None]]]:
     """Return the proxies of the module's docstring, ``[group][format]`` each; ``None`` where a group cannot have a
-    format."""
+    format.
+    """
     layers = {name: model.backbone.get_submodule(name) for names in candidates.groups.values() for name in names}
     found = {name: _Gradients() for name in layers}
     handles = [layer.register_forward_hook(found[name].watch) for name, layer in layers.items()]
@@ -369,7 +372,8 @@ def _proxies(
 
 def _weight_error(module: nn.Module, weight: Tensor) -> float | None:
     """Return ``|Q(W) - W|^2`` in the coordinates of the float weight; ``None`` where a rotation or a branch hides
-    them."""
+    them.
+    """
     if not isinstance(module, QuantLinear):
         quantized: Tensor = module.weight.detach().flatten(1)  # type: ignore[operator]
     elif module.rotation is not None or module.down is not None:

@@ -170,7 +170,8 @@ class BlockLists:
     @classmethod
     def of_masks(cls, masks: Tensor) -> BlockLists:
         """Return lists of bool masks ``[heads, rows, columns]``, in rising order; short rows end with
-        :data:`NOTHING`."""
+        :data:`NOTHING`.
+        """
         counts = masks.sum(dim=2)
         widths = counts.amax(dim=1).cpu()
         ranked = torch.argsort(masks.int(), dim=2, descending=True, stable=True).int()

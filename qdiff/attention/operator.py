@@ -138,7 +138,8 @@ def _rows(
     blocks: Tensor, bounds: Tensor, first: int, heads: int, tiling: Tiling, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the lists as the kernel reads them, kept from call to call. What was made in inference mode cannot be told
-    from its own later content, and is not kept."""
+    from its own later content, and is not kept.
+    """
     if blocks.is_inference() or bounds.is_inference():
         return _gpu().on_device(_lists(blocks, bounds, first, heads), tiling, device)
     version, kept = _KEPT.get(blocks, (None, {}))

@@ -174,7 +174,8 @@ def compare(result: dict[str, Any]) -> str:
 
 def _speed(row: dict[str, Any]) -> str:
     """Return ``3.52x (3.4 to 3.7)``: over float, and the middle half of the pairs; no single number where they cannot
-    be believed."""
+    be believed.
+    """
     if row["name"] == "float":
         return "1.00x"
     if "speedup_range" not in row:  # of an earlier version, which timed one engine after the other

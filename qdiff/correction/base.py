@@ -95,7 +95,8 @@ def load_correction(value: Any) -> Correction:
 
 def between(timesteps: list[float], values: list[float], timestep: float) -> float:
     """Return ``values`` at ``timestep``: linear between those of ``timesteps`` (any order), constant beyond their
-    ends."""
+    ends.
+    """
     pairs = sorted(zip(timesteps, values, strict=True))
     place = bisect_right([t for t, _ in pairs], timestep)
     if place == 0 or place == len(pairs):

@@ -49,7 +49,8 @@ class QDrift(Correction):
 
 def scale_noise(prediction: Tensor, seen: Tensor, moment: Moment, factor: float) -> Tensor:
     """Return the prediction whose noise is ``factor`` times that of ``prediction`` (of flow matching: whose velocity
-    is)."""
+    is).
+    """
     if factor == 1:
         return prediction
     alpha, sigma = moment.alpha, moment.alpha * moment.level

@@ -21,7 +21,8 @@ from qdiff.correction.base import Correction, Moment, Predicts
 @dataclass(frozen=True)
 class Response:
     """What the result of one step is made of: ``sample`` times the latents, ``prediction`` times the output, ``noise`` times a
-    standard normal of the scheduler's own."""
+    standard normal of the scheduler's own.
+    """
 
     sample: float
     prediction: float
@@ -83,7 +84,8 @@ def place_of(scheduler: Any, timestep: float) -> int:
 
 def moment_of(scheduler: Any, place: int, timestep: float) -> Moment:
     """Return where a step begins. Schedulers of higher order come to a timestep twice; one that counts its steps has
-    the second at no distance, of one that does not the next other level is meant."""
+    the second at no distance, of one that does not the next other level is meant.
+    """
     levels = noise_levels(scheduler)
     later = levels[place + 1 :]
     if getattr(scheduler, "step_index", None) is None:
@@ -114,7 +116,8 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 def noise_share(response: Response, variance: float) -> float:
     """Return how much of its own noise a step keeps when predictions bring noise of that ``variance`` (PTQD, eq. 15):
-    together they then have the variance that the step means."""
+    together they then have the variance that the step means.
+    """
     if response.noise == 0:
         return 1.0
     brought = (response.prediction / response.noise) ** 2 * variance

@@ -28,7 +28,8 @@ EXPONENT_MASK, EXPONENT_SHIFT, EXPONENT_BIAS = 0x7F800000, 23, 127  # float32's 
 
 def power_of_two(x: Tensor) -> Tensor:
     """Return 2^floor(log2 |x|) of a float32 tensor, exactly; 0 for 0 and for subnormals, infinity for infinity and
-    NaN."""
+    NaN.
+    """
     return (x.view(torch.int32) & EXPONENT_MASK).view(torch.float32)
 
 
@@ -73,7 +74,8 @@ def neighbours(ratio: Tensor, element: Element) -> tuple[Tensor, Tensor]:
 
 def encode(ratio: Tensor, element: Element) -> Tensor:
     """Return codes of the nearest grid values, in the element's storage dtype (one code an entry, not packed). No NaN
-    may be there."""
+    may be there.
+    """
     values = round_to_grid(ratio, element)
     storage = getattr(torch, element.storage)
     if storage != torch.uint8:

@@ -270,7 +270,8 @@ def low_rank_bits(rows: int, columns: int, rank: int, bits: int = 16) -> float:
 
 def rotation_bits(block: int) -> int:
     """Return bits that a rotation fitted to outliers (:class:`qdiff.nn.rotations.Rotation`) stores for each column of a
-    weight: a row of G in float32, and a place. A Hadamard matrix follows from its size and is not stored."""
+    weight: a row of G in float32, and a place. A Hadamard matrix follows from its size and is not stored.
+    """
     return 32 * block + 64
 
 

@@ -95,7 +95,8 @@ class Decisions:
 
 class Rows(NamedTuple):
     """Calibration tokens ``x [N, in]``, the index of each one's timestep ``[N]``, and the mean of its sample ``[N, in]`` where
-    that is known."""
+    that is known.
+    """
 
     x: Tensor
     timestep: Tensor
@@ -217,7 +218,8 @@ class LayerGroup:
 
     def quantized_inputs(self, decisions: Decisions, rows: Rows) -> Tensor:
         """Return what the layer's products see of the input: ``[N, in]``; of centered tokens the sum of the rows that
-        make their output."""
+        make their output.
+        """
         x = self.inputs(decisions, rows.x)
         if not self.activation_format.quantized:
             return x
@@ -239,7 +241,8 @@ class LayerGroup:
 
     def weight_tensor_scale(self, decisions: Decisions) -> Tensor | None:
         """Return the tensor scale that all weights of the group share, because engines may run them as one; ``None``
-        without one."""
+        without one.
+        """
         amax = torch.stack([weight.abs().max() for weight in self.residuals(decisions)]).max()
         return weights.choose_weight_tensor_scale(
             amax, decisions.weight_format or self.weight_format, decisions.scale_rule
@@ -277,7 +280,8 @@ class LayerGroup:
 
     def _products(self, decisions: Decisions, rounded: Tensor, moved: Tensor) -> list[Tensor]:
         """Return what each layer's quantized weight makes of ``rounded [..., in]`` and its low-rank branch of
-        ``moved``."""
+        ``moved``.
+        """
         results = [rounded @ weight.dequantize().T for weight in self.quantized_weights(decisions)]
         if decisions.low_rank is None:
             return results

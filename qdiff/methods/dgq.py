@@ -148,7 +148,8 @@ def token_divisions(layer_group: LayerGroup, decisions: Decisions) -> list[Divis
 
 def choose_division(judged: list[Division], wider: Axis, minimum_gain_db: float) -> Division:
     """Return the division that gains most, or one of the axis with the larger D where that gains enough and not clearly
-    less."""
+    less.
+    """
     best = max(judged, key=lambda division: division.gain)
     enough = max(best.gain - minimum_gain_db, minimum_gain_db)
     close = [division for division in judged if division.axis == wider and division.gain >= enough]
@@ -165,7 +166,8 @@ def dgq(
     minimum_gain_db: Decibels = 0.1,
 ) -> Decisions:
     """Divide the axis that gains most, at least ``minimum_gain_db``; ``tokens`` allows scales that TensorRT cannot
-    run."""
+    run.
+    """
     divisions = channel_divisions(layer_group, decisions, groups, strengths)
     if tokens:
         divisions += token_divisions(layer_group, decisions)

@@ -55,7 +55,8 @@ class LearnedWeight(nn.Module, ABC):
 
     def penalty(self, progress: float) -> Tensor | None:
         """Return what is added to the loss at ``progress`` (0 … 1) of the iterations, a mean over the weight's
-        elements."""
+        elements.
+        """
         return None
 
     @abstractmethod

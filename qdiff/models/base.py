@@ -222,7 +222,8 @@ class Family(ABC):
 
     def resolved(self, backbone: nn.Module) -> dict[str, Any]:
         """Return entries of the config that the file leaves open (null) and the module has decided, with what it
-        decided. Everything after loading reads the config."""
+        decided. Everything after loading reads the config.
+        """
         return {}
 
     def check(self, model: Model) -> None:
@@ -240,22 +241,26 @@ class Family(ABC):
 
     def splits(self, backbone: nn.Module) -> dict[str, int]:
         """Return layers that read hidden states joined with a skip connection, and at which channel the second part
-        begins."""
+        begins.
+        """
         return {}
 
     def first_token_layers(self, backbone: nn.Module) -> list[str]:
         """Return layers that read text states whose first token is the same for every prompt and dwarfs the others
-        (CLIP's)."""
+        (CLIP's).
+        """
         return []
 
     def masked_layers(self, backbone: nn.Module) -> list[str]:
         """Return layers that read text states token per token, of which :meth:`text_mask` says which are ever looked
-        at."""
+        at.
+        """
         return []
 
     def text_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Return which text tokens of a call attention looks at, bool ``[batch, tokens]``; the others are padding.
-        ``None``: all."""
+        ``None``: all.
+        """
         return None
 
     def read_by(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,7 +272,8 @@ class Family(ABC):
 
     def blocks(self, backbone: nn.Module) -> list[str]:
         """Return names of the blocks that the hidden states pass one after the other
-        (:mod:`qdiff.quantization.block_walk`); empty where no block of the backbone is known."""
+        (:mod:`qdiff.quantization.block_walk`); empty where no block of the backbone is known.
+        """
         if self.block_list is None:
             return []
         return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]
@@ -285,7 +291,8 @@ class Family(ABC):
 
     def attention_processor(self, attend: Attend) -> Any:
         """Return a diffusers attention processor for those modules that leaves to ``attend`` what happens between the
-        projections."""
+        projections.
+        """
         raise NotImplementedError(self.name)
 
     def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
@@ -314,7 +321,8 @@ class Family(ABC):
 
     def longest_axis(self, config: Mapping[str, Any]) -> int | None:
         """Return how many patches an axis of a latent can have at most, where position tables end; ``None``: as many as
-        one likes."""
+        one likes.
+        """
         return None
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
@@ -351,7 +359,8 @@ class Family(ABC):
 
     def for_export(self, backbone: nn.Module) -> nn.Module:
         """Return the backbone in a form that exports with dynamic axes, equal in its numbers. May share modules with
-        it."""
+        it.
+        """
         return NamedInputs(self, backbone)
 
 
@@ -378,7 +387,8 @@ FAMILIES: Registry[Family] = Registry("model")
 def quantizable_layers(backbone: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that can be quantized, by name, in module order: linear layers, and convolutions that are plain
     (:func:`qdiff.nn.conv.is_plain`). What subclasses ``nn.Linear`` has a forward of its own. Left out are those of
-    :data:`ASKED_FOR_DTYPE`."""
+    :data:`ASKED_FOR_DTYPE`.
+    """
     left_out = tuple(
         f"{name}.{child}."
         for name, module in backbone.named_modules()

@@ -225,7 +225,8 @@ def _rotate(x: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def _rotary(config: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
     """Return cosines and sines of the positions of a grid of tokens, as the pipeline makes them; ``None`` where there
-    is a table."""
+    is a table.
+    """
     if not config["use_rotary_positional_embeddings"]:
         return None
     from diffusers.models.embeddings import get_3d_rotary_pos_embed

@@ -165,7 +165,8 @@ def _is_network(cls: type) -> bool:
 
 def weight_files(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the weight files among the names of a component's files, by variant; the plain ones are those of the
-    variant ``""``."""
+    variant ``""``.
+    """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         match = _WEIGHTS.match(name)
@@ -238,7 +239,7 @@ def load_component(folder: Path, component: Component, weights: str) -> tuple[An
 
 
 def require_whole(module: Any, account: Mapping[str, Iterable[str]], name: str, weights: str) -> None:
-    """Refuse a network with weights that no file gave or that are not finite; warns of those that it does not use.
+    """Refuse a network with weights that no file gave or that are not finite; warn of those that it does not use.
 
     Args:
         account: ``missing_keys`` and ``unexpected_keys``, as the libraries give them.

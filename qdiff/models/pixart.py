@@ -231,7 +231,8 @@ class _SelfAttention:
 
 class _DynamicPatchEmbed(nn.Module):
     """diffusers' ``PatchEmbed`` with its sine-cosine position table computed in the graph, so that height and width can be
-    dynamic. Same formula, float32 as there; frequencies as in ViT (arXiv 2010.11929), grid scaled as in PixArt-α §2.4."""
+    dynamic. Same formula, float32 as there; frequencies as in ViT (arXiv 2010.11929), grid scaled as in PixArt-α §2.4.
+    """
 
     def __init__(self, original: Any) -> None:
         super().__init__()

@@ -138,7 +138,8 @@ def check_steps(scheduler: Any, steps: int) -> None:
 
 def count_calls(scheduler: Any, steps: int) -> int:
     """Return how many timesteps a scheduler goes through in so many steps: more than those where it is of higher
-    order."""
+    order.
+    """
     trial = copy.deepcopy(scheduler)
     try:
         trial.set_timesteps(steps)
@@ -167,7 +168,8 @@ def _classes(current: Any) -> list[Any]:
 
 def _is_whole(cls: Any) -> bool:
     """Return whether that is a scheduler's class, and not diffusers' stand-in for one whose package is not
-    installed."""
+    installed.
+    """
     from diffusers import SchedulerMixin
 
     return isinstance(cls, type) and issubclass(cls, SchedulerMixin) and not hasattr(cls, "_backends")

@@ -192,7 +192,8 @@ class StableDiffusion(Family):
 
     def blocks(self, backbone: nn.Module) -> list[str]:
         """Return resnets and transformer blocks in the order in which they are called: a level's resnets and attentions
-        take turns."""
+        take turns.
+        """
         sections = [f"down_blocks.{i}" for i, _ in enumerate(backbone.get_submodule("down_blocks").children())]
         middle = ["mid_block"] if getattr(backbone, "mid_block", None) is not None else []
         sections += [

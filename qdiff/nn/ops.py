@@ -95,7 +95,8 @@ def dequantize_weight(
     codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: str, dtype: torch.dtype
 ) -> Tensor:
     """Return a weight ``[out, in]`` in ``dtype`` from packed codes and scales
-    (:class:`qdiff.formats.weight.QuantizedWeight`)."""
+    (:class:`qdiff.formats.weight.QuantizedWeight`).
+    """
     return QuantizedWeight.from_packed(format_named(format), codes, scale, tensor_scale).dequantize().to(dtype)
 
 

@@ -224,7 +224,8 @@ class QuantLinear(nn.Module):
 
     def exact(self) -> set[str]:
         """Return buffers that lose something in 16 bit: scales of a whole tensor, which are no float16 numbers, and
-        stored codes."""
+        stored codes.
+        """
         names = {"codes", "tensor_scale"}
         if format_named(self.config.weights).scale != "float16":
             names.add("scale")
@@ -306,7 +307,8 @@ def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Ten
 
 class KeptLinear(nn.Module):
     """An unquantized linear layer whose weight is stored in float16 or bfloat16 (or float32, where the values are beyond float16)
-    and used in the dtype of its input."""
+    and used in the dtype of its input.
+    """
 
     weight: Tensor
     bias: Tensor | None

@@ -109,7 +109,8 @@ class FirstTokenLinear(nn.Module):
 
 def divide(statistics: Statistics, structure: Structure) -> Statistics:
     """Return the statistics of the changed model from those of the model as it was; exact, because they are kept by
-    channel."""
+    channel.
+    """
     inputs, outputs = {}, dict(statistics.outputs)
     for group, entry in statistics.inputs.items():
         at = structure.split.get(group)

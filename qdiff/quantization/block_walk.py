@@ -39,7 +39,8 @@ class _Stop(Exception):
 @dataclass
 class Call:
     """One recorded call at the door of a block: the hidden states, what else blocks are given, the timestep's index and value,
-    the shard (its prompts), and which tokens of a layer's input count where not all do."""
+    the shard (its prompts), and which tokens of a layer's input count where not all do.
+    """
 
     states: Tensor
     args: tuple[Any, ...]
@@ -101,7 +102,8 @@ class BlockWalk:
 
     def _door(self, block: str, step: Step) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         """Return states and other arguments that the block is called with when the recorded call is replayed up to
-        it."""
+        it.
+        """
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,7 +209,8 @@ class BlockWalk:
 
 class ReplayWalk(BlockWalk):
     """The recorded calls at the door of one block after the other, where blocks are no chain: every call is replayed up to it
-    through what the backbone is by then."""
+    through what the backbone is by then.
+    """
 
     def _calls(self, steps: Iterable[Step], timesteps: list[float]) -> list[Call]:
         self._steps = list(steps)

@@ -55,7 +55,8 @@ CALLS_FOR_UNIT = 24  # on which a block's error is called 1 in the loss
 
 class CodeVariable(LearnedWeight):
     """A weight whose codes move when its variable has gone far enough. Args as :class:`LearnedWeight`, whose ``weight`` is the
-    quantized one."""
+    quantized one.
+    """
 
     def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
         super().__init__(weight, start)
@@ -71,7 +72,8 @@ class CodeVariable(LearnedWeight):
 @dataclass(frozen=True)
 class Distilled:
     """What came of it: mean error on held-out calls, relative to the energy of the float predictions, before and after; and the
-    layers that were trained."""
+    layers that were trained.
+    """
 
     before: float
     after: float

@@ -47,7 +47,8 @@ class LearnedInputScale:
 
     def value(self) -> Tensor:
         """Return the scale ``[]``, or the table ``[T]``, as it is now: positive and on float16's grid,
-        differentiable."""
+        differentiable.
+        """
         element = format_named(self.layers[0].config.activations).element
         largest = scales.largest_scale(element) if self.table is None else LARGEST_STRETCH
         value = self.variable.exp().clamp(scales.SMALLEST_SCALE, largest)

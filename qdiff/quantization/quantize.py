@@ -140,7 +140,8 @@ def quantize_groups(
 
 def distilled(plan: Plan, result: Distilled) -> Plan:
     """Return the plan of a model that was trained as a whole. Errors of trained layers, not what they are trained for,
-    are left out."""
+    are left out.
+    """
 
     def entry(layer: LayerPlan) -> LayerPlan:
         if layer.name not in result.layers:
@@ -288,8 +289,9 @@ class GroupQuantizer:
         return decided
 
     def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> Decided | None:
-        """Decide about a group and places its layers; those below the floor, or all, are left for :meth:`_group` to
-        keep."""
+        """Decide about a group and place its layers; those below the floor, or all, are left for :meth:`_group` to
+        keep.
+        """
         weights = []
         for entry in members:
             weight = self.layers[entry.name].weight.detach()
@@ -398,7 +400,8 @@ def sqnr_db_of(error: float) -> float:
 
 def backbone_config(backbone: nn.Module) -> dict[str, Any]:
     """Return the diffusers config that the backbone is rebuilt from, as JSON values; without the path that it was
-    loaded from, which differs from machine to machine."""
+    loaded from, which differs from machine to machine.
+    """
     if not hasattr(backbone, "to_json_string"):  # a module that is not diffusers'
         return {}
     config = json.loads(backbone.to_json_string())  # type: ignore[operator]

@@ -235,7 +235,8 @@ class BlockFit:
 
 def split(calls: Sequence[Call | Step]) -> tuple[list[int], list[int]]:
     """Return numbers of the calls to fit on and of those held out: whole shards, because the calls of one have their
-    prompts in common; of a single shard every fourth call."""
+    prompts in common; of a single shard every fourth call.
+    """
     shards = sorted({call.shard for call in calls})
     if len(shards) > 1:
         kept = set(shards[-max(1, len(shards) // 8) :])
@@ -259,7 +260,7 @@ def reconstruct(
     groups: list[Decided],
     place: Callable[[Decided], None],
 ) -> None:
-    """Learn the rounding of a block whose groups are placed, then scales of inputs if asked to, and places the groups
+    """Learn the rounding of a block whose groups are placed, then scales of inputs if asked to, and place the groups
     again with what was learned, where that is better.
 
     Args:
@@ -288,7 +289,8 @@ def _better(
     learn: Callable[[], list[Decided]],
 ) -> list[Decided]:
     """Return groups as they were or as ``learn`` makes them, whichever brings the block nearer to float; placed, with a
-    note."""
+    note.
+    """
     before = fit.error(fit.held_out)
     with torch.enable_grad():  # whatever the caller runs in
         learned = learn()

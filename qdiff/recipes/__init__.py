@@ -111,7 +111,8 @@ def members_of(recipe: Recipe) -> list[Recipe | None]:
 
 def versions_of(recipe: Recipe) -> list[Recipe]:
     """Return the recipes that a routed one changes between, each with its ``ignore``, ``kept``, ``floors`` and
-    structure. Raises as :func:`members_of`."""
+    structure. Raises as :func:`members_of`.
+    """
     assert recipe.routing is not None
     return [_member(recipe, name) for name in recipe.routing.recipes]
 

@@ -28,7 +28,8 @@ SHARD = "trajectory-{:05d}.safetensors"
 @dataclass
 class Step:
     """One call of the backbone: its inputs by name, the timestep's value, and how many calls of the shard had that value
-    before."""
+    before.
+    """
 
     shard: int
     timestep: float

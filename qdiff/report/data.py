@@ -204,7 +204,8 @@ class AllocationResult:
 @dataclass
 class RoutesResult:
     """One set of routes that was tried. ``kind`` is ``rule``, ``uniform`` or ``reuse``; ``skipped`` the share of block
-    evaluations that were left out."""
+    evaluations that were left out.
+    """
 
     name: str
     kind: str
@@ -242,7 +243,8 @@ class RoutingResult:
 @dataclass
 class CorrectionResult:
     """Corrections of the sampler's steps that were tried. ``gains``: of pictures, by method, in ``unit``; ``kept``: the one that
-    quantized engines follow, or ``None``."""
+    quantized engines follow, or ``None``.
+    """
 
     engine: str
     unit: str

@@ -75,7 +75,8 @@ def _given() -> str:
 
 def _again(entry: dict[str, Any], stage: str) -> str | None:
     """Return the command that goes on with a stage that was cut off, with its options; ``None`` where that was no
-    command line."""
+    command line.
+    """
     words = str(entry.get("command", "")).split(" ")
     made_by = (stage.partition(":")[0], "run")
     return " ".join(word for word in words if word != "--force") if words[1:2] and words[1] in made_by else None
@@ -360,7 +361,8 @@ class Run:
 
     def _remove_summaries(self) -> None:
         """Remove what forgotten stages had written in the run folder itself (a report, a comparison, a correction): it
-        speaks of what is no longer there. Pictures, graphs and engines stay."""
+        speaks of what is no longer there. Pictures, graphs and engines stay.
+        """
         current = {output for entry in self.manifest["stages"].values() for output in entry.get("outputs", {})}
         for output in self.manifest["leftovers"]:
             if output not in current and "/" not in output:

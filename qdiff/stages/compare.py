@@ -1,5 +1,6 @@
 """Stage 5: the same prompts and seeds on the float model and on engines, how far the pictures are apart, and which is faster
-(:mod:`qdiff.stages.speed`)."""
+(:mod:`qdiff.stages.speed`).
+"""
 
 from __future__ import annotations
 

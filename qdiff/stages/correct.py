@@ -199,7 +199,8 @@ class _Work:
 
     def _scorer(self, request: Request) -> Scorer:
         """Return how good an engine's pictures are with a correction; larger is better. What was scored before a kill
-        is remembered."""
+        is remembered.
+        """
         score = self._new_scorer(request)
 
         def remembered(session: Session, correction: Correction | None) -> float:

@@ -1,5 +1,6 @@
 """Where the decisions of ``qdiff quantize`` come from: a recipe's methods, a plan that a hand has edited, or a budget of
-formats or routes."""
+formats or routes.
+"""
 
 from __future__ import annotations
 
@@ -262,7 +263,8 @@ class ByBudget:
 @dataclass(frozen=True)
 class ByRouting:
     """Blocks that change between recipes from step to step: the whole model by each recipe, then routes by a budget and
-    pictures."""
+    pictures.
+    """
 
     recipe: Recipe
     run: Run

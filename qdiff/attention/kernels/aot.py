@@ -281,7 +281,7 @@ def _source_of(kernel: JITFunction) -> type[ASTSource]:
 
 
 def assemble(ptx: str) -> tuple[int, int]:
-    """Translate PTX with the ptxas that triton brings, and throws the result away.
+    """Translate PTX with the ptxas that triton brings, and throw the result away.
 
     Returns:
         registers of a thread, and bytes that it spills.

@@ -99,7 +99,8 @@ def in_gluon(launch: Launch) -> bool:
 
 def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, int]) -> dict[str, int]:
     """Return constants of a :class:`qdiff.attention.kernels.sparse_attention.Launch` for a Hopper; none for other GPUs,
-    on which nothing was measured."""
+    on which nothing was measured.
+    """
     if capability != HOPPER:
         return {}
     if not numerics.coded:

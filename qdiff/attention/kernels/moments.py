@@ -124,7 +124,8 @@ class Moments:
 
 def moments_of(k: Tensor, v: Tensor, numerics: Numerics) -> Moments:
     """Return one pass over ``k`` and ``v [batch, heads, tokens, size]``, of any float dtype and any strides of the
-    first three axes."""
+    first three axes.
+    """
     batch, heads, tokens, size = k.shape
     channels, spans = triton.next_power_of_2(size), -(-tokens // SPAN)
     parts = k.new_empty(batch, heads, spans, 4, channels, dtype=torch.float32)
