@@ -60,7 +60,8 @@ def add(service: Service) -> None:
         pictures: int = 1, frames: int | None = None, request: gr.Request | None = None,
     ) -> dict:  # fmt: skip
         """Draw pictures or clips. Empty and null mean the model's own; the answer has the settings used and the
-        files."""
+        files.
+        """
         try:
             if isinstance(guidance, int) and not isinstance(guidance, bool) and abs(guidance) < 2**53:
                 guidance = float(guidance)
@@ -126,7 +127,7 @@ def add(service: Service) -> None:
         return build_state()
 
     def status() -> dict:
-        """Return queue and work."""
+        """Return the queue and the work in progress."""
         return {"waiting": service.queue_length, "busy": service.busy, "building": service.builds.running}
 
     endpoints: list[Any] = [generate, compare, models, cancel, build, build_state, stop_build, status]

@@ -33,7 +33,7 @@ class _Lines(logging.Handler):
 
 
 def build(options: dict[str, Any]) -> None:
-    """All stages for one model. An engine that cannot take the recipe's formats is an error that names the layer."""
+    """Run all stages for one model. An engine that cannot take the recipe's formats is an error that names the layer."""
     from qdiff.stages.calibrate import CalibrateOptions
     from qdiff.stages.run import run_all
 

@@ -196,7 +196,7 @@ class Builds:
         )  # fmt: skip
 
     def _progress(self, build: _Build) -> tuple[set[str], str | None]:
-        """Return finished stages and the one at work, as the manifest says."""
+        """Return the finished stages and the one at work, as the manifest says."""
         try:
             stages = Run(build.folder).manifest["stages"]
         except QdiffError:

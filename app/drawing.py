@@ -61,7 +61,8 @@ class Made:
 
     def each(self) -> list[Made]:
         """Return one for each picture, with its own seed: pictures do not depend on those that were made beside
-        them."""
+        them.
+        """
         seed = self.settings.seed or 0
         return [
             replace(self, paths=(path,), settings=self.settings.model_copy(update={"seed": seed + i, "pictures": 1}))
@@ -69,7 +70,7 @@ class Made:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """Return JSON for the download: the settings, and what was measured."""
+        """Return the settings and what was measured, as JSON values for the download."""
         names = ("engine", "note", "seconds", "seconds_per_step", "load_seconds", "memory_bytes", "size_bytes")
         facts = {name: getattr(self, name) for name in (*names, "psnr_db", "ssim", "disturbed")}
         facts["warnings"] = list(self.warnings) or None
@@ -120,7 +121,7 @@ class Artist:
         self.known: dict[str, Defaults] = {}  # what was read so far, by source
 
     def defaults(self, source: Source) -> Defaults:
-        """Return the source's own settings; loads its model the first time."""
+        """Return the source's own settings; load its model the first time."""
         if source.name not in self.known:
             model = self._pool.model(source)
             usual = {**_usual(model, source), **model.defaults}
@@ -247,7 +248,7 @@ class Artist:
         return judged
 
     def _beside(self, reference: Made, other: Made) -> Path:
-        """Return two clips as one."""
+        """Return two clips side by side as one."""
         import numpy as np
 
         from qdiff.evaluation.images import PictureInfo

@@ -66,5 +66,5 @@ def alert(service: Service, error: BaseException) -> Any:
 
 
 def client_of(request: Any) -> str:
-    """Who asks: Gradio's session, one for each open page and for each API client."""
+    """Return who asks: Gradio's session, one for each open page and for each API client."""
     return str(getattr(request, "session_hash", None) or "unknown")

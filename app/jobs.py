@@ -91,7 +91,8 @@ class Job:
 
     def updates(self, every: float = 0.0) -> Iterator[Update]:
         """Yield the state whenever it changed, at most once in ``every`` seconds, until a final one, which always
-        comes."""
+        comes.
+        """
         seen = -1
         while True:
             with self._changed:
@@ -115,7 +116,7 @@ class Job:
         self._stop = self._stop or why
 
     def checkpoint(self) -> None:
-        """Called by the work between steps.
+        """Raise if the job is to stop; the work calls this between steps.
 
         Raises:
             Stopped: it was cancelled.
@@ -212,7 +213,7 @@ class Slot:
 
     @property
     def mean_seconds(self) -> float:
-        """Of the last jobs; one second before there was any."""
+        """Return the mean seconds of the last jobs; one second before there was any."""
         return sum(self._recent) / len(self._recent) if self._recent else 1.0
 
     def _all(self) -> Iterator[Job]:

@@ -60,12 +60,12 @@ class Pool:
 
     @property
     def bytes(self) -> int:
-        """Return memory that everything loaded took when it was loaded."""
+        """Return the memory that everything loaded took when it was loaded."""
         return sum(one.bytes for one in self._models.values()) + sum(one.bytes for one in self._engines.values())
 
     @property
     def loaded(self) -> list[tuple[str, str]]:
-        """Return source and engine of what is in memory."""
+        """Return the source and the engine of what is in memory."""
         return list(self._engines)
 
     def model(self, source: Source) -> Model:
@@ -132,7 +132,8 @@ class Pool:
     @staticmethod
     def _key(source: Source) -> Any:
         """Return what decides the float pipeline; weights that were changed since a run are refused when they are
-        loaded."""
+        loaded.
+        """
         if source.run is None:
             return (source.weights, None, None, None)
         inputs = source.run.entry("calibrate")["inputs"]

@@ -33,7 +33,8 @@ class Previewer:
 
     def __call__(self, latents: Tensor) -> Image:
         """Return the first picture of ``latents [B, C, h, w]``, or the middle frame of a clip's ``[B, C, T, h, w]``,
-        ``h × w`` large."""
+        ``h × w`` large.
+        """
         import torch
         from PIL import Image
 
@@ -53,8 +54,9 @@ class Previewer:
 
 
 def _neighbours(latents: Tensor) -> Tensor:
-    """Return ``[N, C, h, w]`` to ``[N h w, 9 C + 1]``: each cell with its eight neighbours (edges repeated), and
-    one."""
+    """Return ``[N h w, 9 C + 1]`` for ``[N, C, h, w]``: each cell with its eight neighbours (edges repeated), and a
+    one.
+    """
     import torch
     from torch.nn import functional
 
@@ -65,7 +67,8 @@ def _neighbours(latents: Tensor) -> Tensor:
 
 def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
     """Return what a diffusion model sees of pictures ``[N, 3, H, W]``; a video's autoencoder gets clips of one
-    frame."""
+    frame.
+    """
     import torch
 
     if getattr(vae.config, "latents_mean", None) is None:
@@ -79,7 +82,9 @@ def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def _fit(vae: Any) -> Tensor:
-    """Return least squares from latents to RGB in [0, 1]. The generator is our own: no caller's seed is touched."""
+    """Return the least squares fit from latents to RGB in [0, 1]. The generator is our own: no caller's seed is
+    touched.
+    """
     import torch
     from torch.nn import functional
 

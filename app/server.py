@@ -71,7 +71,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_accounts(path: Path) -> dict[str, str]:
-    """Return ``name:password`` lines of a file that only its owner may read.
+    """Return the ``name:password`` lines of a file that only its owner may read.
 
     Raises:
         InputError: no such file, readable by others, no account in it, or a password under eight characters.
@@ -156,7 +156,9 @@ class Guard:
         return None
 
     def _is_ours(self, name: str) -> bool:
-        """Only files that Gradio keeps for this page, whatever it would serve besides."""
+        """Return whether Gradio keeps the file for this page: only such files are served, whatever Gradio would serve
+        besides.
+        """
         name = unquote(name)
         if "\x00" in name or re.match(r"[a-z][a-z0-9+.-]*:", name, re.I):
             return False
@@ -214,7 +216,9 @@ def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None
 
 
 def _answer_unknown_events(app: Any) -> None:
-    """A request that names no event of the page is the caller's error; Gradio would call it one of the server."""
+    """Answer a request that names no event of the page with an error of the caller; Gradio would call it one of the
+    server.
+    """
     import fastapi
     from gradio.route_utils import FnIndexInferError
     from starlette.routing import Mount
@@ -228,7 +232,7 @@ def _answer_unknown_events(app: Any) -> None:
 
 
 def _refuse_quietly(page: Any) -> None:
-    """Values that do not fit an event's components are the caller's: they are told, and the log gets no traceback of Gradio's."""
+    """Tell the caller when values do not fit an event's components, without a traceback of Gradio's in the log."""
     import gradio as gr
 
     preprocess = page.preprocess_data
@@ -287,7 +291,8 @@ def _not_about_the_end(record: logging.LogRecord) -> bool:
 
 def make_server(config: Any, service: Any) -> Any:
     """Return a uvicorn server that stops the service's work when it is told to end, not when the last connection has
-    gone."""
+    gone.
+    """
     import uvicorn
 
     logging.getLogger("uvicorn.error").addFilter(_not_about_the_end)
@@ -299,7 +304,9 @@ def make_server(config: Any, service: Any) -> Any:
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """uvicorn raises the signal anew when it is done, which would skip what comes after it here."""
+            """Leave signals to the caller: uvicorn would raise the signal anew when it is done, which would skip what
+            comes after it here.
+            """
             if threading.current_thread() is not threading.main_thread():
                 yield
                 return
@@ -322,7 +329,7 @@ def demo(
     allow: Sequence[str],
     memory: float | None,
 ) -> None:
-    """``qdiff demo``: checks what it was given, loads the first model, and serves.
+    """Check the arguments, load the first model, and serve the page of ``qdiff demo``.
 
     Raises:
         UsageError: a host that needs accounts, a port that is taken.

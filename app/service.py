@@ -62,7 +62,7 @@ class Service:
     # What there is
 
     def defaults(self, source: Source) -> Defaults:
-        """Return settings of a source; loads its model the first time, in the compute slot."""
+        """Return the settings of a source; load its model the first time, in the compute slot."""
         if source.name not in self._artist.known:
             job = self._submit(f"defaults-{secrets.token_hex(4)}", "load", lambda job: self._artist.defaults(source))
             update = job.wait()
@@ -72,7 +72,8 @@ class Service:
 
     def warm(self, client: str = "warm-up") -> Job:
         """Load the first source and its fastest engine and draw one step, so that the first visitor does not wait for
-        it."""
+        it.
+        """
         source = self.sources[""]
         settings = Settings(prompt="warm up", model=source.name, steps=1, seed=0)
         return self._submit(
@@ -142,7 +143,7 @@ class Service:
         self._slot.close(grace)
 
     def close(self) -> None:
-        """:meth:`stop`; then ends the build, lets the engines go, and removes the temporary files."""
+        """Call :meth:`stop`, then end the build, let the engines go, and remove the temporary files."""
         self.stop()
         self.builds.close()
         self._pool.drop()
@@ -152,7 +153,8 @@ class Service:
 
     def shown(self, error: BaseException) -> QdiffError:
         """Return the error that a visitor may see: ours without this machine's paths, anything else by a number that
-        the log has too."""
+        the log has too.
+        """
         if out_of_memory(error) and not isinstance(error, MemoryExhaustedError):
             return MemoryExhaustedError(
                 "There was not enough memory for this.", "Take a smaller size or fewer pictures."

@@ -33,13 +33,13 @@ class Settings(BaseModel):
     pictures: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, in the order of the fields; pictures have no frames."""
+        """Return the settings as JSON values, in the order of the fields; pictures have no frames."""
         values = self.model_dump(mode="json")
         return {name: value for name, value in values.items() if name != "frames" or value is not None}
 
     @classmethod
     def make(cls, **values: Any) -> Settings:
-        """Return checked settings.
+        """Check the values and return them as settings.
 
         Raises:
             InputError: an unknown name or a wrong type, with the name.

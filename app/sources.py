@@ -40,12 +40,12 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """As the page shows and send it."""
+        """Return the name as the page shows and sends it."""
         return self.family if self.weights == "bundled" else f"{self.family} {self.weights.rpartition('/')[2]}"
 
     @classmethod
     def parse(cls, text: str) -> Weights:
-        """Return ``FAMILY`` or ``FAMILY=WEIGHTS``, from the command line.
+        """Return the weights that the command line names as ``FAMILY`` or ``FAMILY=WEIGHTS``.
 
         Raises:
             UsageError: no such family.
@@ -86,7 +86,7 @@ class Source:
         return self.run is not None and self.run.done("quantize")
 
     def engines(self) -> list[EngineChoice]:
-        """Return float first, then by speed; engines that were not built are not in the list."""
+        """Return the engines, float first, then by speed; engines that were not built are not in the list."""
         from qdiff.engines import choose_engine, ranked
 
         chosen = [EngineChoice("float", choose_engine("float").title)]
@@ -152,7 +152,8 @@ class Sources:
 
     def refresh(self) -> None:
         """Read the folders anew: a build has ended. Damaged folders in the workspace are left out, with a line in the
-        log."""
+        log.
+        """
         listed: list[Source] = []
         found = sorted(self.workspace.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in dict.fromkeys([*self._named, *(path.parent.absolute() for path in found)]):

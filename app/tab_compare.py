@@ -111,7 +111,7 @@ def add(service: Service) -> Any:
         return gr.Radio(names, value=names[0], visible=len(names) > 1)
 
     def _reveal(state: list[dict[str, str]], engine: str) -> dict[Any, Any]:
-        """Return Float's picture and an engine's under a slider, or their clips in step."""
+        """Return the float model's picture and an engine's under a slider, or their clips in step."""
         other = next(row for row in state if row["engine"] == engine)
         if other["beside"]:
             return {

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 
 def text(value: object) -> str:
-    """Return anything as text of a page."""
+    """Return any value as escaped text for a page."""
     return html.escape(str(value), quote=True)
 
 
 def picture(path: Path, alt: str, kind: str = "") -> str:
     """Return a finished picture, or the clip that it is a strip of. Small ones are enlarged without smoothing: what is
-    judged are the pixels."""
+    judged are the pixels.
+    """
     file = file_of(path)
     data = base64.b64encode(file.read_bytes()).decode()
     if file.suffix == ".mp4":
@@ -62,7 +63,7 @@ def _words(title: str, below: str = "") -> str:
 
 
 def empty(title: str, below: str) -> str:
-    """Return nothing was asked for yet."""
+    """Return the view of a page on which nothing was asked for yet."""
     return _canvas("empty", '<div class="qd-mark" aria-hidden="true"></div>' + _words(text(title), text(below)))
 
 
@@ -79,7 +80,7 @@ def cancelled() -> str:
 
 
 def progress(update: Update) -> str:
-    """Return queued or running, with the newest preview."""
+    """Return the view of a job that is queued or running, with the newest preview."""
     if update.state == "queued":
         ahead = update.place - 1
         title = "You are next" if ahead <= 0 else f"{ahead} ahead of you in the queue"
@@ -168,7 +169,7 @@ def comparison(rows: Sequence[Made], titles: dict[str, str]) -> str:
 
 
 def in_step(path: Path, engine: str) -> str:
-    """Return two clips in one file, float's on the left."""
+    """Return two clips in one file, the float model's on the left."""
     data = base64.b64encode(path.read_bytes()).decode()
     label = text(f"float (left) and {engine} (right)")
     return _canvas(

@@ -105,7 +105,7 @@ def case_of(heads: int, tokens: int, size: int, block: int, device: torch.device
 
 
 def sampled_error(case: Case, density: float, output: Tensor) -> float:
-    """Return relative error of some rows against float64 over the same blocks."""
+    """Return the relative error of some rows against float64 over the same blocks."""
     generator = torch.Generator().manual_seed(1)
     queries = torch.randperm(case.tiling.tokens, generator=generator)[:SAMPLED]
     difference = total = 0.0
@@ -123,7 +123,7 @@ def sampled_error(case: Case, density: float, output: Tensor) -> float:
 
 
 def flex(case: Case, density: float) -> Callable[[], Tensor]:
-    """Return FlexAttention, compiled, over the same blocks of tokens that lie in order already."""
+    """Return a call of FlexAttention, compiled, over the same blocks of tokens that lie in order already."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     masks = case.lists[density].masks(case.tiling.columns).to(case.q.device)
@@ -161,7 +161,7 @@ def dense(case: Case, backend: Any) -> Callable[[], Tensor]:
 
 
 def flash3(case: Case) -> Callable[[], Tensor]:
-    """Return FlashAttention-3, which wants heads behind tokens."""
+    """Return a call of FlashAttention-3, which wants heads behind tokens."""
     from flash_attn_interface import flash_attn_func
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (case.q, case.k, case.v))
@@ -174,7 +174,7 @@ def flash3(case: Case) -> Callable[[], Tensor]:
 
 
 def by_kernel(case: Case, density: float, numerics: str) -> Contender:
-    """Return qdiff on a GPU: the kernel that it takes there."""
+    """Return qdiff on a GPU as a contender: the kernel that it takes there."""
     from qdiff.attention.kernels import gpu, pack
     from qdiff.attention.kernels.sparse_attention import Launch, is_partial
 
@@ -277,7 +277,8 @@ class Graphs:
 
 def contenders(case: Case, on_gpu: bool, folder: Path) -> tuple[list[Contender], list[str]]:
     """Return all rows that run here, each run once and its error taken, and why others are left out. The reference is
-    the first row."""
+    the first row.
+    """
     from torch.nn.attention import SDPBackend
 
     makers: list[tuple[str, float, Callable[[], Contender]]] = []
@@ -457,7 +458,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("HEADS", "TOKENS", "SIZE"))

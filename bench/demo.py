@@ -61,13 +61,13 @@ class Page:
         return Client(self.url, verbose=False, analytics_enabled=False)
 
     def close(self) -> int:
-        """End it as an operator does; its exit code."""
+        """End the page's process as an operator does; return its exit code."""
         self.process.terminate()
         return self.process.wait(60)
 
 
 def load(page: Page, clients: int, seconds: float, steps: int) -> dict[str, Any]:
-    """Return ``clients`` visitors who ask again as soon as they are served."""
+    """Run ``clients`` visitors who ask again as soon as they are served."""
     lock, walls = threading.Lock(), []
     outcomes = {"served": 0, "refused": 0, "failed": 0}
     failures: list[str] = []
@@ -119,7 +119,8 @@ def load(page: Page, clients: int, seconds: float, steps: int) -> dict[str, Any]
 
 def full_queue(page: Page, waiting: int = 16) -> dict[str, Any]:
     """Return one long picture and as many behind it as the queue holds; the next is told so, and those who were
-    admitted are served."""
+    admitted are served.
+    """
     visitors = [page.client() for _ in range(waiting + 2)]
     jobs = [visitors[0].submit("a cat", steps=100, width=256, height=256, engine="float", api_name="/generate")]
     _until(lambda: page.metrics()["qdiff_jobs_running"] == 1)
@@ -139,7 +140,8 @@ def full_queue(page: Page, waiting: int = 16) -> dict[str, Any]:
 
 def cancelling(page: Page, rounds: int = 5) -> dict[str, Any]:
     """Return seconds from the answer to a cancel until the slot is free, beside the seconds of one step; medians over
-    the rounds."""
+    the rounds.
+    """
     visitor = page.client()
     settings = {"width": 256, "height": 256, "engine": "float", "api_name": "/generate"}
     step, free = [], []
@@ -159,7 +161,9 @@ def cancelling(page: Page, rounds: int = 5) -> dict[str, Any]:
 
 
 def felt(page: Page, chromium: str) -> dict[str, Any] | None:
-    """In a browser: seconds from the click on Generate to the first preview and to the picture. ``None``: no browser."""
+    """Return the seconds in a browser from the click on Generate to the first preview and to the picture. ``None``: no
+    browser.
+    """
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:

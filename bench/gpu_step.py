@@ -185,7 +185,7 @@ def show(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS)[:2])
     parser.add_argument("--density", type=float, nargs="+", default=[1.0, 0.5, 0.3, 0.2])

@@ -28,7 +28,8 @@ SEED = 30_000  # of the pictures: neither calibration's, nor those that chose be
 
 def fill(costs: Tensor, budget: float, order: Sequence[int]) -> Tensor:
     """Return the dear format (the last) for groups in ``order`` as long as it fits, the cheap one (the first) for the
-    rest."""
+    rest.
+    """
     choice = torch.zeros(len(costs), dtype=torch.int64)
     spent = float(costs[:, 0].sum())
     for row in order:
@@ -118,7 +119,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", default="pixart")
     parser.add_argument("--bits", type=float, nargs="+", default=[5.5, 6.5])

@@ -79,7 +79,7 @@ def variant(
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="pixart")
     parser.add_argument("--pictures", type=int, default=64)

@@ -37,7 +37,7 @@ ROWS = ("qdiff", "model's order", "one mask", WINDOWS, "dense, fp8", "dense, int
 
 
 def nearest_blocks(order: Tensor, grid: tuple[int, int, int], block: int, width: int) -> Tensor:
-    """For every block the ``width`` blocks whose middles lie nearest: bool ``[blocks, blocks]``."""
+    """Return, for every block, the ``width`` blocks whose middles lie nearest: bool ``[blocks, blocks]``."""
     places = torch.stack([axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij")], dim=1)
     middles = torch.stack([part.double().mean(dim=0) for part in places[order].split(block)])
     apart = torch.cdist(middles, middles)
@@ -97,7 +97,8 @@ def backbones(
     run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
 ) -> Iterator[tuple[str, dict[str, float], Any]]:
     """Yield name, densities and backbone of every row beside dense float; of those named ``only``, where there are
-    any."""
+    any.
+    """
     from qdiff.attention.sparse import SIDECAR, install, load_masks, schedule_of
     from qdiff.plan.plan import Plan
     from qdiff.quantization.checkpoint import load_quantized
@@ -187,7 +188,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3])

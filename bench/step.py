@@ -40,7 +40,7 @@ Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
-    """Calibrate, quantizes, exports and builds with qdiff's own stages (skipped when done), and writes the float graph.
+    """Calibrate, quantize, export and build with qdiff's own stages (skipped when done), and write the float graph.
 
     Returns:
         the run and the path of the float ONNX file.
@@ -112,7 +112,7 @@ def _compiled(core: Any, model: Any, precision: str, shapes: Mapping[str, Tensor
 
 
 def nncf_model(path: Path, samples: list[dict[str, Tensor]], precision: str) -> Run:
-    """Return NNCF's INT8 of the float graph: post-training quantization with the transformer preset."""
+    """Return the float graph quantized to INT8 by NNCF: post-training quantization with the transformer preset."""
     import logging
 
     import nncf
@@ -283,7 +283,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run the benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=CONFIGURATIONS, default="pixart-67m")
     parser.add_argument("--rounds", type=int, default=10)

@@ -73,8 +73,9 @@ class AttentionOptions:
 
 
 def block_for(tokens: int) -> int:
-    """Return 128 tokens where there are many (kernels are fastest so), 64 below, and less where there would be fewer
-    than 16 blocks."""
+    """Return the block size in tokens: 128 where there are many (kernels are fastest so), 64 below, and less where
+    there would be fewer than 16 blocks.
+    """
     largest = 128 if tokens >= 16384 else 64
     return next((block for block in (128, 64, 32) if block <= largest and tokens >= 16 * block), 16)
 
@@ -199,8 +200,9 @@ class AttentionCalibration:
         return {"choice": torch.stack([needed[layer].argmin(dim=1) for layer in self.layers])}
 
     def _needed(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate:
-        ``[candidates]``. Text does not count: it is read in any case."""
+        """Return the mean share of the blocks that hold :data:`COVERED` of a row's mass, for every candidate:
+        ``[candidates]``. Text does not count: it is read in any case.
+        """
         tiling = self.tiling
         q = q[tiling.text :]
         count = min(SAMPLED_QUERIES, len(q))
@@ -323,7 +325,9 @@ def _both_branches(x: Tensor) -> list[int]:
 
 @contextlib.contextmanager
 def _watched(model: Model, layers: list[str], seen: Seen | None, sparse: dict[str, gathered.Follow]) -> Iterator[None]:
-    """Self-attentions that show ``seen`` what they compute with, and some of them following lists, for the length of a block."""
+    """Let self-attentions show ``seen`` what they compute with, and some of them follow lists, for the length of a
+    block.
+    """
     modules = {name: model.backbone.get_submodule(name) for name in layers}
     before = {name: module.processor for name, module in modules.items()}
 

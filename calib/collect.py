@@ -37,7 +37,8 @@ PARTIAL = "statistics.partial.safetensors"
 
 
 def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
-    """Return groups of layers that read the same tensors inside one parent module: name of the first -> all names.
+    """Return the groups of layers that read the same tensors inside one parent module: all names, by the name of the
+    first.
 
     A layer that the forward calls several times is in one group with those that read all the tensors that it reads, in the same
     order: the statistics of a group are those of its first layer's calls.
@@ -85,7 +86,8 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
 
 def _module_with_forward(backbone: nn.Module, name: str) -> nn.Module:
     """Return the module of that name, or the nearest one around it that is called (lists and dicts of modules are
-    not)."""
+    not).
+    """
     module = backbone.get_submodule(name)
     while isinstance(module, nn.ModuleList | nn.ModuleDict):
         name = name.rpartition(".")[0]
@@ -95,7 +97,7 @@ def _module_with_forward(backbone: nn.Module, name: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _hooks(backbone: nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Hooks by layer name, before and after its forward, for the length of a block."""
+    """Register hooks by layer name, before and after its forward, for the length of a block."""
     layers = dict(backbone.named_modules())
     handles = [layers[name].register_forward_pre_hook(hook) for name, hook in inputs.items()]
     handles += [layers[name].register_forward_hook(hook) for name, hook in (outputs or {}).items()]

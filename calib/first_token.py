@@ -26,7 +26,7 @@ class FirstToken:
         self.tokens = torch.zeros(1, device=device)
 
     def take(self, x: Tensor) -> Tensor:
-        """Of ``x [B, tokens, in]`` everything but the first tokens, which it keeps."""
+        """Return everything of ``x [B, tokens, in]`` but the first tokens, and keep those."""
         first = x[:, 0]
         self.tokens.fill_(x.shape[1])
         self.low, self.high = torch.minimum(self.low, first.amin(0)), torch.maximum(self.high, first.amax(0))
@@ -38,7 +38,7 @@ class FirstToken:
         return x[:, 1:]
 
     def state(self) -> Tensor:
-        """Return everything needed to go on later, in one row."""
+        """Return everything that is needed to go on later, in one row."""
         return torch.cat([self.token, self.low, self.high, self.constant, self.tokens])
 
     def restore(self, state: Tensor) -> None:
@@ -49,7 +49,8 @@ class FirstToken:
 
     def into(self, entry: InputStatistics) -> InputStatistics:
         """Return the statistics of the other tokens, with the constant token; without one, with the range of the first
-        tokens."""
+        tokens.
+        """
         if self.constant.item() and self.token.any():
             return replace(entry, first=self.token, tokens=int(self.tokens.item()))
         log.warning("collect: the first token that %s reads is not the same for every prompt", entry.layers[0])

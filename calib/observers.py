@@ -17,7 +17,8 @@ from qdiff.registry import Registry
 
 class Observer(ABC):
     """One table. ``timesteps`` is the number of calibrated timesteps T, ``channels`` the tensor's last size C, ``device`` that of
-    the tensor (``None``: the host)."""
+    the tensor (``None``: the host).
+    """
 
     def __init__(self, timesteps: int, channels: int, device: torch.device | None = None) -> None:
         self.timesteps, self.channels = timesteps, channels
@@ -28,7 +29,7 @@ class Observer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return everything needed to go on later, by name."""
+        """Return everything that is needed to go on later, by name."""
 
     @abstractmethod
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -126,7 +127,8 @@ class LogHistogram(_Table):
 @OBSERVERS.register("rows")
 class RowSample(Observer):
     """Whole rows, ``PER_CALL`` random ones of every call, as they were. Of a convolution they are windows, of which few are as
-    large as many tokens."""
+    large as many tokens.
+    """
 
     PER_CALL = 4
     WIDE, PER_CALL_OF_WIDE = 4096, 1

@@ -50,7 +50,7 @@ class Recording:
 
     @property
     def shards(self) -> int:
-        """Return number of shards."""
+        """Return the number of shards."""
         return -(-len(self.prompts) // self.batch)
 
     def request(self, shard: int) -> Request:
@@ -69,7 +69,8 @@ class _Stop(Exception):
 
 def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
     """Return seconds of one backbone call of the recording's batch size and the bytes of its inputs, measured on the
-    first step of the first shard."""
+    first step of the first shard.
+    """
     started, inputs_bytes = 0.0, 0
     seconds: list[float] = []
 
@@ -124,7 +125,8 @@ def record(model: Model, recording: Recording, folder: Path, owner: str = "") ->
 def joined(
     timesteps: list[float], calls: list[dict[str, torch.Tensor]], branches: int = 2
 ) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
-    """Of each ``branches`` calls that follow each other one, the last first: the unguided half leads, as elsewhere.
+    """Return one of each ``branches`` calls that follow each other, the last first: the unguided half leads, as
+    elsewhere.
 
     Calls are counted, not told apart by their timestep: a sampler may come to a timestep twice.
 

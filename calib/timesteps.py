@@ -34,7 +34,8 @@ def uniform(timesteps: list[float], count: int, generator: torch.Generator) -> l
 @STRATEGIES.register("normal")
 def normal(timesteps: list[float], count: int, generator: torch.Generator) -> list[int]:
     """Return steps drawn without repetition with the density of a normal distribution over t, skewed to the clean end:
-    mean 0.4 T, deviation T / 2 (PTQ4DM's NDTC, arXiv 2211.15736, eq. 9, with mean <= T / 2). Each shard draws anew."""
+    mean 0.4 T, deviation T / 2 (PTQ4DM's NDTC, arXiv 2211.15736, eq. 9, with mean <= T / 2). Each shard draws anew.
+    """
     count = min(count, len(timesteps))
     t = torch.tensor(timesteps, dtype=torch.float64)
     largest = max(float(t.max()), 1e-9)

@@ -31,7 +31,8 @@ __all__ = [
 @dataclass(frozen=True)
 class Row:
     """One engine in ``qdiff doctor``. ``why_not`` is why it cannot run here, ``why_not_build`` why it cannot be built here,
-    ``integers`` how it multiplies INT8 on this processor (:meth:`Engine.integer_arithmetic`)."""
+    ``integers`` how it multiplies INT8 on this processor (:meth:`Engine.integer_arithmetic`).
+    """
 
     name: str
     title: str

@@ -42,7 +42,7 @@ class Profile:
     values: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON form; part of the engine cache's key."""
+        """Return the profile as JSON values; part of the engine cache's key."""
         return {
             "name": self.name,
             "ranges": {key: [list(shape) for shape in value] for key, value in self.ranges.items()},
@@ -76,7 +76,7 @@ class BuildOptions:
     flags: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON form of what decides the engine's files (all but ``threads``)."""
+        """Return what decides the engine's files (all options but ``threads``) as JSON values."""
         return {
             "profiles": [profile.to_json() for profile in self.profiles],
             "compute_capability": self.compute_capability,
@@ -92,14 +92,15 @@ class BuildOptions:
 
 class Runner(ABC):
     """A loaded engine. ``__call__`` takes the backbone's inputs by name and returns its output as a float32 CPU tensor
-    (or a CUDA tensor when the inputs are). One call at a time; the output is the caller's to keep."""
+    (or a CUDA tensor when the inputs are). One call at a time; the output is the caller's to keep.
+    """
 
     inputs: tuple[TensorSpec, ...] = ()  # what the graph declares; empty for torch modules, which check for themselves
     # Inputs whose tensors nobody changes: one that is given again need not be handed over again.
     lasting: frozenset[str] = frozenset()
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return everything that the graph returns, the prediction first; raises as :meth:`__call__`."""
+        """Return everything that the graph returns, the prediction first; raise as :meth:`__call__` does."""
         return [self(inputs)]
 
     @abstractmethod
@@ -130,18 +131,20 @@ class Engine(ABC):
 
     @property
     def rank(self) -> int:
-        """Return place among the engines: the highest rank among those that can run is the default engine."""
+        """Return the place among the engines: the highest rank among those that can run is the default engine."""
         return 0
 
     def integer_arithmetic(self) -> str | None:
         """Return how this engine multiplies INT8 here, in a sentence for ``qdiff doctor``; ``None`` where the processor
-        does not decide it, or the library is not installed."""
+        does not decide it, or the library is not installed.
+        """
         return None
 
     @property
     def runs_module(self) -> bool:
         """Return whether a runner is made from a torch module (:meth:`load_module`) and not from a built folder
-        (:meth:`load`)."""
+        (:meth:`load`).
+        """
         return self.target is None
 
     def missing(self) -> str | None:
@@ -173,7 +176,7 @@ class Engine(ABC):
             ) from error
 
     def version(self) -> str:
-        """Return version of the backend library.
+        """Return the version of the backend library.
 
         Raises:
             MissingDependencyError: it is not installed.
@@ -182,7 +185,8 @@ class Engine(ABC):
 
     def device(self, options: BuildOptions) -> str:
         """Return the device an engine is built for, as it goes into the cache key: ``cpu``, ``cuda`` or e.g.
-        ``sm_120``."""
+        ``sm_120``.
+        """
         return "cpu"
 
     def flag(self, options: BuildOptions, name: str) -> str:
@@ -224,7 +228,8 @@ class Engine(ABC):
 
     def load_module(self, module: nn.Module) -> Runner:
         """Return a runner around a torch module (float or quantized) whose ``forward`` takes the backbone's inputs by
-        name."""
+        name.
+        """
         raise UsageError(f"engine {self.name!r} runs built engines, not torch modules", "export and build first")
 
 

@@ -61,20 +61,21 @@ def _external(onnx: Path, name: str) -> Path:
 
 
 def graph_digest(onnx: Path) -> str:
-    """Return Hex sha256 over the graph file and its weights files (names and bytes)."""
+    """Return the sha256, in hexadecimal, of the graph file and its weights files (names and bytes)."""
     files = [[path.relative_to(onnx.parent.resolve()).as_posix(), sha256_file(path)] for path in external_files(onnx)]
     return hashlib.sha256(json.dumps([sha256_file(onnx), files]).encode()).hexdigest()
 
 
 def graph_bytes(onnx: Path) -> int:
-    """Return size on disk of the graph and its weights."""
+    """Return the size on disk of the graph and its weights."""
     return sum(path.stat().st_size for path in [onnx, *external_files(onnx)])
 
 
 @contextlib.contextmanager
 def inlined(onnx: Path, kept: Collection[str] = ()) -> Iterator[Path]:
-    """The graph with every call of a function in the file replaced by its nodes, beside ``onnx`` (whose weights it reads) until
-    the context ends; ``onnx`` itself where there is nothing to replace. For runtimes that know no functions.
+    """Yield the graph with every call of a function in the file replaced by its nodes, beside ``onnx`` (whose weights
+    it reads) until the context ends; ``onnx`` itself where there is nothing to replace. For runtimes that know no
+    functions.
 
     Args:
         onnx: checked by :func:`external_files`.
@@ -96,7 +97,8 @@ def inlined(onnx: Path, kept: Collection[str] = ()) -> Iterator[Path]:
 
 def simulates(onnx: Path) -> bool:
     """Return whether quantizers of the graph are written out in float arithmetic (functions of the domain ``qdiff``,
-    but for those that unpack codes), which has to run in float32: in 16 bit the scales themselves would be rounded."""
+    but for those that unpack codes), which has to run in float32: in 16 bit the scales themselves would be rounded.
+    """
     import onnx as library
 
     functions = library.load(onnx, load_external_data=False).functions

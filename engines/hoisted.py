@@ -1,5 +1,6 @@
 """An engine in parts: what follows from the prompt or from the timestep alone is computed once, not at every step
-(:mod:`qdiff.export.hoist`). Whoever calls the runner names the backbone's own inputs."""
+(:mod:`qdiff.export.hoist`). Whoever calls the runner names the backbone's own inputs.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ class CachedPart:
         return results
 
     def _key(self, given: Mapping[str, Tensor]) -> Hashable:
-        """Return small inputs themselves."""
+        """Return the small inputs themselves as the key."""
         return tuple((str(x.device), tuple(x.shape), x.cpu().numpy().tobytes()) for x in given.values())
 
     def _equal(self, given: Mapping[str, Tensor]) -> Hashable | None:
@@ -65,7 +66,8 @@ class CachedPart:
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same bytes. On a CPU numpy compares them, in this thread: torch's threads
-    would still spin when the engine's want the cores, which cost a small U-Net a seventh of its step."""
+    would still spin when the engine's want the cores, which cost a small U-Net a seventh of its step.
+    """
     import numpy as np
     import torch
 

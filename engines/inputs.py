@@ -86,7 +86,8 @@ def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
 
 class Copies:
     """Inputs on the device of an engine. One that lasts (:attr:`~.base.Runner.lasting`) is copied once, not at every step; its
-    copy lives as long as itself."""
+    copy lives as long as itself.
+    """
 
     def __init__(self) -> None:
         from torch.utils.weak import WeakIdKeyDictionary

@@ -108,7 +108,8 @@ def probe() -> tuple[bytes, dict[str, numpy.ndarray]]:
 
 def expected_outputs() -> list[numpy.ndarray]:
     """Return what the graph of :func:`probe` gives without an overflow, float32 ``y [ROWS, CHANNELS]`` and
-    ``map [1, CHANNELS, 3, 3]``."""
+    ``map [1, CHANNELS, 3, 3]``.
+    """
     import numpy
 
     value = COLUMNS * 127 * 127 * _SCALE**2  # 22 bits: a float32 holds it

@@ -66,7 +66,8 @@ def _specs(model: Any) -> tuple[TensorSpec, ...]:
 
 def _threads(library: Any, core: Any, settings: Mapping[str, Any]) -> int:
     """Return how many threads OpenVINO would take: it counts cores, affinity and hints, and tells only a compiled
-    model."""
+    model.
+    """
     operators = library.opset13
     parameter = operators.parameter([1], library.Type.f32)
     model = library.Model([operators.relu(parameter)], [parameter])
@@ -76,7 +77,8 @@ def _threads(library: Any, core: Any, settings: Mapping[str, Any]) -> int:
 def _fold_codes(library: Any, model: Any) -> None:
     """Put INT8 constants in the place of what computes them from constants: codes of 6 bits that the graph unpacks.
     OpenVINO looks for constants when it chooses integer kernels, and would take the whole way to a float weight
-    together."""
+    together.
+    """
     fixed: set[str] = set()  # names of what follows from constants alone
     for op in model.get_ordered_ops():
         if op.get_type_name() == "If":  # branches of routed blocks
@@ -97,7 +99,8 @@ def _fold_codes(library: Any, model: Any) -> None:
 
 def _name_by_place(model: Any, prefix: str = "") -> None:
     """Name operations that the graph names not by their place in it. OpenVINO would number them by what the process has
-    made before, so the file of one graph would have another hash in every process."""
+    made before, so the file of one graph would have another hash in every process.
+    """
     for place, op in enumerate(model.get_ordered_ops()):
         if op.get_friendly_name() == op.get_name():
             op.set_friendly_name(f"{prefix}{op.get_type_name()}.{place}")
@@ -126,7 +129,8 @@ class OpenVinoRunner(Runner):
 
     def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, Tensor]]:
         """Compile the variant for these input shapes unless it is there; return its inference request, and the lasting
-        tensors that it holds."""
+        tensors that it holds.
+        """
         key = tuple(tuple(shapes[name]) for name in self._fixed) if self._static else ()
         if key not in self._variants:
             while len(self._variants) >= VARIANTS:
@@ -182,8 +186,9 @@ class OpenVinoEngine(Engine):
 
     @property
     def rank(self) -> int:
-        """Return place before ONNX Runtime; behind it where products overflow and are computed in float, which is
-        slower."""
+        """Return a place before ONNX Runtime; behind it where products overflow and are computed in float, which is
+        slower.
+        """
         return 20 if self.missing() is not None or integer_products.exact(self.library) else 5
 
     def integer_arithmetic(self) -> str | None:
@@ -255,7 +260,8 @@ class OpenVinoEngine(Engine):
 
     def _precision(self, core: Any, model: Any, options: BuildOptions) -> str:
         """Return what runs unquantized layers: the flag, or with ``auto`` the 16-bit type that this CPU computes with,
-        unless the model writes quantizers out in float arithmetic."""
+        unless the model writes quantizers out in float arithmetic.
+        """
         asked = self.flag(options, "precision")
         if asked != "auto":
             return asked

@@ -191,7 +191,8 @@ class OrtEngine(Engine):
 def _pairs_of_fp8(path: Path) -> bool:
     """Return whether two FP8 DequantizeLinear meet in a product: in attention of a file for TensorRT, which is only
     checked here. ONNX Runtime 1.31 puts its integer product in their place, which then does not take FP8; whether it
-    does depends on what else it folds."""
+    does depends on what else it folds.
+    """
     import onnx
 
     from qdiff.attention.nodes import AttentionNode

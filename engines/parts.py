@@ -13,7 +13,8 @@ from qdiff.graphs.parts import PARTS, Axes, GraphFile
 
 def options_for(engine: Engine, options: BuildOptions, whole: GraphFile, part: GraphFile) -> BuildOptions:
     """Build options whose profiles also have ranges for the inputs that only the part has. What is computed once is computed in
-    float32 where the engine lets choose: it costs next to nothing there."""
+    float32 where the engine lets choose: it costs next to nothing there.
+    """
     profiles = tuple(_completed(profile, whole.inputs, part.inputs) for profile in options.profiles)
     once = part.name in PARTS and "f32" in engine.known_flags.get("precision", ())
     flags = {"precision": "f32", **options.flags} if once else options.flags

@@ -71,7 +71,7 @@ class EngineBackbone(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return element type that the pipeline prepares its tensors in."""
+        """Return the element type that the pipeline prepares its tensors in."""
         return self._anchor.dtype  # type: ignore[return-value]
 
     @property
@@ -81,11 +81,14 @@ class EngineBackbone(torch.nn.Module):
 
     @contextlib.contextmanager
     def cache_context(self, *_: Any, **__: Any) -> Iterator[None]:
-        """Diffusers' feature caches live inside torch blocks; an engine has none."""
+        """Do nothing for the length of a block: diffusers' feature caches live inside torch blocks, and an engine has
+        none.
+        """
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the original's call: ``(sample,)`` or an output object with ``sample``, in the latent's element type.
+        """Return what the original's call returns: ``(sample,)`` or an output object with ``sample``, in the latent's
+        element type.
 
         Raises:
             InputError: an input of the graph that the pipeline did not give, a value that the graph has no input for, or NaN
@@ -163,7 +166,7 @@ def insert(
     engine: str = UNNAMED,
     unread: Sequence[str] = (),
 ) -> Iterator[EngineBackbone]:
-    """:func:`replace` for the length of a block; then the original is back, also after an error."""
+    """Call :func:`replace` for the length of a block; put the original back afterwards, also after an error."""
     original = getattr(pipe, attribute)
     try:
         yield replace(pipe, attribute, runner, inputs, engine, unread)

@@ -18,8 +18,8 @@ _HELP = "write 512, 512x768, dyn-256-1024, and axes as batch=1-2-8, joined by co
 
 
 def parse_range(text: str) -> Range:
-    """Return ``"2"`` -> (2, 2, 2); ``"1-4"`` -> (1, 4, 4), as fast as can be at the largest; ``"1-2-8"`` -> (1, 2, 8):
-    min, usual, max.
+    """Return the least, usual and largest size that a text names: ``"2"`` gives (2, 2, 2); ``"1-4"`` gives (1, 4, 4),
+    fastest at the largest; ``"1-2-8"`` gives (1, 2, 8).
 
     Raises:
         UsageError: not one to three rising whole numbers from 1.
@@ -106,8 +106,8 @@ def make_profile(name: str, axes: Mapping[str, Sequence[int | str]], sizes: Mapp
 
 
 def parse_shapes(text: str) -> dict[str, Shape]:
-    """Return trtexec's syntax: ``"hidden_states:1x4x8x8,timestep:1"`` -> ``{"hidden_states": (1, 4, 8, 8), "timestep":
-    (1,)}``.
+    """Return the shapes that a text names in trtexec's syntax: ``"hidden_states:1x4x8x8,timestep:1"`` gives
+    ``{"hidden_states": (1, 4, 8, 8), "timestep": (1,)}``.
 
     Raises:
         UsageError: a piece of another form, or an input twice.

@@ -36,7 +36,9 @@ class CallRecorder(Runner):
         return self.runner.outputs(inputs)
 
     def _keep(self, inputs: Mapping[str, Tensor]) -> None:
-        """One call; a tensor that is equal to that of one of the two calls before (two branches of guidance) is kept once."""
+        """Keep one call; a tensor that is equal to that of one of the two calls before (two branches of guidance) is
+        kept once.
+        """
         call: dict[str, Tensor] = {}
         for name, tensor in inputs.items():
             equal = [old[name] for old in self.calls[-2:] if same_bytes(old[name], tensor)]

@@ -53,7 +53,7 @@ def _key() -> bytes:
 
 
 def sign(payload: bytes, purpose: str) -> str:
-    """Return Hex tag of ``payload``; ``purpose`` keeps a tag for one use from being valid for another.
+    """Return the tag of ``payload`` in hexadecimal; ``purpose`` keeps a tag for one use from being valid for another.
 
     Raises:
         IntegrityError: the key file is readable by others, a link, or cut off.
@@ -78,7 +78,8 @@ def seal(path: Path, payload: bytes, purpose: str) -> None:
 
 def unseal(path: Path, purpose: str) -> bytes | None:
     """Return what :func:`seal` wrote, or ``None`` when there is nothing or its tag is wrong: a cache is made again, not
-    argued about."""
+    argued about.
+    """
     if path.is_symlink() or not path.is_file():
         return None
     blob = path.read_bytes()

@@ -75,7 +75,7 @@ def _monitor(trt: Any) -> Any:
 
 
 def capability(trt: Any, text: str) -> Any:
-    """Return ``"12.0"`` -> ``trt.ComputeCapability.SM120``.
+    """Return TensorRT's constant for a compute capability: ``"12.0"`` gives ``trt.ComputeCapability.SM120``.
 
     Raises:
         UsageError: this library builds no engines for that architecture (the message lists those that it does).

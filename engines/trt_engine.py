@@ -51,7 +51,8 @@ class TensorRTEngine(Engine):
 
     def _target(self, trt: Any, wanted: str) -> str | None:
         """Return what the builder is told: the architecture by name; ``None`` when it can only build for the GPU
-        here."""
+        here.
+        """
         if hasattr(trt, "ComputeCapability"):
             capability(trt, wanted)
             return wanted
@@ -61,7 +62,7 @@ class TensorRTEngine(Engine):
         return None
 
     def _plugins(self, trt: Any, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
-        """Register plugins for functions of the graph, and names those functions. Here: none."""
+        """Register plugins for functions of the graph, and return the names of those functions. Here: none."""
         return ()
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:

@@ -212,7 +212,7 @@ _REGISTERED: dict[str, int] = {}
 
 
 def register(trt: Any, names: Iterable[str], capability: int) -> None:
-    """Compile the kernels of these functions and registers a plugin for each. Before the graph is parsed: there errors
+    """Compile the kernels of these functions and register a plugin for each. Before the graph is parsed: there errors
     of a kernel would be lines in TensorRT's log.
 
     Args:
@@ -243,7 +243,7 @@ def register(trt: Any, names: Iterable[str], capability: int) -> None:
 
 
 def _interface_of(trt: Any) -> Any:
-    """Return ``tensorrt.plugin``."""
+    """Return the module ``tensorrt.plugin``."""
     if hasattr(trt, "QuickPluginCreationRequest"):
         for package in (trt.__name__, f"{trt.__name__}_bindings"):
             try:
@@ -258,7 +258,8 @@ def _interface_of(trt: Any) -> Any:
 
 def _define(trt: Any, plugins: Any, name: str, node: AttentionNode) -> None:
     """Register one plugin. Signatures are made here, for TensorRT reads them: a tensor for each input and nothing
-    else."""
+    else.
+    """
     made, tensor = interface(node), plugins.TensorDesc
     members = {"FP32": "FLOAT", "FP16": "HALF"}
     results: Any = GenericAlias(tuple, (tensor,) * len(made.outputs))

@@ -26,7 +26,7 @@ _PURPOSE = "engine manifest"
 
 
 def folder_name(parts: dict[str, Any]) -> str:
-    """Return name of the folder in which the engine with these parts lies."""
+    """Return the name of the folder in which the engine with these parts lies."""
     return f"{parts['engine']}-{sha256_json(parts)[:16]}"
 
 

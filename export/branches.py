@@ -97,7 +97,8 @@ def _inside(value: Any, found: set[Any], choice: Any, place: int) -> bool:
 
 def _branch(graph: Any, result: Any, nodes: list[Any], name: str) -> Any:
     """Return a graph that computes ``result`` by these nodes of ``graph``, which leave it, with the weights that only
-    they use."""
+    they use.
+    """
     import onnx_ir
 
     inside = set(nodes)

@@ -95,7 +95,8 @@ def require_sparse(path: Path, plan: Plan) -> None:
 
 def _parameter_outside(name: str, plan: Plan) -> bool:
     """Return whether an initializer is called like a parameter of a layer that no plan is for (Wan's timestep
-    embedding)."""
+    embedding).
+    """
     wrapped, _, own = name.partition("backbone.")
     layer = own.removesuffix(".weight")
     parameter = bool(wrapped) and own == f"{layer}.weight"

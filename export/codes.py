@@ -22,14 +22,14 @@ from qdiff.nn.quant_linear import QuantConv2d, QuantLinear
 
 
 def bytes_as_codes(module: nn.Module) -> None:
-    """Views E8M0 scales as bytes, in place; the module is for tracing only afterwards."""
+    """View E8M0 scales as bytes, in place; the module is for tracing only afterwards."""
     for layer in module.modules():
         if isinstance(layer, QuantLinear) and layer.scale.dtype == torch.float8_e8m0fnu:
             layer.scale = layer.scale.view(torch.uint8)
 
 
 def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
-    """Give the initializers of all quantized layers their element types, and stores weights the way products want them.
+    """Give the initializers of all quantized layers their element types, and store weights the way products want them.
 
     Args:
         graph: of ``onnx_ir``, as the exporter wrote it.
@@ -114,7 +114,8 @@ def _transpose(graph: Any, codes: Any, format: Format) -> None:
 def _as_kernels(graph: Any, codes: Any, format: Format) -> None:
     """Store a convolution's weight as ``[out, in, height, width]``, so that DequantizeLinear feeds its Conv without a
     Reshape between: runtimes look for the pair. Packed and blocked codes stay a matrix, whose blocks run over channels
-    and taps."""
+    and taps.
+    """
     import onnx_ir
 
     if format.bits < 8 or format.block:

@@ -20,8 +20,9 @@ from qdiff.graphs.walk import graphs, initializers, nodes
 
 @contextlib.contextmanager
 def emulated(path: Path) -> Iterator[Path]:
-    """A graph that ONNX Runtime's CPU runs, beside ``path`` (whose weights it reads) until the context ends; ``path`` itself if
-    it holds no FP4."""
+    """Yield a graph that ONNX Runtime's CPU runs, beside ``path`` (whose weights it reads) until the context ends;
+    ``path`` itself if it holds no FP4.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)

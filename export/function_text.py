@@ -18,14 +18,15 @@ class Body:
         self._constants: dict[str, str] = {}
 
     def do(self, call: str) -> str:
-        """Return ``do("Mul(a, b)")`` -> the name of the product."""
+        """Write one expression and return the name of its result: ``do("Mul(a, b)")`` gives the name of the product."""
         name = f"v{len(self.lines)}"
         self.lines.append(f"{name} = {call}")
         return name
 
     def call(self, name: str, inputs: str, outputs: int, attributes: Mapping[str, str | int]) -> list[str]:
-        """Return a call of another function of the domain, which has to declare the attributes; the names of its
-        results."""
+        """Write a call of another function of the domain, which has to declare the attributes, and return the names of
+        its results.
+        """
         names = [f"v{len(self.lines)}_{place}" for place in range(outputs)]
         given = ", ".join(
             f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}" for key, value in attributes.items()
@@ -55,11 +56,13 @@ class Body:
         return self._constants[call]
 
     def clip(self, value: str, low: float, high: float) -> str:
-        """Between two numbers."""
+        """Write a clip of ``value`` to the range between two numbers, and return the name of the result."""
         return self.do(f"Clip({value}, {self.number(low)}, {self.number(high)})")
 
     def cast(self, value: str, dtype: int) -> str:
-        """To an element type, by its number in ``onnx.TensorProto``."""
+        """Write a cast of ``value`` to an element type, by its number in ``onnx.TensorProto``, and return the name of
+        the result.
+        """
         return self.do(f"Cast<to = {dtype}>({value})")
 
 

@@ -143,7 +143,8 @@ def _unpack(format: Format) -> Function:
 
 def _fields(body: Body) -> str:
     """Return the bit patterns in ``codes``, four of 6 bits in three bytes (:mod:`qdiff.formats.packing`), by arithmetic
-    that runtimes fold."""
+    that runtimes fold.
+    """
     three = body.do(f"Reshape({body.cast('codes', _INT32)}, {body.integers(0, -1, 3)})")
     parts = body.do(f"Mul({three}, {body.small_integers(1, 2**8, 2**16)})")
     word = body.do(f"ReduceSum<keepdims = 1>({parts}, {body.integers(2)})")
@@ -182,7 +183,8 @@ _KINDS: dict[str, Callable[[Format], Function]] = {
 
 def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
     """Return a scale for each row of ``rows [..., n]`` from its own amax: as it is stored, and what codes are
-    multiplied with."""
+    multiplied with.
+    """
     amax = body.do(f"ReduceMax<keepdims = 1>({body.do(f'Abs({rows})')}, {body.integers(-1)})")
     if format.scale == "float16":
         ideal = body.do(f"Div({amax}, {body.number(format.largest)})")
@@ -201,7 +203,7 @@ def _own_scales(body: Body, rows: str, format: Format) -> tuple[str, str]:
 
 
 def _on_half_grid(body: Body, x: str) -> str:
-    """Return :func:`qdiff.formats.scales.to_half_grid` of positive numbers."""
+    """Return what :func:`qdiff.formats.scales.to_half_grid` returns for positive numbers."""
     half, wide = (body.cast(body.cast(x, dtype), _FLOAT) for dtype in (_FLOAT16, _BFLOAT16))
     return body.do(f"Where({body.do(f'Greater({x}, {body.number(LARGEST_FLOAT16)})')}, {wide}, {half})")
 
@@ -220,7 +222,7 @@ def _power_below(body: Body, x: str) -> str:
 
 
 def _on_grid(body: Body, ratio: str, element: Element) -> str:
-    """Return :func:`qdiff.formats.elements.round_to_grid`."""
+    """Return what :func:`qdiff.formats.elements.round_to_grid` returns."""
     if element.kind == "integer":
         return body.clip(body.do(f"Round({ratio})"), element.lowest, element.highest)
     within = body.clip(ratio, element.lowest, element.highest)

@@ -150,7 +150,7 @@ class _View:
         return sources if len(sources) == len(wanted) else None
 
     def worth(self, able: set[int]) -> set[int]:
-        """Of the nodes that could move those that should; see the module's docstring."""
+        """Return those of the nodes that could move that should; see the module's docstring."""
         found: set[int] = set()
         waiting = [index for index in able if self.graph.node[index].op_type in HEAVY]
         while waiting:
@@ -242,7 +242,7 @@ def _read_by(node: Any) -> Iterator[str]:
 
 
 def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
-    """Return ``Shape`` of other inputs that gives what ``node`` gives."""
+    """Return the ``Shape`` nodes of other inputs that give what ``node`` gives."""
     import onnx
 
     pieces = [f"{node.output[0]}_{place}" for place in range(len(sources))]
@@ -257,7 +257,8 @@ def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
 
 def _model(model: Any, kept: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
     """Return a model of these nodes, with the initializers, value descriptions and functions of ``model`` that they
-    use."""
+    use.
+    """
     import onnx
 
     made = onnx.ModelProto()

@@ -25,7 +25,8 @@ def list_inputs(lists: BlockLists) -> tuple[InputSpec, ...]:
 
 def fixed_sizes(specs: Iterable[InputSpec], example: Mapping[str, Tensor]) -> tuple[InputSpec, ...]:
     """Return inputs whose frames, height and width are those of ``example``: the order of tokens is one of that many
-    tokens."""
+    tokens.
+    """
     return tuple(
         dataclasses.replace(
             spec,

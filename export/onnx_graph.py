@@ -211,7 +211,8 @@ class InComputeDtype(nn.Module):
     on the float16 grid, or are left as they are (:meth:`qdiff.nn.quant_linear.QuantLinear.exact`). Timesteps stay float32,
     inside (the calibrated values) and outside (:attr:`qdiff.recording.inputs.InputSpec.exact`), until they meet the first layer
     or normalization: what a layer returns, and what a module with 16-bit parameters is given, is in ``dtype``. So an exact
-    input that joins the modulation makes no attention of two dtypes."""
+    input that joins the modulation makes no attention of two dtypes.
+    """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -297,7 +298,8 @@ def _forget_origin(model: Any) -> None:
 
 def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]) -> None:
     """Give dynamic axes the names of :class:`qdiff.recording.inputs.InputSpec` instead of the tracer's symbols, inside
-    the graph too."""
+    the graph too.
+    """
     import onnx_ir
 
     names = {
@@ -325,7 +327,9 @@ def _named(size: Any, names: Mapping[str, str]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints to stdout, which belongs to results, and warns about packages that are not needed."""
+    """Silence the exporter for the length of a block: it prints to stdout, which belongs to results, and warns about
+    packages that are not needed.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -42,7 +42,8 @@ class StepParity:
 
 def expected_outputs(family: Family, backbone: nn.Module, steps: Iterable[Step]) -> list[Tensor]:
     """Return what the module computes on recorded steps. Apart from :func:`compare`, so that the module can go before
-    the runtime comes: of a large model both together are the peak of the whole export."""
+    the runtime comes: of a large model both together are the peak of the whole export.
+    """
     with torch.inference_mode():
         return [predict(family, backbone, step.inputs) for step in steps]
 

@@ -119,7 +119,8 @@ class Graph:
 
     def _scale(self, value: str) -> str:
         """Return how the scales behind ``value`` are stored, in the words of
-        :attr:`qdiff.formats.table.Format.scale`."""
+        :attr:`qdiff.formats.table.Format.scale`.
+        """
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH:
             value = node.input[0]
@@ -132,8 +133,9 @@ class Graph:
         return "float16"  # a number on its grid, in float16 or float32
 
     def _output(self, product: Any) -> str | None:
-        """Return format of the quantizer right behind a product, its bias and its division by the timestep's factor;
-        the input quantizer of a layer that reads this one is not meant."""
+        """Return the format of the quantizer right behind a product, its bias and its division by the timestep's
+        factor; the input quantizer of a layer that reads this one is not meant.
+        """
         value = product.output[0]
         while True:
             users = self.consumers.get(value, [])
@@ -172,7 +174,7 @@ class Graph:
         return value in self.initializers and value.endswith(".codes")
 
     def _pair(self, quantizer: Any) -> str:
-        """Return format of a QuantizeLinear with one scale."""
+        """Return the format of a QuantizeLinear with one scale."""
         dtype = _attribute(quantizer, "output_dtype", 0)
         if not dtype and len(quantizer.input) > 2:
             dtype = self.initializers[quantizer.input[2]].data_type
@@ -181,7 +183,7 @@ class Graph:
         return next(rows, element)
 
     def _activation(self, value: str) -> tuple[str | None, bool]:
-        """Return format of the quantizer that a product's operand comes from, and whether its scales are per token."""
+        """Return the format of the quantizer that a product's operand comes from, and whether its scales are per token."""
         node = self.producer.get(value)
         while node is not None and node.op_type in _THROUGH and not node.domain:
             node = self.producer.get(node.input[0])

@@ -136,7 +136,8 @@ class _Writer:
 
     def laid(self, x: str, block: int) -> str:
         """Return all heads' tokens where they lie, in blocks: ``[batch, heads, blocks, block, size]``. Where none lies
-        there is zero."""
+        there is zero.
+        """
         tiling, heads, size = self.tiling, self.made.heads, self.made.size
         text, rest = -tiling.text % block, -tiling.ordered % block
         parts = [self.do(f"Add(order, {self.by_head(tiling.tokens, tiling.text)})")]
@@ -159,7 +160,8 @@ class _Writer:
 
     def normalised(self, x: str, format: str, unit: float) -> tuple[str, str]:
         """Return ``x`` over its scale, between -largest and largest in units of ``unit``, and the scale
-        ``[batch, heads, blocks, 1, 1]``."""
+        ``[batch, heads, blocks, 1, 1]``.
+        """
         amax = self.do(f"ReduceMax<keepdims = 1>({self.do(f'Abs({x})')}, {self.axes(3, 4)})")
         whole = self.number(1 / (format_named(format).element.largest * unit))
         some = self.do(f"Greater({amax}, {self.number(0.0)})")
@@ -200,7 +202,8 @@ class _Writer:
         bounds: str,
     ) -> tuple[str, str]:
         """Return what one head's queries get: those that have an order ``[batch, rows * block_q, size]``, and the
-        text's."""
+        text's.
+        """
         tiling, size = self.tiling, self.made.size
         listed = self.listed(head, bounds)  # [rows, blocks]
         ends = tiling.text_rows, tiling.text_rows + tiling.rows
@@ -252,12 +255,12 @@ class _Writer:
         return self.do(f"Slice({x}, {self.axes(start)}, {self.axes(end)}, {self.axes(1)})")
 
     def gathered(self, x: str, listed: str, rows: int) -> str:
-        """Return ``[batch, c, block_k, size]`` to ``[batch, rows, keys, size]``."""
+        """Gather ``[batch, c, block_k, size]`` into ``[batch, rows, keys, size]``."""
         blocks = self.do(f"Gather<axis = 1>({x}, {listed})")
         return self.do(f"Reshape({blocks}, {self.axes(0, rows, -1, self.made.size)})")
 
     def gathered_scale(self, scale: str | None, listed: str, rows: int) -> str | None:
-        """Return ``[batch, c, 1, 1]`` to ``[batch, rows, 1, keys]``."""
+        """Gather ``[batch, c, 1, 1]`` into ``[batch, rows, 1, keys]``."""
         if scale is None:
             return None
         blocks = self.do(f"Gather<axis = 1>({self.do(f'Squeeze({scale}, {self.axes(3)})')}, {listed})")
@@ -265,7 +268,7 @@ class _Writer:
         return self.do(f"Reshape({spread}, {self.axes(0, rows, 1, -1)})")
 
     def gathered_empty(self, empty: str, listed: str, rows: int) -> str:
-        """Return ``[c, block_k]`` to ``[rows, 1, keys]``."""
+        """Gather ``[c, block_k]`` into ``[rows, 1, keys]``."""
         blocks = self.do(f"Gather<axis = 0>({empty}, {listed})")
         return self.do(f"Reshape({blocks}, {self.axes(rows, 1, -1)})")
 
@@ -278,7 +281,9 @@ class _Writer:
         k_scale: str | None,
         empty: str | None,
     ) -> str:
-        """Return ``[batch, r, block_q, size]`` and ``[batch, r, keys, size]`` to ``[batch, r, block_q, size]``."""
+        """Return the attention of ``[batch, r, block_q, size]`` over ``[batch, r, keys, size]``: ``[batch, r, block_q,
+        size]``.
+        """
         if self.scores and self.output:
             q, k = (self.codes(x, self.scores, _UNIT[self.scores]) for x in (q, k))
             v = self.codes(v, self.output, _V_UNIT)
@@ -312,7 +317,8 @@ class _Writer:
 
     def positions(self, places: int) -> str:
         """Return where each head's tokens lie among the queries of all heads, of which each has ``places``: the inverse
-        of its order."""
+        of its order.
+        """
         heads, count = self.made.heads, self.tiling.ordered
         zeros = self.do(f"ConstantOfShape<value = int32[1] {{0}}>({self.axes(heads, count)})")
         numbers = self.do(f"Range({self.int32(0)}, {self.int32(count)}, {self.int32(1)})")

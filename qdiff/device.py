@@ -84,7 +84,8 @@ def of(backbone: nn.Module) -> torch.device:
 
 def place(pipeline: Any) -> None:
     """Move a pipeline there. Its products and convolutions are of float32 and not of TF32, which has 10 bits of
-    mantissa."""
+    mantissa.
+    """
     import torch
 
     device = chosen()
@@ -95,8 +96,9 @@ def place(pipeline: Any) -> None:
 
 @contextlib.contextmanager
 def on_host(wanted: bool = True) -> Iterator[None]:
-    """The host in the place of a GPU that was found and not asked for, for the length of a block: what is timed beside engines of
-    the host belongs there."""
+    """Use the host for the length of a block where a GPU is there but was not asked for: what is timed beside engines
+    of the host belongs there.
+    """
     global _chosen
     before = _chosen
     if wanted and _chosen is None:

@@ -90,7 +90,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[QdiffError] = UsageError) -> QdiffError:
     """Return an error for a name that is not in a table: names the nearest entries and all of them when they are
-    few."""
+    few.
+    """
     known = sorted(known)
     close = nearest(name, known)
     hint = f"did you mean {', '.join(close)}?" if close else ""

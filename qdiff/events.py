@@ -31,7 +31,7 @@ class Event:
 
     @property
     def remaining(self) -> float | None:
-        """Return estimated seconds left, from the mean time of the units done so far in this process."""
+        """Return the estimated seconds left, from the mean time of the units done so far in this process."""
         return self.seconds / self.done * (self.total - self.done) if self.done else None
 
 
@@ -42,7 +42,7 @@ class Listener(Protocol):
 
 
 def duration(seconds: float) -> str:
-    """Return ``75.2`` -> ``1m15s``: short durations for people."""
+    """Return a short duration for people: ``75.2`` gives ``1m15s``."""
     if seconds < 60:
         return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
     minutes, rest = divmod(int(seconds + 0.5), 60)
@@ -121,7 +121,7 @@ class Progress:
             self._tell(finished=True)
 
     def advance(self, units: int = 1) -> None:
-        """``units`` more are done."""
+        """Report that ``units`` more are done."""
         self.done += units
         self._tell()
 

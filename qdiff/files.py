@@ -93,7 +93,8 @@ def read_user_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
 def break_links(path: Path) -> None:
     """Make a file that has several names (``cp -al``, ``rsync --link-dest``) one of its own with the same bytes, where
     its folder can be written: libraries that refuse hard links then read it, and what is written there changes no other
-    folder."""
+    folder.
+    """
     if path.lstat().st_nlink < 2:
         return
     with contextlib.suppress(PermissionError), contextlib.ExitStack() as stack:
@@ -106,7 +107,8 @@ def break_links(path: Path) -> None:
 
 
 def require_writable(folder: Path, *, make: bool = False) -> None:
-    """Before work whose result goes into ``folder``: tries whether it can. Nothing of the trial stays.
+    """Try whether files can be written into ``folder``, before the work whose result goes there. Nothing of the trial
+    stays.
 
     Args:
         make: whether the folder, and those above it, may have to be made.
@@ -162,7 +164,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
-    """A file with ``data`` in the folder of ``path``, gone when the context ends: for a graph that reads another's weights."""
+    """Write a file with ``data`` into the folder of ``path``, and remove it when the context ends: for a graph that
+    reads another's weights.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     beside = Path(name)
     try:
@@ -275,13 +279,15 @@ def open_lock(path: Path) -> int:
 
 
 def sha256_file(path: Path) -> str:
-    """Return Hex sha256 of a file's bytes."""
+    """Return the hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """Return Hex sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their key order."""
+    """Return the hexadecimal sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their
+    key order.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -29,7 +29,8 @@ WAIT = 1.0  # seconds between looks at whether a process is still there
 
 def workers_for(pieces: int) -> int:
     """Return how many processes are of use: one for each of torch's threads; 1 where processes cannot be forked, or a
-    GPU computes or has computed."""
+    GPU computes or has computed.
+    """
     on_gpu = device.chosen().type != device.HOST or torch.cuda.is_initialized()
     if "fork" not in multiprocessing.get_all_start_methods() or on_gpu:
         return 1
@@ -103,7 +104,8 @@ def run_all(
 
 def _end_with(parent: int) -> None:
     """Make this process end when its parent is killed: it would go on with all pieces, and the lock of the run folder,
-    which it has inherited, would keep out the run that goes on. Linux alone can; elsewhere it ends after its piece."""
+    which it has inherited, would keep out the run that goes on. Linux alone can; elsewhere it ends after its piece.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -112,7 +114,7 @@ def _end_with(parent: int) -> None:
 
 
 def _serve(todo: Any, results: Any, work: Callable[[int], None], parent: int) -> None:
-    """A forked process: one thread, since the parent's pool of threads has not come along."""
+    """Run the work of a forked process, in one thread: the parent's pool of threads has not come along."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its processes
     _end_with(parent)

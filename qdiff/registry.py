@@ -24,7 +24,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: files the decorated class or function under ``name``."""
+        """Return a decorator that registers a class or function under ``name``."""
 
         def add(entry: T) -> T:
             if name in self._entries:

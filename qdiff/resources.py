@@ -18,7 +18,8 @@ from qdiff.errors import MemoryExhaustedError
 @dataclass
 class Usage:
     """``seconds`` of wall time; ``peak_bytes`` the highest resident set of this process during the block;
-    ``start_bytes`` the resident set when it began."""
+    ``start_bytes`` the resident set when it began.
+    """
 
     seconds: float = 0.0
     start_bytes: int = 0
@@ -36,7 +37,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def resident_bytes() -> int:
-    """Return resident set size of this process in bytes."""
+    """Return the resident set size of this process in bytes."""
     import psutil
 
     return psutil.Process().memory_info().rss
@@ -66,7 +67,8 @@ _open: list[Usage] = []  # the blocks around this one: a reset of the mark must 
 @contextlib.contextmanager
 def measure_usage() -> Iterator[Usage]:
     """Measure the block. The kernel's own high-water mark is used where it can be reset (Linux), else a thread polls.
-    Blocks may stand inside each other."""
+    Blocks may stand inside each other.
+    """
     usage = Usage(start_bytes=resident_bytes())
     for outer in _open:
         outer.peak_bytes = max(outer.peak_bytes, _status_bytes("VmHWM:") or 0)

@@ -45,7 +45,7 @@ def build() -> nn.Module:
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """Return [N, H, W, 3] in 0..255 -> [N, 3, H, W] in -1..1."""
+    """Return ``[N, 3, H, W]`` in -1..1 for pictures ``[N, H, W, 3]`` in 0..255."""
     return torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
@@ -60,7 +60,9 @@ def batch(all_sprites: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return L1 + 0.5 L1 of neighbour differences, along every axis after the channels that has neighbours."""
+    """Return the L1 loss plus 0.5 times the L1 loss of neighbour differences, along every axis after the channels that
+    has neighbours.
+    """
     loss = functional.l1_loss(output, target)
     for dim in range(2, target.ndim):
         if target.shape[dim] == 1:
@@ -70,8 +72,9 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def variational_loss(vae: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return reconstruction from a sampled latent, and a little KL. ``images`` [N, 3, (T,) H, W] in -1..1, on the
-    model's device."""
+    """Return the loss of the reconstruction from a sampled latent, and a little KL. ``images`` ``[N, 3, (T,) H, W]`` in
+    -1..1, on the model's device.
+    """
     posterior = vae.encode(images).latent_dist  # type: ignore[operator]
     mean, deviation = posterior.mean.float(), posterior.std.float()
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -81,14 +84,14 @@ def variational_loss(vae: nn.Module, images: Tensor, generator: torch.Generator)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return mean over pictures of the PSNR in dB, for values in -1..1."""
+    """Return the mean over pictures of the PSNR in dB, for values in -1..1."""
     error = (a - b).float().square().flatten(1).mean(1)
     return float((10 * torch.log10(4 / error)).mean())
 
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: np.ndarray, chunk: int = 256) -> Tensor:
-    """Return unscaled latent means, float32 [N, 4, 16, 16]."""
+    """Return the unscaled latent means, float32 [N, 4, 16, 16]."""
     parts = [to_tensor(images[i : i + chunk]) for i in range(0, len(images), chunk)]
     device = next(vae.parameters()).device
     return torch.cat([vae.encode(p.to(device)).latent_dist.mean.float() for p in parts])  # type: ignore[operator]
@@ -149,7 +152,7 @@ class Decoder(nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return unscaled latents [N, 4, h, w] -> [N, 3, 4h, 4w]."""
+        """Return pictures ``[N, 3, 4h, 4w]`` for unscaled latents ``[N, 4, h, w]``."""
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -199,7 +202,7 @@ def load(work: Path) -> nn.Module:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, then train the autoencoder."""
     parser = argparse.ArgumentParser(prog="python -m zoo.autoencoder", description=str(__doc__).splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=1200)

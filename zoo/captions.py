@@ -86,7 +86,8 @@ def clip_caption(names: Sequence[str], words: str, colour: str, rng: random.Rand
 
 def all_words(rows: Sequence[dict[str, object]], colours: Sequence[str]) -> list[str]:
     """Return every text a caption is made of, for the tokenizer: templates, names, synonyms, shared keywords,
-    colours."""
+    colours.
+    """
     texts = [part for group in TEMPLATES.values() for part in group]
     texts = [t.format(name="", thing="", subject="", colour="") for t in texts] + ["a an the one", *colours]
     for row in rows:

@@ -30,7 +30,8 @@ Clip = tuple[str, str, str]  # emoji, colour, motion
 
 def all_clips(unseen: bool = False) -> list[Clip]:
     """Return every clip of the training set, or every clip of an (emoji, colour) pair that is held out; in a fixed
-    random order."""
+    random order.
+    """
     names, apart = [str(row["name"]) for row in load_table()], held_out()
     found = [
         (name, colour, motion)
@@ -96,8 +97,9 @@ class Clips:
 
 
 def encoded(vae: nn.Module, clips: list[Clip], folder: Path, which: range | list[int]) -> Tensor:
-    """Return normalised latents of the frames ``which`` of each clip, float16 [N, C, T, h, w]; read where ``folder``
-    has them."""
+    """Return the normalised latents of the frames ``which`` of each clip, float16 [N, C, T, h, w]; read where
+    ``folder`` has them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in range(0, len(clips), PART):

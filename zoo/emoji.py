@@ -148,7 +148,7 @@ def write_atlas(folder: Path, font_path: Path | None = None) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Indented JSON whose innermost lists and objects stay on one line each."""
+    """Write indented JSON whose innermost lists and objects stay on one line each."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -180,7 +180,7 @@ def compose(sprite: np.ndarray, background: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Command line: ``table`` or ``atlas``."""
+    """Parse the command line and run ``table`` or ``atlas``."""
     parser = argparse.ArgumentParser(prog="python -m zoo.emoji", description=str(__doc__).splitlines()[0])
     parser.add_argument("what", choices=["table", "atlas"])
     parser.add_argument("--cldr", type=Path, default=CLDR, help="CLDR annotations/en.xml (Debian: unicode-cldr-core)")

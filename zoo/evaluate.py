@@ -32,7 +32,8 @@ SHEET_COLUMNS = 16
 
 def pair_prompts(n: int, unseen: bool, seed: int) -> list[str]:
     """Return ``n`` prompts for seen or for held-out pairs, of any form and with synonyms, all stating the
-    background."""
+    background.
+    """
     rng, table, colours, mask = random.Random(seed), load_table(), list(PALETTE), held_out()
     pairs = [(e, c) for e in range(len(table)) for c in range(len(colours)) if mask[e, c] == unseen]
     prompts = []
@@ -62,7 +63,7 @@ def generate(
 
 
 def sheet(images: np.ndarray, prompts: Sequence[str], path: Path) -> None:
-    """A PNG: each picture above what was asked for (black where the prompt states no known pair)."""
+    """Write a PNG with each picture above what was asked for (black where the prompt states no known pair)."""
     v, cells = load_vocabulary(), []
     for image, prompt in zip(images, prompts, strict=True):
         emoji, background = parse_prompt(prompt)
@@ -99,7 +100,7 @@ def quick(pipeline: Any, path: Path, n: int = 32, guidance: float = 2.0) -> str:
 
 
 def main() -> None:
-    """Command line: one JSON line for each guidance scale on stdout."""
+    """Parse the command line, then write one JSON line for each guidance scale to stdout."""
     parser = argparse.ArgumentParser(prog="python -m zoo.evaluate", description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=200, help="of each kind, seen and held-out")

@@ -41,7 +41,7 @@ def generate(
 
 
 def sheet(clips: np.ndarray, path: Path) -> None:
-    """A PNG with a row of frames for each clip [N, T, H, W, 3]."""
+    """Write a PNG with a row of frames for each clip ``[N, T, H, W, 3]``."""
     Image.fromarray(np.concatenate([np.concatenate(list(clip[list(SHOWN)]), 1) for clip in clips], 0)).save(path)
 
 
@@ -66,7 +66,7 @@ def quick(pipeline: Any, path: Path, n: int = 6, guidance: float = 3.0) -> str:
 
 
 def main() -> None:
-    """Command line: one JSON line on stdout."""
+    """Parse the command line, then write one JSON line to stdout."""
     parser = argparse.ArgumentParser(prog="python -m zoo.evaluate_clips", description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clips", type=int, default=64, help="of each kind, seen and held-out")

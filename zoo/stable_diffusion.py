@@ -59,7 +59,7 @@ def build_unet() -> nn.Module:
 
 @functools.cache
 def signal_share() -> Tensor:
-    """Return share of the signal in a noisy latent's energy at each timestep, float32 [1000]."""
+    """Return the share of the signal in a noisy latent's energy at each timestep, float32 [1000]."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(**SCHEDULE).alphas_cumprod

@@ -35,7 +35,8 @@ def words_of(texts: Sequence[str]) -> Counter[str]:
 @dataclass(frozen=True)
 class Special:
     """The tokens of an encoder that are no words. ``first`` lists them in the order of their ids; a text stands between
-    ``begin`` and ``end``."""
+    ``begin`` and ``end``.
+    """
 
     first: tuple[str, ...]
     pad: str
@@ -56,7 +57,8 @@ CLIP = Special(
 
 def build_tokenizer(texts: Sequence[str], special: Special = T5) -> Any:
     """Return a tokenizer whose pieces are the words of ``texts`` (frequent first) and all printable ASCII
-    characters."""
+    characters.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -158,7 +160,7 @@ class WarmUp(nn.Module):
         self.head = nn.Linear(WIDTH, latents)
 
     def loss(self, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-        """Return mean squared error over the tokens that are asked. ids, mask [B, L]; target [B, latents]."""
+        """Return the mean squared error over the tokens that are asked. ids, mask ``[B, L]``; target ``[B, latents]``."""
         if self.encoder.config.model_type.startswith("clip"):  # pads are attended to, as in the pipeline
             states = self.encoder(input_ids=ids).last_hidden_state.float()  # [B, L, WIDTH]
             mask = (ids == self.encoder.config.eos_token_id).long()

@@ -36,8 +36,8 @@ def stratified(size: int, generator: torch.Generator) -> Tensor:
 
 
 def flow_levels(size: int, generator: torch.Generator, middle: float = 0.2) -> Tensor:
-    """Return flow matching's noise levels, stratified, in (0, 1) [size]: 4/5 logit-normal(middle, 1.1), 1/5 uniform, in
-    random order.
+    """Return the noise levels of flow matching, stratified, in (0, 1) ``[size]``: 4/5 logit-normal(middle, 1.1), 1/5
+    uniform, in random order.
 
     Esser et al. 2024, eq. 19, with a uniform part. More redundant data (more pixels, frames) wants a higher ``middle``.
     """
@@ -132,7 +132,7 @@ class TextToImage(ABC):
         """Return diffusers' pipeline around finished parts."""
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return text states as the pipeline makes them."""
+        """Return the text states as the pipeline makes them."""
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
     @staticmethod
@@ -142,7 +142,8 @@ class TextToImage(ABC):
 
     def make_tokenizer(self) -> Any:
         """Return the tokenizer of this run: built once, then read, so that later changes of the captions cannot shift
-        ids."""
+        ids.
+        """
         from transformers import PreTrainedTokenizerFast
 
         folder = self.work / f"tokenizer-{self.name}"
@@ -203,7 +204,7 @@ def export(pipeline: Any, folder: Path, generation: dict[str, Any]) -> None:
 
 
 def main(kind: type[TextToImage], description: str, batch: int = 64) -> None:
-    """Command line of one model."""
+    """Parse the command line of one model, then train it."""
     parser = argparse.ArgumentParser(prog=f"python -m zoo.{kind.name}", description=description)
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints; has vae/ from zoo.autoencoder")
     parser.add_argument("--steps", type=int, default=2800)

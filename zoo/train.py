@@ -49,7 +49,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def optimizers(model: nn.Module, hidden: Callable[[str], bool], settings: Settings) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices whose name ``hidden`` accepts (if any), AdamW for the rest."""
+    """Return the optimizers: Muon for the matrices whose name ``hidden`` accepts (if any), AdamW for the rest."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim == 2 and hidden(n)]
     others = [p for n, p in named if not (p.ndim == 2 and hidden(n))]
@@ -127,7 +127,9 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """average += (1 - decay) (weights - average); the decay grows with the step, so that the start is forgotten."""
+        """Add ``(1 - decay) (weights - average)`` to the average; the decay grows with the step, so that the start is
+        forgotten.
+        """
         decay = min(self.settings.average, (1 + self.step) / (10 + self.step))
         names, values = zip(*self.model.state_dict().items(), strict=True)
         torch._foreach_lerp_([self.average[n] for n in names], [v.float() for v in values], 1 - decay)

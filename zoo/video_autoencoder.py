@@ -90,7 +90,8 @@ def _present_alone(gradient: Tensor) -> Tensor:
 
 def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """Return a causal convolution of a clip's first frame, as the 2-D one that it is: the frames before it are
-    zeros."""
+    zeros.
+    """
     if x.shape[2] > 1 or cache_x is not None or module.stride[0] > 1:
         return original(x, cache_x)
     x = functional.pad(x[:, :, 0], module._padding[:4])  # type: ignore[operator, index]
@@ -98,7 +99,7 @@ def _convolve(module: nn.Conv3d, original: Callable[..., Tensor], x: Tensor, cac
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
-    """Return [N, T, H, W, 3] in 0..255 -> [N, 3, T, H, W] in -1..1."""
+    """Return ``[N, 3, T, H, W]`` in -1..1 for clips ``[N, T, H, W, 3]`` in 0..255."""
     return torch.from_numpy(frames).float().permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
 
 
@@ -112,7 +113,7 @@ def clips(size: int, frames: int, rng: np.random.Generator) -> Iterator[np.ndarr
 
 @torch.no_grad()
 def encode(vae: nn.Module, frames: np.ndarray, chunk: int = 8) -> Tensor:
-    """Return normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
+    """Return the normalised latent means, float32 [N, C, T', 16, 16], of frames [N, T, 64, 64, 3] in 0..255."""
     config = vae.config
     mean, deviation = (
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
@@ -142,7 +143,8 @@ def check(vae: nn.Module) -> tuple[float, Tensor]:
 
 def batch(step: int, settings: Settings) -> Tensor:
     """Return what a step sees, ``[N, 3, T, H, W]``: crops of single frames for most of the time, then whole ones, then
-    clips."""
+    clips.
+    """
     rng, done = np.random.default_rng([settings.seed, step]), step / settings.steps
     count, frames, side = (
         (64, 1, CROP) if done < 0.6 else (16, 1, IMAGE_SIZE) if done < 0.87 else (2, NEIGHBOURS, IMAGE_SIZE)
@@ -189,7 +191,7 @@ def load(work: Path) -> nn.Module:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, then train the autoencoder of clips."""
     parser = argparse.ArgumentParser(prog="python -m zoo.video_autoencoder", description=str(__doc__).splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=1200)

@@ -16,4 +16,5 @@ What is compared and what is left out of the comparison (times, memory, the sign
 :mod:`bench.faults.contents`. Commands run in processes that are forked from one interpreter that has imported everything
 (:mod:`bench.faults.processes`): the process is real and its death is too, it only does not import torch for five seconds.
 
-Each trial leaves one line in the work folder; trials that are there are not run again."""
+Each trial leaves one line in the work folder; trials that are there are not run again.
+"""

@@ -104,7 +104,8 @@ CHANGES: dict[str, Change] = {
 
 def counterpart(run: Path, other: Path, name: str) -> Path | None:
     """Return the file of another run in the place of ``name`` in ``run``; ``None`` where there is none, or it has the
-    same bytes."""
+    same bytes.
+    """
     path = other / name
     if name.startswith("engines/"):
         ours, theirs = _roles(run), _roles(other)
@@ -114,7 +115,7 @@ def counterpart(run: Path, other: Path, name: str) -> Path | None:
 
 
 def _roles(run: Path) -> dict[str, str]:
-    """Return engine folders by what they compute, and the other way round."""
+    """Return the engine folders by what they compute, and the other way round."""
     roles: dict[str, str] = {}
     for stage, entry in json.loads((run / "run.json").read_bytes())["stages"].items():
         if stage.startswith("build:"):

@@ -46,8 +46,9 @@ LOCK = ".lock"
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Of every file under ``run``, also hidden ones, its name and a hash of what is to be equal. Links, folders without files and
-    what is no plain file have a word in the hash's place."""
+    """Return the name of every file under ``run``, also of hidden ones, with a hash of what is to be equal. Links,
+    folders without files and what is no plain file have a word in the hash's place.
+    """
     result: dict[str, str] = {}
     for folder, folders, files in os.walk(run):
         for name in [*files, *(each for each in folders if Path(folder, each).is_symlink())]:

@@ -1,5 +1,6 @@
 """One file of a finished run is changed, then a command is run: it refuses, makes the file anew, or gives what it gives on the
-whole folder."""
+whole folder.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Undamaged:
     """What a command does on the whole folder: its exit code, the folder afterwards, the hash of its picture, and the files that
-    it reads."""
+    it reads.
+    """
 
     code: int
     after: dict[str, str]
@@ -109,7 +111,8 @@ class Damage:
 
     def undamaged(self, command: str) -> Undamaged:
         """Return what a command does on the whole folder. Files that it reads are told by their access times, where the
-        file system keeps them; else it reads all."""
+        file system keeps them; else it reads all.
+        """
         if command not in self._undamaged:
             trial = self._trial()
             files = [trial / name for name in self.files]
@@ -254,7 +257,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def kind_of(file: str) -> str:
     """Return the name under which a file stands in the table: engines without their keys, pictures and shards without
-    numbers."""
+    numbers.
+    """
     parts = file.split("/")
     if parts[0] == "engines":
         parts[1] = parts[1].rpartition("-")[0]

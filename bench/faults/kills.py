@@ -41,7 +41,8 @@ class Reference:
 @dataclass(frozen=True)
 class Trial:
     """One trial: the signal and the moments (seconds) at which it was sent, how often it met the process at work, and what is
-    wrong afterwards (nothing, where all is well)."""
+    wrong afterwards (nothing, where all is well).
+    """
 
     number: int
     signal: int
@@ -79,7 +80,7 @@ class Laboratory:
             shutil.copytree(self.folder(stage.after), folder, symlinks=True)
 
     def reference(self, name: str) -> Reference:
-        """Of a stage, measured once: later calls read it."""
+        """Return the reference of a stage, measured once: later calls read it."""
         path, stage = self.work / "references" / f"{name}.json", STAGES[name]
         if path.exists():
             return Reference(**json.loads(path.read_text()))
@@ -113,7 +114,7 @@ class Laboratory:
             yield trial
 
     def trial(self, name: str, number: int, sent: int) -> Trial:
-        """Kill a stage, run it again, and looks."""
+        """Kill a stage, run it again, and look at what is there."""
         stage, reference = STAGES[name], self.reference(name)
         chance = random.Random(f"{self.seed} {name} {number} {sent}")
         folder, faults, moments, hits = self.work / "trial", [], [], 0

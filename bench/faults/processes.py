@@ -138,7 +138,7 @@ class Commands:
     def _become(
         self, arguments: list[str], out: Path, err: Path, threads: int, may_read_all: bool, list_modules: bool
     ) -> None:
-        """The rest of the child's life."""
+        """Run the rest of the child's life."""
         code = 70
         try:
             for number, path in ((1, out), (2, err)):
@@ -181,7 +181,8 @@ class Commands:
 
 def _obey_permissions() -> None:
     """Drop the capabilities by which root passes over permissions of files (capabilities(7): 1, DAC_OVERRIDE, and 2,
-    DAC_READ_SEARCH). Python has no call for it."""
+    DAC_READ_SEARCH). Python has no call for it.
+    """
     library = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface; this process
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits of each

@@ -18,7 +18,7 @@ RUN = ("run", "--weights", "random:pixart-tiny", "--samples", "4", "--steps", "4
 
 
 def main() -> int:
-    """Parse, runs, prints."""
+    """Parse the command line, try the random commands or requests, and print what came of them."""
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description="Random command lines and requests.")
     parser.add_argument("what", choices=("commands", "requests"))
     parser.add_argument("--count", type=int, default=1000)

@@ -1,5 +1,6 @@
 """Random command lines, in this process: all commands and options as typer declares them, right and wrong values, runs in every
-state. Each has to end in time, without a traceback, and not with exit code 1, which is a bug of qdiff."""
+state. Each has to end in time, without a traceback, and not with exit code 1, which is a bug of qdiff.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def value(option: Any, rng: random.Random, material: Material) -> str:
 
 def _harmless(name: str, options: list[Any], rng: random.Random) -> list[str]:
     """Return words that keep a command line short where all its values happen to be right: the last of two options
-    counts."""
+    counts.
+    """
     if name == "demo":
         return list(rng.choice(NEVER_SERVES))
     if any("--dry-run" in one.opts for one in options) and rng.random() < 0.97:
@@ -122,8 +124,9 @@ def _harmless(name: str, options: list[Any], rng: random.Random) -> list[str]:
 
 
 def run_command(words: list[str], limit: float) -> tuple[int, str, float]:
-    """Return exit code, everything that was printed, and seconds; -1 for an exception that came through, -2 for no
-    answer in time."""
+    """Return the exit code, everything that was printed, and the seconds; -1 for an exception that came through, -2 for
+    no answer in time.
+    """
     from qdiff.cli import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -151,7 +154,7 @@ def _overdue(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def _plain_logging() -> Iterator[None]:
-    """A log that goes to this command's stderr, and none that is left behind."""
+    """Send the log to this command's stderr for the length of a block, and leave no handler behind."""
     from qdiff import device
 
     root = logging.getLogger()

@@ -172,7 +172,7 @@ class Material:
         ]  # fmt: skip
 
     def restore(self, name: str) -> None:
-        """A run as it was made, where a command changed it."""
+        """Restore a run to the state in which it was made, where a command changed it."""
         path = self.runs[name]
         if name in self._stamps and _stamp(path) == self._stamps[name]:
             return
@@ -188,7 +188,7 @@ class Material:
         self.here.mkdir()
 
     def path(self, rng: random.Random) -> str:
-        """Return some path: three of ten times a whole run, three a damaged one, else something else."""
+        """Return a path: three of ten times a whole run, three a damaged one, else something else."""
         kind = rng.random()
         if kind < 0.3:
             return str(self.runs["whole"])
@@ -198,7 +198,7 @@ class Material:
 
 
 def _stamp(path: Path) -> float:
-    """When something in a run was changed last."""
+    """Return when something in a run was changed last."""
     if not path.is_dir():
         return 0.0
     return sum(one.lstat().st_mtime for one in path.rglob("*") if one.name != ".lock")

@@ -1,6 +1,7 @@
 """Random requests to the page's API, over HTTP, to a real server on a finished run: endpoints with right and wrong values, bodies
 that are no JSON, paths, methods and headers that nobody sends. No answer is of the kind 5xx, none shows a traceback, and the
-server writes none."""
+server writes none.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +179,7 @@ def _send(port: int, method: str, path: str, headers: dict[str, str], body: byte
 
 @contextlib.contextmanager
 def running(finished: Path, folder: Path) -> Iterator[tuple[int, io.StringIO]]:
-    """A server in a thread: its port, and what it and its libraries write to stderr."""
+    """Run a server in a thread; yield its port, and what it and its libraries write to stderr."""
     import uvicorn
 
     from qdiff.app.limits import Limits

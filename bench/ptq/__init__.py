@@ -17,4 +17,5 @@ What makes the comparison fair, and where that is decided:
   says.
 
 Each row runs in a process of its own, so that its peak of memory is its own, and leaves one JSON file and its predictions in
-the work folder; rows that are there are not run again."""
+the work folder; rows that are there are not run again.
+"""

@@ -30,7 +30,7 @@ TIMES = ("seconds", "cpu_seconds")
 
 
 def key_of(shared: Shared, row: Row) -> str:
-    """Return fingerprint of everything that decides a row's result."""
+    """Return the fingerprint of everything that decides a row's result."""
     recipe = (
         load_recipe(row.options["recipe"], list(row.options["overrides"])).model_dump()
         if row.library == "qdiff"
@@ -94,7 +94,7 @@ def finished(shared: Shared, row: Row) -> dict[str, Any] | None:
 
 
 def predictions_of(shared: Shared, rows: list[Row]) -> dict[str, Tensor]:
-    """Return Float's predictions and those of finished rows, by name."""
+    """Return the predictions of the float model and of finished rows, by name."""
     found = {FLOAT: shared.float_answers()[0]}
     for row in rows:
         if finished(shared, row) is not None:
@@ -175,7 +175,7 @@ def chosen(only: list[str] | None, model: str) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line; see :mod:`bench.ptq`."""
+    """Parse the command line and run the benchmark; see :mod:`bench.ptq`."""
     given = parser().parse_args(arguments)
     from qdiff import device
 

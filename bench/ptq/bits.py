@@ -4,7 +4,8 @@ One rule for every library, whatever it keeps in memory while it simulates: a co
 has 16 (integers and FP8), a block scale of NVFP4 or MX has 8, a tensor scale 32, a zero point as many as a code; low-rank
 factors have 16 bits an entry, rotations that were fitted to a layer what they have in its file. Biases, and the vectors by
 which inputs are multiplied by channel (SmoothQuant, AWQ), are left out: engines fold them or keep them like biases, and
-counting them would add 16 / out bits to either side."""
+counting them would add 16 / out bits to either side.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +54,6 @@ class Storage:
 
 
 def effective_bits(storage: dict[str, Storage], shapes: dict[str, tuple[int, int]]) -> float:
-    """Return mean over all weights of the quantized layers."""
+    """Return the mean bits over all weights of the quantized layers."""
     weights = sum(rows * columns for rows, columns in shapes.values())
     return sum(storage[name].total(shape) for name, shape in shapes.items()) / weights

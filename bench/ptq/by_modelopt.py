@@ -8,7 +8,8 @@ configurations.
 
 Afterwards every weight is replaced by its quantized values, as ModelOpt's own ``fold_weight`` does, and its quantizer
 switched off: the same numbers, many times faster. (``fold_weight`` itself would merge SVDQuant's branch into the weight,
-which would send the quantized input through it; the branch reads the unquantized one.)"""
+which would send the quantized input through it; the branch reads the unquantized one.)
+"""
 
 from __future__ import annotations
 
@@ -153,7 +154,8 @@ def _name_the_blocks(material: Material) -> None:
 
 def _answering(module: nn.Module) -> Any:
     """Return ``module`` with an answer for the calls that ModelOpt's layerwise calibration cuts off, which return
-    nothing."""
+    nothing.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = module(*args, **kwargs)

@@ -33,14 +33,15 @@ def make(material: Material, recipe: str, overrides: Sequence[str] = ()) -> Made
 
 
 def original(name: str, structure: Structure) -> str:
-    """Return name of a planned layer in the model as it was before it was restructured."""
+    """Return the name of a planned layer in the model as it was before it was restructured."""
     parent = name.rpartition(".")[0]
     return parent if parent in structure.split or parent in structure.first_token else name
 
 
 def storage(layer: LayerPlan, parts: int) -> Storage:
     """Return a planned layer in the terms that all libraries are counted in. Both halves of a split layer have one
-    format."""
+    format.
+    """
     format = format_named(layer.weights)
     fitted = rotation_bits(layer.rotation) if layer.outliers else 0
     return Storage(

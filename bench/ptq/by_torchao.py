@@ -71,7 +71,7 @@ class InBFloat16(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        """Return the layer's output ``[..., out]`` for ``x [..., in]``, in the dtype of ``x``."""
         return self.layer(x.bfloat16()).to(x.dtype)
 
 

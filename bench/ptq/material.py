@@ -77,7 +77,8 @@ class Made:
 
 def shared_layers(model: Model, recipe: str = "int8") -> dict[str, tuple[int, int]]:
     """Return the layers that all rows quantize, with the rows and columns of their weights as matrices: all but those
-    that the built-in recipes ignore for the family."""
+    that the built-in recipes ignore for the family.
+    """
     layers = quantizable_layers(model.backbone)
     ignored = load_recipe(recipe).ignored(model.family.name, list(layers))
     return {

@@ -16,7 +16,8 @@ updates. All of it is its Python code, run through ``modelopt.torch.quantization
   operands in the same order as the kernel's wrapper; the rounding to E2M1 is :mod:`qdiff.formats.elements`.
 
 One difference to the kernels is known and kept: where a dynamic block's scale is below 2^-9 tensor scales, the kernel rounds
-it to zero, the storage class and we to 2^-9. Nothing but values below 1 / 100,000 of the tensor's largest is touched by it."""
+it to zero, the storage class and we to 2^-9. Nothing but values below 1 / 100,000 of the tensor's largest is touched by it.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def static_blocks(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return stands for ModelOpt's Triton kernel of the same signature: ``x`` in blocks, each under its own given
-    amax."""
+    amax.
+    """
     from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
 
     amax = amax.float()

@@ -28,7 +28,7 @@ def markdown(results: list[Result], facts: dict[str, Any]) -> str:
 
 
 def _best(done: list[Result]) -> list[str]:
-    """Of each format and library the row with the best pictures."""
+    """Return, of each format and library, the row with the best pictures."""
     lines = ["| format | best of | method | bits | PSNR |", "| --- | --- | --- | --- | --- |"]
     best: dict[tuple[str, str], Result] = {}
     for result in done:

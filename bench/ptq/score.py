@@ -2,7 +2,8 @@
 
 SQNR is of what the backbone predicts, call by call, against float on the *same* inputs: the error that one step adds. PSNR
 and SSIM are of the pictures that the whole pipeline makes with that backbone from the same noise: what all steps' errors come
-to."""
+to.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def predictions(model: Model, calls: Trajectory) -> Tensor:
 
 def answers(model: Model, calls: Trajectory, request: Request) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
     """Return predictions ``[calls, batch, ...]``, pictures ``[N, H, W, C]`` uint8, and prompt accuracy where the model
-    has one."""
+    has one.
+    """
     predicted = predictions(model, calls)
     images = simulate(model, model.backbone, request, BATCH)
     right = prompt_accuracy(model, images, list(request.prompts))
@@ -43,7 +45,8 @@ def answers(model: Model, calls: Trajectory, request: Request) -> tuple[Tensor, 
 
 def buckets(timesteps: list[float]) -> list[tuple[float, float]]:
     """Return the timestep values, from noise to picture, in :data:`BUCKETS` runs of nearly equal length: (first, last)
-    of each."""
+    of each.
+    """
     ordered = sorted(set(timesteps), reverse=True)
     count = min(BUCKETS, len(ordered))
     cuts = [round(i * len(ordered) / count) for i in range(count + 1)]
@@ -51,7 +54,7 @@ def buckets(timesteps: list[float]) -> list[tuple[float, float]]:
 
 
 def sqnr_by_bucket(timesteps: list[float], reference: Tensor, predicted: Tensor) -> list[dict[str, float]]:
-    """Return mean over the calls of each bucket of the call's SQNR in dB."""
+    """Return the mean over the calls of each bucket of the call's SQNR in dB."""
     each = [decibels(sqnr_db(a, b)) for a, b in zip(reference, predicted, strict=True)]
     result = []
     for first, last in buckets(timesteps):

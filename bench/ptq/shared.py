@@ -68,12 +68,12 @@ class Shared:
 
     @property
     def held_out(self) -> Trajectory:
-        """Return recorded calls that no row was calibrated on."""
+        """Return the recorded calls that no row was calibrated on."""
         return Trajectory(Run(self.folder / "held-out").file("calibration"))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return ``shared.json``."""
+        """Return the contents of ``shared.json``."""
         return read_json(self.folder / "shared.json", "the shared part of the benchmark")
 
     def prepare(self) -> None:
@@ -127,7 +127,7 @@ class Shared:
 
     @property
     def key(self) -> str:
-        """Return fingerprint of everything that scores depend on, but for the row."""
+        """Return the fingerprint of everything that scores depend on, but for the row."""
         hashes = [Run(self.folder / name).outputs_hash("calibrate") for name in ("calibration", "held-out")]
         return sha256_json([asdict(self.settings), hashes])
 
@@ -153,13 +153,13 @@ class Shared:
         return Material(model, Trajectory(folder), statistics, shared_layers(model), scratch)
 
     def float_answers(self) -> tuple[Tensor, Tensor]:
-        """Return Float's predictions on the held-out calls, and its pictures."""
+        """Return the float model's predictions on the held-out calls, and its pictures."""
         with open_tensors(self.folder / "float.safetensors", "float's answers") as file:
             return file.get_tensor("predictions"), file.get_tensor("pictures")
 
     @staticmethod
     def kept(model: Model) -> list[str]:
-        """Return linear layers that no row quantizes."""
+        """Return the linear layers that no row quantizes."""
         from qdiff.models.base import quantizable_layers
 
         layers = shared_layers(model)

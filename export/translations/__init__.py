@@ -103,7 +103,7 @@ TARGETS.register("tensorrt")(
 
 
 def translates(op: str, *targets: str) -> Callable[[Translation], Translation]:
-    """Decorator: this function writes ``op`` (``namespace::name``) for these targets."""
+    """Return a decorator for the function that writes ``op`` (``namespace::name``) for these targets."""
 
     def add(function: Translation) -> Translation:
         for target in targets:
@@ -126,7 +126,7 @@ def custom_ops() -> dict[str, Any]:
 
 
 def table_for(target: Target) -> dict[Any, Translation]:
-    """Return the exporter's table: torch op overload -> translation."""
+    """Return the exporter's table of translations by torch op overload."""
     import torch
 
     import qdiff.export.translations.attention as _attention  # noqa: F401

@@ -49,7 +49,8 @@ def attention_scaling_scores(
     enable_gqa: bool = False,
 ) -> Any:
     """Return ``softmax((q kᵀ) * scale + mask) v`` for ``[batch, heads, tokens, size]``; the mask is additive and
-    broadcasts."""
+    broadcasts.
+    """
     from onnxscript import opset23 as op
 
     _plain_only(is_causal, enable_gqa, dropout_p)

@@ -1,5 +1,6 @@
 """``qdiff::choose`` in ONNX: a call that :mod:`qdiff.export.branches` makes an ``If`` of before the file is written; and
-``qdiff::shaped_like``, a Reshape."""
+``qdiff::shaped_like``, a Reshape.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from qdiff.export.translations.quantizers import call
 
 @translates("qdiff::choose", "onnxruntime", "tensorrt")
 def choose(which: Any, alternatives: Sequence[Any]) -> Any:
-    """Arguments of :func:`qdiff.routing.ops.choose`."""
+    """Translate :func:`qdiff.routing.ops.choose`; the arguments are the same."""
     return call(DOMAIN, f"{CHOOSE}{len(alternatives)}", [which, *alternatives], ["T1"])
 
 
 @translates("qdiff::shaped_like", "onnxruntime", "tensorrt")
 def shaped_like(x: Any, reference: Any) -> Any:
-    """Arguments of :func:`qdiff.routing.ops.shaped_like`."""
+    """Translate :func:`qdiff.routing.ops.shaped_like`; the arguments are the same."""
     from onnxscript import opset23 as op
 
     return op.Reshape(x, op.Shape(reference))

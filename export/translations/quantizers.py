@@ -39,7 +39,8 @@ def call(
     domain: str, name: str, inputs: Sequence[Any], outputs: Sequence[str] = ("tensor(float)",), **attributes: int
 ) -> Any:
     """Return a node of another domain than ONNX's own; ``outputs`` names its results' types where they are not the
-    first input's."""
+    first input's.
+    """
     from onnx.defs import OpSchema
     from onnxscript import values
 
@@ -58,7 +59,7 @@ def call(
 
 @translates("qdiff::quantize_dequantize", "tensorrt")
 def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
-    """Return Q and DQ with one constant scale."""
+    """Return the output of Q and DQ nodes with one constant scale."""
     from onnxscript import opset23 as op
 
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, output_dtype=_PAIRS[format]), scale)
@@ -66,7 +67,7 @@ def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
 
 @translates("qdiff::quantize_dequantize", "onnxruntime")
 def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
-    """Return Q and DQ in INT8; other formats as a function."""
+    """Return the output of Q and DQ nodes in INT8; of a function in other formats."""
     if format == "int8":
         return quantize_dequantize(x, scale, format)
     return call(DOMAIN, f"QuantizeDequantize_{format}", [x, scale], ["same"])
@@ -74,7 +75,7 @@ def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
 
 @translates("qdiff::token_quantize_dequantize", "onnxruntime")
 def token_quantize_dequantize(x: Any, format: str) -> Any:
-    """Return one scale for each token, from its amax."""
+    """Return ``x`` quantized with one scale for each token, from its amax."""
     return call(DOMAIN, f"TokenQuantizeDequantize_{format}", [x], ["same"])
 
 
@@ -87,7 +88,9 @@ def block_quantize_dequantize(x: Any, tensor_scale: Any, format: str) -> Any:
 
 @translates("qdiff::block_quantize_dequantize", "tensorrt")
 def block_quantize_dequantize_by_tensorrt(x: Any, tensor_scale: Any, format: str) -> Any:
-    """Return TensorRT's dynamic quantizer: FP4 codes and E4M3 block scales, which two DequantizeLinear undo."""
+    """Return the output of TensorRT's dynamic quantizer: FP4 codes and E4M3 block scales, which two DequantizeLinear
+    undo.
+    """
     from onnxscript import opset23 as op
 
     row = format_named(format)
@@ -122,7 +125,8 @@ def dequantize_weight(codes: Any, scale: Any, tensor_scale: Any, format: str, dt
 
 def _block_scale(row: Format, scale: Any, tensor_scale: Any) -> Any:
     """Return what codes are multiplied with: stored scales are numbers, or E4M3 under the tensor's scale, or E8M0 as
-    bytes."""
+    bytes.
+    """
     from onnxscript import opset23 as op
 
     if tensor_scale is not None:

@@ -45,7 +45,7 @@ def sparse_attention_on_cpu(
     numerics: str,
     scale: float,
 ) -> Any:
-    """Arguments of :func:`qdiff.attention.operator.sparse_attention`."""
+    """Translate :func:`qdiff.attention.operator.sparse_attention`; the arguments are the same."""
     from onnxscript import opset23 as op
 
     tiling = Tiling(text + int(order.shape[1]), text, block_q, block_k)
@@ -68,7 +68,7 @@ def sparse_attention(
     numerics: str,
     scale: float,
 ) -> Any:
-    """Arguments of :func:`qdiff.attention.operator.sparse_attention`."""
+    """Translate :func:`qdiff.attention.operator.sparse_attention`; the arguments are the same."""
     from onnxscript import opset23 as op
 
     tiling = Tiling(text + int(order.shape[1]), text, block_q, block_k)

@@ -182,7 +182,8 @@ def _predictions(
     reuse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return errors of the prediction by branch, of reuse, and of noise in all blocks. One call for every timestep,
-    from one shard after the other."""
+    from one shard after the other.
+    """
     shards = len(trajectory.paths)
     pairs: dict[int, tuple[Step | None, Step]] = {}
     for shard in range(shards):
@@ -222,7 +223,7 @@ def _predictions(
 
 
 def _together(model: Model, trial: nn.Module, blocks: Sequence[str], step: Step, reference: Tensor) -> float:
-    """Return error of the prediction when all blocks err a little."""
+    """Return the error of the prediction when all blocks err a little."""
     before = [trial.get_submodule(name) for name in blocks]
     for index, (name, module) in enumerate(zip(blocks, before, strict=True)):
         trial.set_submodule(name, _Errs(module, index))
@@ -240,7 +241,7 @@ class _Errs(nn.Module):
         self.block, self.index = block, index
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         return disturbed(hidden_states, self.block(hidden_states, *args, **kwargs), NOISE, self.index)
 
 
@@ -252,7 +253,7 @@ class _Adds(nn.Module):
         self.delta = delta
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         return hidden_states + self.delta
 
 
@@ -264,7 +265,7 @@ class _Returns(nn.Module):
         self.output = output
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         return self.output
 
 

@@ -98,7 +98,8 @@ class Candidates:
 
     def draft(self, drafted: Draft, choice: Mapping[str, int]) -> Draft:
         """Return the draft of the plan that gives every group the format with that index; ``drafted`` says what is not
-        chosen for."""
+        chosen for.
+        """
         entries, recipes = dict(drafted.entries), {}
         if all(self.members[format] is None for format in choice.values()):
             raise InputError(
@@ -140,7 +141,8 @@ class Candidates:
 
 def with_own_backbone(model: Model) -> Model:
     """Return the model with a backbone that can be changed and that shares its numbers, and with nothing else of its
-    pipeline."""
+    pipeline.
+    """
     copied = copy.copy(model)
     copied.pipeline = _Holder(model.family.backbone_attribute, shared_copy(model.backbone))
     return copied
@@ -155,7 +157,8 @@ class _Holder:
 
 def shared_copy(module: nn.Module) -> nn.Module:
     """Return a copy whose layers can be replaced and whose parameters can be given other data; the data itself is
-    shared."""
+    shared.
+    """
     shared: dict[int, object] = {
         id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in module.parameters()
     }

@@ -24,7 +24,8 @@ def arithmetic(entry: LayerPlan) -> str:
 
 def milliseconds(entry: LayerPlan, tokens: int, device: Device) -> float:
     """Return one call of a layer that reads ``tokens`` tokens (of a convolution: windows); see the module's
-    docstring."""
+    docstring.
+    """
     rows, columns = entry.matrix
     operations = 2 * rows * columns * tokens
     moved = entry.weight_bytes() + tokens * (columns * FORMATS[entry.activations].bits / 8 + 2 * rows)

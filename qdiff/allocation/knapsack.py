@@ -173,7 +173,7 @@ def total(table: Tensor, choice: Tensor) -> float:
 
 
 def equal_loss_bits(sensitivities: Tensor, sizes: Tensor, mean: float) -> Tensor:
-    """Return BAQ's closed form: real-valued bits at which every item loses the same.
+    """Return the closed form of BAQ: real-valued bits at which every item loses the same.
 
     With losses ``c_i 2^(-2 R_i)`` and ``sum_i n_i R_i = mean sum_i n_i`` the optimum is ``R_i = mean + 1/2 log2(c_i / g)``, where
     ``g`` is the geometric mean of the ``c_i``, weighted by ``n_i`` (BAQ, arXiv 2506.05664, section 3; there for equal sizes and

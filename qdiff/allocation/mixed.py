@@ -88,7 +88,7 @@ class Allocation:
         return cls(**{**value, **lists})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the allocation as JSON values."""
         return asdict(self)
 
 
@@ -101,7 +101,7 @@ def decide_formats(
     branches: int = 1,
     time: Time | None = None,
 ) -> Allocation:
-    """Solve, looks and takes.
+    """Solve the allocation, look at the plans, and take one.
 
     Args:
         family: whose minimum formats hold.

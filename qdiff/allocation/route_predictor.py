@@ -14,8 +14,8 @@ from qdiff.allocation.route_table import Costs
 
 
 def fit(changes: Tensor, errors: Tensor, held_out: Tensor) -> tuple[float, float, float | None]:
-    """Return slope and intercept of one block, and R^2 on the held-out samples (``None`` where there are none, or all
-    errors alike).
+    """Return the slope and the intercept of one block, and R^2 on the held-out samples (``None`` where there are none,
+    or all errors alike).
 
     Args:
         changes: ``[steps, samples]``.

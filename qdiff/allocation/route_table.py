@@ -32,7 +32,7 @@ class Costs:
     shares: Tensor
 
     def used(self, table: Tensor) -> float:
-        """Return mean bits of the weights that a table ``[blocks, timesteps]`` of branches computes with."""
+        """Return the mean bits of the weights that a table ``[blocks, timesteps]`` of branches computes with."""
         return self._mean(self.weight_bits, table)
 
     def used_activations(self, table: Tensor) -> float:
@@ -40,7 +40,7 @@ class Costs:
         return self._mean(self.activation_bits, table)
 
     def resident(self, branches: list[list[int]]) -> float:
-        """Return mean bits of all that is kept: ``branches`` of each block."""
+        """Return the mean bits of all that is kept: ``branches`` of each block."""
         kept = torch.stack([self.weight_bits[index, chosen].sum() for index, chosen in enumerate(branches)])
         return float((kept * self.shares).sum())
 

@@ -76,7 +76,7 @@ class Decision:
     history: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the decision as JSON values."""
         return asdict(self)
 
 
@@ -180,7 +180,8 @@ def influence(routing: Routing, blocks: Sequence[str], measured: Measured, score
 
 def influence_steps(steps: int) -> list[int]:
     """Return places of the timesteps at which influence is measured, rising, with the first and the last: all of up to
-    20."""
+    20.
+    """
     if steps <= 20:
         return list(range(steps))
     last = steps - LAST_STEPS
@@ -190,7 +191,8 @@ def influence_steps(steps: int) -> list[int]:
 
 def plans(routing: Routing, blocks: Sequence[str], measured: Measured, costs: Costs) -> dict[str, RoutingPlan]:
     """Return a plan for every rule, by its name, all of the same average bits. Arguments as of
-    :func:`decide_routes`."""
+    :func:`decide_routes`.
+    """
     if len(routing.recipes) == 1:
         zeros = torch.zeros(len(blocks), len(measured.timesteps), dtype=torch.int64)
         return {"static": _of_table(routing, "static", blocks, measured, zeros, costs)}
@@ -267,7 +269,8 @@ def _with_reuse(
     progress: Progress,
 ) -> RoutingPlan:
     """Return the plan with the highest tolerance whose pictures lose no more than they may, by bisection between
-    logarithms."""
+    logarithms.
+    """
     assert routing.reuse is not None
     squared = measured.drifts.square().mean(dim=2)  # [blocks, steps]
     gains = (measured.reused / squared.clamp(min=1e-30)).nan_to_num(0.0)  # infinite over infinite at the first step
@@ -302,7 +305,8 @@ def _with_reuse(
 
 def reduced(plan: RoutingPlan, recipes: Sequence[str]) -> tuple[RoutingPlan | None, dict[str, list[int]]]:
     """Return the plan with no branch that is never taken, ``None`` where nothing switches and nothing is reused, and
-    for every block the numbers of the recipes that it keeps."""
+    for every block the numbers of the recipes that it keeps.
+    """
     everything = list(range(len(recipes)))
     kept = {block.name: everything if block.switches else [block.table[0]] for block in plan.blocks}
     blocks = [

@@ -128,7 +128,8 @@ class Sensitivity:
     def rank_correlations(self) -> dict[str, float | None]:
         """Return Spearman's correlation of each proxy with the truth, over all groups and formats that have an error;
         ``None`` where there is none (too few values, or all alike). The truth is the error of pictures where they were
-        made, and the change of the prediction is then one of the proxies, like the loss of structure."""
+        made, and the change of the prediction is then one of the proxies, like the loss of structure.
+        """
         from scipy.stats import spearmanr
 
         tables = {name: _whole(rows) for name, rows in self.proxies.items()}
@@ -230,7 +231,7 @@ def _facts(scratch: Scratch, part: str) -> dict[str, list[Any]]:
 
 
 def _whole(rows: list[list[float | None]]) -> Tensor:
-    """Return ``[group, format]``, float64; infinite where there is no value."""
+    """Return a table ``[group, format]``, float64; infinite where there is no value."""
     return torch.tensor([[math.inf if value is None else value for value in row] for row in rows], dtype=torch.float64)
 
 
@@ -240,7 +241,8 @@ def _is_content(layers: list[str]) -> bool:
 
 def spread(trajectory: Trajectory, calls: int) -> list[Step]:
     """Return ``calls`` recorded calls, evenly over the timesteps and over the shards; all of them when there are no
-    more."""
+    more.
+    """
     shards = len(trajectory.paths)
     count = sum(1 for _ in trajectory.steps(0))
     wanted: dict[int, set[int]] = {}
@@ -285,7 +287,8 @@ def _sizes(model: Model, candidates: Candidates, step: Step) -> list[tuple[int, 
 
 def proxies_of(model: Model, candidates: Candidates, steps: list[Step]) -> dict[str, list[list[float | None]]]:
     """Return the proxies of the module's docstring, ``[group][format]`` each; ``None`` where a group cannot have a
-    format."""
+    format.
+    """
     layers = {name: model.backbone.get_submodule(name) for names in candidates.groups.values() for name in names}
     found = {name: _Gradients() for name in layers}
     handles = [layer.register_forward_hook(found[name].watch) for name, layer in layers.items()]
@@ -338,7 +341,9 @@ class _Gradients:
         self.output += float(gradient.double().square().sum())
 
     def take(self, weight: Tensor) -> None:
-        """Called as soon as the gradient is there, which then goes: those of all layers would be a second model."""
+        """Use the gradient of ``weight`` as soon as it is there, and free it: those of all layers would be as large as
+        a second model.
+        """
         assert weight.grad is not None
         self.weight += float(weight.grad.double().square().sum())
         self.relevance += float((weight.grad * weight.detach()).double().abs().sum())
@@ -367,7 +372,8 @@ def _proxies(
 
 def _weight_error(module: nn.Module, weight: Tensor) -> float | None:
     """Return ``|Q(W) - W|^2`` in the coordinates of the float weight; ``None`` where a rotation or a branch hides
-    them."""
+    them.
+    """
     if not isinstance(module, QuantLinear):
         quantized: Tensor = module.weight.detach().flatten(1)  # type: ignore[operator]
     elif module.rotation is not None or module.down is not None:

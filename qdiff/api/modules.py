@@ -146,11 +146,11 @@ class ModuleFamily(Family):
         return output[0] if isinstance(output, tuple) else output
 
     def generate(self, model: Any, request: Any, on_step: Any = None) -> Any:
-        """Raise: a module makes no pictures."""
+        """Raise an error: a module makes no pictures."""
         raise NotImplementedError(self.title)
 
     def random_pipeline(self, configuration: str, seed: int) -> Any:
-        """Raise: there is no published configuration."""
+        """Raise an error: there is no published configuration."""
         raise NotImplementedError(self.title)
 
 

@@ -29,7 +29,7 @@ def source_of(
     revision: str | None = None,
     weights: Path | str | None = None,
 ) -> Source:
-    """Return family and weights of a model.
+    """Return the family and the weights of a model.
 
     A pipeline object is saved into ``output/pipeline``, because later stages, and other processes, load the same weights again.
 

@@ -536,7 +536,7 @@ def doctor() -> dict[str, Any]:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Return model families, their bundled weights and their full-size random configurations, as JSON values."""
+    """Return the model families, their bundled weights and their full-size random configurations, as JSON values."""
     from qdiff.stages import inspection
 
     return inspection.models()

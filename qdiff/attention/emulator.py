@@ -125,8 +125,9 @@ def _in_steps(a: Tensor, b: Tensor, register: Tensor, bits: int) -> Tensor:
 
 
 def aligned_sum(x: Tensor, bits: int) -> Tensor:
-    """Return sum over the last axis of float32 ``x`` as a tensor core adds: every addend is cut, towards zero, to
-    multiples of the largest one's power of two over ``2 ** bits``."""
+    """Return the sum over the last axis of float32 ``x`` as a tensor core adds: every addend is cut, towards zero, to
+    multiples of the largest one's power of two over ``2 ** bits``.
+    """
     exponent = torch.frexp(x.abs().amax(dim=-1, keepdim=True)).exponent - 1
     unit = torch.ldexp(torch.ones_like(x[..., :1]), exponent - bits)
     return ((x / unit).trunc() * unit).sum(dim=-1)

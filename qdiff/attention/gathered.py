@@ -95,7 +95,9 @@ def _head(
     space: _Workspace,
     result: Tensor,
 ) -> None:
-    """One head: ``q [samples, places of queries, size]``, ``k``, ``v [samples, places of keys, size]`` into ``result``."""
+    """Write into ``result`` the attention of one head: ``q [samples, places of queries, size]``, ``k``, ``v [samples,
+    places of keys, size]``.
+    """
     samples, size, text = len(q), q.shape[2], tiling.text_columns
     first = tiling.text_rows * tiling.block_q
     if first:
@@ -141,7 +143,7 @@ def _products(
     memory: Tensor | None,
     result: Tensor,
 ) -> None:
-    """``softmax(q kᵀ scale) v`` into ``result`` for ``[rows, queries, size]`` and ``[rows, keys, size]``.
+    """Write ``softmax(q kᵀ scale) v`` into ``result`` for ``[rows, queries, size]`` and ``[rows, keys, size]``.
 
     Args:
         hidden: bool ``[rows, 1, keys]``: keys that are left out.
@@ -164,7 +166,7 @@ def _products(
 
 
 def rounded(probabilities: Tensor, numerics: Numerics) -> Tensor:
-    """Return unnormalised probabilities, at most 1, in the format of the numerics."""
+    """Return the unnormalised probabilities, at most 1, in the format of the numerics."""
     if numerics.output is None:
         return probabilities
     if not numerics.coded:
@@ -174,7 +176,7 @@ def rounded(probabilities: Tensor, numerics: Numerics) -> Tensor:
 
 
 def _blank_rows(result: Tensor, lists: BlockLists, tiling: Tiling) -> None:
-    """Zeros for rows that read nothing: they get no mean of the values either."""
+    """Set rows that read nothing to zero: they do not get the mean of the values either."""
     if tiling.text:
         return  # everything reads the text
     blank = ~lists.masks(tiling.columns).any(dim=2).repeat_interleave(tiling.block_q, dim=1)

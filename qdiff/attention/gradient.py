@@ -20,7 +20,8 @@ from qdiff.attention.packing import at_places, from_places
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor, lists: BlockLists, tiling: Tiling, scale: float, of_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a loss by ``q``, ``k`` and ``v``, in their dtypes; computed in float32, or in float64 if they are.
+    """Return the gradients of a loss by ``q``, ``k`` and ``v``, in their dtypes; computed in float32, or in float64 if
+    they are.
 
     Args:
         q, k, v, of_output: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.

@@ -139,7 +139,7 @@ class BlockLists:
         return self.blocks[:, int(self.bounds[head]) : int(self.bounds[head + 1])]
 
     def density(self, columns: int) -> Tensor:
-        """Return share of the block pairs that are read, by head: float64 ``[heads]``."""
+        """Return the share of the block pairs that are read, by head: float64 ``[heads]``."""
         read = torch.stack([(self.of(head) != NOTHING).double().sum() for head in range(self.heads)])
         return read / (len(self.blocks) * columns)
 
@@ -170,7 +170,8 @@ class BlockLists:
     @classmethod
     def of_masks(cls, masks: Tensor) -> BlockLists:
         """Return lists of bool masks ``[heads, rows, columns]``, in rising order; short rows end with
-        :data:`NOTHING`."""
+        :data:`NOTHING`.
+        """
         counts = masks.sum(dim=2)
         widths = counts.amax(dim=1).cpu()
         ranked = torch.argsort(masks.int(), dim=2, descending=True, stable=True).int()

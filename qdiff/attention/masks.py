@@ -50,6 +50,6 @@ def choose_blocks(mass: Tensor, kept: Tensor, width: int) -> Tensor:
 
 
 def recall(mass: Tensor, chosen: Tensor) -> float:
-    """Return share of the mass that the chosen blocks hold."""
+    """Return the share of the mass that the chosen blocks hold."""
     total = float(mass.double().sum())
     return float(mass.double()[chosen].sum()) / total if total else 1.0

@@ -40,7 +40,7 @@ def sparse_attention(
     numerics: str,
     scale: float,
 ) -> Tensor:
-    """Return attention that reads, for every block of queries, the blocks of keys on its list.
+    """Return the attention that reads, for every block of queries, the blocks of keys on its list.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``.
@@ -101,7 +101,7 @@ def _lists(blocks: Tensor, bounds: Tensor, first: int, heads: int) -> BlockLists
 
 
 def _gpu() -> ModuleType:
-    """Return :mod:`qdiff.attention.kernels.gpu`, imported where a GPU asks for it.
+    """Import and return :mod:`qdiff.attention.kernels.gpu`, only where a GPU asks for it.
 
     Raises:
         MissingDependencyError: there is no triton.
@@ -138,7 +138,8 @@ def _rows(
     blocks: Tensor, bounds: Tensor, first: int, heads: int, tiling: Tiling, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the lists as the kernel reads them, kept from call to call. What was made in inference mode cannot be told
-    from its own later content, and is not kept."""
+    from its own later content, and is not kept.
+    """
     if blocks.is_inference() or bounds.is_inference():
         return _gpu().on_device(_lists(blocks, bounds, first, heads), tiling, device)
     version, kept = _KEPT.get(blocks, (None, {}))

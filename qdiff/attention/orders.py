@@ -50,7 +50,8 @@ def order_named(name: str, grid: Grid) -> Tensor:
 
 def candidates(grid: Grid, block: int) -> dict[str, Tensor]:
     """Return different orders by name: those of the axes, boxes of ``block`` tokens (or the next smaller power of two),
-    Morton's."""
+    Morton's.
+    """
     names = ["".join(axes) for axes in itertools.permutations(_AXES)]
     exponent = block.bit_length() - 1
     for f, h in itertools.product(range(exponent + 1), repeat=2):

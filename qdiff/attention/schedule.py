@@ -49,7 +49,7 @@ class Schedule:
         return {BLOCKS: lists.blocks, BOUNDS: lists.bounds}
 
     def widest(self) -> BlockLists:
-        """Return everything for everyone: the largest inputs that there are."""
+        """Return the lists by which every block reads every block: the largest inputs that there are."""
         return self.lists[0]
 
 

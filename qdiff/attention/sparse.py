@@ -97,7 +97,7 @@ class SparseSelfAttention(nn.Module):
         self.first, self.tiling, self.numerics, self.schedule_state = first, tiling, numerics, schedule_state
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return ``[batch, heads, tokens, size]`` to the same."""
+        """Return the attention ``[batch, heads, tokens, size]`` of queries, keys and values of that shape."""
         blocks, bounds = self.schedule_state.read()
         tiling = self.tiling
         cut = (tiling.text, tiling.block_q, tiling.block_k)

@@ -30,8 +30,10 @@ def stop_on_interrupt() -> None:
 
 
 def _leave_or_interrupt(number: int, frame: Any) -> None:
-    """An exception in the middle of torch's own import meets C++ that cannot pass it on and aborts the process (signal 6, now and
-    then); nothing has been begun there, so the process ends at once. Everywhere else it is a KeyboardInterrupt."""
+    """End the process at once if it is still importing torch; raise KeyboardInterrupt everywhere else. An exception in
+    the middle of torch's own import meets C++ that cannot pass it on and aborts the process (signal 6, now and then);
+    nothing has been begun there.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and getattr(torch.__spec__, "_initializing", False):
         sys.stderr.write("\ninterrupted: nothing was begun\n")
@@ -113,7 +115,7 @@ def _tell(text: str, fix: str | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs the command and exit with the code of what happened."""
+    """Run the command and exit with the code of what happened."""
     from qdiff.cli.commands import app
 
     stop_on_interrupt()

@@ -23,7 +23,7 @@ def _used(result: dict[str, Any]) -> str:
 
 
 def models(result: list[dict[str, Any]]) -> str:
-    """``qdiff models``."""
+    """Return the text of ``qdiff models``."""
     rows = [
         (row["name"], row["title"], size(row["bundled_bytes"]), ", ".join(row["random_configurations"]))
         for row in result
@@ -32,7 +32,7 @@ def models(result: list[dict[str, Any]]) -> str:
 
 
 def calibrate(result: dict[str, Any]) -> str:
-    """``qdiff calibrate``."""
+    """Return the text of ``qdiff calibrate``."""
     if result.get("dry_run"):
         return (
             f"would calibrate {result['model']} ({result['note']})\n"
@@ -64,7 +64,7 @@ def _reads(result: dict[str, Any]) -> str:
 
 
 def quantize(result: dict[str, Any]) -> str:
-    """``qdiff quantize``."""
+    """Return the text of ``qdiff quantize``."""
     if result.get("dry_run"):
         layers = result["layers"]
         rows = [
@@ -91,7 +91,7 @@ def quantize(result: dict[str, Any]) -> str:
 
 
 def export(results: list[dict[str, Any]]) -> str:
-    """``qdiff export``."""
+    """Return the text of ``qdiff export``."""
     lines = []
     for result in results:
         if result.get("dry_run"):
@@ -109,7 +109,7 @@ def export(results: list[dict[str, Any]]) -> str:
 
 
 def build(result: dict[str, Any]) -> str:
-    """``qdiff build``."""
+    """Return the text of ``qdiff build``."""
     if result.get("dry_run"):
         once = f", {' and '.join(result['parts'])} computed once" if result["parts"] else ", as one engine"
         return f"would build {result['engine']} for {result['device']}{once}"
@@ -123,12 +123,12 @@ def build(result: dict[str, Any]) -> str:
 
 
 def generate(result: dict[str, Any]) -> str:
-    """``qdiff generate``: the paths, one a line."""
+    """Return the text of ``qdiff generate``: the paths, one a line."""
     return "\n".join(result["images"])
 
 
 def correct(result: dict[str, Any]) -> str:
-    """``qdiff correct``: what every method gains, and what is applied from now on."""
+    """Return the text of ``qdiff correct``: what every method gains, and what is applied from now on."""
     unit = result["unit"]
     rows = [
         (
@@ -147,7 +147,7 @@ def correct(result: dict[str, Any]) -> str:
 
 
 def compare(result: dict[str, Any]) -> str:
-    """``qdiff compare``."""
+    """Return the text of ``qdiff compare``."""
     rows = []
     for row in [result["float"], *result["engines"]]:
         share = row["accuracy"]["emoji"] if row.get("accuracy") else None
@@ -174,7 +174,8 @@ def compare(result: dict[str, Any]) -> str:
 
 def _speed(row: dict[str, Any]) -> str:
     """Return ``3.52x (3.4 to 3.7)``: over float, and the middle half of the pairs; no single number where they cannot
-    be believed."""
+    be believed.
+    """
     if row["name"] == "float":
         return "1.00x"
     if "speedup_range" not in row:  # of an earlier version, which timed one engine after the other
@@ -185,12 +186,12 @@ def _speed(row: dict[str, Any]) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """``qdiff report``: the paths."""
+    """Return the text of ``qdiff report``: the paths."""
     return f"{result['html']}\n{result['json']}"
 
 
 def run(result: dict[str, Any]) -> str:
-    """``qdiff run``."""
+    """Return the text of ``qdiff run``."""
     lines = [
         f"weights: {result['weights']}",
         f"{size(result['float32_bytes'])} -> {size(result['packed_bytes'])} "
@@ -206,7 +207,7 @@ def run(result: dict[str, Any]) -> str:
 
 
 def inspect(result: dict[str, Any]) -> str:
-    """``qdiff inspect``."""
+    """Return the text of ``qdiff inspect``."""
     lines = [f"run {result['id']}  {result['run']}"]
     if "model" in result:
         lines.append(f"model {result['model']['model']}: {result['model']['note']}")
@@ -250,7 +251,7 @@ def inspect(result: dict[str, Any]) -> str:
 
 
 def doctor(result: dict[str, Any]) -> str:
-    """``qdiff doctor``."""
+    """Return the text of ``qdiff doctor``."""
     cpu = result["cpu"]
     lines = [
         "  ".join(f"{name} {version}" for name, version in result["versions"].items()),

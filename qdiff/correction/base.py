@@ -37,7 +37,7 @@ class Moment:
 
     @property
     def alpha(self) -> float:
-        """Return share of the signal in what the backbone sees, variance preserving."""
+        """Return the share of the signal in what the backbone sees, variance preserving."""
         return float((1 + self.level**2) ** -0.5)
 
 
@@ -69,8 +69,9 @@ class Correction(BaseModel, ABC):
         return prediction
 
     def noise_variance(self, moment: Moment) -> float:
-        """Return variance of the noise that quantization leaves in a corrected prediction; samplers that add noise add
-        less."""
+        """Return the variance of the noise that quantization leaves in a corrected prediction; samplers that add noise
+        add less.
+        """
         return 0.0
 
 
@@ -94,7 +95,8 @@ def load_correction(value: Any) -> Correction:
 
 def between(timesteps: list[float], values: list[float], timestep: float) -> float:
     """Return ``values`` at ``timestep``: linear between those of ``timesteps`` (any order), constant beyond their
-    ends."""
+    ends.
+    """
     pairs = sorted(zip(timesteps, values, strict=True))
     place = bisect_right([t for t, _ in pairs], timestep)
     if place == 0 or place == len(pairs):

@@ -19,7 +19,7 @@ class PairMoments:
         self._counts: dict[float, int] = {}
 
     def add(self, timestep: float, expected: Tensor, got: Tensor) -> None:
-        """One call of both models."""
+        """Add the predictions of both models in one call."""
         f, q = (tensor.double().movedim(1, 0).flatten(1) for tensor in (expected, got))
         sums = torch.stack([f.sum(1), q.sum(1), (f * f).sum(1), (q * q).sum(1), (f * q).sum(1)])  # [5, channels]
         self._sums[timestep] = self._sums.get(timestep, torch.zeros_like(sums)) + sums
@@ -41,12 +41,12 @@ class PairMoments:
         return float(covariance / variance) if variance > 0 else 1.0
 
     def offsets(self, timestep: float) -> list[float]:
-        """Return mean of ``q - (1 + k) f`` for each channel."""
+        """Return the mean of ``q - (1 + k) f`` for each channel."""
         means, factor = self._means(timestep), self.factor(timestep)
         return (means[_Q] - factor * means[_F]).tolist()
 
     def residual_variance(self, timestep: float) -> float:
-        """Return variance of ``q - (1 + k) f`` around those means."""
+        """Return the variance of ``q - (1 + k) f`` around those means."""
         means, factor = self._means(timestep), self.factor(timestep)
         f, q = means[_FF] - means[_F].square(), means[_QQ] - means[_Q].square()
         crossed = means[_FQ] - means[_F] * means[_Q]

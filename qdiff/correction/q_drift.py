@@ -38,7 +38,7 @@ class QDrift(Correction):
         return scale_noise(prediction, seen, moment, 1 + self.lengthening(moment))
 
     def lengthening(self, moment: Moment) -> float:
-        """Return ``c``."""
+        """Return the factor ``c``."""
         if not 0 < moment.level < math.inf:  # only noise is seen: a prediction of any length names the same
             return 0.0
         alpha, sigma = moment.alpha, moment.alpha * moment.level
@@ -49,7 +49,8 @@ class QDrift(Correction):
 
 def scale_noise(prediction: Tensor, seen: Tensor, moment: Moment, factor: float) -> Tensor:
     """Return the prediction whose noise is ``factor`` times that of ``prediction`` (of flow matching: whose velocity
-    is)."""
+    is).
+    """
     if factor == 1:
         return prediction
     alpha, sigma = moment.alpha, moment.alpha * moment.level

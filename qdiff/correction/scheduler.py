@@ -21,7 +21,8 @@ from qdiff.correction.base import Correction, Moment, Predicts
 @dataclass(frozen=True)
 class Response:
     """What the result of one step is made of: ``sample`` times the latents, ``prediction`` times the output, ``noise`` times a
-    standard normal of the scheduler's own."""
+    standard normal of the scheduler's own.
+    """
 
     sample: float
     prediction: float
@@ -47,7 +48,7 @@ class CorrectedScheduler:
         return getattr(self.scheduler, name)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """The scheduler's; a new schedule has new responses."""
+        """Set the scheduler's timesteps; a new schedule has new responses."""
         self._responses = None
         self.scheduler.set_timesteps(*args, **kwargs)
 
@@ -83,7 +84,8 @@ def place_of(scheduler: Any, timestep: float) -> int:
 
 def moment_of(scheduler: Any, place: int, timestep: float) -> Moment:
     """Return where a step begins. Schedulers of higher order come to a timestep twice; one that counts its steps has
-    the second at no distance, of one that does not the next other level is meant."""
+    the second at no distance, of one that does not the next other level is meant.
+    """
     levels = noise_levels(scheduler)
     later = levels[place + 1 :]
     if getattr(scheduler, "step_index", None) is None:
@@ -102,7 +104,7 @@ def predicts(scheduler: Any) -> Predicts:
 
 
 def noise_levels(scheduler: Any) -> list[float]:
-    """Return noise over signal before each step and after the last (:class:`qdiff.correction.base.Moment`)."""
+    """Return the noise over the signal before each step and after the last (:class:`qdiff.correction.base.Moment`)."""
     count = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == count + 1:
@@ -114,7 +116,8 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 def noise_share(response: Response, variance: float) -> float:
     """Return how much of its own noise a step keeps when predictions bring noise of that ``variance`` (PTQD, eq. 15):
-    together they then have the variance that the step means."""
+    together they then have the variance that the step means.
+    """
     if response.noise == 0:
         return 1.0
     brought = (response.prediction / response.noise) ** 2 * variance
@@ -122,7 +125,7 @@ def noise_share(response: Response, variance: float) -> float:
 
 
 def responses(scheduler: Any, options: dict[str, Any]) -> list[Response | None]:
-    """Return :class:`Response` of every step, found by stepping copies of the scheduler with zeros and ones.
+    """Return the :class:`Response` of every step, found by stepping copies of the scheduler with zeros and ones.
 
     ``None`` where a step adds no noise, or where it is not linear in the two, because it clips or looks at earlier steps.
 

@@ -284,7 +284,7 @@ def _write(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Return greedy line breaks at spaces (inside a word that is too long); an ellipsis ends what does not fit."""
+    """Return the text broken into lines at spaces (inside a word that is too long); an ellipsis ends what does not fit."""
     shown = "".join(" " if unicodedata.category(mark)[0] in "CZ" else mark for mark in text[:600])
     left = " ".join(shown.split())
     done: list[str] = []

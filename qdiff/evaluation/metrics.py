@@ -62,7 +62,7 @@ def decibels(value: float) -> float:
 
 
 def psnr(images_a: Tensor, images_b: Tensor) -> Tensor:
-    """Return peak signal-to-noise ratio of each pair, in dB, peak 1: ``-10 log10(mean((a - b)^2))``.
+    """Return the peak signal-to-noise ratio of each pair, in dB, peak 1: ``-10 log10(mean((a - b)^2))``.
 
     Args:
         images_a: ``[N, (frames,) H, W, C]``, uint8, or floating in [0, 1].
@@ -80,7 +80,7 @@ def psnr(images_a: Tensor, images_b: Tensor) -> Tensor:
 
 
 def ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
-    """Return structural similarity of each pair (Wang et al. 2004, Gaussian window 11 x 11, sigma 1.5), by
+    """Return the structural similarity of each pair (Wang et al. 2004, Gaussian window 11 x 11, sigma 1.5), by
     torchmetrics.
 
     Channels are compared one by one and averaged (no conversion to luminance).
@@ -112,7 +112,7 @@ def ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
 
 
 def paired(images_a: Tensor, images_b: Tensor) -> PairedQuality:
-    """Return PSNR and SSIM of every pair, with mean and minimum.
+    """Return the PSNR and SSIM of every pair, with mean and minimum.
 
     Args:
         images_a: reference, ``[N, (frames,) H, W, C]``, uint8 or floating in [0, 1].

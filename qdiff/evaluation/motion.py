@@ -37,7 +37,8 @@ EMOJI = (
 @dataclass(frozen=True)
 class Pose:
     """Where a sprite is: centre as an offset from the frame's, side of the sprite (both in pixels of a 64x64 frame), clockwise
-    angle in degrees, opacity in 0..1."""
+    angle in degrees, opacity in 0..1.
+    """
 
     x: float = 0.0
     y: float = 0.0
@@ -87,7 +88,8 @@ def draw(name: str, colour: str, motion: str, frames: int, which: Sequence[int] 
 
 def _layers(name: str, motion: str, instants: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Return the sprite at each instant: RGB times opacity, float32 [T, 64, 64, 3] in 0..255, and opacity [T, 64, 64,
-    1] in 0..1."""
+    1] in 0..1.
+    """
     vocabulary = load_vocabulary()
     sprite = vocabulary.sprites[vocabulary.names.index(name)]
     layers = np.stack([_layer(sprite, MOTIONS[motion].pose(instant), vocabulary.size) for instant in instants])
@@ -96,7 +98,8 @@ def _layers(name: str, motion: str, instants: Sequence[float]) -> tuple[np.ndarr
 
 def _layer(sprite: np.ndarray, pose: Pose, size: int) -> np.ndarray:
     """Return a sprite [S, S, 4] (straight RGBA, uint8) in a pose: premultiplied RGBA, float32 [size, size, 4] in
-    0..255."""
+    0..255.
+    """
     from PIL import Image
 
     side = max(1, round(pose.size))
@@ -123,7 +126,8 @@ def _pixel_centres(matrix: tuple[float, ...]) -> tuple[float, ...]:
 
 def parse_motion(prompt: str) -> str | None:
     """Return the motion that a prompt asks for, a key of :data:`MOTIONS`; of several the one whose words are
-    longest."""
+    longest.
+    """
     text = " ".join(prompt.lower().split())
     found = [
         (len(words), motion)
@@ -176,7 +180,8 @@ def classify(clips: np.ndarray) -> list[tuple[str, str, str, float]]:
 @lru_cache(maxsize=2)
 def _shapes(frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Return every emoji in every motion, halved: RGB times opacity [emoji x motions, LOOKED_AT x 32 x 32, 3], and
-    opacity [.., 1]."""
+    opacity [.., 1].
+    """
     instants = [round(index) / (frames - 1) for index in np.linspace(0, frames - 1, LOOKED_AT)]
     drawn = [_layers(name, motion, instants) for name in EMOJI for motion in MOTIONS]
     return np.stack([_halved(opaque) for opaque, _ in drawn]), np.stack([_halved(alpha) for _, alpha in drawn])
@@ -189,7 +194,7 @@ def _known(colour: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _halved(frames: np.ndarray) -> np.ndarray:
-    """Return means of 2x2 pixels: [T, H, W, C] -> [T x H/2 x W/2, C]."""
+    """Return the means of 2x2 pixels: ``[T x H/2 x W/2, C]`` for ``[T, H, W, C]``."""
     count, height, width, channels = frames.shape
     return frames.reshape(count, height // 2, 2, width // 2, 2, channels).mean((2, 4)).reshape(-1, channels)
 

@@ -118,7 +118,7 @@ def render(name: str, background: str, size: int = 64) -> np.ndarray:
 
 
 def _compose(sprites: np.ndarray, background: Sequence[int], size: int) -> np.ndarray:
-    """Return sprites [N, S, S, 4] centred on a flat background -> float32 [N, size, size, 3] in 0..255."""
+    """Return sprites ``[N, S, S, 4]`` centred on a flat background: float32 ``[N, size, size, 3]`` in 0..255."""
     margin = (size - sprites.shape[1]) // 2
     image = np.broadcast_to(np.array(background, np.float32), (len(sprites), size, size, 3)).copy()
     alpha = sprites[..., 3:].astype(np.float32) / 255

@@ -164,6 +164,7 @@ def _speed(name: str, reference: str, rounds: list[dict[str, dict[int, float]]],
 
 def _lost(times: Mapping[int, list[float]]) -> float:
     """Return what the times add up to, over what they would at their step's median: a busy phase shows, a single long
-    call hardly."""
+    call hardly.
+    """
     usual = sum(statistics.median(step) * len(step) for step in times.values())
     return sum(sum(step) for step in times.values()) / usual

@@ -35,7 +35,7 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return width and height in pixels, as of a picture."""
+        """Return the width and height in pixels, as of a picture."""
         return self.frames.shape[2], self.frames.shape[1]
 
     def strip(self, count: int = STRIP) -> Image:

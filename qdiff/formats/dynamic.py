@@ -41,8 +41,8 @@ def effective(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
 def quantize_dequantize_blocks(
     x: Tensor, format: Format, tensor_scale: Tensor | None = None, rounding: Rounding = "floor"
 ) -> Tensor:
-    """Return dynamic block quantization: every block of ``x [..., n]`` on the grid of ``format``, with the scale of its
-    own amax.
+    """Return ``x [..., n]`` after dynamic block quantization: every block on the grid of ``format``, with the scale of
+    its own amax.
 
     Args:
         x: any float dtype; computed in float32, returned in its dtype. NaN stays NaN.
@@ -62,7 +62,8 @@ def quantize_dequantize_blocks(
 
 
 def quantize_dequantize_tokens(x: Tensor, format: Format) -> Tensor:
-    """Return dynamic quantization with one scale for each token (each row of the last axis), on the float16 grid.
+    """Return ``x`` after dynamic quantization with one scale for each token (each row of the last axis), on the float16
+    grid.
 
     Args:
         x: ``[..., n]``, any float dtype; computed in float32, returned in its dtype. NaN stays NaN.

@@ -28,12 +28,13 @@ EXPONENT_MASK, EXPONENT_SHIFT, EXPONENT_BIAS = 0x7F800000, 23, 127  # float32's 
 
 def power_of_two(x: Tensor) -> Tensor:
     """Return 2^floor(log2 |x|) of a float32 tensor, exactly; 0 for 0 and for subnormals, infinity for infinity and
-    NaN."""
+    NaN.
+    """
     return (x.view(torch.int32) & EXPONENT_MASK).view(torch.float32)
 
 
 def step(ratio: Tensor, element: Element) -> Tensor:
-    """Return distance of neighbouring codes at ``ratio`` (float32, within the grid): the s(w) of FP4DiT (arXiv
+    """Return the distance of neighbouring codes at ``ratio`` (float32, within the grid): the s(w) of FP4DiT (arXiv
     2503.15465).
 
     An integer grid has step 1 everywhere. Same shape as ``ratio``.
@@ -73,7 +74,8 @@ def neighbours(ratio: Tensor, element: Element) -> tuple[Tensor, Tensor]:
 
 def encode(ratio: Tensor, element: Element) -> Tensor:
     """Return codes of the nearest grid values, in the element's storage dtype (one code an entry, not packed). No NaN
-    may be there."""
+    may be there.
+    """
     values = round_to_grid(ratio, element)
     storage = getattr(torch, element.storage)
     if storage != torch.uint8:
@@ -86,8 +88,9 @@ def encode(ratio: Tensor, element: Element) -> Tensor:
 
 
 def decode(codes: Tensor, element: Element, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return grid values of unpacked codes in ``dtype``; exact wherever ``dtype`` holds them (float16 and bfloat16 hold
-    all)."""
+    """Return the grid values of unpacked codes in ``dtype``; exact wherever ``dtype`` holds them (float16 and bfloat16
+    hold all).
+    """
     if codes.dtype != torch.uint8:
         return codes.to(dtype)
     return torch.tensor(_values(element), dtype=dtype, device=codes.device)[codes.int()]
@@ -97,6 +100,6 @@ _values = functools.cache(Element.values)
 
 
 def _exponent_field(steps: Tensor, element: Element) -> Tensor:
-    """Return number of a step's binade, int32: 0 for the smallest normal numbers and for the subnormals below them."""
+    """Return the number of a step's binade, int32: 0 for the smallest normal numbers and for the subnormals below them."""
     lowest = element.smallest_exponent - element.mantissa_bits + EXPONENT_BIAS
     return (steps.view(torch.int32) >> EXPONENT_SHIFT) - lowest

@@ -72,7 +72,8 @@ def _group(bits: int) -> tuple[int, int]:
 def _parts(bits: int) -> list[tuple[int, int, int]]:
     """Return which code has bits in which byte of a group, and how far to the left of the byte's end they begin
     (negative: the code's first bits lie in the byte before). Shifts of uint8 drop what leaves the byte, which is what
-    is wanted on both ways."""
+    is wanted on both ways.
+    """
     count, size = _group(bits)
     places = [(code, byte, bits * code - 8 * byte) for code in range(count) for byte in range(size)]
     return [(code, byte, shift) for code, byte, shift in places if -bits < shift < 8]

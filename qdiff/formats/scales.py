@@ -78,13 +78,15 @@ def fits_float16(*tensors: Tensor | None) -> bool:
 
 def to_storage(x: Tensor, storage_dtype: str) -> Tensor:
     """Return ``x`` as the dtype named ``kept`` stores it, or in float32 where that is float16 and would turn values
-    into infinity."""
+    into infinity.
+    """
     return x.to(getattr(torch, storage_dtype)) if storage_dtype != "float16" or fits_float16(x) else x.float()
 
 
 def largest_scale(element: Element) -> float:
     """Return the largest scale of the 16-bit grid: every code times it is a float32 number, so that an infinite amax
-    saturates."""
+    saturates.
+    """
     reach = max(-element.lowest, element.highest)
     return (2 - 2.0**-7) * 2.0 ** (127 - math.ceil(math.log2(reach)))
 

@@ -59,7 +59,7 @@ class Element:
 
     @property
     def smallest_exponent(self) -> int:
-        """Return exponent of a float's smallest normal number, and of the step below it: 1 - bias."""
+        """Return the exponent of a float's smallest normal number, and of the step below it: 1 - bias."""
         return 2 - 2 ** (self.exponent_bits - 1)
 
     @property
@@ -144,7 +144,7 @@ class Format:
 
     @property
     def kind(self) -> str:
-        """Return kind of the element: ``"integer"``, ``"float"`` or ``"plain"``."""
+        """Return the kind of the element: ``"integer"``, ``"float"`` or ``"plain"``."""
         return self.element.kind
 
     @property
@@ -169,12 +169,12 @@ class Format:
 
     @property
     def storage(self) -> str:
-        """Return name of the torch dtype of one unpacked code."""
+        """Return the name of the torch dtype of one unpacked code."""
         return self.element.storage
 
     @property
     def packed_storage(self) -> str:
-        """Return name of the torch dtype of packed codes: uint8 where several share a byte."""
+        """Return the name of the torch dtype of packed codes: uint8 where several share a byte."""
         return self.storage if self.bits >= 8 else "uint8"
 
     @property
@@ -184,7 +184,7 @@ class Format:
 
     @property
     def scale_storage(self) -> str | None:
-        """Return name of the torch dtype of a stored scale."""
+        """Return the name of the torch dtype of a stored scale."""
         return None if self.scale is None else SCALE_STORAGE[self.scale]
 
     @property
@@ -193,7 +193,8 @@ class Format:
         return self.scale is not None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return shape of a weight's scales: ``[out]`` for ``[out, ...]``, or ``[out, in / block]`` for ``[out, in]``.
+        """Return the shape of a weight's scales: ``[out]`` for ``[out, ...]``, or ``[out, in / block]`` for ``[out,
+        in]``.
 
         Raises:
             InputError: the last axis does not divide into blocks.
@@ -204,8 +205,8 @@ class Format:
         return (*shape[:-1], shape[-1] // self.block)
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return shape of packed codes: the last axis shrinks from ``n`` to ``n * bits / 8`` where several codes share
-        a byte.
+        """Return the shape of packed codes: the last axis shrinks from ``n`` to ``n * bits / 8`` where several codes
+        share a byte.
 
         Raises:
             InputError: the last axis does not fill whole bytes.
@@ -269,7 +270,8 @@ def low_rank_bits(rows: int, columns: int, rank: int, bits: int = 16) -> float:
 
 def rotation_bits(block: int) -> int:
     """Return bits that a rotation fitted to outliers (:class:`qdiff.nn.rotations.Rotation`) stores for each column of a
-    weight: a row of G in float32, and a place. A Hadamard matrix follows from its size and is not stored."""
+    weight: a row of G in float32, and a place. A Hadamard matrix follows from its size and is not stored.
+    """
     return 32 * block + 64
 
 

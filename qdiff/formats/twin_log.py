@@ -100,7 +100,8 @@ def effective_bits(columns: int, bits: int) -> float:
 
 def _side(weight: Tensor, mine: Tensor, eta: Tensor, bits: int) -> dict[str, Tensor]:
     """Return the best percentile for the weights of one sign, row by row: ``level [out, in]`` uint8; the others
-    ``[out]``."""
+    ``[out]``.
+    """
     logs = (weight.abs() + eta[:, None]).log2().clamp(min=SMALLEST_LOG)
     shown = torch.where(mine, logs, torch.nan)
     top = 2 ** (bits - 1) - 1

@@ -71,7 +71,7 @@ class QuantizedWeight:
 
     @classmethod
     def from_packed(cls, format: Format, packed: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> QuantizedWeight:
-        """From what :meth:`packed` gave and the scales."""
+        """Return the weight from what :meth:`packed` gave and the scales."""
         return cls(format, unpack(packed, format), scale, tensor_scale)
 
     def packed(self) -> Tensor:
@@ -80,7 +80,8 @@ class QuantizedWeight:
 
     def element_scale(self) -> Tensor:
         """Return what each code is multiplied with: ``[out, in / block, 1]`` with blocks, else ``[out, 1, …]``.
-        float32."""
+        float32.
+        """
         scale = effective(self.scale, self.tensor_scale)
         return scale[..., None] if self.format.block else scale.reshape(-1, *[1] * (self.codes.dim() - 1))
 
@@ -132,7 +133,8 @@ def has_rule(rule: Rule, format: Format) -> bool:
 
 def choose_weight_tensor_scale(amax: Tensor, format: Format, rule: Rule = "amax") -> Tensor | None:
     """Return the tensor scale with the headroom that ``rule`` needs, from the largest magnitude of a weight, or of all
-    weights that share it; ``None`` where the format has none. Raises as :func:`stretches`."""
+    weights that share it; ``None`` where the format has none. Raises as :func:`stretches`.
+    """
     if not format.tensor_scale:
         return None
     return choose_tensor_scale(amax, format, HEADROOM if max(stretches(rule, format)) > 1 else LARGEST_E4M3)
@@ -186,6 +188,6 @@ def quantize_weight(
 
 
 def _error(blocks: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: Format) -> Tensor:
-    """Return sum of squares of what rounding changes in each block: ``[out, blocks, 1]``."""
+    """Return the sum of squares of what rounding changes in each block: ``[out, blocks, 1]``."""
     values = quantize_dequantize(blocks, effective(scale, tensor_scale), format)
     return values.sub_(blocks).square_().sum(dim=-1, keepdim=True)

@@ -85,7 +85,8 @@ def adaround(
     bias_rate: Share = 0.0,
 ) -> None:
     """Learn whether each weight of the block is rounded up or down. With ``lean`` of one half or more it begins at the
-    codes that exist."""
+    codes that exist.
+    """
 
     def make(weight: Tensor, start: QuantizedWeight) -> RoundedUpOrDown:
         return RoundedUpOrDown(weight, start, scale_aware, lean, straight_through)

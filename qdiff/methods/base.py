@@ -78,7 +78,9 @@ class Decisions:
     notes: tuple[str, ...] = ()
 
     def decide(self, method: str, note: str, **changes: Any) -> Decisions:
-        """This decisions with ``changes`` made by ``method``; codes rounded for another transform or rule are dropped."""
+        """Return these decisions with ``changes`` made by ``method``; codes rounded for another transform or rule are
+        dropped.
+        """
         if "rounded" not in changes and any(name in changes for name in (*TRANSFORM, "scale_rule", "weight_format")):
             changes |= {"rounded": None, "rounding": "nearest"}
         elif "rounded" in changes:
@@ -87,13 +89,14 @@ class Decisions:
 
     @property
     def rank(self) -> int:
-        """Return rank of the low-rank branches; 0: none."""
+        """Return the rank of the low-rank branches; 0: none."""
         return 0 if self.low_rank is None else self.low_rank[0][0].shape[0]
 
 
 class Rows(NamedTuple):
     """Calibration tokens ``x [N, in]``, the index of each one's timestep ``[N]``, and the mean of its sample ``[N, in]`` where
-    that is known."""
+    that is known.
+    """
 
     x: Tensor
     timestep: Tensor
@@ -125,7 +128,7 @@ class LayerGroup:
     _targets: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def only(self, layers: Sequence[int]) -> LayerGroup:
-        """Of some of the layers, by their numbers."""
+        """Return the group with some of its layers only, by their numbers."""
         return replace(
             self,
             names=[self.names[layer] for layer in layers],
@@ -148,7 +151,7 @@ class LayerGroup:
         return self.kind == "Conv2d"
 
     def by_channel(self, columns: Tensor) -> Tensor:
-        """Return ``columns [in]`` with the largest of each channel's columns in all of them."""
+        """Return ``columns [in]`` with the largest value of each channel's columns in all of them."""
         return columns.unflatten(0, (-1, self.taps)).amax(dim=1).repeat_interleave(self.taps)
 
     def rows(self, held_out: bool) -> Rows:
@@ -179,7 +182,7 @@ class LayerGroup:
         return [weight - up @ down for weight, (down, up) in zip(moved, decisions.low_rank, strict=True)]
 
     def ranges(self, decisions: Decisions) -> Tensor:
-        """Return largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
+        """Return the largest magnitude of the transformed input at each timestep, times ``clip``, ``[T]``.
 
         Exact from the channels' ranges without rotation; otherwise that of the calibration tokens. Centered tokens are at most as
         far from their mean as a channel's range is wide.
@@ -215,7 +218,8 @@ class LayerGroup:
 
     def quantized_inputs(self, decisions: Decisions, rows: Rows) -> Tensor:
         """Return what the layer's products see of the input: ``[N, in]``; of centered tokens the sum of the rows that
-        make their output."""
+        make their output.
+        """
         x = self.inputs(decisions, rows.x)
         if not self.activation_format.quantized:
             return x
@@ -237,7 +241,8 @@ class LayerGroup:
 
     def weight_tensor_scale(self, decisions: Decisions) -> Tensor | None:
         """Return the tensor scale that all weights of the group share, because engines may run them as one; ``None``
-        without one."""
+        without one.
+        """
         amax = torch.stack([weight.abs().max() for weight in self.residuals(decisions)]).max()
         return weights.choose_weight_tensor_scale(
             amax, decisions.weight_format or self.weight_format, decisions.scale_rule
@@ -275,7 +280,8 @@ class LayerGroup:
 
     def _products(self, decisions: Decisions, rounded: Tensor, moved: Tensor) -> list[Tensor]:
         """Return what each layer's quantized weight makes of ``rounded [..., in]`` and its low-rank branch of
-        ``moved``."""
+        ``moved``.
+        """
         results = [rounded @ weight.dequantize().T for weight in self.quantized_weights(decisions)]
         if decisions.low_rank is None:
             return results
@@ -289,8 +295,9 @@ class LayerGroup:
         return [y if bias is None else y + bias for y, bias in zip(results, self.biases(decisions), strict=True)]
 
     def errors(self, decisions: Decisions, held_out: bool = False) -> list[float]:
-        """Return normalised mean square error of each layer's output, bias left out, on fitting or on held-out
-        tokens."""
+        """Return the normalised mean square error of each layer's output, bias left out, on fitting or on held-out
+        tokens.
+        """
         rows = self.rows(held_out)
         key = "held" if held_out else "fit"
         if key not in self._targets:
@@ -301,7 +308,7 @@ class LayerGroup:
         ]
 
     def error(self, decisions: Decisions) -> float:
-        """Return mean of :meth:`errors` on the fitting tokens: what methods minimise."""
+        """Return the mean of :meth:`errors` on the fitting tokens: what methods minimise."""
         errors = self.errors(decisions)
         return sum(errors) / len(errors)
 

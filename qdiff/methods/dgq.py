@@ -56,12 +56,12 @@ class Division:
 
 
 def spread(low: Tensor, high: Tensor) -> float:
-    """Return D of an axis whose indices have these least and largest values ``[n]``."""
+    """Return the spread D of an axis whose indices have these least and largest values ``[n]``."""
     return float((high.max() - high.min()) + (low.max() - low.min()))
 
 
 def spreads(layer_group: LayerGroup, decisions: Decisions) -> dict[Axis, float]:
-    """Return D of both axes, on the fitting tokens as the transform leaves them."""
+    """Return the spread D of both axes, on the fitting tokens as the transform leaves them."""
     x = layer_group.inputs(decisions, layer_group.rows(held_out=False).x)
     channels = spread(-layer_group.by_channel(-x.amin(dim=0)), layer_group.by_channel(x.amax(dim=0)))
     return {"channel": channels, "token": spread(x.amin(dim=1), x.amax(dim=1))}
@@ -97,7 +97,7 @@ def _distances(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def group_ranges(layer_group: LayerGroup, decisions: Decisions, groups: int) -> Tensor:
-    """For each column the largest magnitude, over all timesteps, of its group of channels ``[in]``."""
+    """Return, for each column, the largest magnitude over all timesteps of its group of channels: ``[in]``."""
     low = layer_group.inputs(decisions, layer_group.statistics.low).amin(dim=0)
     high = layer_group.inputs(decisions, layer_group.statistics.high).amax(dim=0)
     labels = k_means(torch.stack([low, high], dim=1), groups)
@@ -148,7 +148,8 @@ def token_divisions(layer_group: LayerGroup, decisions: Decisions) -> list[Divis
 
 def choose_division(judged: list[Division], wider: Axis, minimum_gain_db: float) -> Division:
     """Return the division that gains most, or one of the axis with the larger D where that gains enough and not clearly
-    less."""
+    less.
+    """
     best = max(judged, key=lambda division: division.gain)
     enough = max(best.gain - minimum_gain_db, minimum_gain_db)
     close = [division for division in judged if division.axis == wider and division.gain >= enough]
@@ -165,7 +166,8 @@ def dgq(
     minimum_gain_db: Decibels = 0.1,
 ) -> Decisions:
     """Divide the axis that gains most, at least ``minimum_gain_db``; ``tokens`` allows scales that TensorRT cannot
-    run."""
+    run.
+    """
     divisions = channel_divisions(layer_group, decisions, groups, strengths)
     if tokens:
         divisions += token_divisions(layer_group, decisions)

@@ -29,7 +29,7 @@ class Divided(LearnedWeight):
         self.channels = nn.Parameter(weight.new_zeros(len(weight), 1))
 
     def quotient(self) -> Tensor:
-        """Return W / (s1 S2 s3) ``[out, in]``."""
+        """Return the quotient ``W / (s1 S2 s3)``: ``[out, in]``."""
         return self.ratio * torch.exp(-self.elements - self.channels)
 
     def forward(self) -> Tensor:
@@ -42,8 +42,9 @@ class Divided(LearnedWeight):
 
 
 def _start(ratio: Tensor, start: QuantizedWeight) -> Tensor:
-    """Return log S2 with which the quotient rounds to the codes that exist: just inside their cell; 0 where it does
-    already."""
+    """Return the log S2 with which the quotient rounds to the codes that exist: just inside their cell; 0 where it does
+    already.
+    """
     element, chosen = start.format.element, code_values(start)
     below, above = candidates(ratio, chosen, start)
     other = torch.where(below == chosen, above, below)

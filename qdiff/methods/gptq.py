@@ -29,7 +29,8 @@ ATTEMPTS = 4
 
 
 def inverse_factor(hessian: Tensor, damping: float, names: list[str]) -> tuple[Tensor, float]:
-    """Return upper Cholesky factor of the damped Hessian's inverse, float64 ``[in, in]``, and the damping that it took.
+    """Return the upper Cholesky factor of the damped Hessian's inverse, float64 ``[in, in]``, and the damping that it
+    took.
 
     Raises:
         InputError: no damping makes it positive definite: the inputs are not numbers, or all are zero.

@@ -55,12 +55,13 @@ class LearnedWeight(nn.Module, ABC):
 
     def penalty(self, progress: float) -> Tensor | None:
         """Return what is added to the loss at ``progress`` (0 … 1) of the iterations, a mean over the weight's
-        elements."""
+        elements.
+        """
         return None
 
     @abstractmethod
     def values(self) -> Tensor:
-        """Return finished values ``[out, in]`` in codes' units, on the grid."""
+        """Return the finished values ``[out, in]`` in codes' units, on the grid."""
 
     def finished(self) -> QuantizedWeight:
         """Return codes of :meth:`values` on the scales of the start."""

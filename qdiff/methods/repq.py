@@ -24,7 +24,8 @@ SMALLEST = 1e-5
 @METHODS.register("repq")
 def repq(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.1) -> Decisions:
     """Equalise channels, in place of a smoothing and a shift that are there, where it gains at least
-    ``minimum_gain_db``."""
+    ``minimum_gain_db``.
+    """
     low, high = layer_group.statistics.low.amin(dim=0), layer_group.statistics.high.amax(dim=0)
     half = ((high - low) / 2).clamp(min=SMALLEST)
     multiplier = to_half_grid((half.mean() / half).clamp(min=1e-3, max=1e3))

@@ -27,7 +27,7 @@ Most = Annotated[int, Field(ge=4, le=256)]
 
 
 def fluctuation(x: Tensor) -> float:
-    """Return J of LRQ-DiT: the root mean square of tokens ``x [N, in]``."""
+    """Return the fluctuation J of LRQ-DiT: the root mean square of tokens ``x [N, in]``."""
     return float(x.double().square().mean().sqrt())
 
 

@@ -28,14 +28,16 @@ def _after_multiplier(values: Tensor, decisions: Decisions) -> Tensor:
 
 
 def means(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
-    """Return mean of every channel over the calibration tokens, after the decisions' multiplier: ``[in]`` on the
-    float16 grid."""
+    """Return the mean of every channel over the calibration tokens, after the decisions' multiplier: ``[in]`` on the
+    float16 grid.
+    """
     return _after_multiplier(layer_group.statistics.rows.float().mean(dim=0), decisions)
 
 
 def middles(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
-    """Return middle of every channel's range over all timesteps, after the decisions' multiplier: ``[in]`` on the
-    float16 grid."""
+    """Return the middle of every channel's range over all timesteps, after the decisions' multiplier: ``[in]`` on the
+    float16 grid.
+    """
     low, high = layer_group.statistics.low.amin(dim=0), layer_group.statistics.high.amax(dim=0)
     return _after_multiplier((low + high) / 2, decisions)
 

@@ -18,7 +18,8 @@ _SMALLEST = 1e-5
 
 def multiplier_for(layer_group: LayerGroup, strength: float) -> Tensor:
     """Return ``1 / s [in]``. Normalised to a geometric mean of 1, which changes no code and keeps the numbers near
-    where they were."""
+    where they were.
+    """
     activation = layer_group.statistics.amax.amax(dim=0).clamp(min=_SMALLEST)
     columns = torch.stack([w.abs().amax(dim=0) for w in layer_group.weights]).amax(dim=0)
     weight = layer_group.by_channel(columns).clamp(min=_SMALLEST)
@@ -32,7 +33,8 @@ def smooth(
     layer_group: LayerGroup, decisions: Decisions, strengths: Shares = (0.3, 0.5, 0.7), minimum_gain_db: Decibels = 0.1
 ) -> Decisions:
     """Try every strength; keep the best if it gains at least ``minimum_gain_db`` over none (a multiplication is not
-    free)."""
+    free).
+    """
     plain = layer_group.error(decisions)
     candidates = [
         (layer_group.error(candidate), candidate)

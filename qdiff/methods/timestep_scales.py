@@ -15,7 +15,7 @@ from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, decibel
 
 @METHODS.register("timestep_scales")
 def timestep_scales(layer_group: LayerGroup, decisions: Decisions, minimum_gain_db: Decibels = 0.5) -> Decisions:
-    """Switche per-timestep scales on where they gain at least ``minimum_gain_db`` (they cost two multiplications)."""
+    """Switch per-timestep scales on where they gain at least ``minimum_gain_db`` (they cost two multiplications)."""
     if not layer_group.static(decisions):
         return decisions.decide("timestep_scales", "no constant scale that could follow the timestep")
     ranges = layer_group.ranges(decisions)

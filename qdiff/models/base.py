@@ -98,11 +98,13 @@ class Model:
         return int(factor or self.family.pixels_per_cell(self.backbone.config))  # type: ignore[arg-type]
 
     def steps(self, asked: int | None = None) -> int:
-        """Return denoising steps: the number asked for, else what these weights or their family sample with."""
+        """Return the number of denoising steps: what was asked for, else what these weights or their family sample
+        with.
+        """
         return int(self.defaults.get("num_inference_steps", self.family.default_steps)) if asked is None else asked
 
     def guidance(self, asked: float | None = None) -> float:
-        """Return guidance scale, chosen as :meth:`steps` is."""
+        """Return the guidance scale, chosen as :meth:`steps` is."""
         return float(self.defaults.get("guidance_scale", self.family.default_guidance)) if asked is None else asked
 
     def guided(self, asked: float | None = None) -> bool:
@@ -144,7 +146,7 @@ class Model:
         self.defaults = {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
 
     def arguments(self, request: Request) -> dict[str, Any]:
-        """Arguments of a request that every pipeline takes, over these weights' own settings."""
+        """Return the arguments of a request that every pipeline takes, over these weights' own settings."""
         given = {
             "num_inference_steps": self.steps(request.steps),
             "guidance_scale": self.guidance(request.guidance),
@@ -220,7 +222,8 @@ class Family(ABC):
 
     def resolved(self, backbone: nn.Module) -> dict[str, Any]:
         """Return entries of the config that the file leaves open (null) and the module has decided, with what it
-        decided. Everything after loading reads the config."""
+        decided. Everything after loading reads the config.
+        """
         return {}
 
     def check(self, model: Model) -> None:
@@ -233,44 +236,52 @@ class Family(ABC):
         require_latents(model)
 
     def unread(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Arguments that a pipeline gives and a backbone of that config does not read."""
+        """Return the arguments that a pipeline gives and a backbone of that config does not read."""
         return ()
 
     def splits(self, backbone: nn.Module) -> dict[str, int]:
         """Return layers that read hidden states joined with a skip connection, and at which channel the second part
-        begins."""
+        begins.
+        """
         return {}
 
     def first_token_layers(self, backbone: nn.Module) -> list[str]:
         """Return layers that read text states whose first token is the same for every prompt and dwarfs the others
-        (CLIP's)."""
+        (CLIP's).
+        """
         return []
 
     def masked_layers(self, backbone: nn.Module) -> list[str]:
         """Return layers that read text states token per token, of which :meth:`text_mask` says which are ever looked
-        at."""
+        at.
+        """
         return []
 
     def text_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Return which text tokens of a call attention looks at, bool ``[batch, tokens]``; the others are padding.
-        ``None``: all."""
+        ``None``: all.
+        """
         return None
 
     def read_by(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of layers that are given padding as well: which tokens of the call count, bool ``[batch, tokens]``, by layer."""
+        """Return, by layer, which tokens of the call count, bool ``[batch, tokens]``, for layers that are given padding
+        as well.
+        """
         mask = self.text_mask(inputs)
         return {} if mask is None or not mask.any() else dict.fromkeys(self.masked_layers(backbone), mask)
 
     def blocks(self, backbone: nn.Module) -> list[str]:
         """Return names of the blocks that the hidden states pass one after the other
-        (:mod:`qdiff.quantization.block_walk`); empty where no block of the backbone is known."""
+        (:mod:`qdiff.quantization.block_walk`); empty where no block of the backbone is known.
+        """
         if self.block_list is None:
             return []
         return [f"{self.block_list}.{name}" for name, _ in backbone.get_submodule(self.block_list).named_children()]
 
     def self_attentions(self, backbone: nn.Module) -> list[str]:
-        """Return attention modules in which the tokens of the picture read each other, in order; empty where the family
-        knows none."""
+        """Return the attention modules in which the tokens of the picture read each other, in order; empty where the
+        family knows none.
+        """
         return []
 
     @property
@@ -280,7 +291,8 @@ class Family(ABC):
 
     def attention_processor(self, attend: Attend) -> Any:
         """Return a diffusers attention processor for those modules that leaves to ``attend`` what happens between the
-        projections."""
+        projections.
+        """
         raise NotImplementedError(self.name)
 
     def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
@@ -309,7 +321,8 @@ class Family(ABC):
 
     def longest_axis(self, config: Mapping[str, Any]) -> int | None:
         """Return how many patches an axis of a latent can have at most, where position tables end; ``None``: as many as
-        one likes."""
+        one likes.
+        """
         return None
 
     def random_defaults(self, configuration: str) -> dict[str, Any]:
@@ -322,7 +335,7 @@ class Family(ABC):
 
     @abstractmethod
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return named inputs from a call that the pipeline made to the backbone."""
+        """Return the named inputs from a call that the pipeline made to the backbone."""
 
     @abstractmethod
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -337,7 +350,8 @@ class Family(ABC):
         """Call the pipeline."""
 
     def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
-        """Before a backbone is traced: makes for this size what it would otherwise make anew in every call. Most make nothing.
+        """Make for this size, before a backbone is traced, what it would otherwise make anew in every call. Most make
+        nothing.
 
         Args:
             latent: shape of the first input.
@@ -345,7 +359,8 @@ class Family(ABC):
 
     def for_export(self, backbone: nn.Module) -> nn.Module:
         """Return the backbone in a form that exports with dynamic axes, equal in its numbers. May share modules with
-        it."""
+        it.
+        """
         return NamedInputs(self, backbone)
 
 
@@ -372,7 +387,8 @@ FAMILIES: Registry[Family] = Registry("model")
 def quantizable_layers(backbone: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that can be quantized, by name, in module order: linear layers, and convolutions that are plain
     (:func:`qdiff.nn.conv.is_plain`). What subclasses ``nn.Linear`` has a forward of its own. Left out are those of
-    :data:`ASKED_FOR_DTYPE`."""
+    :data:`ASKED_FOR_DTYPE`.
+    """
     left_out = tuple(
         f"{name}.{child}."
         for name, module in backbone.named_modules()
@@ -419,7 +435,7 @@ def check_size(model: Model, height: int | None, width: int | None, frames: int 
 
 
 def check_frames(family: Family, frames: int | None) -> None:
-    """What is known of a number of frames before a model is loaded.
+    """Check a number of frames as far as is known before a model is loaded.
 
     Raises:
         UsageError: frames of a picture, or a number that no clip has.

@@ -13,7 +13,9 @@ from qdiff.models.base import Model, Request, StepCallback
 
 
 def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return named inputs from a call to a backbone that is given states of a text and one timestep for all samples."""
+    """Return the named inputs from a call to a backbone that is given states of a text and one timestep for all
+    samples.
+    """
     hidden_states = args[0] if args else kwargs["hidden_states"]
     return {
         "hidden_states": hidden_states.float(),

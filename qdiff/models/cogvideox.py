@@ -119,7 +119,9 @@ class CogVideoX(Family):
         return latent[1], latent[-2] // patch, latent[-1] // patch
 
     def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
-        """The table of positions, which diffusers computes in the forward for all sizes but the one in its configuration."""
+        """Make the table of positions, which diffusers computes in the forward for all sizes but the one in its
+        configuration.
+        """
         patches: Any = backbone.patch_embed
         if not patches.use_positional_embeddings:
             return
@@ -197,7 +199,9 @@ class _JointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return video ``[batch, tokens, width]`` and text ``[batch, text, width]`` to the same."""
+        """Return the attention's outputs for video ``[batch, tokens, width]`` and text ``[batch, text, width]``, in
+        these shapes.
+        """
         assert attention_mask is None
         text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -221,7 +225,8 @@ def _rotate(x: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def _rotary(config: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
     """Return cosines and sines of the positions of a grid of tokens, as the pipeline makes them; ``None`` where there
-    is a table."""
+    is a table.
+    """
     if not config["use_rotary_positional_embeddings"]:
         return None
     from diffusers.models.embeddings import get_3d_rotary_pos_embed

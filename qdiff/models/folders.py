@@ -45,7 +45,7 @@ class Component:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return ``model_index.json`` of a folder.
+    """Return the contents of ``model_index.json`` of a folder.
 
     Raises:
         InputError: there is none, or it holds no pipeline.
@@ -91,7 +91,9 @@ def components(folder: Path, index: Mapping[str, Any]) -> list[Component]:
 
 
 def absent(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for what is left out of an index, with a log line for what somebody might miss."""
+    """Return the arguments of ``from_pretrained`` for what is left out of an index, and log a line for what somebody
+    might miss.
+    """
     arguments: dict[str, Any] = {}
     for name, effect in LEFT_OUT.items():
         if _is_there(index, name):
@@ -142,7 +144,9 @@ def _pipeline_class(module: str, class_name: str) -> type | None:
 
 
 def _refuse_own_code(folder: Path, name: str) -> None:
-    """An ``Auto`` class takes its class from the component's own configuration, which may name a file beside it."""
+    """Refuse a component whose configuration names a file of code: an ``Auto`` class takes its class from that
+    configuration, which may name a file beside it.
+    """
     path = folder / name / "config.json"
     config = read_json(path, "the configuration") if path.is_file() else {}
     if isinstance(config, dict) and config.get("auto_map"):
@@ -161,7 +165,8 @@ def _is_network(cls: type) -> bool:
 
 def weight_files(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the weight files among the names of a component's files, by variant; the plain ones are those of the
-    variant ``""``."""
+    variant ``""``.
+    """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         match = _WEIGHTS.match(name)
@@ -177,8 +182,9 @@ def choose_variant(variants: Iterable[str]) -> str:
 
 
 def files_that_count(names: Iterable[str]) -> list[str]:
-    """Of the paths inside a diffusers folder those that decide what is loaded, sorted: configurations, tokenizers, and of every
-    component the weights of the variant that is read. What is left out counts nowhere."""
+    """Return, sorted, the paths inside a diffusers folder that decide what is loaded: configurations, tokenizers, and
+    of every component the weights of the variant that is read. What is left out counts nowhere.
+    """
     by_folder: dict[str, list[str]] = {}
     kept = []
     for name in names:
@@ -233,7 +239,7 @@ def load_component(folder: Path, component: Component, weights: str) -> tuple[An
 
 
 def require_whole(module: Any, account: Mapping[str, Iterable[str]], name: str, weights: str) -> None:
-    """Refuse a network with weights that no file gave or that are not finite; warns of those that it does not use.
+    """Refuse a network with weights that no file gave or that are not finite; warn of those that it does not use.
 
     Args:
         account: ``missing_keys`` and ``unexpected_keys``, as the libraries give them.

@@ -62,7 +62,9 @@ def stand_in_vae() -> Any:
 
 
 def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Model:
-    """See :meth:`qdiff.models.base.Family.load`. ``hub:owner/name`` is of the Hub whatever folders there are."""
+    """Load a model as :meth:`qdiff.models.base.Family.load` does. ``hub:owner/name`` is of the Hub whatever folders
+    there are.
+    """
     if weights.startswith(HUB):
         return _from_hub(family, weights.removeprefix(HUB), revision)
     local = path_of(weights)

@@ -203,7 +203,7 @@ class PixArt(Family):
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
-    """Of the states that the backbone is given: those of its own width where it projects none."""
+    """Return the width of the text states that the backbone is given: its own width where it projects none."""
     return int(config["cross_attention_dim"] if config["caption_channels"] is None else config["caption_channels"])
 
 
@@ -221,7 +221,7 @@ class _SelfAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Return ``[batch, tokens, width]`` to the same."""
+        """Return the attention's output ``[batch, tokens, width]`` for an input of that shape."""
         assert encoder_hidden_states is None and attention_mask is None
         projected = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
@@ -231,7 +231,8 @@ class _SelfAttention:
 
 class _DynamicPatchEmbed(nn.Module):
     """diffusers' ``PatchEmbed`` with its sine-cosine position table computed in the graph, so that height and width can be
-    dynamic. Same formula, float32 as there; frequencies as in ViT (arXiv 2010.11929), grid scaled as in PixArt-α §2.4."""
+    dynamic. Same formula, float32 as there; frequencies as in ViT (arXiv 2010.11929), grid scaled as in PixArt-α §2.4.
+    """
 
     def __init__(self, original: Any) -> None:
         super().__init__()
@@ -240,7 +241,7 @@ class _DynamicPatchEmbed(nn.Module):
         self.interpolation_scale: float = original.interpolation_scale
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Return ``latent [B, C, H, W]`` to tokens ``[B, H/p * W/p, width]``."""
+        """Return the tokens ``[B, H/p * W/p, width]`` of ``latent [B, C, H, W]``."""
         patches = self.proj(latent)  # [B, D, h, w]
         height, width = patches.shape[-2:]
         rows = self._angles(height)  # [h, D/4]
@@ -259,7 +260,7 @@ class _DynamicPatchEmbed(nn.Module):
 
 
 def _binned_sizes(pipeline: type) -> tuple[int, ...]:
-    """Return sample sizes that a pipeline class, or the one that it is made from, has a table of sizes for."""
+    """Return the sample sizes that a pipeline class, or the one that it is made from, has a table of sizes for."""
     return next((_BINS[cls.__name__] for cls in pipeline.__mro__ if cls.__name__ in _BINS), ())
 
 

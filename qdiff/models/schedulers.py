@@ -138,7 +138,8 @@ def check_steps(scheduler: Any, steps: int) -> None:
 
 def count_calls(scheduler: Any, steps: int) -> int:
     """Return how many timesteps a scheduler goes through in so many steps: more than those where it is of higher
-    order."""
+    order.
+    """
     trial = copy.deepcopy(scheduler)
     try:
         trial.set_timesteps(steps)
@@ -167,7 +168,8 @@ def _classes(current: Any) -> list[Any]:
 
 def _is_whole(cls: Any) -> bool:
     """Return whether that is a scheduler's class, and not diffusers' stand-in for one whose package is not
-    installed."""
+    installed.
+    """
     from diffusers import SchedulerMixin
 
     return isinstance(cls, type) and issubclass(cls, SchedulerMixin) and not hasattr(cls, "_backends")
@@ -218,7 +220,7 @@ class _Ideal:
 
     @classmethod
     def of(cls, scheduler: Any) -> _Ideal:
-        """That of a model that this scheduler samples."""
+        """Return the ideal of a model that this scheduler samples."""
         config = scheduler.config
         predicts = str(config.get("prediction_type", "flow_prediction"))
         nothing, count = torch.zeros(0), int(config.get("num_train_timesteps", 1000))
@@ -256,7 +258,7 @@ class _Ideal:
         return signal_share * noise - noise_share * clean if self.predicts == "v_prediction" else noise
 
     def _log_ratio(self, timestep: float) -> float:
-        """Return linear between timesteps, as the schedulers that have some of them in between take it."""
+        """Return the log ratio, linear between timesteps, as the schedulers that have some of them in between take it."""
         place = min(max(timestep, 0.0), len(self.log_ratios) - 1.0)
         low = min(int(place), len(self.log_ratios) - 2)
         return float(torch.lerp(self.log_ratios[low], self.log_ratios[low + 1], place - low))

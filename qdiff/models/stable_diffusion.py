@@ -192,7 +192,8 @@ class StableDiffusion(Family):
 
     def blocks(self, backbone: nn.Module) -> list[str]:
         """Return resnets and transformer blocks in the order in which they are called: a level's resnets and attentions
-        take turns."""
+        take turns.
+        """
         sections = [f"down_blocks.{i}" for i, _ in enumerate(backbone.get_submodule("down_blocks").children())]
         middle = ["mid_block"] if getattr(backbone, "mid_block", None) is not None else []
         sections += [
@@ -281,7 +282,9 @@ class StableDiffusion(Family):
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
-    """Of the states that the backbone is given, which it may project; blocks may have a width each, of the same states."""
+    """Return the width of the text states that the backbone is given, which it may project; blocks may have a width
+    each, of the same states.
+    """
     if config.get("encoder_hid_dim") is not None:
         return int(config["encoder_hid_dim"])
     widths = config["cross_attention_dim"]

@@ -153,7 +153,7 @@ class _SelfAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Return ``[batch, tokens, width]`` to the same."""
+        """Return the attention's output ``[batch, tokens, width]`` for an input of that shape."""
         assert encoder_hidden_states is None and attention_mask is None and rotary_emb is not None
         q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
@@ -163,7 +163,7 @@ class _SelfAttention:
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Return rotary positions on pairs of neighbours (arXiv 2104.09864): ``x [batch, tokens, heads, size]``."""
+    """Return ``x [batch, tokens, heads, size]`` after its rotary positions on pairs of neighbours (arXiv 2104.09864)."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = cosines[..., 0::2], sines[..., 1::2]
     turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)

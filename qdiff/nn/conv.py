@@ -31,7 +31,7 @@ class Window:
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Window:
-        """That of a convolution that :func:`is_plain` accepts."""
+        """Return the window of a convolution that :func:`is_plain` accepts."""
         height, width = layer.kernel_size
         up, left = map(int, layer.padding)  # no word: is_plain
         return cls(
@@ -41,7 +41,8 @@ class Window:
 
 def is_plain(layer: nn.Module) -> bool:
     """Return whether a module is a convolution that can be quantized. Not a patch embedding (its kernel is its stride:
-    the first layer of a DiT, as sensitive as small), no groups, no padding but by zeros."""
+    the first layer of a DiT, as sensitive as small), no groups, no padding but by zeros.
+    """
     if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
         return False
     return not isinstance(layer.padding, str) and (layer.kernel_size != layer.stride or layer.kernel_size == (1, 1))
@@ -66,7 +67,8 @@ def layer_channels(layer: nn.Module) -> int:
 
 def sample_windows(layer: nn.Conv2d, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return ``count`` random windows of ``x [B, in, H, W]``, as they meet the weight: ``[count, in * height *
-    width]``."""
+    width]``.
+    """
     window = Window.of(layer)
     (up, left), (height, width) = window.padding, window.kernel
     padded = F.pad(x, (left, left, up, up))

@@ -28,8 +28,9 @@ from qdiff.formats.weight import QuantizedWeight
 
 @torch.library.custom_op("qdiff::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor, format: str) -> Tensor:
-    """Return static activation quantization: ``x`` on the grid of ``format`` with one constant ``scale`` (a 0-dim
-    tensor)."""
+    """Return ``x`` after static activation quantization: on the grid of ``format`` with one constant ``scale`` (a 0-dim
+    tensor).
+    """
     return scales.quantize_dequantize(x, scale, format_named(format))
 
 
@@ -59,8 +60,9 @@ quantize_dequantize.register_autograd(_within_range, setup_context=_keep_range)
 
 @torch.library.custom_op("qdiff::token_quantize_dequantize", mutates_args=())
 def token_quantize_dequantize(x: Tensor, format: str) -> Tensor:
-    """Return dynamic activation quantization: one scale for each row of the last axis, from that row's amax at run
-    time."""
+    """Return ``x`` after dynamic activation quantization: one scale for each row of the last axis, from that row's amax
+    at run time.
+    """
     return dynamic.quantize_dequantize_tokens(x, format_named(format))
 
 
@@ -74,8 +76,9 @@ token_quantize_dequantize.register_autograd(lambda ctx, gradient: (gradient, Non
 
 @torch.library.custom_op("qdiff::block_quantize_dequantize", mutates_args=())
 def block_quantize_dequantize(x: Tensor, tensor_scale: Tensor | None, format: str) -> Tensor:
-    """Return dynamic block quantization: one scale for each block of the last axis at run time, a multiple of the
-    constant ``tensor_scale`` (0-dim float32) where the format has one (NVFP4), else ``None`` (MX formats)."""
+    """Return ``x`` after dynamic block quantization: one scale for each block of the last axis at run time, a multiple
+    of the constant ``tensor_scale`` (0-dim float32) where the format has one (NVFP4), else ``None`` (MX formats).
+    """
     return dynamic.quantize_dequantize_blocks(x, format_named(format), tensor_scale)
 
 
@@ -92,7 +95,8 @@ def dequantize_weight(
     codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: str, dtype: torch.dtype
 ) -> Tensor:
     """Return a weight ``[out, in]`` in ``dtype`` from packed codes and scales
-    (:class:`qdiff.formats.weight.QuantizedWeight`)."""
+    (:class:`qdiff.formats.weight.QuantizedWeight`).
+    """
     return QuantizedWeight.from_packed(format_named(format), codes, scale, tensor_scale).dequantize().to(dtype)
 
 

@@ -58,12 +58,14 @@ class TimestepIndex:
         self._index: Tensor | None = None
 
     def set(self, timestep: Tensor, calibrated: Tensor) -> None:
-        """``timestep [batch]`` (or 0-dim), ``calibrated [T]``: both are the sampler's timestep values."""
+        """Set the index from ``timestep [batch]`` (or 0-dim) and ``calibrated [T]``: both are the sampler's timestep
+        values.
+        """
         distance = (timestep.reshape(-1, 1).to(calibrated) - calibrated.reshape(1, -1)).abs()
         self._index = distance.argmin(dim=1)
 
     def gather(self, table: Tensor) -> Tensor:
-        """Return ``table [T]`` at the current timesteps: ``[batch]``."""
+        """Return the entries of ``table [T]`` at the current timesteps: ``[batch]``."""
         if self._index is None:
             raise RuntimeError("no timestep was set: call the backbone, not a layer of it")
         return table[self._index]
@@ -175,7 +177,7 @@ class QuantLinear(nn.Module):
         add("output_scale", config.output is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [batch, ..., in]`` to ``[batch, ..., out]``."""
+        """Return the layer's output ``[batch, ..., out]`` for ``x [batch, ..., in]``."""
         x = self._transformed(x)
         if self.timestep_scales is None:
             y = self._product(x, self.bias)
@@ -222,7 +224,8 @@ class QuantLinear(nn.Module):
 
     def exact(self) -> set[str]:
         """Return buffers that lose something in 16 bit: scales of a whole tensor, which are no float16 numbers, and
-        stored codes."""
+        stored codes.
+        """
         names = {"codes", "tensor_scale"}
         if format_named(self.config.weights).scale != "float16":
             names.add("scale")
@@ -279,7 +282,7 @@ class QuantConv2d(QuantLinear):
         return x[:, None, None]
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``x [B, in, H, W]``."""
+        """Return the convolution of ``x [B, in, H, W]`` with the weight."""
         weight = self._weight(x.dtype).unflatten(1, (self.config.channels, *self.window.kernel))
         return _convolve(self._quantized(x), weight, bias, self.window)
 
@@ -304,7 +307,8 @@ def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Ten
 
 class KeptLinear(nn.Module):
     """An unquantized linear layer whose weight is stored in float16 or bfloat16 (or float32, where the values are beyond float16)
-    and used in the dtype of its input."""
+    and used in the dtype of its input.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -316,7 +320,7 @@ class KeptLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [..., in]`` to ``[..., out]``."""
+        """Return the layer's output ``[..., out]`` for ``x [..., in]``."""
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
@@ -336,7 +340,7 @@ class KeptConv2d(nn.Module):
         self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [B, in, H, W]`` to ``[B, out, H', W']``."""
+        """Return the layer's output ``[B, out, H', W']`` for ``x [B, in, H, W]``."""
         return _convolve(x, self.weight.to(x.dtype), self.bias, self.window)
 
 

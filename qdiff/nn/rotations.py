@@ -59,7 +59,8 @@ class Rotation:
 
     def weight(self, weight: Tensor) -> Tensor:
         """Return ``W (Rᵀ)⁻¹`` for ``W [out, in]``: what the rotated input is multiplied with. G on the float16 grid is
-        orthogonal to 2^-11 only, so its own inverse is taken."""
+        orthogonal to 2^-11 only, so its own inverse is taken.
+        """
         if self.first is None:
             return self.forward(weight)
         inverse = torch.linalg.inv(self.first.double()).transpose(-1, -2).to(weight)
@@ -68,7 +69,8 @@ class Rotation:
 
 def rotate(x: Tensor, last: Tensor | None, first: Tensor | None = None, order: Tensor | None = None) -> Tensor:
     """Return ``x G P H`` for ``x [..., in]`` with the factors of :class:`Rotation`; what a quantized layer's graph
-    holds."""
+    holds.
+    """
     if first is not None and order is not None:
         blocks = x.unflatten(-1, (first.shape[0], 1, first.shape[1]))
         x = (blocks @ first).flatten(-3).index_select(-1, order)
@@ -131,7 +133,8 @@ def outlier_rotation(x: Tensor, block: int, steps: int = 32, seed: int = 0) -> R
 
 def zigzag(magnitudes: Tensor, block: int) -> Tensor:
     """Return channels dealt to blocks from the largest on, forwards and backwards in turn: ``[in]`` int64, block after
-    block."""
+    block.
+    """
     count = len(magnitudes) // block
     dealt = magnitudes.argsort(descending=True, stable=True).reshape(block, count)
     dealt[1::2] = dealt[1::2].flip(1)
@@ -140,7 +143,8 @@ def zigzag(magnitudes: Tensor, block: int) -> Tensor:
 
 def _spreading(block: int, generator: torch.Generator) -> Tensor:
     """Return a random orthogonal matrix ``[block, block]`` whose first row is constant: it spreads the first channel
-    evenly."""
+    evenly.
+    """
     matrix = torch.randn(block, block, generator=generator, dtype=torch.float64)
     matrix[:, 0] = 1.0
     q, _ = torch.linalg.qr(matrix)

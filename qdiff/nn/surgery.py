@@ -43,7 +43,7 @@ class SplitConv2d(nn.Module):
         self.at, self.hidden, self.skip = at, hidden, skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [B, in, H, W]`` to ``[B, out, H', W']``."""
+        """Return the layer's output ``[B, out, H', W']`` for ``x [B, in, H, W]``."""
         return self.hidden(x[:, : self.at]) + self.skip(x[:, self.at :])
 
     @classmethod
@@ -95,7 +95,7 @@ class FirstTokenLinear(nn.Module):
         self.register_buffer("product", product)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x [B, tokens, in]`` to ``[B, tokens, out]``."""
+        """Return the layer's output ``[B, tokens, out]`` for ``x [B, tokens, in]``."""
         first, others = x[:, :1], x[:, 1:]
         share = first @ self.direction[:, None]  # [B, 1, 1]
         y = self.rest(torch.cat([first - share * self.state, others], dim=1))
@@ -103,13 +103,14 @@ class FirstTokenLinear(nn.Module):
 
     @classmethod
     def of(cls, layer: nn.Linear, state: Tensor) -> FirstTokenLinear:
-        """Around a float layer. ``state [in]`` is the constant first token."""
+        """Return the layer around a float layer. ``state [in]`` is the constant first token."""
         return cls(layer, state.to(layer.weight, copy=True), layer.weight.detach() @ state.to(layer.weight))
 
 
 def divide(statistics: Statistics, structure: Structure) -> Statistics:
     """Return the statistics of the changed model from those of the model as it was; exact, because they are kept by
-    channel."""
+    channel.
+    """
     inputs, outputs = {}, dict(statistics.outputs)
     for group, entry in statistics.inputs.items():
         at = structure.split.get(group)

@@ -89,14 +89,16 @@ class LayerPlan(BaseModel):
     @property
     def precision(self) -> str:
         """Return formats in one word or two: ``float16``, ``int8 x int8``, ``int4_g64 x int8 per token``, ``int4_g64 x
-        float16``."""
+        float16``.
+        """
         if not self.quantized:
             return self.weights
         return f"{self.weights} x {self.activations}{' per token' if self.per_token else ''}"
 
     def weight_bits(self) -> float:
         """Return bits of the stored weight with all its scales, its low-rank branch and a rotation that was fitted, for
-        each of its elements."""
+        each of its elements.
+        """
         rows, columns = self.matrix
         extra = low_rank_bits(rows, columns, self.rank) if self.rank else 0.0
         extra += rotation_bits(self.rotation) / rows if self.outliers else 0.0

@@ -96,7 +96,7 @@ class Distillation(BaseModel):
         return self
 
     def steps(self, calls: int) -> int:
-        """Return training steps on that many recorded calls."""
+        """Return the number of training steps on that many recorded calls."""
         return self.iterations or max(1, round(self.passes * calls))
 
 
@@ -149,7 +149,8 @@ class Mixed(BaseModel):
 
 class Reuse(BaseModel):
     """Blocks whose residual is stable are left out of a step and add what they added before: at most ``in_a_row`` steps, and as
-    often as costs no more than ``loss_db`` of the pictures' PSNR."""
+    often as costs no more than ``loss_db`` of the pictures' PSNR.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -315,7 +316,8 @@ class Recipe(BaseModel):
 
     def with_output(self, family: str, names: list[str]) -> dict[str, str]:
         """Return which of ``names`` have their output quantized too, with the pattern that says so. Raises as
-        :meth:`ignored`."""
+        :meth:`ignored`.
+        """
         return match(f"recipe {self.name!r}: quantize_outputs", self.quantize_outputs.get(family, []), family, names)
 
 

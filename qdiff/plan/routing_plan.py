@@ -30,7 +30,8 @@ class Predictor(BaseModel):
     """When the cheap branch is too bad: ``gains[t] (slope change + intercept)^2``, from the block's change in the call before, is
     the squared relative error of the prediction that it is expected to cause. What an error of a block does to the prediction
     differs a hundredfold along the noise schedule, so there is a gain for each of the plan's timesteps. ``r2`` of the line on
-    held-out prompts; ``None`` where there are none."""
+    held-out prompts; ``None`` where there are none.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,13 +41,14 @@ class Predictor(BaseModel):
     r2: float | None = None
 
     def error(self, change: float, place: int) -> float:
-        """See above; ``place`` is the index of the timestep."""
+        """Return the predicted error at a ``change``, as the class says; ``place`` is the index of the timestep."""
         return self.gains[place] * max(0.0, self.slope * change + self.intercept) ** 2
 
 
 class RoutedBlock(BaseModel):
     """One block. ``table`` holds its branch at each of the plan's timesteps; a block with a predictor asks that, and its table
-    is what most prompts of calibration would get."""
+    is what most prompts of calibration would get.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,5 +91,6 @@ class RoutingPlan(BaseModel):
     def by_sample(self) -> bool:
         """Return whether routes depend on what a sample did before, so that every sample has to be called for alone:
         else its picture would depend on the others of its batch. Tables depend on the timestep, which all samples
-        share."""
+        share.
+        """
         return self.reuse is not None or any(block.predictor is not None for block in self.blocks)

@@ -39,7 +39,8 @@ class _Stop(Exception):
 @dataclass
 class Call:
     """One recorded call at the door of a block: the hidden states, what else blocks are given, the timestep's index and value,
-    the shard (its prompts), and which tokens of a layer's input count where not all do."""
+    the shard (its prompts), and which tokens of a layer's input count where not all do.
+    """
 
     states: Tensor
     args: tuple[Any, ...]
@@ -101,7 +102,8 @@ class BlockWalk:
 
     def _door(self, block: str, step: Step) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         """Return states and other arguments that the block is called with when the recorded call is replayed up to
-        it."""
+        it.
+        """
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -121,7 +123,7 @@ class BlockWalk:
         """Bring every call to the door of the block. Here they are there already."""
 
     def leave(self, block: str) -> None:
-        """The block is as it will be: on to the next."""
+        """Go on to the next block; this one is as it will be."""
         self.advance(block)
 
     def observe(
@@ -207,7 +209,8 @@ class BlockWalk:
 
 class ReplayWalk(BlockWalk):
     """The recorded calls at the door of one block after the other, where blocks are no chain: every call is replayed up to it
-    through what the backbone is by then."""
+    through what the backbone is by then.
+    """
 
     def _calls(self, steps: Iterable[Step], timesteps: list[float]) -> list[Call]:
         self._steps = list(steps)
@@ -227,4 +230,4 @@ class ReplayWalk(BlockWalk):
         super().advance(block)
 
     def leave(self, block: str) -> None:
-        """Nothing to carry: the next block is entered from the beginning."""
+        """Do nothing: the next block is entered from the beginning."""

@@ -15,7 +15,8 @@ def buffers_of(
     layer_group: LayerGroup, decisions: Decisions, index: int, bias: Tensor | None, storage_dtype: StorageDtype
 ) -> dict[str, Tensor | None]:
     """Return the buffers of a group's layer ``index`` (:class:`qdiff.nn.quant_linear.QuantLinear`), but for its output's
-    scale."""
+    scale.
+    """
     storage = getattr(torch, storage_dtype)
     weight = layer_group.quantized_weights(decisions)[index]
     scale, stretch = layer_group.activation_scale(decisions)
@@ -44,5 +45,6 @@ def buffers_of(
 
 def output_scale(amax: Tensor, plan: LayerPlan) -> Tensor | None:
     """Return the constant scale of a layer's output from its ranges by timestep ``[T]``; ``None`` when the output stays
-    float."""
+    float.
+    """
     return None if plan.output is None else scales.choose_scale(amax.max(), format_named(plan.output))

@@ -94,7 +94,8 @@ def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
 
 def install_timestep_index(backbone: nn.Module, timestep_index: TimestepIndex, timesteps: Tensor) -> None:
     """Set the timestep index at the start of every forward of the backbone, from the value of its ``timestep``
-    argument."""
+    argument.
+    """
     backbone.register_buffer(TIMESTEPS, timesteps.float().to(device.of(backbone)))
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
     if TIMESTEP not in names:  # a module that has one timestep
@@ -115,7 +116,8 @@ def install_timestep_index(backbone: nn.Module, timestep_index: TimestepIndex, t
 
 def save_quantized(backbone: nn.Module, plan: Plan, path: Path) -> None:
     """Write codes, scales and everything that was kept as one safetensors file, really packed. Hadamard matrices are
-    left out: their size says all."""
+    left out: their size says all.
+    """
     parameters, known = dict(backbone.named_parameters()), set(_hadamards(plan))
     tensors = {
         name: to_storage(tensor.detach(), plan.storage_dtype) if name in parameters else tensor.detach()

@@ -55,7 +55,8 @@ CALLS_FOR_UNIT = 24  # on which a block's error is called 1 in the loss
 
 class CodeVariable(LearnedWeight):
     """A weight whose codes move when its variable has gone far enough. Args as :class:`LearnedWeight`, whose ``weight`` is the
-    quantized one."""
+    quantized one.
+    """
 
     def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
         super().__init__(weight, start)
@@ -71,7 +72,8 @@ class CodeVariable(LearnedWeight):
 @dataclass(frozen=True)
 class Distilled:
     """What came of it: mean error on held-out calls, relative to the energy of the float predictions, before and after; and the
-    layers that were trained."""
+    layers that were trained.
+    """
 
     before: float
     after: float
@@ -127,7 +129,7 @@ class _Blocks:
         self.ours, self.theirs = _Outputs(model.backbone, names), _Outputs(teacher, names)
 
     def errors(self, step: Step) -> Tensor:
-        """Of each block, relative to the energy of the float block's output, ``[blocks]``."""
+        """Return the error of each block, relative to the energy of the float block's output: ``[blocks]``."""
         with torch.no_grad():
             self.model.family.call(self.teacher, step.inputs)
         pairs = [(self.ours.found[name], self.theirs.found[name]) for name in self.names]
@@ -223,8 +225,9 @@ class _Work:
 
     @contextlib.contextmanager
     def _blocks(self) -> Iterator[tuple[_Blocks | None, Tensor]]:
-        """What tells the blocks' errors, where they count, and what they are before on held-out calls, ``[blocks]``. Their hooks
-        are gone when the context ends, however it does."""
+        """Yield what tells the blocks' errors where they count, and those errors before, on held-out calls:
+        ``[blocks]``. The hooks are removed when the context ends, also after an error.
+        """
         names = self.model.family.blocks(self.backbone)
         if self.teacher is None or not self.how.blocks or not names:
             yield None, torch.zeros(0)

@@ -166,7 +166,8 @@ def _facts(layer: LayerPlan, linear: nn.Module, group: str | None) -> Iterator[s
 
 def _is_smoothing(layer: LayerPlan, before: LayerPlan | None) -> bool:
     """Return whether a layer's multiplier follows from its smoothing, or did before the hand took the smoothing
-    away."""
+    away.
+    """
     if layer.smoothing is not None or before is None:
         return layer.smoothing is not None
     return before.smoothing is not None or not before.input_multiplier

@@ -26,7 +26,8 @@ from qdiff.recording.activation_statistics import Statistics
 
 def wanted_structure(model: Model, recipe: Recipe, statistics: Statistics, ignored: Collection[str] = ()) -> Structure:
     """Return what the recipe changes in this model before anything is decided about its layers, those apart that it
-    ignores."""
+    ignores.
+    """
     layers = groups_of(model, statistics)
     split = model.family.splits(model.backbone) if recipe.split_shortcuts else {}
     split = {name: at for name, at in split.items() if name not in ignored and name in layers}
@@ -94,8 +95,9 @@ def draft_plan(model: Model, recipe: Recipe, statistics: Statistics) -> Draft:
 
 
 def prepare(model: Model, recipe: Recipe, statistics: Statistics) -> tuple[Structure, Statistics]:
-    """Change the model's structure as the recipe wants it, in place; what was changed, and statistics of what it then
-    is."""
+    """Change the model's structure as the recipe wants it, in place; return what was changed, and statistics of what it
+    then is.
+    """
     ignored = recipe.ignored(model.family.name, list(quantizable_layers(model.backbone)))
     structure = wanted_structure(model, recipe, statistics, ignored)
     return structure, change(model, structure, statistics)
@@ -149,7 +151,8 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
 
 def kept_entry(name: str, layer: nn.Linear | nn.Conv2d, storage_dtype: StorageDtype, reason: str) -> LayerPlan:
     """Return the entry of a layer that stays unquantized, in ``storage_dtype``, or in float32 where that cannot hold
-    its weight."""
+    its weight.
+    """
     storage: str = storage_dtype
     if storage_dtype == "float16" and not fits_float16(layer.weight):
         storage = "float32"

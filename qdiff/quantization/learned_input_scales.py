@@ -47,7 +47,8 @@ class LearnedInputScale:
 
     def value(self) -> Tensor:
         """Return the scale ``[]``, or the table ``[T]``, as it is now: positive and on float16's grid,
-        differentiable."""
+        differentiable.
+        """
         element = format_named(self.layers[0].config.activations).element
         largest = scales.largest_scale(element) if self.table is None else LARGEST_STRETCH
         value = self.variable.exp().clamp(scales.SMALLEST_SCALE, largest)
@@ -60,7 +61,7 @@ class LearnedInputScale:
             setattr(layer, name, value)
 
     def finished(self) -> tuple[Tensor, Tensor | None]:
-        """Return scale and table, as :meth:`qdiff.methods.base.LayerGroup.activation_scale` gives them."""
+        """Return the scale and the table, as :meth:`qdiff.methods.base.LayerGroup.activation_scale` gives them."""
         assert self.scale is not None
         with torch.no_grad():
             value = scales.to_half_grid(self.value())

@@ -69,7 +69,7 @@ def quantize_from_draft(
     scratch: Scratch | None = None,
     complete: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """:func:`quantize` from the draft on. Raises as there.
+    """Do the work of :func:`quantize` from the draft on. Raise as it does.
 
     Args:
         complete: puts in place what the finished backbone has besides its layers (sparse attention), so that a recipe that trains
@@ -140,7 +140,8 @@ def quantize_groups(
 
 def distilled(plan: Plan, result: Distilled) -> Plan:
     """Return the plan of a model that was trained as a whole. Errors of trained layers, not what they are trained for,
-    are left out."""
+    are left out.
+    """
 
     def entry(layer: LayerPlan) -> LayerPlan:
         if layer.name not in result.layers:
@@ -216,14 +217,16 @@ class GroupQuantizer:
         round_to_storage(self.backbone, storage_dtype)
 
     def all_groups(self) -> None:
-        """Every group on the statistics of the float model."""
+        """Quantize every group on the statistics of the float model."""
         with Progress("quantize", len(self.layers)) as progress:
             for group, entry in self.statistics.inputs.items():
                 self._group(group, entry)
                 progress.advance(len(entry.layers))
 
     def block_by_block(self, trajectory: Trajectory, how: Sequential, scratch: Scratch | None) -> None:
-        """Every block on the states that the quantized blocks before it produce; the rest, first, as :meth:`all_groups`."""
+        """Quantize every block on the states that the quantized blocks before it produce; the rest, first, as
+        :meth:`all_groups` does.
+        """
         blocks = self.model.family.blocks(self.backbone)
         groups = self.statistics.inputs
         outside = [group for group in groups if not any(group.startswith(f"{block}.") for block in blocks)]
@@ -286,8 +289,9 @@ class GroupQuantizer:
         return decided
 
     def _quantize(self, members: list[LayerPlan], inputs: InputStatistics) -> Decided | None:
-        """Decide about a group and places its layers; those below the floor, or all, are left for :meth:`_group` to
-        keep."""
+        """Decide about a group and place its layers; those below the floor, or all, are left for :meth:`_group` to
+        keep.
+        """
         weights = []
         for entry in members:
             weight = self.layers[entry.name].weight.detach()
@@ -319,7 +323,7 @@ class GroupQuantizer:
         return decided
 
     def _refuse(self, entry: LayerPlan, reached: float) -> None:
-        """Plans a layer to be kept, because its output would be below the floor."""
+        """Plan to keep a layer in float, because its output would be below the floor."""
         reason = f"{entry.precision} reaches {reached:.1f} dB, the floor is {self.floor:g} dB (floors.layer)"
         self.planned[entry.name] = kept_entry(entry.name, self.layers[entry.name], self.storage_dtype, reason)
         log.warning("quantize: %s is kept: %s", entry.name, reason)
@@ -390,13 +394,14 @@ class GroupQuantizer:
 
 
 def sqnr_db_of(error: float) -> float:
-    """Return SQNR in dB of a normalised mean square error; at most 300, NaN of NaN."""
+    """Return the SQNR in dB of a normalised mean square error; at most 300, NaN of NaN."""
     return -10 * torch.tensor(max(error, 1e-30)).log10().item()
 
 
 def backbone_config(backbone: nn.Module) -> dict[str, Any]:
     """Return the diffusers config that the backbone is rebuilt from, as JSON values; without the path that it was
-    loaded from, which differs from machine to machine."""
+    loaded from, which differs from machine to machine.
+    """
     if not hasattr(backbone, "to_json_string"):  # a module that is not diffusers'
         return {}
     config = json.loads(backbone.to_json_string())  # type: ignore[operator]

@@ -58,7 +58,7 @@ class Decided:
     biases: list[Tensor | None]
 
     def only(self, layers: Sequence[int]) -> Decided:
-        """Of some of the group's layers, by their numbers."""
+        """Return the decisions for some of the group's layers, by their numbers."""
         layer_group, decisions = self.layer_group, self.decisions
         parts: dict[str, Any] = {
             name: tuple(value[layer] for layer in layers)
@@ -133,7 +133,7 @@ class BlockFit:
         self.learned: dict[str, LearnedLinear] = {}
 
     def error(self, numbers: Iterable[int]) -> float:
-        """Return mean over calls of the squared error of the block's output, relative to the target's energy."""
+        """Return the mean over calls of the squared error of the block's output, relative to the target's energy."""
         with torch.no_grad():
             errors = [float(self._error(number)) for number in numbers]
         return sum(errors) / len(errors)
@@ -158,7 +158,7 @@ class BlockFit:
         penalty: float = 0.0,
         bias_rate: float = 0.0,
     ) -> None:
-        """See :class:`qdiff.methods.learned.Fit`."""
+        """Learn as :class:`qdiff.methods.learned.Fit` says."""
         for name, weight in self.weights.items():
             layer = self.layer(name)
             self.learned[name] = learned_layer(layer, make(weight, codes_of(layer)), bias_rate > 0)
@@ -201,7 +201,7 @@ class BlockFit:
         loss: Callable[[int, float], Tensor],
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
-        """Steps down ``loss`` of one fitting call and the share of iterations done, every call before any comes again."""
+        """Step down ``loss`` of one fitting call and the share of iterations done, every call before any comes again."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.block.encode()))
         order: list[int] = []
         with Progress(f"{what} {self.block}", iterations) as progress:
@@ -235,7 +235,8 @@ class BlockFit:
 
 def split(calls: Sequence[Call | Step]) -> tuple[list[int], list[int]]:
     """Return numbers of the calls to fit on and of those held out: whole shards, because the calls of one have their
-    prompts in common; of a single shard every fourth call."""
+    prompts in common; of a single shard every fourth call.
+    """
     shards = sorted({call.shard for call in calls})
     if len(shards) > 1:
         kept = set(shards[-max(1, len(shards) // 8) :])
@@ -259,7 +260,7 @@ def reconstruct(
     groups: list[Decided],
     place: Callable[[Decided], None],
 ) -> None:
-    """Learn the rounding of a block whose groups are placed, then scales of inputs if asked to, and places the groups
+    """Learn the rounding of a block whose groups are placed, then scales of inputs if asked to, and place the groups
     again with what was learned, where that is better.
 
     Args:
@@ -288,7 +289,8 @@ def _better(
     learn: Callable[[], list[Decided]],
 ) -> list[Decided]:
     """Return groups as they were or as ``learn`` makes them, whichever brings the block nearer to float; placed, with a
-    note."""
+    note.
+    """
     before = fit.error(fit.held_out)
     with torch.enable_grad():  # whatever the caller runs in
         learned = learn()

@@ -53,7 +53,7 @@ def _first_member(recipe: Recipe) -> Recipe | None:
 
 
 def _errors(recipe: Recipe, scheme: Scheme, layer: nn.Conv2d, inputs: InputStatistics, at: int) -> tuple[float, float]:
-    """Return mean square errors of the layer's output as one layer and as two."""
+    """Return the mean square errors of the layer's output as one layer and as two."""
     weight = layer.weight.detach().float()
 
     def output(part: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,8 +31,9 @@ NEGLIGIBLE = 1e-6  # share of the largest gradient below which one has no direct
 
 
 def mean_gradient(losses: Sequence[Callable[[], Tensor]], variables: list[nn.Parameter]) -> Tensor:
-    """Return mean gradient of some losses in a sample of the variables' elements ``[n]``, of which one is computed at a
-    time."""
+    """Return the mean gradient of some losses in a sample of the variables' elements ``[n]``, of which one is computed
+    at a time.
+    """
     places = [_sample(variable) for variable in variables]
     total = torch.zeros(sum(len(place) for place in places), device=variables[0].device)
     for loss in losses:

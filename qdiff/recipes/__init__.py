@@ -111,7 +111,8 @@ def members_of(recipe: Recipe) -> list[Recipe | None]:
 
 def versions_of(recipe: Recipe) -> list[Recipe]:
     """Return the recipes that a routed one changes between, each with its ``ignore``, ``kept``, ``floors`` and
-    structure. Raises as :func:`members_of`."""
+    structure. Raises as :func:`members_of`.
+    """
     assert recipe.routing is not None
     return [_member(recipe, name) for name in recipe.routing.recipes]
 
@@ -127,7 +128,7 @@ def _member(recipe: Recipe, name: str) -> Recipe:
 
 
 def budget_override(text: str) -> str:
-    """Return ``bits=5.5`` of ``--budget`` as an override.
+    """Return the override of ``--budget``, such as ``bits=5.5``.
 
     Raises:
         UsageError: another form, measure, or no number.
@@ -146,7 +147,7 @@ def budget_override(text: str) -> str:
 
 
 def density_override(density: float) -> str:
-    """Return ``--density`` as an override.
+    """Return the override of ``--density``.
 
     Raises:
         UsageError: not above 0 and at most 1.

@@ -59,28 +59,30 @@ class InputStatistics:
         return self.rows.shape[1] // self.low.shape[1]
 
     def to(self, device: torch.device) -> InputStatistics:
-        """With the tables on that device."""
+        """Return the statistics with the tables on that device."""
         tables = {name: getattr(self, name) for name in (*TABLES, "first", "means", "rows_sample")}
         return replace(self, **{name: table.to(device) for name, table in tables.items() if table is not None})
 
     def columns(self) -> InputStatistics:
-        """With one column for every column of ``rows`` in the tables too."""
+        """Return the statistics with one column for every column of ``rows`` in the tables too."""
         wide = {name: getattr(self, name).repeat_interleave(self.taps, dim=1) for name in ("low", "high", "square")}
         return replace(self, **wide) if self.taps > 1 else self
 
     def channels(self, part: slice, layers: list[str]) -> InputStatistics:
-        """Of some of the channels, for layers that read those alone."""
+        """Return the statistics of some of the channels, for layers that read those alone."""
         rows = self.rows.unflatten(1, (-1, self.taps))[:, part].flatten(1)
         tables = {name: getattr(self, name)[:, part] for name in ("low", "high", "square")}
         means = None if self.means is None else self.means[:, part]
         return replace(self, layers=layers, rows=rows, means=means, **tables)
 
     def without_first(self, layers: list[str]) -> InputStatistics:
-        """For layers that do not read the first token."""
+        """Return the statistics for layers that do not read the first token."""
         return replace(self, layers=layers, first=None, tokens=0)
 
     def with_first(self) -> InputStatistics:
-        """For layers that read the first token like any other: its range, and its share of the rows."""
+        """Return the statistics for layers that read the first token like any other: with its range, and its share of
+        the rows.
+        """
         if self.first is None:
             return self
         rows = self.rows.clone()
@@ -90,7 +92,7 @@ class InputStatistics:
 
     @property
     def amax(self) -> Tensor:
-        """Return largest magnitude of each channel at each timestep, ``[T, C]``."""
+        """Return the largest magnitude of each channel at each timestep, ``[T, C]``."""
         return torch.maximum(self.high, -self.low)
 
     def percentile(self, share: float, timestep: int | None = None) -> float:

@@ -28,7 +28,8 @@ SHARD = "trajectory-{:05d}.safetensors"
 @dataclass
 class Step:
     """One call of the backbone: its inputs by name, the timestep's value, and how many calls of the shard had that value
-    before."""
+    before.
+    """
 
     shard: int
     timestep: float
@@ -53,7 +54,7 @@ class Trajectory:
             raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate -o RUN")
 
     def timesteps(self, shard: int) -> list[float]:
-        """Of the recorded calls of one shard, in sampling order.
+        """Return the timesteps of the recorded calls of one shard, in sampling order.
 
         Raises:
             IntegrityError: when the shard is damaged or not ours.

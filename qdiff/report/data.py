@@ -204,7 +204,8 @@ class AllocationResult:
 @dataclass
 class RoutesResult:
     """One set of routes that was tried. ``kind`` is ``rule``, ``uniform`` or ``reuse``; ``skipped`` the share of block
-    evaluations that were left out."""
+    evaluations that were left out.
+    """
 
     name: str
     kind: str
@@ -242,7 +243,8 @@ class RoutingResult:
 @dataclass
 class CorrectionResult:
     """Corrections of the sampler's steps that were tried. ``gains``: of pictures, by method, in ``unit``; ``kept``: the one that
-    quantized engines follow, or ``None``."""
+    quantized engines follow, or ``None``.
+    """
 
     engine: str
     unit: str
@@ -293,7 +295,7 @@ class ReportData:
 
     @property
     def size_ratio(self) -> float | None:
-        """Return float bytes over quantized bytes, or ``None``."""
+        """Return the float model's bytes over the quantized model's, or ``None``."""
         before, after = self.sizes.weights_float, self.sizes.weights_quantized
         return before / after if before and after else None
 
@@ -314,7 +316,7 @@ class ReportData:
 
 
 def megabytes(size: int | None) -> str:
-    """Return ``68_200_000`` -> ``68.2 MB`` (powers of ten, as disks and ``ls --si`` count)."""
+    """Return a size as text: ``68_200_000`` gives ``68.2 MB`` (powers of ten, as disks and ``ls --si`` count)."""
     if size is None:
         return NOT_MEASURED
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -324,7 +326,7 @@ def megabytes(size: int | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Return ``0.105`` -> ``105 ms``; from ten seconds on as :func:`qdiff.events.duration`."""
+    """Return a time as text: ``0.105`` gives ``105 ms``; from ten seconds on as :func:`qdiff.events.duration` does."""
     if value is None:
         return NOT_MEASURED
     if value < 1e-3:
@@ -333,22 +335,22 @@ def seconds(value: float | None) -> str:
 
 
 def db(value: float | None) -> str:
-    """Return ``38.94`` -> ``38.9 dB``; the cap is ``identical``."""
+    """Return decibels as text: ``38.94`` gives ``38.9 dB``; the cap gives ``identical``."""
     return NOT_MEASURED if value is None else "identical" if value >= DB_CAP else f"{value:.1f} dB"
 
 
 def times(value: float | None) -> str:
-    """Return ``3.93`` -> ``3.9×``."""
+    """Return a factor as text: ``3.93`` gives ``3.9×``."""
     return NOT_MEASURED if value is None else f"{value:.2g}×" if value < 10 else f"{value:.0f}×"
 
 
 def percent(value: float | None) -> str:
-    """Return ``0.957`` -> ``96 %``."""
+    """Return a share as text: ``0.957`` gives ``96 %``."""
     return NOT_MEASURED if value is None else f"{100 * value:.0f} %"
 
 
 def count(value: int | None) -> str:
-    """Return ``66_800_000`` -> ``66.8 M``."""
+    """Return a count as text: ``66_800_000`` gives ``66.8 M``."""
     if value is None:
         return NOT_MEASURED
     for unit, step in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

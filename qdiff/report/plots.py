@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"^(?:\w*(?:blocks|layers|resnets|attentions|samplers)\.\d+\
 
 
 def format_colours(layers: list[LayerResult]) -> dict[str, int]:
-    """Return index of the series colour of each format, by first appearance; unquantized layers are grey (7)."""
+    """Return the index of the series colour of each format, by first appearance; unquantized layers are grey (7)."""
     formats = dict.fromkeys(layer.requested for layer in layers)
     coloured = [name for name in formats if name.lower() not in UNQUANTIZED]
     return {name: coloured.index(name) % 7 if name in coloured else 7 for name in formats}
@@ -75,7 +75,7 @@ def layer_plot(layers: list[LayerResult], colours: dict[str, int]) -> str | None
 
 
 def timestep_plot(data: ReportData) -> str | None:
-    """Return SQNR of the whole backbone over the timestep, in the order of denoising."""
+    """Return a plot of the SQNR of the whole backbone over the timestep, in the order of denoising."""
     worst: dict[float, float] = {}  # of the calls at one timestep
     for one in data.timesteps:
         if one.sqnr_db is not None:
@@ -96,8 +96,9 @@ def timestep_plot(data: ReportData) -> str | None:
 
 
 def allocation_plot(allocation: AllocationResult | None) -> str | None:
-    """Return PSNR of plans over what they cost: the solver's at several budgets, uniform ones, those within the
-    budget."""
+    """Return a plot of the PSNR of plans over what they cost: the solver's at several budgets, uniform ones, those
+    within the budget.
+    """
     shown = [(plan, plan.psnr_db) for plan in allocation.plans if plan.psnr_db is not None] if allocation else []
     if allocation is None or not shown:
         return None

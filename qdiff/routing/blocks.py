@@ -72,15 +72,15 @@ class BranchState:
         self._reports[index] = change, drift, delta
 
     def changes(self) -> Tensor:
-        """Return ``[blocks, batch]`` of the last call."""
+        """Return the changes ``[blocks, batch]`` of the last call."""
         return torch.stack([self._reports[index][0] for index in range(self.blocks)])
 
     def drifts(self) -> Tensor:
-        """Return ``[blocks, batch]`` of the last call; huge where there was no delta before."""
+        """Return the drifts ``[blocks, batch]`` of the last call; huge where there was no delta before."""
         return torch.stack([_there(self._reports[index][1]) for index in range(self.blocks)])
 
     def new_deltas(self) -> Tensor:
-        """Return ``[blocks, batch, tokens, width]`` of the last call."""
+        """Return the new deltas ``[blocks, batch, tokens, width]`` of the last call."""
         return torch.stack([_there(self._reports[index][2]) for index in range(self.blocks)])
 
 
@@ -90,7 +90,7 @@ def _there(value: Tensor | None) -> Tensor:
 
 
 def _sizes(x: Tensor) -> Tensor:
-    """Return sum of magnitudes of each sample: ``[batch]``."""
+    """Return the sum of magnitudes of each sample: ``[batch]``."""
     return x.abs().flatten(1).sum(dim=1)
 
 
@@ -108,7 +108,7 @@ class BranchedBlock(nn.Module):
         self.index, self.branch_state = index, branch_state
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block's own."""
+        """Run the block with the arguments of its own ``forward``."""
         previous = self.branch_state.previous(self.index, hidden_states)
         alternatives: list[Callable[[], Tensor]] = [
             _Call(branch, hidden_states, args, kwargs) for branch in self.branches

@@ -12,7 +12,8 @@ from torch import Tensor
 @torch.library.custom_op("qdiff::choose", mutates_args=())
 def choose(which: Tensor, alternatives: list[Tensor]) -> Tensor:
     """Return one of several tensors of one shape: number ``which`` (0-dim int64), the last one for any other number. In
-    a graph the others are not computed (:mod:`qdiff.export.branches`)."""
+    a graph the others are not computed (:mod:`qdiff.export.branches`).
+    """
     number = int(which)
     return alternatives[number if 0 <= number < len(alternatives) else -1].clone()
 
@@ -25,7 +26,8 @@ def _(which: Tensor, alternatives: list[Tensor]) -> Tensor:
 @torch.library.custom_op("qdiff::shaped_like", mutates_args=())
 def shaped_like(x: Tensor, reference: Tensor) -> Tensor:
     """Return ``x`` in the shape of a tensor of as many elements. A reshape, but the tracer need not see that their
-    sizes agree."""
+    sizes agree.
+    """
     return x.reshape(reference.shape).clone()
 
 

@@ -95,7 +95,7 @@ class Router:
         return routes, None if state is None else state.deltas
 
     def observe(self, changes: Tensor, drifts: Tensor | None = None, deltas: Tensor | None = None) -> None:
-        """What the call reported: ``changes [blocks, batch]``, and with reuse ``drifts`` and new deltas."""
+        """Take over what the call reported: ``changes [blocks, batch]``, and with reuse ``drifts`` and new deltas."""
         if self._call is None:
             raise RuntimeError("the router was told of a call that it gave no routes for")
         key, timestep, shape, before, routes = self._call
@@ -136,7 +136,7 @@ class Router:
 
     @property
     def skipped(self) -> float:
-        """Return share of block evaluations that were left out."""
+        """Return the share of block evaluations that were left out."""
         return self.counts.get(REUSE, 0) / max(1, sum(self.counts.values()))
 
     def _route(self, index: int, block: RoutedBlock, timestep: float, state: State | None) -> int:
@@ -189,5 +189,5 @@ class Router:
 
 
 def nearest(timesteps: list[float], timestep: float) -> int:
-    """Return index of the nearest calibrated timestep."""
+    """Return the index of the nearest calibrated timestep."""
     return min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - timestep))

@@ -39,7 +39,8 @@ def write(folder: Path, manifest: dict[str, Any]) -> None:
 
 def refresh_copy(folder: Path) -> None:
     """Write the copy again where it is not the manifest's text: a process that was killed between the two had left it
-    behind."""
+    behind.
+    """
     path, copy = folder / NAME, folder / COPY
     if path.is_file() and not (copy.is_file() and copy.read_bytes() == path.read_bytes()):
         write_text(copy, path.read_text(encoding="utf-8"))

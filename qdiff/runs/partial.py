@@ -22,7 +22,9 @@ from qdiff.files import open_tensors, save_tensors
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
-    """Return Hex sha256 over names, element types, shapes and bytes of tensors, and over the text beside them."""
+    """Return the hexadecimal sha256 over names, element types, shapes and bytes of tensors, and over the text beside
+    them.
+    """
     digest = hashlib.sha256(json.dumps(dict(notes), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -75,7 +75,8 @@ def _given() -> str:
 
 def _again(entry: dict[str, Any], stage: str) -> str | None:
     """Return the command that goes on with a stage that was cut off, with its options; ``None`` where that was no
-    command line."""
+    command line.
+    """
     words = str(entry.get("command", "")).split(" ")
     made_by = (stage.partition(":")[0], "run")
     return " ".join(word for word in words if word != "--force") if words[1:2] and words[1] in made_by else None
@@ -160,7 +161,8 @@ class Run:
         return cls(path)
 
     def require_writable(self, *folders: str) -> None:
-        """Before work whose results go into the run folder, and into ``folders`` in it: tries whether they can.
+        """Try whether files can be written into the run folder, and into ``folders`` in it, before the work whose
+        results go there.
 
         Raises:
             UsageError: they cannot be made or written to.
@@ -181,7 +183,9 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Return twelve hex digits that name this run: the hash of its calibration's inputs. It goes into pictures."""
+        """Return the twelve hexadecimal digits that name this run: the hash of its calibration's inputs. It goes into
+        pictures.
+        """
         entry = self.manifest["stages"].get("calibrate")
         return sha256_json(entry["inputs"])[:12] if entry else "0" * 12
 
@@ -270,7 +274,7 @@ class Run:
         return f"{fix}; `{_command(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
 
     def _made_from(self, name: str) -> list[str]:
-        """Return recorded stages that were made from ``name``, directly or not."""
+        """Return the recorded stages that were made from ``name``, directly or not."""
         own = name.partition(":")[0]
         verbs = {own}
         for verb, sources in UPSTREAM.items():  # in order: a stage comes after all that it is made from
@@ -289,7 +293,7 @@ class Run:
         leftovers: Iterable[str] = (),
         needs: Iterable[str] = (),
     ) -> Iterator[StageRun | None]:
-        """Does a stage unless it is done already.
+        """Do a stage unless it is done already.
 
         Yields ``None`` when the stage is finished with the same inputs: the caller's block then has nothing to do.
         Otherwise yields the :class:`StageRun`; its ``resumed`` says that an earlier try with the same inputs was cut off
@@ -357,7 +361,8 @@ class Run:
 
     def _remove_summaries(self) -> None:
         """Remove what forgotten stages had written in the run folder itself (a report, a comparison, a correction): it
-        speaks of what is no longer there. Pictures, graphs and engines stay."""
+        speaks of what is no longer there. Pictures, graphs and engines stay.
+        """
         current = {output for entry in self.manifest["stages"].values() for output in entry.get("outputs", {})}
         for output in self.manifest["leftovers"]:
             if output not in current and "/" not in output:

@@ -85,7 +85,8 @@ def require_statistics(run: Run) -> None:
 
 def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[AttentionPlan, Tensor]:
     """Return which blocks every head reads, for a recipe's wish:
-    :func:`qdiff.allocation.attention_masks.decide_masks`."""
+    :func:`qdiff.allocation.attention_masks.decide_masks`.
+    """
     from qdiff.allocation.attention_masks import decide_masks
     from qdiff.attention.numerics import numerics_named
     from qdiff.attention.statistics import AttentionStatistics

@@ -52,7 +52,8 @@ def make_options(
 
 def _has_kernel(plan: Any) -> bool:
     """Return whether the plan's attention has numerics of the kernel that the data-centre engine takes in as a plugin,
-    which is for one size (:mod:`qdiff.engines.trt_plugin`)."""
+    which is for one size (:mod:`qdiff.engines.trt_plugin`).
+    """
     from qdiff.attention.numerics import numerics_named
 
     return plan.attention is not None and numerics_named(plan.attention.numerics).coded
@@ -67,8 +68,9 @@ def _switches_blocks(plan: Any) -> bool:
 
 
 def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
-    """TensorRT-RTX 1.7 compiles no NVFP4 product inside an ``If`` whose batch is a range ("Unsupported op"); other axes may be
-    one."""
+    """Refuse profiles with a range of batch sizes: TensorRT-RTX 1.7 compiles no NVFP4 product inside an ``If`` whose
+    batch is a range ("Unsupported op"); other axes may be one.
+    """
     for profile in profiles:
         low, _, high = profile.ranges["timestep"]
         if low != high:
@@ -129,7 +131,8 @@ def _profile(
 
 def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:
     """Return a profile of a graph that takes cached deltas (:mod:`qdiff.export.routes`), as large as the latent
-    ``latent`` makes them."""
+    ``latent`` makes them.
+    """
     import dataclasses
     import math
 
@@ -146,7 +149,8 @@ def _with_lists(
     attention: AttentionPlan, text: str, axes: dict[str, Any], sizes: dict[str, Any], one_size: bool = False
 ) -> Profile:
     """Return a profile of a graph that takes lists (:mod:`qdiff.export.list_inputs`): for one size of pictures, and any
-    lists, or with ``one_size`` lists as wide as the widest."""
+    lists, or with ``one_size`` lists as wide as the widest.
+    """
     import dataclasses
     import math
 
@@ -356,7 +360,8 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
 
 def beside(run: Run, engines: Iterable[str]) -> contextlib.AbstractContextManager[None]:
     """Return where the float model, text encoder and VAE are while those engines run: beside an engine of the host on
-    the host, unless a device was named."""
+    the host, unless a device was named.
+    """
     from qdiff import device
 
     built = [f"build:{name}" for name in engines]
@@ -365,7 +370,8 @@ def beside(run: Run, engines: Iterable[str]) -> contextlib.AbstractContextManage
 
 def device_beside(run: Run, engines: Iterable[str]) -> dict[str, str]:
     """Return inputs of a stage whose result depends on where the float model is beside those engines: a GPU by its
-    name."""
+    name.
+    """
     from qdiff import device
 
     with beside(run, engines):
@@ -383,7 +389,8 @@ def assembled(step: Runner, parts: Iterable[tuple[Runner, Sequence[str]]]) -> Ru
 
 def scheduled(run: Run, runner: Runner) -> Runner:
     """Return the runner of an exported graph; one that gives it its lists where the plan's attention is sparse, or its
-    routes."""
+    routes.
+    """
     from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))

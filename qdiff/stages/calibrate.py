@@ -24,7 +24,8 @@ DEFAULT_SAMPLES, MOST_SAMPLES = 32, 10_000
 @dataclass(frozen=True)
 class CalibrateOptions:
     """What ``qdiff calibrate`` takes. ``None`` means the model's own default. ``other_guidance`` are guidance scales besides the
-    first, which later stages make their own pictures with: batches of prompts take turns at them."""
+    first, which later stages make their own pictures with: batches of prompts take turns at them.
+    """
 
     model: str = "pixart"
     weights: str = "bundled"
@@ -179,7 +180,8 @@ def calibrate(
 
 def _at_recorded_commit(run: Run, options: CalibrateOptions) -> CalibrateOptions:
     """Return the options, with the commit that this run was begun with where the same id is given without one: what the
-    Hub calls ``main`` may have moved since."""
+    Hub calls ``main`` may have moved since.
+    """
     recorded = run.manifest["stages"].get("calibrate", {}).get("inputs", {})
     if options.revision is None and recorded.get("weights") == options.weights and "revision" in recorded:
         return replace(options, revision=recorded["revision"])
@@ -226,7 +228,8 @@ def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], 
 
 def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
     """Return seconds and bytes, from one timed call of the backbone: it is called once to record and once to
-    collect."""
+    collect.
+    """
     from qdiff.calib.record import seconds_per_call
 
     seconds, latent_bytes = seconds_per_call(model, recording)

@@ -1,5 +1,6 @@
 """Stage 5: the same prompts and seeds on the float model and on engines, how far the pictures are apart, and which is faster
-(:mod:`qdiff.stages.speed`)."""
+(:mod:`qdiff.stages.speed`).
+"""
 
 from __future__ import annotations
 
@@ -183,8 +184,9 @@ def _judge(name: str, made: dict[str, Pictures], speed: Speed, request: Request,
 
 
 def accuracy(model: Model, images: list[Any], prompts: list[str]) -> dict[str, Any] | None:
-    """Return share of pictures or clips that show what their prompt names; ``None`` for models that were not trained on
-    the emoji."""
+    """Return the share of pictures or clips that show what their prompt names; ``None`` for models that were not
+    trained on the emoji.
+    """
     if model.weights != "bundled":
         return None
     from qdiff.evaluation.images import to_pixels

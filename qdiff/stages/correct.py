@@ -146,7 +146,7 @@ class _Work:
         }
 
     def _gains(self, engine: str, methods: list[str]) -> dict[str, dict[str, Any]]:
-        """Of every method its correction, fitted to an engine, and what pictures gain by it."""
+        """Return, for every method, its correction, fitted to an engine, and what pictures gain by it."""
         from qdiff.correction import CORRECTIONS
 
         judging = self._scorer(self.judge)
@@ -170,7 +170,7 @@ class _Work:
         return found
 
     def _moments(self, session: Session) -> PairMoments:
-        """Return guided predictions of both models on the recorded calls."""
+        """Return the guided predictions of both models on the recorded calls."""
         import torch
 
         from qdiff.correction.moments import PairMoments
@@ -199,7 +199,8 @@ class _Work:
 
     def _scorer(self, request: Request) -> Scorer:
         """Return how good an engine's pictures are with a correction; larger is better. What was scored before a kill
-        is remembered."""
+        is remembered.
+        """
         score = self._new_scorer(request)
 
         def remembered(session: Session, correction: Correction | None) -> float:

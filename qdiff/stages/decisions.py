@@ -1,5 +1,6 @@
 """Where the decisions of ``qdiff quantize`` come from: a recipe's methods, a plan that a hand has edited, or a budget of
-formats or routes."""
+formats or routes.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ class DecisionSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the recipe."""
+        """Return the name of the recipe."""
         ...
 
     @property
@@ -71,7 +72,7 @@ class DecisionSource(Protocol):
         ...
 
     def draft(self, model: Model, statistics: Statistics) -> Draft:
-        """Return what is known before the float model has run; refuses what cannot be carried out."""
+        """Return what is known before the float model has run; refuse what cannot be carried out."""
         ...
 
     def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
@@ -262,7 +263,8 @@ class ByBudget:
 @dataclass(frozen=True)
 class ByRouting:
     """Blocks that change between recipes from step to step: the whole model by each recipe, then routes by a budget and
-    pictures."""
+    pictures.
+    """
 
     recipe: Recipe
     run: Run

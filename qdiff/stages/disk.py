@@ -18,7 +18,7 @@ SMALL_FILES = 2_000_000  # manifests, plans, reports
 
 
 def trajectory_bytes(model: Model, recording: Recording, call_bytes: int) -> int:
-    """Of all shards.
+    """Return the bytes of all shards.
 
     Args:
         call_bytes: inputs of one call of a whole batch.
@@ -27,7 +27,9 @@ def trajectory_bytes(model: Model, recording: Recording, call_bytes: int) -> int
 
 
 def statistics_bytes(model: Model, recording: Recording) -> int:
-    """Of the statistics and their unfinished part, which lie side by side at the end (:mod:`qdiff.calib.observers`)."""
+    """Return the bytes of the statistics and their unfinished part, which lie side by side at the end
+    (:mod:`qdiff.calib.observers`).
+    """
     from qdiff.calib.observers import RowSample
     from qdiff.models.base import quantizable_layers
     from qdiff.nn.conv import layer_channels
@@ -54,12 +56,12 @@ def statistics_bytes(model: Model, recording: Recording) -> int:
 
 
 def checkpoint_bytes(model: Model) -> int:
-    """Of a quantized checkpoint, in which nothing is larger than 16 bit, with its scales."""
+    """Return the bytes of a quantized checkpoint, in which nothing is larger than 16 bit, with its scales."""
     return round(2.1 * sum(parameter.numel() for parameter in model.backbone.parameters()))
 
 
 def quantization_bytes(model: Model, trajectory: int) -> int:
-    """Of the checkpoint and of the float model's predictions.
+    """Return the bytes of the checkpoint and of the float model's predictions.
 
     Args:
         trajectory: bytes of the recorded calls, which predictions are not larger than.
@@ -68,17 +70,17 @@ def quantization_bytes(model: Model, trajectory: int) -> int:
 
 
 def export_bytes(checkpoint: int) -> int:
-    """Of the graph for one target, and of the one that it replaces."""
+    """Return the bytes of the graph for one target, and of the one that it replaces."""
     return 2 * checkpoint + SMALL_FILES
 
 
 def engine_bytes(graph: int) -> int:
-    """Of one engine, and of what its library keeps for it while it builds."""
+    """Return the bytes of one engine, and of what its library keeps for it while it builds."""
     return 2 * graph + SMALL_FILES
 
 
 def picture_bytes(model: Model, pictures: int, engines: int) -> int:
-    """Of compared pictures or clips, as if nothing were compressed, and of the report's copies.
+    """Return the bytes of compared pictures or clips, as if nothing were compressed, and of the report's copies.
 
     Args:
         engines: beside float.
@@ -91,7 +93,7 @@ def picture_bytes(model: Model, pictures: int, engines: int) -> int:
 
 
 def run_bytes(model: Model, pictures: int, targets: int, engines: int, trajectory: int) -> int:
-    """Of everything after the calibration."""
+    """Return the bytes of everything after the calibration."""
     checkpoint = checkpoint_bytes(model)
     graphs = targets * export_bytes(checkpoint) + engines * engine_bytes(checkpoint)
     return quantization_bytes(model, trajectory) + graphs + picture_bytes(model, pictures, max(1, engines))

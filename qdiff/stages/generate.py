@@ -44,7 +44,7 @@ class Pictures:
 
     @property
     def seconds_per_step(self) -> float:
-        """Return median over the steps, the first left out: it compiles and warms caches."""
+        """Return the median seconds over the steps, the first left out: it compiles and warms caches."""
         steps = self.step_seconds[1:] or self.step_seconds
         return statistics.median(steps)
 
@@ -281,7 +281,7 @@ def default_output(run: Run) -> Path:
 
 
 def generate(run: Run, request: Request, engine: str | None, output: Path, batch: int = 4) -> dict[str, Any]:
-    """``qdiff generate``: pictures to ``output`` (several: ``output-0.png`` …), clips to MP4s.
+    """Generate pictures into ``output`` (several: ``output-0.png`` …), clips as MP4s.
 
     Raises:
         UsageError: ``output`` is no path of what the model makes, or frames are asked of a picture.

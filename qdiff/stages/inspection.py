@@ -15,7 +15,8 @@ from qdiff.stages.build import built_parts
 
 def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str, Any]:
     """Return stages with their state, whether their files are unchanged, and the plan in numbers (or layer by
-    layer)."""
+    layer).
+    """
     from qdiff.engines.cache import list_engines
     from qdiff.plan.plan import Plan
 
@@ -80,7 +81,8 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
 
 def _roles(run: Run) -> dict[str, str]:
     """Return what each engine folder that is in use computes: everything, a step, or one of the parts that are computed
-    once."""
+    once.
+    """
     roles: dict[str, str] = {}
     for stage, entry in run.manifest["stages"].items():
         if stage.startswith("build:") and entry.get("status") == "done":

@@ -23,13 +23,14 @@ LOOK_SEED = 25_000  # of the pictures that tell what a group does to them
 
 
 def picture_score(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureScore:
-    """Return :func:`picture_score_of` with ``count`` of the calibration's prompts, on seeds of its own."""
+    """Return the score of :func:`picture_score_of` with ``count`` of the calibration's prompts, on seeds of its own."""
     return picture_score_of(run, model, backbone, _prompts(run, count), PLAN_SEED + options_of(run).seed)
 
 
 def picture_errors_of(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureErrors:
-    """Return squared error and loss of structure of ``count`` pictures, of the calibration's prompts on seeds of their
-    own."""
+    """Return the squared error and the loss of structure of ``count`` pictures, of the calibration's prompts on seeds
+    of their own.
+    """
     compare = comparison(run, model, backbone, _prompts(run, count), LOOK_SEED + options_of(run).seed)
 
     def picture_errors() -> tuple[float, float]:
@@ -46,7 +47,7 @@ def _prompts(run: Run, count: int) -> list[str]:
 
 
 def picture_score_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> PictureScore:
-    """Return mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
+    """Return the mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
     compare = comparison(run, model, candidate, prompts, seed)
     return lambda: compare().psnr_db_mean
 

@@ -173,7 +173,7 @@ def _work(run: Run, decided: DecisionSource, work: Any, scratch: Scratch) -> Non
 
 
 def _attention(run: Run, decided: DecisionSource, model: Model) -> tuple[AttentionPlan, Tensor] | None:
-    """Return plan and masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
+    """Return the plan and the masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
     if decided.attention is not None:
         return decide_attention(run, decided.attention, model)
     if isinstance(decided, ByPlan) and decided.plan.attention is not None and decided.masks is not None:
@@ -207,7 +207,7 @@ def _errors(expected: list[tuple[float, Tensor]], got: list[tuple[float, Tensor]
 
 
 def _refuse_idle(plan: Plan, errors: list[dict[str, float]]) -> None:
-    """A quantized model that equals the float model is one whose quantizers are off."""
+    """Refuse a quantized model that equals the float model: its quantizers are off."""
     from qdiff.evaluation.metrics import DB_CAP
 
     if plan.quantized and any(error["sqnr_db"] >= DB_CAP for error in errors):

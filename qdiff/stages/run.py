@@ -42,7 +42,7 @@ def run_all(
     force: bool = False,
     accept_quality: bool = False,
 ) -> dict[str, Any]:
-    """Calibrate, quantizes, exports, builds, compares and reports.
+    """Calibrate, quantize, export, build, compare and report.
 
     Engines that were not asked for by name and cannot be built here are left out, with a line in the result that says why.
 

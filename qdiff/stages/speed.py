@@ -74,7 +74,8 @@ def measure_speeds(
 
 def _follows_steps(run: Run) -> bool:
     """Return whether steps take different times: then all of a trajectory are timed, else as many as a few seconds
-    hold."""
+    hold.
+    """
     from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))

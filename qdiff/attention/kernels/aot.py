@@ -209,7 +209,9 @@ def columns_constants(numerics: Numerics, tiling: Tiling, heads: int, size: int)
 
 
 def _strides(tiling: Tiling, heads: int, size: int) -> dict[str, object]:
-    """Of contiguous ``[batch, heads, tokens, size]``. As constants: what they are multiples of decides how wide loads are."""
+    """Return the strides of a contiguous ``[batch, heads, tokens, size]`` as constants: what they are multiples of
+    decides how wide loads are.
+    """
     plane = tiling.tokens * size
     return {"stride_batch": heads * plane, "stride_head": plane, "stride_token": size}
 
@@ -279,7 +281,7 @@ def _source_of(kernel: JITFunction) -> type[ASTSource]:
 
 
 def assemble(ptx: str) -> tuple[int, int]:
-    """Translate PTX with the ptxas that triton brings, and throws the result away.
+    """Translate PTX with the ptxas that triton brings, and throw the result away.
 
     Returns:
         registers of a thread, and bytes that it spills.

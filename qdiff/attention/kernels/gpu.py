@@ -58,7 +58,9 @@ def attend_rows(
     scale: float | None = None,
     **constants: Any,
 ) -> Tensor:
-    """Return :func:`attend` with the lists as :func:`on_device` gives them, which callers keep from call to call."""
+    """Return what :func:`attend` returns, with the lists as :func:`on_device` gives them, which callers keep from call
+    to call.
+    """
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     if q.is_cuda and capability < ((8, 9) if numerics.coded else (8, 0)):
         name = torch.cuda.get_device_name(q.device)
@@ -97,7 +99,8 @@ def in_gluon(launch: Launch) -> bool:
 
 def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, int]) -> dict[str, int]:
     """Return constants of a :class:`qdiff.attention.kernels.sparse_attention.Launch` for a Hopper; none for other GPUs,
-    on which nothing was measured."""
+    on which nothing was measured.
+    """
     if capability != HOPPER:
         return {}
     if not numerics.coded:
@@ -108,7 +111,7 @@ def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, 
 
 
 def on_device(lists: BlockLists, tiling: Tiling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return :meth:`qdiff.attention.lists.BlockLists.by_row`, computed in host memory."""
+    """Return the lists of :meth:`qdiff.attention.lists.BlockLists.by_row`, computed in host memory."""
     host = BlockLists(lists.blocks.cpu(), lists.bounds.cpu())
     offsets, entries = host.by_row(tiling)
     return offsets.to(device), entries.to(device)

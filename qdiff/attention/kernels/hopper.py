@@ -75,7 +75,7 @@ def _copy(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The copying warp: queries once, then a tile of keys and one of values for every step."""
+    """Run the copying warp: copy the queries once, then a tile of keys and one of values for every step."""
     PARTS: gl.constexpr = BLOCK_K // TILE
     GROUP: gl.constexpr = q_tiles.shape[1]
     if last > first:  # else nobody would wait for it
@@ -130,7 +130,9 @@ def _compute(
     CODED: gl.constexpr,
     PARTIAL: gl.constexpr,
 ):
-    """One warpgroup: :func:`qdiff.attention.kernels.sparse_attention.sparse_attention_kernel` for its 64 queries."""
+    """Compute with one warpgroup what :func:`qdiff.attention.kernels.sparse_attention.sparse_attention_kernel`
+    computes, for its 64 queries.
+    """
     PARTS: gl.constexpr = BLOCK_K // TILE
     GROUP: gl.constexpr = q_tiles.shape[1]
     BITS: gl.constexpr = q_tiles.dtype.primitive_bitwidth
@@ -235,7 +237,8 @@ def sparse_attention_hopper(
     COMPUTING: gl.constexpr,
     COPYING: gl.constexpr,
 ):
-    """``GROUPS`` times 64 queries of a block. The grid is ``(blocks of queries times BLOCK_Q / (64 GROUPS), heads, batch)``.
+    """Compute the attention of ``GROUPS`` times 64 queries of a block. The grid is ``(blocks of queries times BLOCK_Q /
+    (64 GROUPS), heads, batch)``.
 
     ``q``, ``k`` and ``v`` are descriptors: ``[all places, SIZE]`` in boxes of a warpgroup's queries and of ``TILE`` keys, and
     ``[all blocks' channels, BLOCK_K]`` in boxes of ``[SIZE, TILE]``. The rest is as in
@@ -312,8 +315,9 @@ def attend_packed(
     launch: Launch,
     out: Tensor,
 ) -> Tensor:
-    """As :func:`qdiff.attention.kernels.sparse_attention.attend_packed`, of lists row by row, on a Hopper. One warpgroup
-    for each 64 queries that the launch gives a program."""
+    """Do the work of :func:`qdiff.attention.kernels.sparse_attention.attend_packed` on a Hopper, with lists row by row.
+    One warpgroup computes each 64 queries that the launch gives a program.
+    """
     batch, heads = out.shape[:2]
     ends, entries = rows
     boxes = boxes_of(launch)
@@ -366,5 +370,5 @@ def layout_of(columns: int, bits: int) -> gl.NVMMASharedLayout:
 
 
 def _described(x: Tensor, box: tuple[int, int]) -> TensorDescriptor:
-    """Return ``x [..., columns]`` as a matrix that is copied in boxes."""
+    """Return a descriptor of ``x [..., columns]`` as a matrix that is copied in boxes."""
     return TensorDescriptor.from_tensor(x.flatten(0, -2), list(box), layout_of(box[1], 8 * x.itemsize))

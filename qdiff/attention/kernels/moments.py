@@ -45,7 +45,8 @@ def moments_kernel(
     SPAN: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """Sum of the keys, and sum, largest and smallest of the values, of ``SPAN`` tokens; the grid is ``(spans, heads, batch)``.
+    """Write the sum of the keys, and sum, largest and smallest of the values, of ``SPAN`` tokens; the grid is ``(spans,
+    heads, batch)``.
 
     ``k`` and ``v [batch, heads, tokens, SIZE]`` with any strides but the last to float32 ``parts [batch, heads, spans, 4,
     CHANNELS]``.
@@ -86,8 +87,9 @@ def join_moments_kernel(
     LINES: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """The parts of :func:`moments_kernel` together; the grid is ``(heads times batch,)``. Results are float32 ``[batch, heads,
-    SIZE]``; ``LARGEST`` is that of the values' format."""
+    """Join the parts of :func:`moments_kernel`; the grid is ``(heads times batch,)``. Results are float32 ``[batch,
+    heads, SIZE]``; ``LARGEST`` is the largest number of the values' format.
+    """
     plane = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, CHANNELS)
     k_sum = tl.zeros([LINES, CHANNELS], tl.float32)
@@ -122,7 +124,8 @@ class Moments:
 
 def moments_of(k: Tensor, v: Tensor, numerics: Numerics) -> Moments:
     """Return one pass over ``k`` and ``v [batch, heads, tokens, size]``, of any float dtype and any strides of the
-    first three axes."""
+    first three axes.
+    """
     batch, heads, tokens, size = k.shape
     channels, spans = triton.next_power_of_2(size), -(-tokens // SPAN)
     parts = k.new_empty(batch, heads, spans, 4, channels, dtype=torch.float32)

@@ -32,7 +32,9 @@ TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it to a float32 of less than 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 to a number format, to nearest, ties to even. What E4M3 does not hold (beyond +-448) must not be there."""
+    """Round float32 to a number format, to nearest, ties to even. What E4M3 does not hold (beyond +-448) must not be
+    there.
+    """
     if dtype == tl.int8:
         result = (x + TO_INTEGER - TO_INTEGER).to(tl.int8)
     elif INTERPRETED and dtype == tl.float8e4nv:
@@ -51,14 +53,18 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def inverse_of(x):
-    """``1 / x`` for :func:`divided`; 0 where that is near the end of float32's range, and what is divided comes to nothing."""
+    """Return ``1 / x`` for :func:`divided`; 0 where that is near the end of float32's range, and what is divided comes
+    to nothing.
+    """
     return tl.where(x > TINY, tl.div_rn(1.0, x), 0.0)
 
 
 @triton.jit
 def divided(x, by, inverse):
-    """``x / by``, rounded as IEEE's division, in three operations, given :func:`inverse_of` (Markstein, Computation of
-    elementary functions on the IBM RISC System/6000 processor, 1990, theorem 8). The interpreter's ``fma`` rounds twice."""
+    """Return ``x / by``, rounded as IEEE's division, in three operations, given :func:`inverse_of` (Markstein,
+    Computation of elementary functions on the IBM RISC System/6000 processor, 1990, theorem 8). The interpreter's
+    ``fma`` rounds twice.
+    """
     if INTERPRETED:
         result = tl.where(inverse > 0, tl.div_rn(x, by + 0 * x), 0.0)
     else:
@@ -69,8 +75,9 @@ def divided(x, by, inverse):
 
 @triton.jit
 def product(a, b, acc=None):
-    """``a @ b``, onto ``acc`` where there is one. Without, FP8 products have an accumulator of their own: for other GPUs than a
-    Hopper the compiler would fuse what is added to it afterwards."""
+    """Return ``a @ b``, added to ``acc`` where there is one. Without it, FP8 products have an accumulator of their own:
+    for other GPUs than a Hopper the compiler would fuse what is added to it afterwards.
+    """
     if INTERPRETED and a.dtype == tl.bfloat16:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     elif a.dtype == tl.float8e4nv and acc is None:
@@ -84,7 +91,9 @@ def product(a, b, acc=None):
 
 @triton.jit
 def token_at(order, head, place, tokens, text, BLOCK: tl.constexpr):
-    """Which token lies at ``place``, -1 where none does: :meth:`qdiff.attention.lists.Tiling.places`, one entry at a time."""
+    """Return the token that lies at ``place``, -1 where none does: :meth:`qdiff.attention.lists.Tiling.places`, one
+    entry at a time.
+    """
     rank = place - tl.cdiv(text, BLOCK) * BLOCK
     ordered = (rank >= 0) & (rank < tokens - text)
     token = tl.load(order + head.to(tl.int64) * (tokens - text) + rank, mask=ordered, other=0) + text
@@ -93,8 +102,10 @@ def token_at(order, head, place, tokens, text, BLOCK: tl.constexpr):
 
 @triton.jit
 def place_of(column, CODED: tl.constexpr):
-    """Which place of the keys lies in a column of the packed values. FP8 ones are put so that a thread's probabilities, columns
-    ``8 b + 2 t + e`` of 16 as a tensor core returns scores, are what it hands in: columns ``4 t + 2 b + e``."""
+    """Return the place of the keys that lies in a column of the packed values. FP8 ones are put so that a thread's
+    probabilities, columns ``8 b + 2 t + e`` of 16 as a tensor core returns scores, are what it hands in: columns ``4 t
+    + 2 b + e``.
+    """
     if CODED:
         column = (column & -16) + (column & 2) * 4 + ((column >> 2) & 3) * 2 + (column & 1)
     return column
@@ -102,7 +113,7 @@ def place_of(column, CODED: tl.constexpr):
 
 @triton.jit
 def _tokens(x, token, channel, stride_token, SIZE: tl.constexpr):
-    """Rows of ``x`` as float32 ``[tokens, channels]``, zeros where nothing is."""
+    """Return rows of ``x`` as float32 ``[tokens, channels]``, zeros where no token lies."""
     there = (token >= 0)[:, None] & (channel < SIZE)[None, :]
     return tl.load(x + token.to(tl.int64)[:, None] * stride_token + channel[None, :], mask=there, other=0.0).to(
         tl.float32
@@ -128,7 +139,7 @@ def pack_rows_kernel(
     LARGEST: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """One block of queries or keys; the grid is ``(blocks, heads, batch)``.
+    """Pack one block of queries or keys; the grid is ``(blocks, heads, batch)``.
 
     ``x [batch, heads, tokens, SIZE]`` with any strides but the last, ``mean`` float32 ``[batch, heads, SIZE]`` (``None`` where
     not ``CENTRED``) to ``codes [batch, heads, places, WIDTH]`` and ``scales [batch, heads, blocks]``. ``LARGEST`` is that of the
@@ -172,8 +183,8 @@ def pack_columns_kernel(
     PART: tl.constexpr,
     CODED: tl.constexpr,
 ):
-    """``PART`` places of the values, transposed and put in the order of :func:`place_of`; the grid is ``(places / PART, heads,
-    batch)``.
+    """Pack ``PART`` places of the values, transposed and put in the order of :func:`place_of`; the grid is ``(places /
+    PART, heads, batch)``.
 
     ``x`` as in :func:`pack_rows_kernel`, ``mean`` and ``scales`` float32 ``[batch, heads, SIZE]`` (``None`` if not ``CODED``) to
     ``codes [batch, heads, blocks, WIDTH, BLOCK]``. ``BLOCK`` is that of the keys.
@@ -210,7 +221,7 @@ class Widths:
 
     @classmethod
     def of(cls, size: int, numerics: Numerics) -> Widths:
-        """Of a head of ``size`` channels. Two parts as long as they are shorter than one."""
+        """Return the widths for a head of ``size`` channels: two parts as long as they are shorter than one."""
         main = 1 << (size.bit_length() - 1)
         rest = size - main
         if rest == 0:

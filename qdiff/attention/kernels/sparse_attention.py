@@ -76,7 +76,8 @@ def sparse_attention_kernel(
     PARTIAL: tl.constexpr,
     MATRIX: tl.constexpr,
 ):
-    """``QUERIES`` queries of a block. The grid is ``(blocks of queries times BLOCK_Q / QUERIES, heads, batch)``.
+    """Compute the attention of ``QUERIES`` queries of a block. The grid is ``(blocks of queries times BLOCK_Q /
+    QUERIES, heads, batch)``.
 
     Pointers are those of :class:`qdiff.attention.kernels.pack.Operands`, of the order ``[heads, ordered]`` and of the lists, all
     int32 where integers; ``out [batch, heads, tokens, SIZE]``. ``SCALE`` contains log2 e. ``MAIN`` and the rests are
@@ -174,14 +175,16 @@ def sparse_attention_kernel(
 
 @triton.jit
 def interleaved(x):
-    """``[queries, keys]`` with the keys in the order of packed FP8 values, :func:`qdiff.attention.kernels.pack.place_of`."""
+    """Return ``[queries, keys]`` with the keys in the order of packed FP8 values,
+    :func:`qdiff.attention.kernels.pack.place_of`.
+    """
     split = tl.reshape(x, [x.shape[0], x.shape[1] // 16, 2, 4, 2])
     return tl.reshape(tl.permute(split, (0, 1, 3, 2, 4)), [x.shape[0], x.shape[1]])
 
 
 @triton.jit
 def _block(entries, number, last, ahead, text_columns, columns, MATRIX: tl.constexpr):
-    """The block of keys that comes at ``number``; anything from ``last`` on."""
+    """Return the block of keys that comes at ``number``; any block from ``last`` on."""
     if MATRIX:
         listed = tl.load(entries + number, mask=(number >= ahead) & (number < last), other=0)
         block = tl.where(number < ahead, number, listed + text_columns)
@@ -193,7 +196,7 @@ def _block(entries, number, last, ahead, text_columns, columns, MATRIX: tl.const
 
 @triton.jit
 def _finish(result, to, token, channel, plane, v_scale, v_mean, listed, SIZE: tl.constexpr, CODED: tl.constexpr):
-    """Scales ``result [queries, channels]``, add the mean of the values, and write it where the tokens are."""
+    """Scale ``result [queries, channels]``, add the mean of the values, and write the sum where the tokens are."""
     there = channel < SIZE
     if CODED:
         scale = tl.load(v_scale + plane * SIZE + channel, mask=there, other=0.0)
