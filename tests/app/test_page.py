@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
 
 import pytest
 from playwright.sync_api import TimeoutError
+
+from tests.waiting import wait_until
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> **bold** & a cat"
 
@@ -72,10 +73,7 @@ def test_a_closed_page_gives_its_place_back(browser, site):
     page.click("#generate")
     page.wait_for_selector("#canvas .qd-preview", timeout=60_000)
     context.close()
-    end = time.monotonic() + 20
-    while site.service.busy and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not site.service.busy
+    wait_until(lambda: not site.service.busy, 20)
 
 
 def test_a_bad_input_is_explained(page):
