@@ -14,7 +14,6 @@ from qdiff.files import open_tensors, read_json, temporary_beside, write_text
 from qdiff.runs.partial import Scratch
 from qdiff.runs.run import Run
 
-
 pytestmark = pytest.mark.timeout(60, func_only=True)  # ends a test that waits for somebody to write into a pipe
 
 
