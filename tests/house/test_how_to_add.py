@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("qdiff", "calib", "export", "engines", "app")
-FENCE = re.compile(r"^```(?:python|yaml|text)\n# (?P<path>[\w/.-]+)(?P<place>,[^\n]*)?\n(?P<body>.*?)^```$", re.S | re.M)
+FENCE = re.compile(
+    r"^```(?:python|yaml|text)\n# (?P<path>[\w/.-]+)(?P<place>,[^\n]*)?\n(?P<body>.*?)^```$", re.S | re.M
+)
 
 
 @dataclass(frozen=True)
