@@ -11,6 +11,8 @@ from playwright.sync_api import TimeoutError
 
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> **bold** & a cat"
 
 
@@ -121,7 +123,6 @@ def test_a_phone_needs_no_sideways_scrolling(browser, site):
     context.close()
 
 
-@pytest.mark.slow
 def test_a_build_survives_a_reload_and_joins_the_lists(page, site):
     page.get_by_role("tab", name="Build").click()
     page.get_by_label("Model").last.click()

@@ -56,6 +56,7 @@ def test_what_is_timed_beside_engines_of_the_host_is_there(monkeypatch):
         assert device.chosen() == torch.device("cuda:1")
 
 
+@pytest.mark.slow
 def test_nothing_forgets_the_device():
     """In a process of its own: torch counts devices when it first computes gradients, and one more is one too many."""
     cases = Path(__file__).with_name("fake_device_cases.py")
