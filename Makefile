@@ -23,10 +23,10 @@ DEV := $(VENV)/.installed-dev-$(SUM)
 PEERS := $(VENV)/.installed-bench-$(SUM)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check types demo page bench ptq constraints clean distclean
+.PHONY: help run test check types demo page bench bench-check ptq constraints clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  settings: RUN=$(RUN) VENV=$(VENV) PYTHON=$(or $(PYTHON),none found) EXTRAS=$(EXTRAS) ARGS='more arguments'"
 
 run: $(RUNTIME) ## the main job: calibrate, quantize, export, build, generate and report on the bundled PixArt
@@ -55,6 +55,9 @@ page: run ## the web page on RUN, at http://127.0.0.1:7860
 
 bench: $(PEERS) ## time one denoising step against the peers (ARGS='--config pixart-67m --json')
 	$(BIN)/python -m bench.step $(or $(ARGS),--config pixart-67m)
+
+bench-check: $(RUNTIME) ## short fresh runs of the recorded benchmarks, their ratios beside bench/results
+	$(BIN)/python -m bench.check
 
 ptq: $(PEERS) ## quantization methods beside the peers' (ARGS='--work DIR --only NAME'); hours
 	$(BIN)/python -m bench.ptq $(ARGS)

@@ -31,6 +31,7 @@ from typing import Any
 from torch import Tensor
 
 CONFIGURATIONS = {
+    "pixart-bundled": "pixart",  # the model that comes with qdiff: too small to gain much, quick enough for bench.check
     "pixart-67m": "pixart",
     "pixart-xl": "pixart",
     "sd-1.5": "stable-diffusion",
@@ -55,9 +56,8 @@ def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
     from qdiff.stages.quantize import quantize
 
     run = Run(work / configuration)
-    options = CalibrateOptions(
-        model=CONFIGURATIONS[configuration], weights=f"random:{configuration}", samples=2, steps=2, batch=1
-    )
+    weights = "bundled" if configuration.endswith("-bundled") else f"random:{configuration}"
+    options = CalibrateOptions(model=CONFIGURATIONS[configuration], weights=weights, samples=2, steps=2, batch=1)
     calibrate(run, options)
     quantize(run)
     export(run, "onnxruntime")

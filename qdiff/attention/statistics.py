@@ -73,7 +73,7 @@ class AttentionStatistics:
                     header["options"],
                     file.get_tensor("errors"),
                 )
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise IntegrityError(
                     f"{path} holds no statistics of attention ({error})",
                     "run the same qdiff calibrate again, with --attention --force",

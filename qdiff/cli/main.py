@@ -115,8 +115,10 @@ def _tell(text: str, fix: str | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command and exit with the code of what happened."""
-    from qdiff.cli.commands import app
-
+    """Run the command and exit with the code of what happened; the entry point."""
     stop_on_interrupt()
+    try:
+        from qdiff.cli.commands import app
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
     sys.exit(run(app, sys.argv[1:] if arguments is None else arguments))

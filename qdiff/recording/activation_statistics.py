@@ -151,8 +151,8 @@ class Statistics:
                     for name in file.keys()
                     if name.endswith("|output")
                 }
-                return cls(header["timesteps"], inputs, outputs)
-            except (KeyError, TypeError, ValueError) as error:
+                return cls([float(timestep) for timestep in header["timesteps"]], inputs, outputs)
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise IntegrityError(
                     f"{path} is not a statistics file of qdiff ({error})", "calibrate again with --force"
                 ) from None

@@ -85,8 +85,11 @@ class Trajectory:
         """Return timesteps, and the names of what changes with them."""
         try:
             header = json.loads(file.metadata()["qdiff"])
-            return header["timesteps"], set(header["varying"])
-        except (KeyError, TypeError, ValueError) as error:
+            timesteps, varying = [float(timestep) for timestep in header["timesteps"]], set(header["varying"])
+            if any(file.get_slice(name).get_shape()[:1] != [len(timesteps)] for name in varying):
+                raise ValueError("a tensor has another number of steps")
+            return timesteps, varying
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise IntegrityError(
                 f"{self.paths[shard]} is not a trajectory of qdiff ({error})", "calibrate again with --force"
             ) from None
@@ -108,7 +111,7 @@ def require_shard(path: Path, owner: str) -> None:
     with open_tensors(path, "trajectory shard") as file:
         try:
             found = json.loads((file.metadata() or {})["qdiff"]).get("owner")
-        except (KeyError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             found = None
     if found != owner:
         raise IntegrityError(

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from qdiff.app.limits import Limits
 from qdiff.app.service import Service
 from qdiff.app.settings import Settings
 from qdiff.app.sources import Sources, Weights
+from tests.waiting import wait_until
 
 TINY = Weights("pixart", "random:pixart-tiny")
 
@@ -93,10 +93,8 @@ def serve() -> Iterator[Callable[[Service], Site]]:
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         running.append((server, thread))
-        end = time.monotonic() + 60
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < end, "the server did not start"
-            time.sleep(0.05)
+        wait_until(lambda: server.started or not thread.is_alive(), 60, "the server starts")
+        assert thread.is_alive(), "the server did not start"
         return Site(f"http://127.0.0.1:{port}/", service, os.environ["GRADIO_TEMP_DIR"])
 
     yield start

@@ -11,6 +11,8 @@ import pytest
 
 from qdiff.evaluation.images import read_metadata
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def client(site):

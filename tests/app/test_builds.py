@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from qdiff.app.builds import _expected
 from qdiff.app.jobs import BusyError
 from qdiff.app.sources import Sources, Weights
 from qdiff.errors import InputError
+from tests.waiting import wait_until
 
 TINY = "pixart random:pixart-tiny"
 
@@ -31,11 +30,13 @@ def test_only_what_is_on_the_lists_is_built(service, choices, words):
 
 
 def wait(builds, until, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while not until(builds.state()):
-        assert time.monotonic() < end, builds.state()
-        time.sleep(0.05)
-    return builds.state()
+    """Return the state of the builds once ``until`` is true of it."""
+
+    def state():
+        now = builds.state()
+        return now if until(now) else None
+
+    return wait_until(state, seconds, "the build")
 
 
 @pytest.mark.slow

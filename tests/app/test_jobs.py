@@ -8,6 +8,7 @@ import pytest
 
 from qdiff.app.jobs import BusyError, Job, Slot
 from qdiff.errors import InputError, QdiffError
+from tests.waiting import wait_until
 
 
 def shown(error: BaseException) -> QdiffError:
@@ -52,8 +53,7 @@ def test_a_job_runs_and_gives_its_result(slot, ended):
 def test_the_seventeenth_in_the_queue_is_told_so(slot):
     work = Steps()
     running = slot.submit(job("running", work))
-    while not slot.busy:
-        pass
+    wait_until(lambda: slot.busy)
     waiting = [slot.submit(job(f"w{i}")) for i in range(16)]
     assert [one.update.place for one in waiting] == list(range(1, 17))
     with pytest.raises(BusyError, match="The queue is full: 16 are waiting"):
@@ -67,8 +67,7 @@ def test_the_seventeenth_in_the_queue_is_told_so(slot):
 def test_places_move_up_and_a_waiting_job_leaves_at_once(slot):
     work = Steps()
     slot.submit(job("running", work))
-    while not slot.busy:
-        pass
+    wait_until(lambda: slot.busy)
     first, second, third = (slot.submit(job(name)) for name in ("first", "second", "third"))
     slot.cancel(first)
     assert first.update.state == "cancelled" and (second.update.place, third.update.place) == (1, 2)
@@ -83,8 +82,7 @@ def test_a_cancelled_job_frees_the_slot_within_one_step(slot, ended):
     running = slot.submit(job("a", work))
     for _ in range(3):
         work.gate.release()
-    while work.done < 3:
-        pass
+    wait_until(lambda: work.done >= 3)
     next_one = slot.submit(job("b"))
     slot.cancel(running)
     slot.cancel(running)
@@ -132,8 +130,7 @@ def test_who_watches_late_sees_the_end(slot):
 def test_closing_cancels_what_waits_and_refuses_what_comes(ended):
     slot, work = Slot(16, shown, lambda job, state: ended.append((job.client, state))), Steps()
     running = slot.submit(job("a", work))
-    while not slot.busy:
-        pass
+    wait_until(lambda: slot.busy)
     waiting = slot.submit(job("b"))
     threading.Timer(0.1, work.gate.release).start()
     slot.close(5)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
 
 import pytest
 from playwright.sync_api import TimeoutError
+
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> **bold** & a cat"
 
@@ -72,10 +75,7 @@ def test_a_closed_page_gives_its_place_back(browser, site):
     page.click("#generate")
     page.wait_for_selector("#canvas .qd-preview", timeout=60_000)
     context.close()
-    end = time.monotonic() + 20
-    while site.service.busy and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not site.service.busy
+    wait_until(lambda: not site.service.busy, 20)
 
 
 def test_a_bad_input_is_explained(page):
@@ -123,7 +123,6 @@ def test_a_phone_needs_no_sideways_scrolling(browser, site):
     context.close()
 
 
-@pytest.mark.slow
 def test_a_build_survives_a_reload_and_joins_the_lists(page, site):
     page.get_by_role("tab", name="Build").click()
     page.get_by_label("Model").last.click()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from urllib.parse import quote
@@ -16,6 +15,7 @@ import pytest
 
 from qdiff.app.server import Guard, is_loopback, read_accounts
 from qdiff.errors import InputError
+from tests.waiting import wait_until
 
 
 def ask(url: str, method: str = "GET", data: bytes | None = None, **headers: str) -> tuple[int, str]:
@@ -195,20 +195,20 @@ def test_a_signal_ends_the_server_in_order(finished, tmp_path, free_port):
     ]
     server = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{free_port}/"
-    end = time.monotonic() + 90
-    while True:
-        assert server.poll() is None and time.monotonic() < end
+
+    def answers() -> bool:
+        assert server.poll() is None, server.communicate()[1]
         try:
-            if ask(f"{url}metrics")[0] == 200:
-                break
+            return ask(f"{url}metrics")[0] == 200
         except OSError:
-            time.sleep(0.2)
+            return False
+
+    wait_until(answers, 120, "the server answers")
     from gradio_client import Client
 
     client = Client(url, verbose=False, analytics_enabled=False)
     client.submit("a cat", steps=100, width=512, height=512, engine="float", api_name="/generate")
-    while not client.predict(api_name="/status")["busy"]:
-        time.sleep(0.05)
+    wait_until(lambda: client.predict(api_name="/status")["busy"])
     server.send_signal(signal.SIGTERM)
     _, errors = server.communicate(timeout=30)
     assert server.returncode == 0 and "Traceback" not in errors, errors

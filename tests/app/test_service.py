@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from qdiff.app.limits import Limits
 from qdiff.app.settings import Settings
 from qdiff.errors import InputError, MemoryExhaustedError
 from qdiff.evaluation.images import read_metadata
+from tests.waiting import wait_until
 
 
 def test_a_picture_says_how_it_was_made_and_can_be_made_again(service, draw):
@@ -85,9 +85,7 @@ def test_bundled_models_need_no_run(make_service):
 
 def test_a_cancelled_picture_frees_the_slot_within_one_step(service):
     job = service.generate(Settings.make(prompt="a cat", steps=100, width=256, height=256, engine="float"), "test")
-    while not job.update.step:
-        time.sleep(0.002)
-    at = job.update.step
+    at = wait_until(lambda: job.update.step)
     service.cancel("test")
     assert job.wait(30).state == "cancelled" and job.update.step <= at + 2
     assert not service.busy or service.queue_length == 0

@@ -10,6 +10,8 @@ from qdiff.app.settings import Settings
 from qdiff.errors import InputError
 from qdiff.evaluation.video import read_metadata
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cinema(make_service, filmed):

@@ -18,6 +18,8 @@ from qdiff.attention.kernels.sparse_attention import Launch
 from qdiff.attention.numerics import NUMERICS
 from qdiff.errors import InputError, IntegrityError
 
+pytestmark = pytest.mark.slow
+
 DEFAULT = Launch(128, NUMERICS["int8_fp8"], 128, 128)
 
 

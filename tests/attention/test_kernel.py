@@ -29,6 +29,7 @@ def run_cases(interpret: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_cases_in_the_interpreter():
     run_cases("1")
 

@@ -4,6 +4,7 @@ elsewhere."""
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,8 @@ from qdiff.quantization.checkpoint import load_quantized
 from qdiff.recipes import built_in, load_recipe
 from qdiff.runs.run import Run
 from qdiff.stages.build import load_runner
+
+pytestmark = pytest.mark.slow
 
 PROMPTS, SEEDS = ["a red apple", "a rocket on a blue background", "two cats, asleep"], [7, 8, 9]
 FEW = ("--set", "sequential.tokens=64")
@@ -118,18 +121,24 @@ def test_a_picture_alone_is_the_picture_in_a_batch(cli, calibrated, model, name,
         assert sqnr_db(got, batched) > sqnr_db(alone, got) + 10
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def routed(cli, calibrated, tmp_path_factory) -> tuple[Path, Plan]:
+    """A graph with routes that depend on the sample."""
+    folder = tmp_path_factory.mktemp("routed")
+    run = shutil.copytree(calibrated, folder / "run")
+    plan = quantized(cli, run, "routed", folder)
+    assert cli("export", run, "--target", "onnxruntime", "--force").code == 0
+    return run, plan
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_in_engines_a_picture_is_nearer_to_itself_than_quantization_is_to_float(
-    cli, calibrated, model, engine, tmp_path
-):
+def test_in_engines_a_picture_is_nearer_to_itself_than_quantization_is_to_float(cli, routed, model, engine):
     """Routes that depend on the sample: a graph has one for a whole call, so batches are cut."""
     alone, _ = alone_and_together(model, ModuleRunner(NamedInputs(model.family, model.backbone)))
-    plan = quantized(cli, calibrated, "routed", tmp_path)
+    run, plan = routed
     assert plan.routing is not None and plan.routing.by_sample
-    for command in (("export", calibrated, "--target", "onnxruntime"), ("build", calibrated, "--engine", engine)):
-        assert cli(*command, "--force").code == 0
-    runner = load_runner(Run(calibrated), engine, model)
+    assert cli("build", run, "--engine", engine, "--force").code == 0
+    runner = load_runner(Run(run), engine, model)
     got, batched = alone_and_together(model, runner)
     runner.close()
     assert sqnr_db(got, batched) > sqnr_db(alone, got) + 20

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 from PIL import Image
+
+pytestmark = pytest.mark.slow
 
 PROMPT = ["--prompt", "a red apple", "--seed", 5]
 

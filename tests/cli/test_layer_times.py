@@ -13,6 +13,8 @@ from qdiff.plan.devices import DEVICES, MEASURED_ON
 from qdiff.plan.plan import LayerPlan
 from qdiff.stages.layer_times import LayerTimes
 
+pytestmark = pytest.mark.slow
+
 
 def entry(weights: str, activations: str, per_token: bool = False) -> LayerPlan:
     return LayerPlan(

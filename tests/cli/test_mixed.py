@@ -7,6 +7,8 @@ import pytest
 from qdiff.files import read_json
 from qdiff.plan.plan import Plan
 
+pytestmark = pytest.mark.slow
+
 FOUR = (
     "{version: 1, name: four, scheme: {weights: int4_g32, activations: int8}, methods: {}, "
     "ignore: {pixart: [proj_out]}, sequential: {tokens: 64}}"

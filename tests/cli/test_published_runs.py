@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SD, PIXART = ("--model", "stable-diffusion"), ("--model", "pixart")
 SHORT = ("--samples", 1, "--steps", 2)
 
@@ -36,7 +38,6 @@ def test_what_is_published_is_calibrated(cli, published, tmp_path, name, options
         assert 30 < compared["psnr_db_mean"] < 100, "quantized, and near"
 
 
-@pytest.mark.slow
 def test_a_unet_without_a_middle_is_quantized_block_by_block(cli, published, tmp_path):
     run = tmp_path / "run"
     assert cli("calibrate", *SD, *SHORT, "--weights", published("no_mid_block"), "-o", run).code == 0

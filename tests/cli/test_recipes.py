@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from qdiff.files import read_json
 
 TINY = ("--weights", "random:pixart-tiny", "--steps", "4", "--samples", "3", "--batch", "3", "--pictures", "2")
 
 
+@pytest.mark.slow
 def test_nvfp4_goes_the_whole_way(cli, tmp_path):
     run = tmp_path / "run"
     result = cli("run", *TINY, "--recipe", "nvfp4", "-o", run, "--json").json
@@ -24,6 +27,7 @@ def test_nvfp4_goes_the_whole_way(cli, tmp_path):
     assert "nvfp4 x nvfp4" in html and 'class="differs"' not in html
 
 
+@pytest.mark.slow
 def test_a_recipe_that_a_target_cannot_run_says_what_is_left_out(cli, fails, tmp_path):
     run = tmp_path / "run"
     study = ("--recipe", "nvfp4", "--set", "scheme.weights=fp4_e3m0_g128", "--set", "scheme.activations=float16")

@@ -14,6 +14,8 @@ from PIL import Image
 from qdiff.engines import integer_products
 from qdiff.evaluation.images import read_metadata
 
+pytestmark = pytest.mark.slow
+
 CALIBRATE = ["calibrate", "--weights", "random:pixart-tiny", "--samples", "2", "--steps", "2"]
 
 

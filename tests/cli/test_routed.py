@@ -19,6 +19,8 @@ from qdiff.routing.follow import predict
 from qdiff.runs.run import Run
 from qdiff.stages.build import load_runner
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ("--weights", "random:pixart-tiny", "--samples", 4, "--batch", 2, "--steps", 6)
 ROUTED = ("--recipe", "routed", "--set", "routing.pictures=1", "--set", "routing.rule=table")
 

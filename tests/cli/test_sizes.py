@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from PIL import Image
 
 from qdiff.engines import choose_engine
 from qdiff.runs.run import Run
 from qdiff.stages.build import make_options
+
+pytestmark = pytest.mark.slow
 
 
 def test_everything_after_a_calibration_has_its_size(cli, tmp_path):

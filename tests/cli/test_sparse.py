@@ -17,6 +17,8 @@ from qdiff.recording.trajectory import Trajectory
 from qdiff.routing.follow import predict
 from qdiff.runs.run import Run
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ("--model", "wan", "--weights", "random:wan-tiny", "--samples", 2, "--steps", 8, "--batch", 2)
 
 

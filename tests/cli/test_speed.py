@@ -8,6 +8,8 @@ import pytest
 
 from qdiff.evaluation import timing
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quantized(cli, tmp_path_factory):
@@ -44,7 +46,6 @@ def test_a_busy_machine_is_said_in_every_form(cli, quantized, monkeypatch):
     assert next(one for one in data["engines"] if one["name"] == "eager")["speed_reason"] == busy
 
 
-@pytest.mark.slow
 def test_one_engine_after_the_other_where_memory_is_short(cli, spoilt, monkeypatch):
     """Two engines that do not fit at once: each is timed beside float alone, and it is said."""
     from qdiff.stages import speed

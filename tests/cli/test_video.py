@@ -10,6 +10,8 @@ from qdiff.evaluation.video import read_metadata
 from qdiff.files import read_json
 from qdiff.recording.trajectory import Trajectory
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_has_clips_and_says_how_they_move(filmed):
     for engine in ("float", "eager"):

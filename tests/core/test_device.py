@@ -56,9 +56,10 @@ def test_what_is_timed_beside_engines_of_the_host_is_there(monkeypatch):
         assert device.chosen() == torch.device("cuda:1")
 
 
+@pytest.mark.slow
 def test_nothing_forgets_the_device():
     """In a process of its own: torch counts devices when it first computes gradients, and one more is one too many."""
-    cases = Path(__file__).with_name("elsewhere_cases.py")
+    cases = Path(__file__).with_name("fake_device_cases.py")
     command = [sys.executable, "-m", "pytest", str(cases), "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cases.parents[2])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

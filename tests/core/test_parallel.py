@@ -12,6 +12,7 @@ import torch
 
 from qdiff.errors import InputError, QdiffError
 from qdiff.parallel import run_all, workers_for
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -91,15 +92,11 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path):
 
         run_all(range(4), work, 2, lambda: None)
         os._exit(0)
-    while len(list(tmp_path.iterdir())) < 2:
-        time.sleep(0.02)
+    wait_until(lambda: len(list(tmp_path.iterdir())) >= 2)
     workers = [int(path.name.partition("-")[2]) for path in tmp_path.iterdir()]
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    until = time.monotonic() + 20
-    while any(_runs(worker) for worker in workers) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not any(_runs(worker) for worker in workers)
+    wait_until(lambda: not any(_runs(worker) for worker in workers), 20, "the processes end")
 
 
 def _runs(process: int) -> bool:

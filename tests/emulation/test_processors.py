@@ -33,6 +33,7 @@ PROCESSORS = {
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         QEMU is None or platform.machine() != "x86_64",
         reason="needs qemu-x86_64 (Debian: apt-get install qemu-user) on an x86-64 processor",

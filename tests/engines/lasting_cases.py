@@ -1,4 +1,4 @@
-"""Run by test_lasting.py, in a process of its own (:mod:`tests.elsewhere`)."""
+"""Run by test_lasting.py, in a process of its own (:mod:`tests.fake_device`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qdiff.engines.hoisted import HoistedRunner
 from qdiff.engines.inputs import Copies, TensorSpec, conform
 from qdiff.engines.scheduled import ScheduledRunner
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
-from tests.elsewhere import watched
+from tests.fake_device import watched
 
 
-class FarRunner(Runner):
+class DeviceRunner(Runner):
     """A graph on a device that is not the host's, as :class:`qdiff.engines.trt_run.TensorRTRunner` hands its inputs over."""
 
     inputs = (
@@ -48,17 +48,17 @@ def _call_twice(runner):
 
 def test_lists_are_copied_once_for_each_group(monkeypatch):
     with watched(monkeypatch) as there:
-        inner = FarRunner(there)
+        inner = DeviceRunner(there)
         _call_twice(ScheduledRunner(inner, _schedule()))
         for name in (BLOCKS, BOUNDS):
-            assert all(given[name].device.type == "elsewhere" for given in inner.given)
+            assert all(given[name].device.type == there.type for given in inner.given)
             assert len({id(given[name]) for given in inner.given}) == 3, "three groups, eight steps"
         assert len({id(given["timestep"]) for given in inner.given}) == 8
 
 
 def test_also_behind_parts_that_are_computed_once(monkeypatch):
     with watched(monkeypatch) as there:
-        inner = FarRunner(there)
+        inner = DeviceRunner(there)
         _call_twice(ScheduledRunner(HoistedRunner(inner, []), _schedule()))
         assert len({id(given[BLOCKS]) for given in inner.given}) == 3
 

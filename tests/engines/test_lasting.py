@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_what_lasts_is_copied_once():
-    """In a process of its own, as the device of tests.elsewhere wants it."""
+    """In a process of its own, as the device of tests.fake_device wants it."""
     cases = Path(__file__).with_name("lasting_cases.py")
     command = [sys.executable, "-m", "pytest", str(cases), "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cases.parents[2])

@@ -19,6 +19,7 @@ from qdiff.runs.run import Run
 from qdiff.stages.export import export
 
 
+@pytest.mark.slow
 def test_a_graph_for_a_gpu_computes_in_float32_where_values_leave_float16(grown, tmp_path):
     """Parity, a part of the stage, runs the file: with a scale of 10^7 in float16 it would be NaN."""
     run = Run(shutil.copytree(grown, tmp_path / "run"))

@@ -24,6 +24,8 @@ from qdiff.stages.compare import compare
 from qdiff.stages.export import export
 from qdiff.stages.quantize import quantize
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made_up():

@@ -27,6 +27,8 @@ from qdiff.stages.calibrate import CalibrateOptions, calibrate
 from qdiff.stages.export import export
 from qdiff.stages.quantize import quantize
 
+pytestmark = pytest.mark.slow
+
 MODELS = {"sd": ("random:sd-tiny", "onnxruntime"), "sdxl": ("random:sdxl-tiny", "tensorrt")}
 
 

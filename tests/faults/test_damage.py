@@ -4,8 +4,7 @@ refuses, makes the file anew, or gives what it gives on the whole folder."""
 from __future__ import annotations
 
 import random
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,8 @@ COMMANDS = {
     "generate openvino": ["generate", "--prompt", "x", "--engine", "openvino"],
     "generate onnxruntime": ["generate", "--prompt", "x", "--engine", "onnxruntime"],
 }
+pytestmark = pytest.mark.timeout(120, func_only=True)  # ends a command that waits for somebody to write into a pipe
 LEFT_OUT = ("of another run", "unreadable")  # one needs another run, the other a user who is not root
-
-
-@pytest.fixture(autouse=True)
-def limit() -> Iterator[None]:
-    """Ends a command that waits for somebody to write into a pipe."""
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
 
 
 def pick(files: list[str], seed: int) -> tuple[str, str, str]:

@@ -4,8 +4,6 @@ out, and nothing outside the run folder is touched."""
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,7 @@ from qdiff.files import open_tensors, read_json, temporary_beside, write_text
 from qdiff.runs.partial import Scratch
 from qdiff.runs.run import Run
 
-
-@pytest.fixture(autouse=True)
-def limit() -> Iterator[None]:
-    """Ends a test that waits for somebody to write into a pipe."""
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+pytestmark = pytest.mark.timeout(60, func_only=True)  # ends a test that waits for somebody to write into a pipe
 
 
 def put(path: Path, kind: str) -> None:

@@ -128,9 +128,6 @@ def test_shell_lines_are_taken_apart():
 @pytest.fixture(scope="module")
 def command():
     """The command line as an object that can parse without running."""
-    pytest.importorskip(
-        "qdiff.cli.commands", reason="there is no qdiff/cli/commands.py yet", exc_type=ModuleNotFoundError
-    )
     import typer
 
     import qdiff.cli.commands
@@ -228,8 +225,7 @@ def test_exit_codes_are_those_of_the_code():
     from qdiff import errors
 
     documented = documented_codes()
-    if not documented:
-        pytest.skip("no page has a section about exit codes yet")
+    assert documented, "no page has a section about exit codes"
     kinds = [
         value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.QdiffError)
     ]

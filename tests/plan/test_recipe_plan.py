@@ -21,7 +21,9 @@ from qdiff.recipes import built_in, load_recipe
 MINIMAL = {"version": 1, "name": "mine", "scheme": {"weights": "int8", "activations": "int8"}}
 
 
-SMALLEST = {"cogvideox": "cogvideox-tiny", "pixart": "pixart-tiny", "stable-diffusion": "sd-tiny", "wan": "wan-tiny"}
+SMALLEST = {
+    family: next(name for name in FAMILIES[family].configurations if name.endswith("-tiny")) for family in FAMILIES
+}
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,7 @@ def test_an_edit_of_nothing_gives_the_same_bytes(cli, spoilt):
     assert again.code == 0 and "quantize: done already" in again.err
 
 
+@pytest.mark.slow
 def test_an_edit_in_place_is_told_and_carried_out(cli, spoilt):
     """Every kind of edit at once: the plan says what was changed, the checkpoint does it, and the graph is what was asked."""
     old, path = planned(spoilt), spoilt / "plan.json"

@@ -16,6 +16,8 @@ from qdiff.quantization.splits import gaining_splits
 from qdiff.recipes import load_recipe
 from qdiff.recording.activation_statistics import InputStatistics, Statistics
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_layer_below_the_floor_is_kept_and_the_plan_says_what_it_reached(tiny, recorded):
     _, statistics = recorded

@@ -16,6 +16,7 @@ from qdiff import files
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, UsageError
 from qdiff.files import open_tensors, read_json, safe_child, save_tensors, write_json, write_text
 from qdiff.runs.run import Run, RunLockedError
+from tests.stage_of_one_file import make_stage
 
 
 def names(folder: Path) -> list[str]:
@@ -127,24 +128,15 @@ def test_missing_files(tmp_path):
         read_json(tmp_path / "x", "file")
 
 
-def work(run: Run, name: str, inputs: dict, text: str = "made", **options) -> str:
-    """One stage that writes one file; says what happened."""
-    with run.stage(name, inputs, **options) as stage:
-        if stage is None:
-            return "skipped"
-        write_text(stage.output(run.file(f"{name.replace(':', '-')}.txt")), text)
-        return "resumed" if stage.resumed else "made"
-
-
 def test_made_skipped_refused_forced(tmp_path):
     run = Run(tmp_path / "run")
-    assert work(run, "calibrate", {"seed": 0, "model": {"name": "a"}}) == "made"
-    assert work(Run(run.path), "calibrate", {"model": {"name": "a"}, "seed": 0}) == "skipped"
+    assert make_stage(run, "calibrate", {"seed": 0, "model": {"name": "a"}}) == "made"
+    assert make_stage(Run(run.path), "calibrate", {"model": {"name": "a"}, "seed": 0}) == "skipped"
     with pytest.raises(InputError, match="seed was 0 and is now 1") as caught:
-        work(run, "calibrate", {"seed": 1, "model": {"name": "b"}})
+        make_stage(run, "calibrate", {"seed": 1, "model": {"name": "b"}})
     assert "model.name" in caught.value.message and caught.value.exit_code == 3
-    assert work(run, "calibrate", {"seed": 1, "model": {"name": "b"}}, force=True) == "made"
-    assert work(run, "calibrate", {"seed": 2}, replace=True) == "made"
+    assert make_stage(run, "calibrate", {"seed": 1, "model": {"name": "b"}}, force=True) == "made"
+    assert make_stage(run, "calibrate", {"seed": 2}, replace=True) == "made"
     entry = Run(run.path).entry("calibrate")
     assert entry["outputs"].keys() == {"calibrate.txt"} and entry["seconds"] >= 0 and entry["peak_memory_bytes"] > 1e6
     assert entry["versions"]["torch"].startswith(torch.__version__.split("+")[0])
@@ -154,11 +146,11 @@ def test_making_a_stage_anew_forgets_what_was_made_from_it(tmp_path):
     run = Run(tmp_path / "run")
     stages = ("calibrate", "quantize", "export:tensorrt", "export:onnxruntime", "build:openvino", "compare", "report")
     for name in stages:
-        work(run, name, {})
+        make_stage(run, name, {})
     assert all(run.done(name) for name in stages)
-    work(run, "build:openvino", {"other": 1}, replace=True)
+    make_stage(run, "build:openvino", {"other": 1}, replace=True)
     assert not run.done("compare") and not run.done("report") and run.done("export:tensorrt")
-    work(run, "quantize", {}, force=True)
+    make_stage(run, "quantize", {}, force=True)
     assert [name for name in stages if Run(run.path).done(name)] == ["calibrate", "quantize"]
     with pytest.raises(InputError, match="has not been done") as caught:
         run.entry("export:tensorrt")
@@ -168,8 +160,8 @@ def test_making_a_stage_anew_forgets_what_was_made_from_it(tmp_path):
 @pytest.mark.parametrize("force", [False, True])
 def test_nothing_is_deleted_for_a_stage_whose_sources_were_changed(tmp_path, force):
     run = Run(tmp_path / "run")
-    work(run, "calibrate", {})
-    work(run, "quantize", {})
+    make_stage(run, "calibrate", {})
+    make_stage(run, "quantize", {})
     (tmp_path / "run" / "old").write_text("kept")
     run.file("calibrate.txt").write_text("changed")
     with (
@@ -210,19 +202,19 @@ def test_a_stage_that_was_cut_off_goes_on_and_refuses_others(tmp_path):
     with pytest.raises(InputError, match="was cut off"):
         run.entry("calibrate")
     with pytest.raises(InputError, match="seed"):
-        work(Run(run.path), "calibrate", {"seed": 1})
-    assert work(Run(run.path), "calibrate", {"seed": 0}) == "resumed"
+        make_stage(Run(run.path), "calibrate", {"seed": 1})
+    assert make_stage(Run(run.path), "calibrate", {"seed": 0}) == "resumed"
 
 
 def test_a_stage_that_failed_before_it_wrote_anything_does_not_block_other_inputs(tmp_path):
     run = Run(tmp_path / "run")
     with pytest.raises(InputError, match="bad"), run.stage("quantize", {"recipe": "wrong"}):
         raise InputError("bad recipe")
-    assert work(run, "quantize", {"recipe": "right"}) == "made"
+    assert make_stage(run, "quantize", {"recipe": "right"}) == "made"
     for options in ({"replace": True}, {"force": True}):  # and loses nothing that was finished
         with pytest.raises(InputError, match="bad"), run.stage("quantize", {"recipe": "worse"}, **options):
             raise InputError("bad recipe")
-        assert work(Run(run.path), "quantize", {"recipe": "right"}) == "skipped"
+        assert make_stage(Run(run.path), "quantize", {"recipe": "right"}) == "skipped"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +232,7 @@ def test_running_out_of_memory_is_exit_code_6(tmp_path, error):
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     run = Run(tmp_path / "run")
-    work(run, "calibrate", {})
+    make_stage(run, "calibrate", {})
     other = ("notes/.a.abcdefgh.tmp", "engines/.git/config", ".mine.tmp", "onnx/.keep")  # of the folder's owner
     for name in (".run.json.abcdefgh.tmp", ".tmpaB3dE6", "calibration/.tmpuPeWiT",
                  "calibration/.trajectory-00000.safetensors.x_123456.tmp",
@@ -249,7 +241,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
         path = run.file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
-    work(run, "quantize", {})
+    make_stage(run, "quantize", {})
     assert all(run.file(name).read_text() == "half" for name in other)
     for name in other:
         run.file(name).unlink()
@@ -259,13 +251,13 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 @pytest.mark.parametrize(("change", "error"), [("other", IntegrityError), (None, InputError)])
 def test_changed_and_missing_outputs(tmp_path, change, error):
     run = Run(tmp_path / "run")
-    work(run, "calibrate", {})
+    make_stage(run, "calibrate", {})
     path = run.file("calibrate.txt")
     path.write_text(change) if change else path.unlink()
     with pytest.raises(error, match="calibrate.txt") as caught:
-        work(run, "calibrate", {})
+        make_stage(run, "calibrate", {})
     assert "qdiff calibrate -o" in str(caught.value) and "--force" in str(caught.value)
-    assert work(run, "calibrate", {}, force=True) == "made"
+    assert make_stage(run, "calibrate", {}, force=True) == "made"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +277,7 @@ def test_changed_and_missing_outputs(tmp_path, change, error):
 )
 def test_a_manifest_edited_by_hand_is_refused(tmp_path, edit):
     run = Run(tmp_path / "run")
-    work(run, "calibrate", {"seed": 0})
+    make_stage(run, "calibrate", {"seed": 0})
     manifest = json.loads(run.file("run.json").read_text())
     edit(manifest)
     run.file("run.json").write_text(json.dumps(manifest))
@@ -318,12 +310,12 @@ def test_one_process_at_a_time(tmp_path):
     try:
         assert other.stdout is not None and other.stdout.readline()
         with pytest.raises(RunLockedError, match="another qdiff works in") as caught:
-            work(run, "calibrate", {})
+            make_stage(run, "calibrate", {})
         assert caught.value.exit_code == 3
     finally:
         other.kill()
         other.wait()
-    assert work(run, "calibrate", {}) == "made"  # the lock dies with its process
+    assert make_stage(run, "calibrate", {}) == "made"  # the lock dies with its process
 
 
 def test_the_folder_keeps_its_files_readable(tmp_path):

@@ -11,32 +11,24 @@ import pytest
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.files import write_text
 from qdiff.runs.run import Run, RunLockedError
-
-
-def work(run: Run, name: str, inputs: dict, text: str = "made", **options) -> str:
-    """One stage that writes one file; says what happened."""
-    with run.stage(name, inputs, **options) as stage:
-        if stage is None:
-            return "skipped"
-        write_text(stage.output(run.file(f"{name.replace(':', '-')}.txt")), text)
-        return "resumed" if stage.resumed else "made"
+from tests.stage_of_one_file import make_stage
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", None])
 def test_a_cut_manifest_costs_nothing(tmp_path, damage, caplog):
     run = Run(tmp_path / "run")
-    work(run, "calibrate", {"seed": 0})
+    make_stage(run, "calibrate", {"seed": 0})
     whole = run.file("run.json").read_bytes()
     run.file("run.json").unlink() if damage is None else run.file("run.json").write_text(damage(whole.decode()))
     again = Run.existing(run.path)
     assert again.done("calibrate") and "its copy run.copy.json is taken" in caplog.text
     assert run.file("run.json").read_bytes() == whole
-    assert work(again, "calibrate", {"seed": 0}) == "skipped"
+    assert make_stage(again, "calibrate", {"seed": 0}) == "skipped"
 
 
 def test_the_copy_of_a_manifest_is_sealed_too(tmp_path):
     run = Run(tmp_path / "run")
-    work(run, "calibrate", {"seed": 0})
+    make_stage(run, "calibrate", {"seed": 0})
     manifest = json.loads(run.file("run.json").read_text())
     manifest["stages"]["calibrate"]["inputs"]["seed"] = 5
     run.file("run.copy.json").write_text(json.dumps(manifest))
@@ -61,10 +53,10 @@ def test_force_deletes_what_qdiff_wrote_and_nothing_else(tmp_path, caplog):
 
 def test_what_a_forgotten_stage_wrote_is_still_known(tmp_path):
     run = Run(tmp_path / "run")
-    work(run, "calibrate", {})
+    make_stage(run, "calibrate", {})
     with run.stage("quantize", {}) as stage:
         write_text(stage.output(run.file("quantization", "a.json")), "a")
-    work(run, "calibrate", {"other": 1}, replace=True)  # forgets quantize, whose file stays
+    make_stage(run, "calibrate", {"other": 1}, replace=True)  # forgets quantize, whose file stays
     assert run.file("quantization", "a.json").is_file() and not run.done("quantize")
     with run.stage("quantize", {}, force=True, leftovers=["quantization"]):
         assert not run.file("quantization").exists()
@@ -93,7 +85,7 @@ def test_a_hard_linked_copy_is_a_run_of_its_own(tmp_path):
     other.verify("calibrate")
     assert os.stat(copy / "onnx/model.onnx.data").st_nlink == 1 == os.stat(run.file("onnx/model.onnx.data")).st_nlink
     with run.stage("quantize", {}):
-        assert work(other, "quantize", {"other": 1}) == "made"
+        assert make_stage(other, "quantize", {"other": 1}) == "made"
     assert not Run(run.path).done("export") and Run(run.path).entry("quantize")["inputs"] == {}
 
 

@@ -1,7 +1,7 @@
-"""A GPU that is not there: tensors that say they are on another device and compute in host memory.
+"""Provide a fake device: its tensors report a device of their own and compute in host memory.
 
-Every operator is looked at before it runs: one that mixes them with tensors of the host, or draws them from a generator of the
-host, fails as it would on a GPU. It needs no GPU, so that a forgotten ``device=`` is found where there is none.
+Each operator is checked before it runs. One that mixes tensors of the device with tensors of the host, or draws them from a
+generator of the host, fails as it would on a GPU. So a forgotten ``device=`` is found on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-NAME = "elsewhere"
+NAME = "fake_device"
 _MOVES = ("aten::to", "aten::_to_copy", "aten::copy_", "aten::detach", "aten::_has_compatible_shallow_copy_type")
 _INDEXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")  # indices may be the host's
 _TAKES_LISTS = "qdiff::sparse_attention"  # block lists stay in host memory
@@ -24,23 +24,23 @@ _SCALARS = ("aten::_local_scalar_dense", "aten::equal")
 _tensor = torch.tensor
 
 
-class Far(Tensor):
-    """A tensor of that device. ``near`` is where its numbers are."""
+class DeviceTensor(Tensor):
+    """A tensor of the fake device. ``host`` is the tensor of the host that has its numbers."""
 
-    near: Tensor
+    host: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, near: Tensor) -> Far:
+    def __new__(cls, host: Tensor) -> DeviceTensor:
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            near.shape,
-            strides=near.stride(),
-            storage_offset=near.storage_offset(),
-            dtype=near.dtype,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
             device=device(),
         )
-        made.near = near
+        made.host = host
         return made
 
     @classmethod
@@ -54,7 +54,7 @@ class Far(Tensor):
         return _tensor(data, dtype=options.get("dtype", self.dtype)).to(device())
 
     def tolist(self) -> Any:
-        return self.near.tolist()
+        return self.host.tolist()
 
     def numpy(self, *args: Any, **options: Any) -> Any:
         raise TypeError(f"a tensor on {NAME} has no numpy(): move it to the host first")
@@ -62,10 +62,10 @@ class Far(Tensor):
     __array__ = numpy
 
     def __repr__(self) -> str:
-        return f"{NAME}({self.near!r})"
+        return f"{NAME}({self.host!r})"
 
     def __format__(self, spec: str) -> str:
-        return format(self.near, spec)
+        return format(self.host, spec)
 
 
 class _Watch(TorchDispatchMode):
@@ -75,7 +75,7 @@ class _Watch(TorchDispatchMode):
 
 @functools.cache
 def device() -> torch.device:
-    """The device that is not there."""
+    """Return the fake device; the first call registers it with torch."""
     from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
     class Backend(_DummyBackendModule):
@@ -91,7 +91,7 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def watched(monkeypatch: Any) -> Iterator[torch.device]:
-    """For the length of a block every operator is looked at, and qdiff computes there."""
+    """Check every operator in the block, let qdiff compute on the fake device, and give that device."""
     import qdiff.device
     from qdiff.models import loading
 
@@ -116,28 +116,28 @@ def _made(data: Any, *, device: Any = None, **options: Any) -> Tensor:
     return made if device is None else made.to(device)
 
 
-def _is_far(where: Any) -> bool:
+def _is_on_device(where: Any) -> bool:
     return torch.device(where).type == NAME
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name, tensors = func._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    far = [x for x in tensors if isinstance(x, Far)]
+    on_device = [x for x in tensors if isinstance(x, DeviceTensor)]
     where = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
-    if not far and where is None:
+    if not on_device and where is None:
         return func(*args, **kwargs)
-    result_is_far = bool(far) if where is None else _is_far(where)
-    _check(name, args, kwargs, tensors, far, result_is_far)
+    result_on_device = bool(on_device) if where is None else _is_on_device(where)
+    _check(name, args, kwargs, tensors, on_device, result_on_device)
     if name == "aten::copy_":
-        (args[0].near if isinstance(args[0], Far) else args[0]).copy_(
-            args[1].near if isinstance(args[1], Far) else args[1]
+        (args[0].host if isinstance(args[0], DeviceTensor) else args[0]).copy_(
+            args[1].host if isinstance(args[1], DeviceTensor) else args[1]
         )
         return args[0]
-    args, kwargs = tree_map_only(Far, lambda x: x.near, (args, kwargs))
-    if result_is_far:
+    args, kwargs = tree_map_only(DeviceTensor, lambda x: x.host, (args, kwargs))
+    if result_on_device:
         args, kwargs = tree_map_only(torch.device, lambda x: torch.device("cpu"), (args, kwargs))
     result = func(*args, **kwargs)
-    if name in _SCALARS or not result_is_far:
+    if name in _SCALARS or not result_on_device:
         return result
     written = [
         place
@@ -145,20 +145,25 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     if written and isinstance(result, Tensor):
-        return far[0] if written[0] >= len(args) else next(x for x in far if x.near is args[written[0]])
-    return tree_map_only(Tensor, lambda x: x if isinstance(x, Far) else Far(x), result)
+        return on_device[0] if written[0] >= len(args) else next(x for x in on_device if x.host is args[written[0]])
+    return tree_map_only(Tensor, lambda x: x if isinstance(x, DeviceTensor) else DeviceTensor(x), result)
 
 
 def _check(
-    name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], far: list[Far], result_is_far: bool
+    name: str,
+    args: Any,
+    kwargs: dict[str, Any],
+    tensors: list[Tensor],
+    on_device: list[DeviceTensor],
+    result_on_device: bool,
 ) -> None:
     generator = kwargs.get("generator")
-    if result_is_far and generator is not None:
+    if result_on_device and generator is not None:
         raise RuntimeError(f"{name}: a generator of the host cannot draw on {NAME}")
-    if not far or name in _MOVES or name == _TAKES_LISTS:
+    if not on_device or name in _MOVES or name == _TAKES_LISTS:
         return
-    near = [x for x in tensors if x.dim() and not isinstance(x, Far)]
+    on_host = [x for x in tensors if x.dim() and not isinstance(x, DeviceTensor)]
     if name in _INDEXES:
-        near = [x for x in near if x is args[0]]
-    if near:
+        on_host = [x for x in on_host if x is args[0]]
+    if on_host:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {NAME} and cpu")

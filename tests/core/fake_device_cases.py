@@ -1,5 +1,5 @@
 """The stages that compute with torch, on a device where a tensor of the host beside one of its own is an error
-(tests/elsewhere.py). test_device.py runs them."""
+(tests/fake_device.py). test_device.py runs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qdiff.runs.run import Run
-from tests.elsewhere import watched
+from tests.fake_device import watched
 
 
 def decide_unsaved(run: Run) -> None:
