@@ -139,7 +139,9 @@ class Service:
             self.builds.start(model, recipe, budget, engines)
 
     def stop(self, grace: float = 20.0) -> None:
-        """Refuse what is new, cancels what waits, and end what runs at its next step. Twice is once."""
+        """Refuse what is new, cancel what waits, and end what runs at its next step. Calling it twice is the same as
+        once.
+        """
         self._slot.close(grace)
 
     def close(self) -> None:

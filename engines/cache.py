@@ -99,7 +99,7 @@ def build_cached(engine: Engine, onnx: Path, root: Path, options: BuildOptions, 
 
 
 def _settle(folder: Path) -> dict[str, str]:
-    """Take group's and others' rights from the files, flushes them to disk, and give their hashes."""
+    """Take group's and others' rights from the files, flush them to disk, and return their hashes."""
     files = {}
     for path in sorted(folder.iterdir()):
         os.chmod(path, 0o600)

@@ -135,8 +135,8 @@ def write_graph(
     inputs: list[str],
     outputs: Sequence[str] = ("prediction",),
 ) -> Any:
-    """Trace a module and translates it: the ``onnx_ir`` program, with packed weights and with the functions that it
-    calls.
+    """Trace a module, translate it, and return the ``onnx_ir`` program, with packed weights and with the functions that
+    it calls.
 
     Args:
         values: the module's positional arguments, an example of each.

@@ -132,7 +132,7 @@ class Progress:
 
 
 def track(items: Iterable[T], task: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over ``items`` and reports each one done."""
+    """Iterate over ``items`` and report each one done."""
     if total is None:
         items = list(items)
         total = len(items)

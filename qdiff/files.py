@@ -133,7 +133,7 @@ def require_writable(folder: Path, *, make: bool = False) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path in the same folder)``, flushes it to disk and rename it to ``path``.
+    """Call ``write(temporary path in the same folder)``, flush the file to disk and rename it to ``path``.
 
     Raises:
         InputError: a folder is in the file's place.

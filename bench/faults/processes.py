@@ -68,7 +68,7 @@ class Commands:
                     importlib.import_module(name)
 
     def learn(self, arguments: Sequence[object], threads: int = 1) -> Ended:
-        """Run a command to its end and imports what it had imported."""
+        """Run a command to its end and import what it had imported."""
         ended = self.run(arguments, threads=threads, list_modules=True)
         self._preload()
         return ended
@@ -138,7 +138,7 @@ class Commands:
     def _become(
         self, arguments: list[str], out: Path, err: Path, threads: int, may_read_all: bool, list_modules: bool
     ) -> None:
-        """Run the rest of the child's life."""
+        """Run the command in the forked child; this is the rest of its life."""
         code = 70
         try:
             for number, path in ((1, out), (2, err)):

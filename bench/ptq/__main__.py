@@ -40,7 +40,7 @@ def key_of(shared: Shared, row: Row) -> str:
 
 
 def run_row(shared: Shared, row: Row) -> dict[str, Any]:
-    """Make and scores one row in this process, and write its two files."""
+    """Make and score one row in this process, and write its two files."""
     with tempfile.TemporaryDirectory() as scratch:
         material = shared.material(Path(scratch))
         release_memory()

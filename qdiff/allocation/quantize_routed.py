@@ -46,7 +46,7 @@ def quantize_routed(
     picture_score_of: Callable[[nn.Module], Callable[[], float]],
     guided: bool,
 ) -> Routed:
-    """Quantize ``model.backbone`` by every recipe, decides about routes, and put the branches that are needed in its
+    """Quantize ``model.backbone`` by every recipe, decide about routes, and put the branches that are needed in its
     place.
 
     Args:

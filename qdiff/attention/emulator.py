@@ -37,7 +37,7 @@ def attend(
     accumulator_bits: int | None = None,
     flush: bool = True,
 ) -> Tensor:
-    """Return shapes as :func:`qdiff.attention.oracle.attend`, float32.
+    """Return the attention, float32, in the shapes of :func:`qdiff.attention.oracle.attend`.
 
     Args:
         packed: operands (:func:`qdiff.attention.packing.pack`), as the kernel is given them.

@@ -60,7 +60,7 @@ class Packed:
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numerics: Numerics) -> Packed:
-    """Return orders and quantizes.
+    """Put the tokens in order and quantize them; return the packed operands.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``, any float dtype.

@@ -48,7 +48,7 @@ class CorrectedScheduler:
         return getattr(self.scheduler, name)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """Set the scheduler's timesteps; a new schedule has new responses."""
+        """Set the timesteps as the scheduler does; a new schedule has new responses."""
         self._responses = None
         self.scheduler.set_timesteps(*args, **kwargs)
 

@@ -57,7 +57,7 @@ class TwinLog:
 
 
 def quantize(weight: Tensor, bits: int) -> TwinLog:
-    """Search η and the percentiles of both signs for every row of ``weight [out, in]`` and rounds to that grid.
+    """Search η and the percentiles of both signs for every row of ``weight [out, in]`` and round to that grid.
 
     Raises:
         InputError: not a matrix, NaN or infinity, or a width that leaves no levels (``bits`` is 2 to 8).

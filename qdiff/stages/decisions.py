@@ -76,7 +76,7 @@ class DecisionSource(Protocol):
         ...
 
     def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
-        """Quantize the model in place and completes it."""
+        """Quantize the model in place and complete it."""
         ...
 
 

@@ -34,7 +34,7 @@ def attend(
     scale: float | None = None,
     **constants: Any,
 ) -> Tensor:
-    """Return shapes and meaning as :func:`qdiff.attention.oracle.attend`, in ``q``'s dtype.
+    """Return the attention in ``q``'s dtype, with the shapes and the meaning of :func:`qdiff.attention.oracle.attend`.
 
     Args:
         q, k, v: on a GPU, or in host memory in the interpreter.
@@ -76,8 +76,8 @@ def attend_rows(
 def attend_packed(
     operands: Operands, order: Tensor, rows: tuple[Tensor, Tensor], tiling: Tiling, launch: Launch, out: Tensor
 ) -> Tensor:
-    """Return the attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, which
-    is returned.
+    """Write the attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, and
+    return it.
 
     Args:
         order: int32 ``[heads, ordered]``.

@@ -290,7 +290,7 @@ def pack(
     numerics: Numerics,
     moments: Moments | None = None,
 ) -> Operands:
-    """Return orders and quantizes, as :func:`qdiff.attention.packing.pack`.
+    """Put the tokens in order and quantize them, as :func:`qdiff.attention.packing.pack` does.
 
     Args:
         q, k, v: ``[batch, heads, tokens, size]``, any float dtype and any strides of the first three axes.

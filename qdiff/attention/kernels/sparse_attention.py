@@ -304,8 +304,8 @@ def is_partial(tiling: Tiling) -> bool:
 def attend_packed(
     operands: Operands, order: Tensor, rows: tuple[Tensor, Tensor], tiling: Tiling, launch: Launch, out: Tensor
 ) -> Tensor:
-    """Return the attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, which
-    is returned.
+    """Write the attention alone, of operands that are packed already, into ``out [batch, heads, tokens, size]``, and
+    return it.
 
     Args:
         order: int32 ``[heads, ordered]``.
