@@ -38,7 +38,10 @@ async def drawn(
     """Yield what a page shows of a job, update by update, on its ``canvas``.
 
     Args:
+        service: that runs the job.
+        job: whose progress is shown.
         idle: what is shown again when the job has ended, however it did.
+        canvas: the element of the page that is updated.
         result: what is shown of the job's result.
     """
     async for update in follow(service, job):

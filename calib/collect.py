@@ -44,6 +44,7 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
     order: the statistics of a group are those of its first layer's calls.
 
     Args:
+        model: whose backbone is looked at.
         step: any recorded call; the backbone is run on it once.
     """
     reads: dict[

@@ -104,6 +104,9 @@ def record(model: Model, recording: Recording, folder: Path, owner: str = "") ->
     """Write the missing shards of ``recording`` into ``folder``; return all shards' paths.
 
     Args:
+        model: the float model.
+        recording: what is to be recorded.
+        folder: of the shards.
         owner: fingerprint of what decides the recording; shards carry it, and those of others are refused.
 
     Raises:

@@ -99,6 +99,8 @@ class Copies:
 
         Args:
             given: what the caller gave, of which ``conformed`` has the values: the same object is the same input.
+            conformed: the values, in the order and the element type that the engine takes.
+            device: on which the result lies.
             lasts: whether nobody changes ``given``.
         """
         if conformed.device == device or not lasts:

@@ -150,7 +150,9 @@ def replace(
         pipe: a diffusers pipeline.
         attribute: ``"transformer"`` or ``"unet"``.
         runner: the loaded engine.
-        inputs, engine, unread: see :class:`EngineBackbone`.
+        inputs: see :class:`EngineBackbone`.
+        engine: see :class:`EngineBackbone`.
+        unread: see :class:`EngineBackbone`.
     """
     backbone = EngineBackbone(getattr(pipe, attribute), runner, inputs, engine, unread)
     setattr(pipe, attribute, backbone)

@@ -154,6 +154,7 @@ def compiled(node: AttentionNode, capability: int) -> tuple[Compiled, ...]:
     one.
 
     Args:
+        node: the attention in the graph.
         capability: compute capability of the GPU, without its point.
 
     Raises:

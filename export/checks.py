@@ -60,6 +60,8 @@ def downgraded(plan: Plan, realised: dict[str, Realised], outputs: frozenset[str
     """Return layers whose realised precision is not the one that was asked, as sentences.
 
     Args:
+        plan: what was asked.
+        realised: what each layer has in the graph, by name.
         outputs: formats of outputs that the target runs; others are expected to be float.
     """
     lost = []

@@ -34,6 +34,7 @@ def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
     Args:
         graph: of ``onnx_ir``, as the exporter wrote it.
         module: what was traced.
+        target: whose runtime reads the graph.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, QuantLinear):

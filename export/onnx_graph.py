@@ -76,7 +76,11 @@ def export_onnx(
     The backbone's weights are converted in place when the target computes in 16 bit.
 
     Args:
+        family: of the backbone.
+        backbone: the module that is traced.
         example: one recorded call of the backbone; its shapes are an example, the graph takes others too.
+        target: whose runtime reads the graph.
+        folder: where the files go.
 
     Raises:
         InputError: an op of the module has no translation for this target.
@@ -139,9 +143,12 @@ def write_graph(
     it calls.
 
     Args:
+        module: what is traced.
         values: the module's positional arguments, an example of each.
         dynamic_shapes: as ``torch.export.export`` takes them.
-        inputs, outputs: names in the graph of what the module is given and returns.
+        target: whose runtime reads the graph.
+        inputs: names in the graph of what the module is given and returns.
+        outputs: names in the graph of what the module is given and returns.
 
     Raises:
         InputError: an op of the module has no translation for this target.

@@ -64,6 +64,7 @@ def compare(
 
     Args:
         expected_outputs: the module's, for each of ``steps``.
+        run: computes the graph's output for the inputs of a step.
         steps: recorded calls.
         float_predictions: what the float model predicted for each of them.
         specs: of the backbone's inputs: they say which axis is the batch.

@@ -50,6 +50,7 @@ class RoutesAsInputs(nn.Module):
 
         Args:
             example: one recorded call, whose blocks have ``cells`` tokens.
+            cells: tokens of a block in ``example``.
             fixed: whether the graph takes that many alone, as sparse attention wants.
         """
         count = self.branch_state.blocks

@@ -59,6 +59,7 @@ def read_user_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
     """Return the UTF-8 text of a file that a user named, without a byte order mark.
 
     Args:
+        path: of the file.
         what: it is, for messages: ``the prompts file``.
         most: bytes that it may have.
 
@@ -111,6 +112,7 @@ def require_writable(folder: Path, *, make: bool = False) -> None:
     stays.
 
     Args:
+        folder: which need not be there.
         make: whether the folder, and those above it, may have to be made.
 
     Raises:

@@ -47,7 +47,9 @@ def run_all(
     """Call ``work`` with every piece, in forked processes, or here when one worker is enough.
 
     Args:
+        pieces: numbers that ``work`` is called with.
         work: must not change what other pieces read.
+        workers: number of processes.
         done: called in this process after each piece.
         name: what a piece is, in messages of errors.
 

@@ -108,8 +108,12 @@ class Commands:
         """Run a command and send it a signal after ``moment`` seconds, unless it has ended by then.
 
         Args:
+            arguments: of the command line.
+            moment: seconds after the start.
+            number: of the signal.
             threads: of torch.
             may_read_all: ``False`` takes root's right to read and write every file from the process.
+            list_modules: whether the process lists the modules that it imported.
             late: whether the signal means that it hung.
             patience: seconds that it has to end after the signal, before it is killed.
         """

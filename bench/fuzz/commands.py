@@ -43,6 +43,8 @@ def check_commands(finished: Path, folder: Path, count: int, seed: int, limit: f
     Args:
         finished: a run with every stage done.
         folder: an empty one.
+        count: how many command lines.
+        seed: of the random choices.
         limit: seconds that one may take.
 
     Returns:

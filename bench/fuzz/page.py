@@ -95,6 +95,8 @@ def check_requests(finished: Path, folder: Path, count: int, seed: int, limit: f
     Args:
         finished: a run with every stage done.
         folder: an empty one, for what is built.
+        count: how many requests.
+        seed: of the random choices.
         limit: seconds for one answer.
 
     Returns:

@@ -64,9 +64,11 @@ def make(
     """Quantize ``model.backbone`` in place.
 
     Args:
+        material: what every row is made from.
         preset: name of a configuration of ModelOpt, as ``NVFP4_DEFAULT_CFG``.
-        weights, activations: numerics in place of the configuration's; without a preset both say all (``None``: float).
         algorithm: in place of the configuration's: a name, a dict with ``method``, or a list of these, one after the other.
+        weights: numerics in place of the configuration's; without a preset both say all (``None``: float).
+        activations: numerics in place of the configuration's; without a preset both say all (``None``: float).
         activations_after: numerics of activations that are switched on when ``algorithm`` is done. AWQ refuses quantizers by
             token, and its search leaves activations float whatever they will be, so this is what it would have found.
         algorithm_after: runs after that.

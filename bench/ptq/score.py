@@ -71,6 +71,8 @@ def score(
     Args:
         timesteps: of the held-out calls.
         reference: float's predictions and pictures.
+        predicted: the row's predictions on the held-out calls.
+        pictures: the row's pictures.
     """
     quality = paired(reference[1], pictures)
     return {

@@ -56,6 +56,7 @@ def assemble(versions: Sequence[Version], blocks: dict[str, list[int]], keep: bo
     """Put branches into the first version's backbone, in place.
 
     Args:
+        versions: the quantized models that branches are taken from.
         blocks: of each block, the versions that it can have.
         keep: blocks with one branch get one all the same, because they may be reused; else they take that version's block.
     """

@@ -26,6 +26,7 @@ def decide_masks(
     """Return which blocks every head reads.
 
     Args:
+        statistics: of the self-attentions that may be sparse.
         density: mean share of the blocks, over layers and groups that are sparse.
         numerics: a name of :data:`qdiff.attention.numerics.NUMERICS`.
         timesteps: recorded ones, for the overall density.

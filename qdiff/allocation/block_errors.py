@@ -72,6 +72,7 @@ def measure_block_errors(
         trial: a float backbone whose blocks can be replaced; it sets the timestep_index that the branches read.
         blocks: names, in the order of the chain.
         branches: of each block, the cheap one last.
+        trajectory: the recorded calls.
         guided: whether each prompt is twice in a batch.
         changes: whether to watch all calls for what blocks change, which predictors and reuse are made from.
         reuse: whether to try every block with what it added the step before.

@@ -104,10 +104,13 @@ def decide_formats(
     """Solve the allocation, look at the plans, and take one.
 
     Args:
+        mixed: what the recipe asks for.
         family: whose minimum formats hold.
+        candidates: the formats that every group can have.
+        sensitivity: what each group loses in each format.
+        score: called with a plan put into the candidates' backbone; ``None``: the solver's first solution is taken unseen.
         branches: samples that one picture puts into a call: 2 with guidance.
         time: measures a layer, for a budget of milliseconds on a device without published rates.
-        score: called with a plan put into the candidates' backbone; ``None``: the solver's first solution is taken unseen.
 
     Raises:
         InputError: a budget that no plan meets, a pattern of ``minimum`` that matches nothing, an unknown device.
@@ -237,6 +240,8 @@ def check_wishes(mixed: Mixed, family: str, drafts: list[dict[str, LayerPlan]]) 
     """Refuse what no measurement can make possible, before one is begun.
 
     Args:
+        mixed: what the recipe asks for.
+        family: name of the model's family.
         drafts: what each recipe of the list alone says about every layer.
 
     Raises:

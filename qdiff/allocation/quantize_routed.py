@@ -51,6 +51,10 @@ def quantize_routed(
 
     Args:
         model: its backbone is replaced.
+        recipe: that names the recipes of the branches.
+        statistics: of the float model.
+        trajectory: the recorded calls.
+        scratch: where finished parts are kept, so that a killed run goes on with the next.
         picture_score_of: for a backbone, what tells the mean PSNR in dB of the pictures that it makes.
         guided: whether every prompt is twice in the recorded batches.
 

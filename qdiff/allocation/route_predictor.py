@@ -41,6 +41,7 @@ def threshold(scores: Tensor, costs: Costs, budget: float) -> float:
         scores: predicted errors ``[blocks, steps, calls]``; infinite where the careful branch is taken in any case. A batch of
             samples counts as one call.
         costs: of the careful and the cheap branch.
+        budget: mean bits that the routes may take.
 
     Returns:
         careful above it. The largest finite score, where even that spends more than the budget.

@@ -98,6 +98,8 @@ class PlanScorer:
         """Return pictures of a plan whose blocks have all branches.
 
         Args:
+            name: of the plan.
+            plan: the routes.
             disturbed: index of a timestep at which all blocks err a little.
         """
         self.router.plan, self.router.disturbed, self.router.record = plan, disturbed, True
@@ -118,9 +120,11 @@ def decide_routes(
     """Return the plan whose pictures are best, every block with all branches, and what else was scored.
 
     Args:
+        routing: what the recipe asks for.
         blocks: names, in the order of the chain.
         measured: of them.
         costs: of their branches, which are ``routing.recipes``.
+        scorer: makes a plan's pictures and compares them.
     """
     weights = influence(routing, blocks, measured, scorer)
     weighed = replace(measured, predictions=measured.predictions * weights[:, None], reused=measured.reused * weights)

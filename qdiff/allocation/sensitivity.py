@@ -166,6 +166,8 @@ def measure_sensitivity(
 
     Args:
         model: float; its backbone is not changed.
+        candidates: the formats that every group can have.
+        trajectory: the recorded calls.
         calls: how many recorded calls are looked at; 0: errors are estimated.
         scratch: where finished groups are kept, so that a killed measurement goes on with the next.
         picture_errors: compares the pictures that the candidates' backbone makes with the float model's.

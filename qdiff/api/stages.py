@@ -171,13 +171,19 @@ def quantize(
     Args:
         source: a run, its folder, or what :func:`calibrate` takes.
         recipe: name of a built-in recipe, or path of a YAML file.
-        prompts, output, weights, options: of the calibration; see :func:`calibrate`.
+        prompts: of the calibration; see :func:`calibrate`.
+        output: of the calibration; see :func:`calibrate`.
+        weights: of the calibration; see :func:`calibrate`.
         settings: entries of the recipe to change, each ``"a.b=value"``.
         budget: ``"bits=5.5"``, ``"bytes=4000000"`` or ``"latency=MILLISECONDS"`` of recipes that choose formats.
         density: share of the blocks that self-attentions read.
         plan: a plan whose decisions are taken in place of a recipe's.
         accept_quality: whether a prediction below the recipe's floor is no error.
-        force, dry_run, device, progress: see :func:`calibrate`.
+        force: see :func:`calibrate`.
+        dry_run: see :func:`calibrate`.
+        device: see :func:`calibrate`.
+        progress: see :func:`calibrate`.
+        options: of the calibration; see :func:`calibrate`.
 
     Returns:
         the run, with ``run.results["quantize"]``.
@@ -235,7 +241,9 @@ def export(
     Args:
         run: with a finished quantization.
         target: ``"onnxruntime"``, ``"tensorrt"`` (also for OpenVINO), or several.
-        force, dry_run, progress: see :func:`calibrate`.
+        force: see :func:`calibrate`.
+        dry_run: see :func:`calibrate`.
+        progress: see :func:`calibrate`.
 
     Returns:
         the run, with a list of one result for each target in ``run.results["export"]``.
@@ -276,7 +284,9 @@ def build(
         flags: settings of the backend by name.
         whole: whether one engine computes everything at every step.
         export_first: whether the graph is exported where the run does not hold it yet.
-        force, dry_run, progress: see :func:`calibrate`.
+        force: see :func:`calibrate`.
+        dry_run: see :func:`calibrate`.
+        progress: see :func:`calibrate`.
 
     Returns:
         the run, with ``run.results["build"]``.
@@ -325,7 +335,9 @@ def correct(
         engine: whose predictions are corrected; ``None``: the fastest.
         goal: whether pictures are judged by the float model's, or by the nearest known ones.
         pictures: how many are made to judge.
-        force, device, progress: see :func:`calibrate`.
+        force: see :func:`calibrate`.
+        device: see :func:`calibrate`.
+        progress: see :func:`calibrate`.
 
     Returns:
         the run, with ``run.results["correct"]``.
@@ -368,10 +380,16 @@ def generate(
         output: file to write, several get numbers; ``None``: ``out.png`` or ``out.mp4``.
         engine: ``None``: the fastest that is there.
         negative_prompt: what is not to be seen.
-        steps, guidance, height, width, frames, scheduler: as calibrated where ``None``.
+        steps: as calibrated where ``None``.
+        guidance: as calibrated where ``None``.
         seed: picture i starts from the noise of ``seed + i``.
+        height: as calibrated where ``None``.
+        width: as calibrated where ``None``.
+        frames: as calibrated where ``None``.
+        scheduler: as calibrated where ``None``.
         batch: pictures that are denoised together.
-        device, progress: see :func:`calibrate`.
+        device: see :func:`calibrate`.
+        progress: see :func:`calibrate`.
 
     Returns:
         the written files; ``run.results["generate"]`` says more.
@@ -423,7 +441,9 @@ def compare(
         seed: the first; ``None``: far from the calibration's.
         minimum_psnr: in dB, of every engine's mean.
         accept_quality: whether pictures below the recipe's floor are no error.
-        force, device, progress: see :func:`calibrate`.
+        force: see :func:`calibrate`.
+        device: see :func:`calibrate`.
+        progress: see :func:`calibrate`.
 
     Returns:
         the run, with ``run.results["compare"]``.
@@ -483,11 +503,24 @@ def run_all(
     """Calibrate, quantize, export, build, compare and report.
 
     Args:
-        source, output, prompts, weights, force, device, progress, options: see :func:`calibrate`.
-        recipe, settings, budget, density, accept_quality: see :func:`quantize`.
+        source: see :func:`calibrate`.
+        recipe: see :func:`quantize`.
+        output: see :func:`calibrate`.
+        prompts: see :func:`calibrate`.
+        weights: see :func:`calibrate`.
+        settings: see :func:`quantize`.
+        budget: see :func:`quantize`.
+        density: see :func:`quantize`.
         engines: names; ``None``: all that can be built here.
-        profiles, compute_capability: see :func:`build`.
-        pictures, minimum_psnr: see :func:`compare`.
+        profiles: see :func:`build`.
+        compute_capability: see :func:`build`.
+        pictures: see :func:`compare`.
+        minimum_psnr: see :func:`compare`.
+        accept_quality: see :func:`quantize`.
+        force: see :func:`calibrate`.
+        device: see :func:`calibrate`.
+        progress: see :func:`calibrate`.
+        options: see :func:`calibrate`.
 
     Returns:
         the run, with ``run.results["run"]``.
@@ -521,6 +554,7 @@ def inspect(run: RunOrPath, *, layers: bool = False) -> dict[str, Any]:
     """Return what a run folder holds, as JSON values, and whether its files are unchanged.
 
     Args:
+        run: a run or its folder.
         layers: whether every layer of the plan is listed.
     """
     from qdiff.stages import inspection

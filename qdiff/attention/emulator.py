@@ -41,6 +41,11 @@ def attend(
 
     Args:
         packed: operands (:func:`qdiff.attention.packing.pack`), as the kernel is given them.
+        order: int ``[heads, ordered]``.
+        lists: the blocks of keys that each block of queries reads.
+        tiling: how the sequence is cut into blocks.
+        numerics: formats of the operands.
+        scale: of the scores; ``None``: ``size ** -0.5``.
         tile: keys that the kernel takes at a time, a divisor of the block; ``None``: a block.
         accumulator_bits: mantissa of the accumulator of FP8 products; ``None``: float32's.
         flush: whether each tile has an accumulator of its own.

@@ -146,8 +146,14 @@ def _products(
     """Write ``softmax(q kᵀ scale) v`` into ``result`` for ``[rows, queries, size]`` and ``[rows, keys, size]``.
 
     Args:
+        q: ``[rows, queries, size]``.
+        k: ``[rows, keys, size]``.
+        v: ``[rows, keys, size]``.
+        scale: of the scores.
+        numerics: formats of the operands.
         hidden: bool ``[rows, 1, keys]``: keys that are left out.
         memory: room for the scores.
+        result: ``[rows, queries, size]``, which is overwritten.
     """
     shape = (len(q), q.shape[1], k.shape[1])
     scores = q.new_empty(shape) if memory is None else memory[: shape[0] * shape[1] * shape[2]].view(shape)

@@ -24,8 +24,14 @@ def gradients(
     they are.
 
     Args:
-        q, k, v, of_output: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
-        order, lists, tiling, scale: as of :func:`qdiff.attention.gathered.attend`.
+        q: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
+        k: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
+        v: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
+        order: as of :func:`qdiff.attention.gathered.attend`.
+        lists: as of :func:`qdiff.attention.gathered.attend`.
+        tiling: as of :func:`qdiff.attention.gathered.attend`.
+        scale: as of :func:`qdiff.attention.gathered.attend`.
+        of_output: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
     """
     precision = torch.promote_types(q.dtype, torch.float32)
     rows, columns = tiling.places(order, tiling.block_q), tiling.places(order, tiling.block_k)

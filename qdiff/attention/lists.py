@@ -80,6 +80,7 @@ class Tiling:
 
         Args:
             order: ``[heads, ordered]``: the tokens that are not text, counted from the first of them, in each head's order.
+            block: tokens of a block.
         """
         heads = len(order)
         text = torch.arange(self.text, device=order.device).expand(heads, -1)

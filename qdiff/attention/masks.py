@@ -40,6 +40,7 @@ def choose_blocks(mass: Tensor, kept: Tensor, width: int) -> Tensor:
     Args:
         mass: ``[rows, columns]``, at least 0: how much attention a block of queries pays to a block of keys.
         kept: bool, the same shape. A row with more of them than ``width`` loses the lightest.
+        width: blocks of each row.
 
     Returns:
         bool ``[rows, columns]`` with exactly ``width`` in each row.

@@ -43,11 +43,16 @@ def sparse_attention(
     """Return the attention that reads, for every block of queries, the blocks of keys on its list.
 
     Args:
-        q, k, v: ``[batch, heads, tokens, size]``.
+        q: ``[batch, heads, tokens, size]``.
+        k: ``[batch, heads, tokens, size]``.
+        v: ``[batch, heads, tokens, size]``.
         order: integers ``[heads, tokens - text]``, as :meth:`qdiff.attention.lists.Tiling.places` takes it.
-        blocks, bounds: as in :class:`qdiff.attention.lists.BlockLists`.
+        blocks: as in :class:`qdiff.attention.lists.BlockLists`.
+        bounds: as in :class:`qdiff.attention.lists.BlockLists`.
         first: entry of ``bounds`` at which the first of these heads begins.
-        text, block_q, block_k: as in :class:`qdiff.attention.lists.Tiling`.
+        text: as in :class:`qdiff.attention.lists.Tiling`.
+        block_q: as in :class:`qdiff.attention.lists.Tiling`.
+        block_k: as in :class:`qdiff.attention.lists.Tiling`.
         numerics: a name of :data:`qdiff.attention.numerics.NUMERICS`.
         scale: of the scores.
 

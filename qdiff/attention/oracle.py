@@ -28,8 +28,12 @@ def attend(
     size]``. A token that reads none gets zeros.
 
     Args:
-        q, k, v: ``[batch, heads, tokens, size]``.
+        q: ``[batch, heads, tokens, size]``.
+        k: ``[batch, heads, tokens, size]``.
+        v: ``[batch, heads, tokens, size]``.
         order: ``[heads, ordered]`` (:meth:`qdiff.attention.lists.Tiling.places`).
+        lists: the blocks of keys that each block of queries reads.
+        tiling: how the sequence is cut into blocks.
         scale: of the scores; ``None``: ``size ** -0.5``.
     """
     q, k, v = q.double(), k.double(), v.double()

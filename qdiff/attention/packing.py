@@ -63,8 +63,12 @@ def pack(q: Tensor, k: Tensor, v: Tensor, order: Tensor, tiling: Tiling, numeric
     """Put the tokens in order and quantize them; return the packed operands.
 
     Args:
-        q, k, v: ``[batch, heads, tokens, size]``, any float dtype.
+        q: ``[batch, heads, tokens, size]``, any float dtype.
+        k: ``[batch, heads, tokens, size]``, any float dtype.
+        v: ``[batch, heads, tokens, size]``, any float dtype.
         order: as :meth:`qdiff.attention.lists.Tiling.places` takes it.
+        tiling: how the sequence is cut into blocks.
+        numerics: formats of the operands.
     """
     queries, keys = tiling.places(order, tiling.block_q), tiling.places(order, tiling.block_k)
     filled = keys[0] >= 0

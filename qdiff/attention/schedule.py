@@ -59,6 +59,7 @@ def edges_of(timesteps: list[float], dense: float, groups: int) -> list[float]:
     Args:
         timesteps: falling.
         dense: share of the noise schedule from which on everything is read.
+        groups: how many.
     """
     below = [timestep / TIMESTEPS for timestep in timesteps if timestep < dense * TIMESTEPS]
     size = max(1, math.ceil(len(below) / groups))

@@ -112,6 +112,9 @@ def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Sch
 
     Args:
         family: :class:`qdiff.models.base.Family` of the backbone.
+        backbone: which is changed in place.
+        plan: the self-attentions and their lists.
+        schedule: which lists hold at which timestep.
 
     Raises:
         IntegrityError: an attention that the model does not have.

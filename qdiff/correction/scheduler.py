@@ -130,6 +130,7 @@ def responses(scheduler: Any, options: dict[str, Any]) -> list[Response | None]:
     ``None`` where a step adds no noise, or where it is not linear in the two, because it clips or looks at earlier steps.
 
     Args:
+        scheduler: of diffusers, with its timesteps set.
         options: the keywords that the pipeline gives to ``step``.
     """
     options = {**options, "return_dict": False}

@@ -198,6 +198,8 @@ def side_by_side(
 
     Args:
         variants: ``(name, pictures)``; every variant has one picture for each caption.
+        captions: the prompts.
+        cell: side of a picture's cell in pixels.
 
     Raises:
         InputError: counts differ, or as :func:`contact_sheet`.

@@ -58,7 +58,10 @@ def round_columns(weight: Tensor, nearest: QuantizedWeight, factor: Tensor, orde
     """Return values on the grid of ``nearest`` for ``weight [out, in]``, chosen column by column in ``order``.
 
     Args:
+        weight: ``[out, in]``.
+        nearest: the weight rounded to nearest, whose grid is kept.
         factor: of the Hessian's inverse, in that order.
+        order: of the columns ``[in]``.
         width: columns after which the rest of the weight is updated; it changes speed alone.
     """
     scale, left = nearest.scale_of_each()[:, order], weight.double()[:, order].clone()

@@ -32,6 +32,8 @@ def factors(matrix: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Ten
     grid.
 
     Args:
+        matrix: ``[out, in]``.
+        rank: of the approximation.
         root: S ``[in, in]`` of the weighted form, float64; ``None``: unweighted.
     """
     wide = matrix.double()

@@ -60,7 +60,12 @@ def rotate(
     """Rotate where that gains at least ``minimum_gain_db`` (a product with a small matrix is not free).
 
     Args:
+        layer_group: the layers that share an input.
+        decisions: what was decided before.
+        kinds: of rotations that are tried.
         most: the largest block to mix; the largest power of 4 that divides the layer's columns is taken.
+        choice: what a rotation is chosen by.
+        minimum_gain_db: of the layers' outputs.
 
     Raises:
         InputError: no block divides the columns.

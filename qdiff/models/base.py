@@ -354,6 +354,7 @@ class Family(ABC):
         nothing.
 
         Args:
+            backbone: which is changed in place.
             latent: shape of the first input.
         """
 

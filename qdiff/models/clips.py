@@ -28,6 +28,9 @@ def generate(model: Model, request: Request, on_step: StepCallback | None, **fur
     """Return the clips of a request.
 
     Args:
+        model: with the pipeline.
+        request: prompts, seeds and settings.
+        on_step: called after each denoising step.
         further: arguments of the pipeline besides those that all have.
     """
     arguments = {**model.arguments(request), **further}

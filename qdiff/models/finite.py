@@ -47,6 +47,10 @@ def require_finite_step(engine: str, timestep: Any, latents: Tensor, prediction:
     """Refuse a prediction that is not finite, and say whether it was the latents that had been broken before.
 
     Args:
+        engine: name, for the message.
+        timestep: of the step.
+        latents: that the backbone was given.
+        prediction: of the backbone.
         step: which one of how many, in words, where that is known.
 
     Raises:

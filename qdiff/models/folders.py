@@ -242,6 +242,7 @@ def require_whole(module: Any, account: Mapping[str, Iterable[str]], name: str, 
     """Refuse a network with weights that no file gave or that are not finite; warn of those that it does not use.
 
     Args:
+        module: the network, loaded.
         account: ``missing_keys`` and ``unexpected_keys``, as the libraries give them.
         name: of the component.
         weights: of which it is a part, for the message.

@@ -25,6 +25,7 @@ def download(hub_id: str, revision: str | None) -> tuple[Path, str]:
     """Return a local folder with what is needed of a repository, and the commit.
 
     Args:
+        hub_id: ``owner/name``.
         revision: a commit, a branch or a tag; ``None``: the default branch.
 
     Raises:

@@ -58,6 +58,7 @@ def schedulers_for(current: Any, pipeline: Any = None) -> dict[str, Any]:
     """Return schedulers that can sample what ``current`` can, by class name and short name.
 
     Args:
+        current: the pipeline's own scheduler.
         pipeline: whose loop they run in; it may ask a scheduler for more than others do.
     """
     usable = {cls.__name__: cls for cls in _classes(current) if can_sample(cls, current, pipeline)}

@@ -53,6 +53,8 @@ def tokens(layer: nn.Module, x: Tensor, read: Tensor | None = None) -> Tensor:
     convolution.
 
     Args:
+        layer: linear or a convolution.
+        x: its input.
         read: bool ``[...]`` of a linear layer's tokens, where only some count (:meth:`qdiff.models.base.Family.read_by`).
     """
     if read is not None:

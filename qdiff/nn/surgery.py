@@ -130,6 +130,8 @@ def restructure(backbone: nn.Module, structure: Structure, states: Mapping[str, 
     """Make the changes in place.
 
     Args:
+        backbone: which is changed in place.
+        structure: the changes.
         states: for each layer of ``structure.first_token`` its constant state ``[in]``; ``None``: the numbers are loaded later.
 
     Raises:

@@ -326,6 +326,9 @@ def match(what: str, patterns: list[str], family: str, names: list[str]) -> dict
 
     Args:
         what: begins the message, before "pattern".
+        patterns: of the recipe.
+        family: name of the model's family.
+        names: that they may mean.
 
     Raises:
         InputError: a pattern that matches no layer, with the nearest names.

@@ -18,6 +18,7 @@ def with_new_names(values: Any, names: Mapping[str, str]) -> Any:
     An old key wins over the new one: it is what somebody wrote over a recipe that has the new one.
 
     Args:
+        values: as they were read.
         names: old key -> new key.
     """
     if not isinstance(values, Mapping) or not any(old in values for old in names):

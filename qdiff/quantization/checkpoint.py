@@ -39,6 +39,10 @@ def empty_layer(
     """Return the layer that ``plan`` describes, without numbers (its buffers are on the meta device).
 
     Args:
+        plan: of the layer.
+        timesteps: number of the calibrated ones.
+        timestep_index: that its per-timestep scales are looked up by; ``None``: it has none.
+        storage_dtype: of its float tensors.
         replaced: the layer whose place it takes; a convolution's geometry is read from it.
 
     Raises:
@@ -137,6 +141,8 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
     sparse attention are read from beside ``path``.
 
     Args:
+        plan: of the model.
+        path: of the checkpoint.
         outputs: ``False`` leaves the quantizers of layers' outputs away, for targets that run what follows in 16 bit.
 
     Raises:

@@ -152,7 +152,10 @@ def distil(
     """Train the quantized layers of ``model.backbone`` in place.
 
     Args:
+        model: whose backbone is quantized.
+        trajectory: the recorded calls.
         targets: :func:`float_predictions` of the same trajectory.
+        how: steps, rates and what is trained.
         scratch: where the state is kept, so that a killed run goes on.
         teacher: the float backbone, of which the blocks' outputs are targets too; ``None``: predictions alone are.
     """

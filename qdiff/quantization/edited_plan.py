@@ -74,6 +74,7 @@ def settle(plan: Plan, model: Model, statistics: Statistics, before: Plan | None
     Args:
         plan: as :func:`read` gave it.
         model: the float model; nothing in it is changed.
+        statistics: of the float model.
         before: the decisions that the run had until now, if it had any; where the plan differs, ``why`` says so.
         source: the plan's file, for messages.
 

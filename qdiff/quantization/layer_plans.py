@@ -107,6 +107,9 @@ def entries_of(model: Model, recipe: Recipe, statistics: Statistics, *, lenient:
     """Return what a recipe alone says about every layer of a model that :func:`prepare` has changed.
 
     Args:
+        model: the float model.
+        recipe: whose formats and patterns are taken.
+        statistics: of that model.
         lenient: layers that the formats do not fit are kept, instead of an error.
 
     Raises:

@@ -51,6 +51,9 @@ def quantize(
     """Quantize ``model.backbone`` in place by the methods of a recipe and return the plan.
 
     Args:
+        model: its backbone is changed in place.
+        recipe: formats and methods.
+        statistics: of the float model.
         trajectory: needed by sequential recipes, which replay it block by block.
         scratch: where finished blocks of a sequential recipe are kept, so that a killed run goes on with the next.
 
@@ -72,6 +75,11 @@ def quantize_from_draft(
     """Do the work of :func:`quantize` from the draft on. Raise as it does.
 
     Args:
+        model: its backbone is changed in place.
+        recipe: formats and methods.
+        drafted: what the recipe says before anything is measured.
+        trajectory: see :func:`quantize`.
+        scratch: see :func:`quantize`.
         complete: puts in place what the finished backbone has besides its layers (sparse attention), so that a recipe that trains
             the whole trains that too. Called once, when all layers are quantized.
     """
@@ -126,7 +134,10 @@ def quantize_groups(
     own.
 
     Args:
+        model: its backbone is changed in place.
+        recipe: formats and methods.
         entries: :func:`qdiff.quantization.layer_plans.entries_of` of the recipe.
+        statistics: of the float model.
 
     Returns:
         what became of every layer.
@@ -161,7 +172,9 @@ def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Pla
     """Quantize ``model.backbone`` in place by the decisions of ``plan`` and return it with the errors that they make.
 
     Args:
+        model: its backbone is changed in place.
         plan: one that :func:`qdiff.quantization.edited_plan.settle` has checked against this model and these statistics.
+        statistics: of the float model.
     """
 
     def decide(layer_group: LayerGroup, members: list[LayerPlan]) -> Decisions:
@@ -332,6 +345,7 @@ class GroupQuantizer:
         """Put the layers of a group into the backbone, in the place of float or of quantized ones.
 
         Args:
+            decided: the group and what was decided about it.
             errors: of their outputs on held-out tokens, where they are known.
         """
         members, layer_group, decisions = decided.members, decided.layer_group, decided.decisions

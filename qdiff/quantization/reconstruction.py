@@ -264,7 +264,11 @@ def reconstruct(
     again with what was learned, where that is better.
 
     Args:
-        walk, reference: see :class:`BlockFit`.
+        how: iterations, rates and what is learned.
+        walk: see :class:`BlockFit`.
+        reference: see :class:`BlockFit`.
+        block: name.
+        groups: of the block's layers, as decided.
         place: puts the layers of a group into the backbone.
     """
     weights = {

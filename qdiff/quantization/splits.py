@@ -28,6 +28,7 @@ def gaining_splits(model: Model, recipe: Recipe, statistics: Statistics, split: 
         model: the float model, not yet changed.
         recipe: whose formats of convolutions and smoothing are taken; of a mixed one those of its first member with formats.
         statistics: of that model.
+        split: by layer, the channel at which its second part begins.
     """
     own = recipe if recipe.scheme is not None else _first_member(recipe)
     if own is None or "Conv2d" not in own.targets:

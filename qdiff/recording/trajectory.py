@@ -66,6 +66,7 @@ class Trajectory:
         """Yield the recorded calls of one shard, in sampling order.
 
         Args:
+            shard: number.
             once: only the first call of each timestep's value, for those who follow what changes from one value to the next.
 
         Raises:
@@ -103,6 +104,7 @@ def require_shard(path: Path, owner: str) -> None:
     """Refuse a shard that an earlier try left but that is not whole or not this calibration's.
 
     Args:
+        path: of the shard.
         owner: fingerprint of everything that decides the recording.
 
     Raises:

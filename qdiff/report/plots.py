@@ -168,8 +168,10 @@ def _svg(name: str, draw: Any, heights: tuple[int, int], label: str, titles: dic
     is escaped.
 
     Args:
+        name: of the plot.
         draw: ``draw(figure, narrow)``.
         heights: of the wide and the narrow drawing, in CSS pixels.
+        label: that screen readers say.
         titles: tooltip by the ``gid`` of an artist.
     """
     import matplotlib

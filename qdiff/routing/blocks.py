@@ -148,6 +148,7 @@ def in_branches(layer: str, branches: Mapping[str, int]) -> list[str]:
     none.
 
     Args:
+        layer: name in the float backbone.
         branches: how many, by block.
     """
     for block, count in branches.items():
@@ -160,6 +161,7 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> BranchSta
     """Give blocks copies of themselves as branches, in place.
 
     Args:
+        backbone: which is changed in place.
         branches: how many, by block, in the order of the chain.
 
     Raises:

@@ -40,6 +40,7 @@ def predict(family: Any, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> T
 
     Args:
         family: :class:`qdiff.models.base.Family` of the backbone.
+        backbone: which is called.
         inputs: by name.
     """
     branch_state = branch_state_of(backbone)
@@ -56,6 +57,7 @@ def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
     Args:
         family: :class:`qdiff.models.base.Family` of the backbone.
         backbone: with the branches of ``plan``.
+        plan: the routes.
     """
     branch_state = branch_state_of(backbone)
     assert branch_state is not None

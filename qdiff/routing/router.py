@@ -82,6 +82,7 @@ class Router:
         before (``None`` where there is none).
 
         Args:
+            timestep: of the call.
             inputs: of the backbone, by name.
         """
         shape = tuple(size for name in sorted(self.varying & inputs.keys()) for size in inputs[name].shape)
@@ -164,6 +165,7 @@ class Router:
 
         Args:
             call: gives the prediction for one sample's inputs; it asks :meth:`route`.
+            inputs: of the whole batch, by name.
             specs: of the inputs.
         """
         import torch

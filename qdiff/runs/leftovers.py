@@ -39,6 +39,8 @@ def remove(run: Path, name: str, recorded: Collection[str], unfinished: bool) ->
     """Remove what a stage left at ``name`` in the run folder, a file or a folder.
 
     Args:
+        run: the run folder.
+        name: of the file or folder, relative to the run folder.
         recorded: outputs that the manifest names, relative to the run folder.
         unfinished: whether the stage was begun in this run: then files with names of its parts are ours as well.
 

@@ -50,6 +50,7 @@ def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
     """Return the manifest without its seal; from the copy where ``run.json`` is missing or cut.
 
     Args:
+        folder: of the run.
         stages: names that its entries may have, up to a colon.
 
     Raises:

@@ -300,6 +300,7 @@ class Run:
         and may have left parts. When the block ends without an error the stage is recorded as done.
 
         Args:
+            name: of the stage.
             inputs: JSON value that decides the outputs.
             force: forget what is there (``leftovers`` are deleted) and begin anew.
             replace: other inputs than the recorded ones are no error: the stage is done anew, its files are keyed by its inputs.

@@ -87,6 +87,9 @@ def _profile(
     """Return a profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors).
 
     Args:
+        plan: of the model.
+        text: the words of ``--profile``.
+        shapes: of the calibration's tensors, by name.
         cell: pixels along one side of a latent cell.
         batch: the words for it where ``text`` has none.
         one_size: whether prompts and lists, too, have one size where ``text`` does not say otherwise.
@@ -187,7 +190,14 @@ def build(
     """Build into ``engines/<engine>-<key>/`` unless the same engine is there already.
 
     Args:
+        run: with an exported graph.
+        engine_name: of the backend.
+        profiles: ranges of input sizes, as ``--profile`` takes them.
+        compute_capability: of the GPU that a TensorRT-RTX engine is for.
+        flags: settings of the backend by name.
         whole: one engine that computes everything at every step, where the graph could be cut (:mod:`qdiff.export.hoist`).
+        force: build anew what is there.
+        dry_run: build nothing; return what is known before.
 
     Raises:
         InputError: the graph for the engine's target was not exported, or the backend refuses it.
@@ -326,7 +336,10 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
     """Return a loaded engine of this run.
 
     Args:
+        run: with a built engine.
+        engine_name: of the engine.
         model: the float pipeline; only the ``float`` engine needs it.
+        threads: of the processor; ``None``: the engine's own choice.
 
     Raises:
         InputError: the engine was not built in this run.

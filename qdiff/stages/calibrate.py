@@ -128,6 +128,10 @@ def calibrate(
     """Write ``calibration/`` into the run folder; see the module's docstring for the order of things.
 
     Args:
+        run: its folder gets the files.
+        options: of the calibration.
+        force: record anew what is there.
+        dry_run: record nothing; return the estimate.
         later: bytes on disk that stages after this one need, of the model and the bytes of its trajectory.
 
     Returns:

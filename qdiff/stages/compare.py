@@ -45,6 +45,13 @@ def compare(
     """Write ``images/<engine>/NNN.png`` and ``compare.json``.
 
     Args:
+        run: with built engines.
+        engines: names; ``None``: all that are built and run here.
+        prompts: texts; ``None``: those of the calibration's kind.
+        pictures: how many.
+        seed: the first; ``None``: far from the calibration's.
+        minimum_psnr: in dB.
+        force: make anew what is there.
         accept_quality: whether pictures below the recipe's floor are no error.
 
     Raises:

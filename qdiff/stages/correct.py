@@ -60,10 +60,13 @@ def correct(
     pictures.
 
     Args:
+        run: with a built engine.
         methods: names of :data:`qdiff.correction.CORRECTIONS`; when not given, all of them, those that search over pictures only
             where the sampler takes few steps.
         engine: the quantized engine that makes the pictures; the fastest that is there when not given.
+        goal: what pictures are judged by.
         pictures: how many judge.
+        force: make anew what is there.
 
     Raises:
         InputError: an unknown method.

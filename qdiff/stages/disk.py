@@ -21,6 +21,8 @@ def trajectory_bytes(model: Model, recording: Recording, call_bytes: int) -> int
     """Return the bytes of all shards.
 
     Args:
+        model: that is recorded.
+        recording: what is to be recorded.
         call_bytes: inputs of one call of a whole batch.
     """
     return model.calls_per_step(recording.guidance) * call_bytes * recording.shards * _kept(model, recording)
@@ -64,6 +66,7 @@ def quantization_bytes(model: Model, trajectory: int) -> int:
     """Return the bytes of the checkpoint and of the float model's predictions.
 
     Args:
+        model: that is quantized.
         trajectory: bytes of the recorded calls, which predictions are not larger than.
     """
     return checkpoint_bytes(model) + trajectory + SMALL_FILES
@@ -83,6 +86,8 @@ def picture_bytes(model: Model, pictures: int, engines: int) -> int:
     """Return the bytes of compared pictures or clips, as if nothing were compressed, and of the report's copies.
 
     Args:
+        model: that makes the pictures.
+        pictures: of each engine.
         engines: beside float.
     """
     config = model.backbone.config

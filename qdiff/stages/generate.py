@@ -147,7 +147,10 @@ def simulate(model: Model, backbone: nn.Module, request: Request, batch: int) ->
     for.
 
     Args:
+        model: with the pipeline.
         backbone: of the model's class, float or quantized.
+        request: prompts, seeds and settings.
+        batch: pictures that are denoised together.
     """
     from qdiff.engines.eager import ModuleRunner
     from qdiff.engines.pipeline import insert
@@ -248,6 +251,10 @@ def save_pictures(run: Run, made: Pictures, request: Request, model: Model, path
     """Write PNGs that carry prompt, seed, settings and run id; of clips an MP4, and a PNG with some frames beside it.
 
     Args:
+        run: whose id the files carry.
+        made: the pictures or clips.
+        request: prompts, seeds and settings.
+        model: that made the pictures.
         paths: of the PNGs; a clip whose path is that of an MP4 gets no strip of frames beside it.
     """
     from qdiff.evaluation.images import PictureInfo, save_png

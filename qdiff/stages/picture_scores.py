@@ -60,6 +60,10 @@ def comparison(
     not the end of trying.
 
     Args:
+        run: of the model.
+        model: the float model.
+        candidate: the backbone that is compared.
+        prompts: one for each picture.
         seed: of the first picture.
     """
     import torch

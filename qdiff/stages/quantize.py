@@ -48,7 +48,12 @@ def quantize(
     """Write ``plan.json``, ``model.safetensors``, ``quantization.json`` and ``quantization/``.
 
     Args:
+        run: with a finished calibration.
+        recipe_name: of a built-in recipe, or path of a YAML file.
+        overrides: entries of the recipe to change, each ``a.b=value``.
         plan_file: a plan whose decisions are taken in place of a recipe's; it may be the run's own ``plan.json``, edited.
+        force: quantize anew what is there.
+        dry_run: quantize nothing; return what is known before.
         accept_quality: whether a prediction below the recipe's floor is no error.
 
     Raises:

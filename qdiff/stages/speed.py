@@ -38,7 +38,9 @@ def measure_speeds(
     """Return speeds of ``float`` and of ``engines``, by name.
 
     Args:
+        run: with built engines.
         model: with its float backbone.
+        engines: names.
         calls: of the backbone, in the sampler's order.
         together: how many of them are one step.
         seen: what each made before (:class:`qdiff.stages.generate.Pictures`): it tells how long a step takes and what memory an

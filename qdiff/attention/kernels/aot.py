@@ -161,9 +161,13 @@ def compile_rows(
 
     Args:
         numerics: one with codes.
+        tiling: how the sequence is cut into blocks.
+        heads: number of heads.
+        size: channels of a head.
         keys: whether of keys, which lose their mean; queries have none.
+        capability: and errors, as of :func:`compile_kernel`.
         x: dtype of the input, by torch's name.
-        capability, ptx_version: and errors, as of :func:`compile_kernel`.
+        ptx_version: and errors, as of :func:`compile_kernel`.
     """
     element = ELEMENTS[numerics.scores or ""]
     pointers = {"x": _float(x), "mean": "fp32", "order": "i32", "codes": element, "scales": "fp32"}

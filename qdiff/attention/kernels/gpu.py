@@ -37,7 +37,14 @@ def attend(
     """Return the attention in ``q``'s dtype, with the shapes and the meaning of :func:`qdiff.attention.oracle.attend`.
 
     Args:
-        q, k, v: on a GPU, or in host memory in the interpreter.
+        q: on a GPU, or in host memory in the interpreter.
+        k: on a GPU, or in host memory in the interpreter.
+        v: on a GPU, or in host memory in the interpreter.
+        order: ``[heads, ordered]``.
+        lists: the blocks of keys that each block of queries reads.
+        tiling: how the sequence is cut into blocks.
+        numerics: formats of the operands.
+        scale: of the scores; ``None``: ``size ** -0.5``.
         constants: of :class:`qdiff.attention.kernels.sparse_attention.Launch`, in place of those that are known to be good.
 
     Raises:
@@ -80,8 +87,12 @@ def attend_packed(
     return it.
 
     Args:
+        operands: packed queries, keys and values.
         order: int32 ``[heads, ordered]``.
         rows: as :func:`on_device` gives them.
+        tiling: how the sequence is cut into blocks.
+        launch: constants of the kernel.
+        out: which is overwritten.
     """
     given = operands, order, rows, tiling, launch, out
     if out.is_cuda and torch.cuda.get_device_capability(out.device) == HOPPER and in_gluon(launch):

@@ -293,8 +293,12 @@ def pack(
     """Put the tokens in order and quantize them, as :func:`qdiff.attention.packing.pack` does.
 
     Args:
-        q, k, v: ``[batch, heads, tokens, size]``, any float dtype and any strides of the first three axes.
+        q: ``[batch, heads, tokens, size]``, any float dtype and any strides of the first three axes.
+        k: ``[batch, heads, tokens, size]``, any float dtype and any strides of the first three axes.
+        v: ``[batch, heads, tokens, size]``, any float dtype and any strides of the first three axes.
         order: int32 ``[heads, ordered]``, contiguous, on the same device.
+        tiling: how the sequence is cut into blocks.
+        numerics: formats of the operands.
         moments: of ``k`` and ``v``, if they are known.
     """
     size = q.shape[-1]

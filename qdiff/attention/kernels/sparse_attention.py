@@ -308,9 +308,13 @@ def attend_packed(
     return it.
 
     Args:
+        operands: packed queries, keys and values.
         order: int32 ``[heads, ordered]``.
         rows: :meth:`qdiff.attention.lists.BlockLists.by_row`, or where ``launch`` says so ``bounds`` and ``blocks`` of
             :class:`qdiff.attention.lists.BlockLists`, both int32.
+        tiling: how the sequence is cut into blocks.
+        launch: constants of the kernel.
+        out: which is overwritten.
     """
     batch, heads = out.shape[:2]
     ends, entries = rows
