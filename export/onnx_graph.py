@@ -147,8 +147,8 @@ def write_graph(
         values: the module's positional arguments, an example of each.
         dynamic_shapes: as ``torch.export.export`` takes them.
         target: whose runtime reads the graph.
-        inputs: names in the graph of what the module is given and returns.
-        outputs: names in the graph of what the module is given and returns.
+        inputs: names in the graph of what the module is given.
+        outputs: names in the graph of what the module returns.
 
     Raises:
         InputError: an op of the module has no translation for this target.

@@ -95,7 +95,7 @@ class PlanScorer:
     costs: Costs
 
     def score(self, name: str, plan: RoutingPlan, disturbed: int | None = None) -> ScoredPlan:
-        """Return pictures of a plan whose blocks have all branches.
+        """Return the score of the pictures of a plan whose blocks have all branches.
 
         Args:
             name: of the plan.

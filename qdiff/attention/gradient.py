@@ -24,14 +24,14 @@ def gradients(
     they are.
 
     Args:
-        q: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
-        k: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
-        v: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
+        q: ``[batch, heads, tokens, size]``.
+        k: ``[batch, heads, tokens, size]``.
+        v: ``[batch, heads, tokens, size]``.
         order: as of :func:`qdiff.attention.gathered.attend`.
         lists: as of :func:`qdiff.attention.gathered.attend`.
         tiling: as of :func:`qdiff.attention.gathered.attend`.
         scale: as of :func:`qdiff.attention.gathered.attend`.
-        of_output: ``[batch, heads, tokens, size]``; the last is the loss's gradient by the attention's output.
+        of_output: ``[batch, heads, tokens, size]``, the loss's gradient by the attention's output.
     """
     precision = torch.promote_types(q.dtype, torch.float32)
     rows, columns = tiling.places(order, tiling.block_q), tiling.places(order, tiling.block_k)

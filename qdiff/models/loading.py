@@ -43,9 +43,9 @@ def stand_in_text_encoder(configuration: Any, encoder: Any, tokenizer: Any, widt
     """Return a small T5 of the right interface, with random weights.
 
     Args:
-        configuration: transformers' classes.
-        encoder: transformers' classes.
-        tokenizer: that the encoder's vocabulary fits.
+        configuration: transformers' class of the encoder's configuration.
+        encoder: transformers' class of the encoder.
+        tokenizer: whose vocabulary the encoder gets.
         width: of the states that it gives.
     """
     return encoder(

@@ -46,8 +46,8 @@ def compare(
 
     Args:
         run: with built engines.
-        engines: names; ``None``: all that are built and run here.
-        prompts: texts; ``None``: those of the calibration's kind.
+        engines: names; ``None``: the default engine.
+        prompts: texts; ``None``: default ones for pictures or clips.
         pictures: how many.
         seed: the first; ``None``: far from the calibration's.
         minimum_psnr: in dB.

@@ -165,9 +165,9 @@ def compile_rows(
         heads: number of heads.
         size: channels of a head.
         keys: whether of keys, which lose their mean; queries have none.
-        capability: and errors, as of :func:`compile_kernel`.
+        capability: as of :func:`compile_kernel`, whose errors are raised too.
         x: dtype of the input, by torch's name.
-        ptx_version: and errors, as of :func:`compile_kernel`.
+        ptx_version: as of :func:`compile_kernel`.
     """
     element = ELEMENTS[numerics.scores or ""]
     pointers = {"x": _float(x), "mean": "fp32", "order": "i32", "codes": element, "scales": "fp32"}
