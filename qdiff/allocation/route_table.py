@@ -40,7 +40,7 @@ class Costs:
         return self._mean(self.activation_bits, table)
 
     def resident(self, branches: list[list[int]]) -> float:
-        """Return the mean bits of all that is kept: ``branches`` of each block."""
+        """Return the mean bits of all that is kept in memory: ``branches`` of each block."""
         kept = torch.stack([self.weight_bits[index, chosen].sum() for index, chosen in enumerate(branches)])
         return float((kept * self.shares).sum())
 

@@ -194,7 +194,8 @@ def contact_sheet(
 def side_by_side(
     variants: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str], *, cell: int = 256
 ) -> Image.Image:
-    """Return one row for each prompt (its caption above), one column for each variant (its name on top).
+    """Return a sheet with one row for each prompt (its caption above) and one column for each variant (its name on
+    top).
 
     Args:
         variants: ``(name, pictures)``; every variant has one picture for each caption.

@@ -46,7 +46,7 @@ def read(onnx: Path) -> GraphFile:
 
 
 def axes_of(value: Any) -> list[int | str | None]:
-    """Return sizes and names of the axes of a value in a graph; ``None`` where one has neither."""
+    """Return the sizes and names of the axes of a value in a graph; ``None`` where one has neither."""
     return [
         dim.dim_param or (dim.dim_value if dim.HasField("dim_value") else None)
         for dim in value.type.tensor_type.shape.dim

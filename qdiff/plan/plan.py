@@ -83,7 +83,7 @@ class LayerPlan(BaseModel):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Return rows and columns of the weight as the matrix that a product is made with."""
+        """Return the rows and columns of the weight as the matrix that a product is made with."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property

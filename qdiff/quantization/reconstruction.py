@@ -248,7 +248,7 @@ def split(calls: Sequence[Call | Step]) -> tuple[list[int], list[int]]:
 
 
 def codes_of(layer: QuantLinear) -> QuantizedWeight:
-    """Return codes and scales of a quantized layer."""
+    """Return the codes and scales of a quantized layer."""
     return QuantizedWeight.from_packed(format_named(layer.config.weights), layer.codes, layer.scale, layer.tensor_scale)
 
 

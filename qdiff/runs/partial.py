@@ -51,7 +51,7 @@ class Scratch:
         save_tensors(self._path(part), tensors, {**notes, "sha256": sha256_tensors(tensors, notes)})
 
     def load(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
-        """Return tensors and facts of a part, or ``None`` when it is not there.
+        """Return the tensors and facts of a part, or ``None`` when it is not there.
 
         Raises:
             IntegrityError: damaged, or made from something else.

@@ -231,8 +231,8 @@ def _work(model: Model, recording: Recording, folder: Path, prompts: list[str], 
 
 
 def _estimate(model: Model, recording: Recording) -> dict[str, Any]:
-    """Return seconds and bytes, from one timed call of the backbone: it is called once to record and once to
-    collect.
+    """Return the estimated seconds and bytes, from one timed call of the backbone: it is called once to record and once
+    to collect.
     """
     from qdiff.calib.record import seconds_per_call
 

@@ -262,7 +262,7 @@ def _summary(run: Run) -> dict[str, Any]:
 
 
 def _dry_run(run: Run, decided: DecisionSource) -> dict[str, Any]:
-    """Return formats and bytes of every layer; nothing that only the work can decide."""
+    """Return the formats and bytes of every layer; nothing that only the work can decide."""
     from qdiff.recording.activation_statistics import Statistics
 
     model = reload_model(run)
