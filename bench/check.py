@@ -69,7 +69,8 @@ def run(command: list[str]) -> dict[str, float]:
 
 def slower(recorded: dict[str, float], fresh: dict[str, float], tolerance: float) -> list[str]:
     """Return the names of the contenders that are missing, or whose ratio is below the recorded one by more than ``tolerance``,
-    a share of it."""
+    a share of it.
+    """
     return [name for name, ratio in recorded.items() if fresh.get(name, 0.0) < ratio * (1 - tolerance)]
 
 
