@@ -23,7 +23,7 @@ DEV := $(VENV)/.installed-dev-$(SUM)
 PEERS := $(VENV)/.installed-bench-$(SUM)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check types demo page bench bench-check ptq constraints clean distclean
+.PHONY: help run test check types demo page docs bench bench-check ptq constraints clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ types: $(DEV)
 
 demo: run ## one picture of PROMPT from the fastest engine of RUN, in RUN/demo.png
 	$(BIN)/qdiff generate $(RUN) --prompt "$(PROMPT)" --seed 0 -o $(RUN)/demo.png
+
+docs: $(DEV) ## the documentation site in .dev/site, strictly: no broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 page: run ## the web page on RUN, at http://127.0.0.1:7860
 	$(BIN)/qdiff demo $(RUN)

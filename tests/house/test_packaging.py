@@ -120,7 +120,8 @@ def test_constraints_are_exact_and_portable(root):
 
 
 def test_everything_asked_for_is_pinned(root, project):
-    asked = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    groups = [entry for group in project["dependency-groups"].values() for entry in group]
+    asked = [*project["project"]["dependencies"], *(entry for entry in groups if isinstance(entry, str))]
     for extra, requirements in project["project"]["optional-dependencies"].items():
         asked += requirements if extra not in NOT_PINNED else []
     pinned = pins(root)
