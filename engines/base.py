@@ -215,6 +215,8 @@ class Engine(ABC):
         that this engine takes).
 
         Args:
+            plan: of the quantized model.
+            text: the words of ``--profile``.
             sizes: what the words do not say.
             flags: of :attr:`known_flags`, those that are given.
 

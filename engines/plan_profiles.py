@@ -43,6 +43,9 @@ def plan_profile(
     """Return a profile for the words ``text``; what they do not say is as in calibration.
 
     Args:
+        plan: of the quantized model.
+        text: the words of ``--profile``.
+        sizes: of the calibration.
         batch: the words for it where ``text`` has none.
         one_size: whether prompts and lists, too, have one size where ``text`` does not say otherwise.
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("qdiff")
@@ -53,7 +53,7 @@ def duration(seconds: float) -> str:
 class TerminalListener:
     """A bar that redraws itself on a terminal; one line every ten seconds into a file or a pipe."""
 
-    def __init__(self, stream=None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._last = 0.0
 
@@ -116,7 +116,7 @@ class Progress:
         self._start = time.monotonic()
         return self
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
         if error_type is None:
             self._tell(finished=True)
 

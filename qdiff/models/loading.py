@@ -86,8 +86,12 @@ def random_t5_parts(
     Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
 
     Args:
-        configuration, encoder, width: as of :func:`stand_in_text_encoder`.
-        transformer, vae: what makes these two.
+        seed: of torch's generator.
+        configuration: transformers' class of the text encoder's configuration.
+        encoder: transformers' class of the text encoder.
+        width: of the states that it gives.
+        transformer: makes the backbone.
+        vae: makes the autoencoder.
     """
     tokenizer = bundled_tokenizer("pixart")
     networks = random_networks(
