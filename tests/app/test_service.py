@@ -70,6 +70,7 @@ def test_comparison_has_float_first_and_numbers_beside_it(service):
     )  # the packed weights; a graph of this small model is larger than they are
 
 
+@pytest.mark.slow
 def test_bundled_models_need_no_run(make_service):
     service = make_service(runs=[])
     sources = service.sources.all()
@@ -141,6 +142,7 @@ def test_memory_that_runs_out_in_the_middle_lets_the_others_go_and_tries_again(s
     assert [engine for _, engine in service._pool.loaded] == ["openvino"]
 
 
+@pytest.mark.slow
 def test_memory_that_stays_out_fails_the_request_and_not_the_service(service, draw):
     draw(engine="onnxruntime")
     draw(engine="openvino")
@@ -178,6 +180,7 @@ def test_a_changed_engine_is_refused(make_service, spoilt):
     assert service.generate(Settings.make(prompt="a", engine="float", steps=1), "test").wait(60).state == "done"
 
 
+@pytest.mark.slow
 def test_engines_are_loaded_once_and_the_oldest_goes_first(make_service):
     service = make_service()
     for engine in ("openvino", "float", "openvino"):

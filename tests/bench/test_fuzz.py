@@ -47,6 +47,7 @@ def _wait():
     time.sleep(30)
 
 
+@pytest.mark.slow
 def test_every_command_and_option_has_its_turn(finished, tmp_path):
     """As typer declares them: nothing has to be listed twice."""
     import typer

@@ -129,6 +129,7 @@ def test_rows_resume(shared, monkeypatch):
     assert "\n| INT8 | qdiff | a test's |" in table and "it is not there" in table
 
 
+@pytest.mark.slow
 def test_a_row_runs_in_its_own_process(shared, monkeypatch):
     row = named("qdiff-nvfp4-w4a4-to-nearest")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -231,6 +232,7 @@ def test_peers_store_what_their_rows_say(shared, name, expected):
     assert not torch.equal(score.predictions(material.model, shared.held_out), shared.float_answers()[0])
 
 
+@pytest.mark.slow
 def test_a_unets_rows_quantize_the_same_layers_whatever_is_split(tmp_path):
     settings = Settings(model="stable-diffusion", weights="random:sd-tiny", pictures=1, samples=2, held_out=1, steps=2)
     shared = Shared(tmp_path, settings)

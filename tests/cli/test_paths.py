@@ -110,6 +110,7 @@ def test_inspect_fails_after_it_has_shown_a_changed_file(cli, spoilt):
     assert cli("inspect", spoilt).code == 5
 
 
+@pytest.mark.slow
 def test_a_hard_linked_copy_of_a_run(cli, finished, tmp_path):
     """``cp -al``: both folders still build, export and are whole."""
     first, second = finished.copy(tmp_path / "first"), tmp_path / "second"

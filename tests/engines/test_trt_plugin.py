@@ -148,6 +148,7 @@ def parameters(ptx):
     return re.findall(r"\.param \.(u64|b64|u32|b32)", entry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [LARGE, SMALL, ODD], ids=["large", "small", "odd"])
 def test_the_bindings_take_the_plugins_and_the_kernels_their_arguments(whole, trt):
     nodes = [whole.part(kind) for kind in PARTS]

@@ -189,6 +189,7 @@ def test_onnx_runtime_computes_what_torch_computes(path, target, tmp_path):
         assert sqnr_db(ours, theirs) > least, cell.name
 
 
+@pytest.mark.slow
 def test_openvino_computes_what_torch_computes(tmp_path):
     """Its casts to E4M3 round twice, and it drops the rounding of run-time scales to float16: a value in 250 lands elsewhere."""
     cells = cells_of(TARGETS["onnxruntime"])
@@ -247,6 +248,7 @@ def test_openvino_gets_codes_of_six_bits_as_constants(tmp_path):
         assert openvino.Type.i8 in kinds and openvino.Type.u8 not in kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branched", [False, True], ids=["whole", "in a branch"])
 def test_openvino_files_of_one_graph_have_one_hash(tmp_path, branched):
     """OpenVINO numbers what has no name by what the process has made before: twice here, and in a process of its own."""

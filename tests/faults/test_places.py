@@ -113,6 +113,7 @@ def test_a_copy_that_a_kill_left_behind_is_written_again(tmp_path):
     assert run.file("run.copy.json").read_bytes() == run.file("run.json").read_bytes() != older
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_begun_anew_and_killed_leaves_no_summary_of_the_old_one(tmp_path):
     def make(stage: str, **more: bool) -> None:
         with run.stage(stage, {}, **more) as work:

@@ -191,6 +191,7 @@ def test_what_is_scaled_by_token_is_computed_so_and_has_no_constant_scale():
     assert back.static(Decisions(per_token=False)) and not back.static(Decisions())
 
 
+@pytest.mark.slow
 def test_a_decision_for_tokens_reaches_plan_checkpoint_and_graph(cli, fails, spoilt):
     """On both sides of an attention with quantized outputs; ONNX Runtime agrees with torch, TensorRT is refused by name."""
     methods = (

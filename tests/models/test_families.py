@@ -264,6 +264,7 @@ def test_weights_that_are_not_there(weights, message):
     assert any(part in str(caught.value) for part in message.split("|"))
 
 
+@pytest.mark.slow
 def test_the_bundled_wan_makes_a_clip_that_moves():
     model = FAMILIES["wan"].load()
     clip = model.generate(Request(["a rocket moves up on a black background"], [0], steps=4))[0]

@@ -75,6 +75,7 @@ def manifest(run: Path) -> dict:
 CALIBRATE = ("calibrate", "--model", "pixart", "--samples", 1, "--steps", 2)
 
 
+@pytest.mark.slow
 def test_a_commit_is_recorded_and_every_later_stage_asks_for_it(cli, hub, tmp_path):
     """The Hub's head moves between the stages, and the network goes away."""
     run = tmp_path / "run"

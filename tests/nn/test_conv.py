@@ -310,6 +310,7 @@ def test_the_blocks_of_a_unet_are_listed_in_the_order_of_their_calls(unet):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_unet_is_quantized_block_by_block_and_goes_on_after_a_kill(unet, tmp_path, learned):
     from qdiff.runs.partial import Scratch
