@@ -26,6 +26,9 @@ from qdiff.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from qdiff.engines.plan_profiles import CalibratedSizes
+    from qdiff.plan.plan import Plan
+
 Shape = tuple[int, ...]
 
 
@@ -128,6 +131,7 @@ class Engine(ABC):
     extra: ClassVar[str | None] = None  # the optional dependency group that installs it
     library: ClassVar[str]  # import name of the backend
     known_flags: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # flag -> its values; the first is the default
+    runs_float: ClassVar[bool] = False  # whether the torch module that it runs is the float model
 
     @property
     def rank(self) -> int:
@@ -201,6 +205,33 @@ class Engine(ABC):
             if value not in self.known_flags[given]:
                 raise unknown_name(f"value of flag {given!r}", value, self.known_flags[given])
         return options.flags.get(name, self.known_flags[name][0])
+
+    def refuses(self, plan: Plan) -> UsageError | None:
+        """Return why this engine builds nothing from a graph of ``plan``, or ``None`` where it does."""
+        return None
+
+    def profile_for(self, plan: Plan, text: str, sizes: CalibratedSizes, flags: Mapping[str, str]) -> Profile:
+        """Return the profile of a graph of ``plan`` for the words ``text`` (``""``: the model's own size, and the batches
+        that this engine takes).
+
+        Args:
+            plan: of the model.
+            text: the words of ``--profile``.
+            sizes: of the calibration; what the words do not say.
+            flags: of :attr:`known_flags`, those that are given.
+
+        Raises:
+            UsageError: words that are not understood, or sizes that this engine or this graph does not take.
+        """
+        from qdiff.engines.plan_profiles import plan_profile
+
+        return plan_profile(plan, text, sizes)
+
+    def default_compute_capability(self) -> str | None:
+        """Return the GPU architecture to build for where none is named; ``None``: the GPU that is here, or no GPU at
+        all.
+        """
+        return None
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
         """Build the engine's files in ``folder`` (which exists) from the graph at ``onnx``.

@@ -63,6 +63,7 @@ class FloatEngine(_Torch):
     name = "float"
     title = "float model in torch (the reference)"
     rank = 0
+    runs_float = True
 
 
 @ENGINES.register("eager")

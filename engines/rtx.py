@@ -6,8 +6,14 @@ The plan holds portable code; the kernels for the very GPU are compiled when it 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qdiff.engines.base import ENGINES
 from qdiff.engines.trt_engine import TensorRTEngine
+from qdiff.errors import UsageError
+
+if TYPE_CHECKING:
+    from qdiff.plan.plan import Plan
 
 
 @ENGINES.register("tensorrt_rtx")
@@ -21,3 +27,11 @@ class TensorRTRTXEngine(TensorRTEngine):
     rank = 40
     known_flags = {**TensorRTEngine.known_flags, "cuda_graph": ("off", "on")}
     kernel_cache = "kernels.cache"
+
+    def refuses(self, plan: Plan) -> UsageError | None:
+        if plan.attention is None or not plan.structure.branches:
+            return None
+        return UsageError(
+            "TensorRT-RTX 1.7 crashes on sparse attention inside an If, so it builds no blocks with branches that follow lists",
+            "quantize without --density or without routing, or build for onnxruntime or openvino",
+        )

@@ -9,11 +9,15 @@ plain operators that the file has.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdiff.engines.base import ENGINES, BuildOptions
 from qdiff.engines.trt_engine import TensorRTEngine
+
+if TYPE_CHECKING:
+    from qdiff.plan.plan import Plan
 
 
 @ENGINES.register("tensorrt")
@@ -26,6 +30,16 @@ class DataCentreTensorRTEngine(TensorRTEngine):
     library = "tensorrt"
     rank = 50
     known_flags = {**TensorRTEngine.known_flags, "attention": ("kernel", "plain")}
+
+    def _one_size(self, plan: Plan, flags: Mapping[str, str]) -> bool:
+        """Return whether the plan's attention has numerics of the kernel that the engine takes in as a plugin, which is for
+        one size (:mod:`.trt_plugin`).
+        """
+        from qdiff.attention.numerics import numerics_named
+
+        if flags.get("attention") == "plain" or plan.attention is None:
+            return False
+        return numerics_named(plan.attention.numerics).coded
 
     def _plugins(self, trt: Any, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
         from qdiff.engines import trt_plugin  # it needs torch, which importing engines must not

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qdiff.engines.base import BuildOptions, Engine, Profile, Runner
 from qdiff.engines.graph import external_files
 from qdiff.engines.trt_build import build_plan, capability
 from qdiff.engines.trt_run import TensorRTRunner
-from qdiff.errors import IntegrityError, MissingDependencyError
+from qdiff.errors import IntegrityError, MissingDependencyError, UsageError
 from qdiff.files import disk_errors, read_json, write_json
+
+if TYPE_CHECKING:
+    from qdiff.engines.plan_profiles import CalibratedSizes
+    from qdiff.plan.plan import Plan
+
+# Where no GPU is there and none is named, engines are built for the newest consumer GPUs.
+DEFAULT_COMPUTE_CAPABILITY = "12.0"
 
 
 class TensorRTEngine(Engine):
@@ -48,6 +55,26 @@ class TensorRTEngine(Engine):
 
     def device(self, options: BuildOptions) -> str:
         return f"sm_{self._capability(options).replace('.', '')}"
+
+    def default_compute_capability(self) -> str | None:
+        return DEFAULT_COMPUTE_CAPABILITY if self.missing() is not None else None
+
+    def profile_for(self, plan: Plan, text: str, sizes: CalibratedSizes, flags: Mapping[str, str]) -> Profile:
+        from qdiff.engines.plan_profiles import DEFAULT_BATCH, plan_profile
+        from qdiff.models import FAMILIES
+
+        one_batch, one_size = _switches_blocks(plan), self._one_size(plan, flags)
+        # Where a call computes one branch of guidance, or routes go by sample, the usual batch is 1 and not 2.
+        alone = FAMILIES[plan.family].branches_apart or (plan.routing is not None and plan.routing.by_sample)
+        batch = f"batch={1 if alone else 2}" if one_batch or one_size else DEFAULT_BATCH
+        profile = plan_profile(plan, text, sizes, batch, one_size)
+        if one_batch:
+            _require_one_batch(profile)
+        return profile
+
+    def _one_size(self, plan: Plan, flags: Mapping[str, str]) -> bool:
+        """Return whether an engine for ``plan`` is for one size of every input."""
+        return False
 
     def _target(self, trt: Any, wanted: str) -> str | None:
         """Return what the builder is told: the architecture by name; ``None`` when it can only build for the GPU
@@ -99,3 +126,26 @@ class TensorRTEngine(Engine):
         kernels = folder / self.kernel_cache if self.kernel_cache else None
         graphs = "cuda_graph" in self.known_flags and self.flag(options, "cuda_graph") == "on"
         return TensorRTRunner(trt, path.read_bytes(), profiles, kernels, graphs)
+
+
+def _switches_blocks(plan: Plan) -> bool:
+    """Return whether some block has a branch with scales for blocks of values (NVFP4) beside another."""
+    from qdiff.formats.table import FORMATS
+
+    several = tuple(f"{name}.branches." for name, count in plan.structure.branches.items() if count > 1)
+    return any(layer.name.startswith(several) and FORMATS[layer.activations].block for layer in plan.layers)
+
+
+def _require_one_batch(profile: Profile) -> None:
+    """Refuse a profile with a range of batches.
+
+    TensorRT-RTX 1.7 compiles no NVFP4 product inside an ``If`` whose batch is a range ("Unsupported op"); other axes may be
+    one.
+    """
+    low, _, high = profile.ranges["timestep"]
+    if low != high:
+        raise UsageError(
+            f"profile {profile.name!r}: where blocks switch to NVFP4, TensorRT-RTX builds for one batch size, not for "
+            f"{low[0]} to {high[0]}",
+            "give one, such as --profile batch=1, or several profiles of one each",
+        )

@@ -7,173 +7,37 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError, MissingDependencyError, UsageError
+from qdiff.errors import InputError, MissingDependencyError
 from qdiff.runs.run import EDITABLE, Run
 
 if TYPE_CHECKING:
-    from qdiff.engines import BuildOptions, Engine, Profile, Runner
-    from qdiff.engines.base import Shape
+    from qdiff.engines import BuildOptions, Engine, Runner
     from qdiff.models.base import Model
-    from qdiff.plan.attention_plan import AttentionPlan
-
-DEFAULT_BATCH = "batch=1-2-8"
-LONGEST_PROMPT = 512
-# Where no GPU is there and none is named, engines are built for the newest consumer GPUs.
-DEFAULT_COMPUTE_CAPABILITY = "12.0"
 
 
 def make_options(
     run: Run, engine: Engine, profiles: list[str], compute_capability: str | None, flags: Mapping[str, str]
 ) -> BuildOptions:
-    """Build options from the words of the command line. Without a profile: the model's own size, batch 1 to 8."""
+    """Return build options from the words of the command line. Without a profile: the model's own size, batch 1 to 8.
+
+    Raises:
+        UsageError: the engine builds nothing from this run's plan, or not for these profiles.
+    """
     from qdiff.engines import BuildOptions
+    from qdiff.engines.plan_profiles import CalibratedSizes
     from qdiff.models import FAMILIES
     from qdiff.plan.plan import Plan
 
     plan = Plan.load(run.file("plan.json"))
-    if engine.name == "tensorrt_rtx" and plan.attention is not None and plan.structure.branches:
-        raise UsageError(
-            "TensorRT-RTX 1.7 crashes on sparse attention inside an If, so it builds no blocks with branches that follow lists",
-            "quantize without --density or without routing, or build for onnxruntime or openvino",
-        )
-    one_batch = engine.target == "tensorrt" and _switches_blocks(plan)
-    one_size = engine.name == "tensorrt" and flags.get("attention") != "plain" and _has_kernel(plan)
-    alone = FAMILIES[plan.family].branches_apart or (plan.routing is not None and plan.routing.by_sample)
-    batch = f"batch={1 if alone else 2}" if one_batch or one_size else DEFAULT_BATCH
+    if (refusal := engine.refuses(plan)) is not None:
+        raise refusal
     calibrated = run.entry("calibrate")
     cell = calibrated.get("pixels_per_cell") or FAMILIES[plan.family].pixels_per_cell(plan.config)
-    made = tuple(_profile(plan, text, calibrated["shapes"], cell, batch, one_size) for text in (profiles or [""]))
-    if one_batch:
-        _require_one_batch(made)
-    if compute_capability is None and engine.target == "tensorrt" and engine.missing() is not None:
-        compute_capability = DEFAULT_COMPUTE_CAPABILITY
-    return BuildOptions(profiles=made, compute_capability=compute_capability, flags=dict(flags))
-
-
-def _has_kernel(plan: Any) -> bool:
-    """Return whether the plan's attention has numerics of the kernel that the data-centre engine takes in as a plugin,
-    which is for one size (:mod:`qdiff.engines.trt_plugin`).
-    """
-    from qdiff.attention.numerics import numerics_named
-
-    return plan.attention is not None and numerics_named(plan.attention.numerics).coded
-
-
-def _switches_blocks(plan: Any) -> bool:
-    """Return whether some block has a branch with scales for blocks of values (NVFP4) beside another."""
-    from qdiff.formats.table import FORMATS
-
-    several = tuple(f"{name}.branches." for name, count in plan.structure.branches.items() if count > 1)
-    return any(layer.name.startswith(several) and FORMATS[layer.activations].block for layer in plan.layers)
-
-
-def _require_one_batch(profiles: tuple[Profile, ...]) -> None:
-    """Refuse profiles with a range of batch sizes: TensorRT-RTX 1.7 compiles no NVFP4 product inside an ``If`` whose
-    batch is a range ("Unsupported op"); other axes may be one.
-    """
-    for profile in profiles:
-        low, _, high = profile.ranges["timestep"]
-        if low != high:
-            raise UsageError(
-                f"profile {profile.name!r}: where blocks switch to NVFP4, TensorRT-RTX builds for one batch size, not for "
-                f"{low[0]} to {high[0]}",
-                "give one, such as --profile batch=1, or several profiles of one each",
-            )
-
-
-def _profile(
-    plan: Any, text: str, shapes: dict[str, list[int]], cell: int, batch: str = DEFAULT_BATCH, one_size: bool = False
-) -> Profile:
-    """Return a profile for the words ``text``; what they do not say is as in calibration (``shapes`` of its tensors).
-
-    Args:
-        plan: of the model.
-        text: the words of ``--profile``.
-        shapes: of the calibration's tensors, by name.
-        cell: pixels along one side of a latent cell.
-        batch: the words for it where ``text`` has none.
-        one_size: whether prompts and lists, too, have one size where ``text`` does not say otherwise.
-    """
-    from qdiff.engines.profiles import make_profile, parse_profile
-    from qdiff.models import FAMILIES
-    from qdiff.recording.inputs import latent_of
-
-    config = plan.config
-    specs = FAMILIES[plan.family].inputs(config)
-    axes = {spec.name: spec.axes for spec in specs}
-    sizes = {
-        axis: (size, size, size)
-        for name, named in axes.items()
-        for axis, size in zip(named, shapes[name], strict=True)
-        if isinstance(axis, str)
-    }
-    if "tokens" in sizes and not one_size:
-        tokens = sizes["tokens"][0]
-        sizes["tokens"] = (2, tokens, max(tokens, LONGEST_PROMPT))
-    sizes |= parse_profile(batch)
-    recorded = dict(sizes)
-    if text:
-        sizes |= parse_profile(text, scale=cell)
-    one_graph = FAMILIES[plan.family].one_size or plan.attention is not None
-    if one_graph and any(sizes.get(axis) != recorded.get(axis) for axis in ("frames", "height", "width")):
-        what = "the lists of sparse attention are" if plan.attention else f"a graph of {FAMILIES[plan.family].title} is"
-        raise UsageError(
-            f"profile {text!r}: {what} for the size that was calibrated",
-            "leave the size out of the profile, or calibrate with --height, --width or --frames",
-        )
-    if plan.attention is not None:
-        profile = _with_lists(plan.attention, text, axes, sizes, one_size)
-    else:
-        profile = make_profile(text or "default", axes, sizes)
-    return (
-        profile
-        if plan.routing is None or plan.routing.reuse is None
-        else _with_deltas(plan, profile, latent_of(specs).name)
-    )
-
-
-def _with_deltas(plan: Any, profile: Profile, latent: str) -> Profile:
-    """Return a profile of a graph that takes cached deltas (:mod:`qdiff.export.routes`), as large as the latent
-    ``latent`` makes them.
-    """
-    import dataclasses
-    import math
-
-    from qdiff.models import FAMILIES
-    from qdiff.plan.routing_plan import DELTAS
-
-    grid, width = FAMILIES[plan.family].grid, plan.config["num_attention_heads"] * plan.config["attention_head_dim"]
-    count = len(plan.routing.blocks)
-    ranges = _triple((count, shape[0], math.prod(grid(plan.config, shape)), width) for shape in profile.ranges[latent])
-    return dataclasses.replace(profile, ranges={**profile.ranges, DELTAS: ranges})
-
-
-def _with_lists(
-    attention: AttentionPlan, text: str, axes: dict[str, Any], sizes: dict[str, Any], one_size: bool = False
-) -> Profile:
-    """Return a profile of a graph that takes lists (:mod:`qdiff.export.list_inputs`): for one size of pictures, and any
-    lists, or with ``one_size`` lists as wide as the widest.
-    """
-    import dataclasses
-    import math
-
-    from qdiff.engines.profiles import make_profile
-    from qdiff.plan.attention_plan import BLOCKS, BOUNDS
-
-    heads, columns = attention.heads, -(-math.prod(attention.grid) // attention.block_k)
-    rows = -(-math.prod(attention.grid) // attention.block_q)
-    usual = max(heads, round(heads * columns * attention.density))
-    every = (heads * columns,) * 3 if one_size else (heads, usual, heads * columns)
-    profile = make_profile(text or "default", axes, sizes)
-    listed, bounds = _triple((rows, total) for total in every), (heads + 1,)
-    ends = _triple(tuple(round(total * head / heads) for head in range(heads + 1)) for total in every)
-    ranges = {**profile.ranges, BLOCKS: listed, BOUNDS: (bounds, bounds, bounds)}
-    return dataclasses.replace(profile, ranges=ranges, values={BOUNDS: ends})
-
-
-def _triple(shapes: Iterable[Shape]) -> tuple[Shape, Shape, Shape]:
-    low, usual, high = shapes
-    return low, usual, high
+    sizes = CalibratedSizes(calibrated["shapes"], cell)
+    ranges = tuple(engine.profile_for(plan, text, sizes, flags) for text in (profiles or [""]))
+    if compute_capability is None:
+        compute_capability = engine.default_compute_capability()
+    return BuildOptions(profiles=ranges, compute_capability=compute_capability, flags=dict(flags))
 
 
 def build(
@@ -309,8 +173,8 @@ def default_engine(run: Run) -> str:
     """Return the fastest engine that can run here and was built in this run; torch itself when none was."""
     from qdiff.engines import ranked
 
-    usable = (engine.name for engine in ranked() if run.done(f"build:{engine.name}") and engine.missing() is None)
-    return next(usable, "eager")
+    usable = (engine for engine in ranked() if engine.runs_module or run.done(f"build:{engine.name}"))
+    return next(engine.name for engine in usable if engine.missing() is None)
 
 
 def require_runner(run: Run, engine_name: str) -> None:
@@ -356,7 +220,7 @@ def load_runner(run: Run, engine_name: str, model: Model | None, threads: int | 
 
     engine = choose_engine(engine_name)
     if engine.runs_module:
-        if engine.name == "float":
+        if engine.runs_float:
             assert model is not None
             return engine.load_module(NamedInputs(model.family, model.backbone))
         run.verify("quantize")

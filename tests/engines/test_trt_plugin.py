@@ -396,17 +396,19 @@ def test_lists_are_padded_to_what_the_engine_is_for():
 def test_the_usual_profile_of_such_an_engine_has_one_size(monkeypatch):
     from types import SimpleNamespace
 
+    from qdiff.engines.plan_profiles import with_lists
+    from qdiff.engines.profiles import make_profile
     from qdiff.plan.attention_plan import BLOCKS, BOUNDS
-    from qdiff.stages import build
 
     attention = SimpleNamespace(heads=4, grid=(4, 16, 16), block_k=128, block_q=128, density=0.3)
     axes = {"hidden_states": ("batch", 16, 8), "text": ("batch", "tokens", 8)}
     sizes = {"batch": (2, 2, 2), "tokens": (77, 77, 77)}
-    fixed = build._with_lists(attention, "", axes, sizes, one_size=True)
+    profile = make_profile("default", axes, sizes)
+    fixed = with_lists(attention, profile, one_size=True)
     trt_plugin.require_static([fixed])
     assert fixed.ranges[BLOCKS] == ((8, 32),) * 3 and fixed.ranges[BOUNDS] == ((5,),) * 3
     with pytest.raises(UsageError, match=BLOCKS):
-        trt_plugin.require_static([build._with_lists(attention, "", axes, sizes)])
+        trt_plugin.require_static([with_lists(attention, profile)])
 
 
 @pytest.mark.gpu
