@@ -1,4 +1,4 @@
-"""Optimisation profiles from words: ``512``, ``dyn-256-1024``, ``512x768,batch=1-2-8``, or shapes as trtexec writes them.
+"""Optimisation profiles from words: ``512``, ``dyn-256-1024``, ``512x768,batch=1-2-8``.
 
 A model family says once which axes its inputs have (``{"hidden_states": ("batch", 4, "height", "width"), ...}``) and which sizes
 it has by default. A user then changes sizes by the axis's name and never writes a shape; the shapes of all inputs follow and
@@ -103,44 +103,3 @@ def make_profile(name: str, axes: Mapping[str, Sequence[int | str]], sizes: Mapp
         return tuple(sizes[axis][which] if isinstance(axis, str) else axis for axis in of)
 
     return Profile(name, {key: (shape(of, 0), shape(of, 1), shape(of, 2)) for key, of in axes.items()})
-
-
-def parse_shapes(text: str) -> dict[str, Shape]:
-    """Return the shapes that a text names in trtexec's syntax: ``"hidden_states:1x4x8x8,timestep:1"`` gives
-    ``{"hidden_states": (1, 4, 8, 8), "timestep": (1,)}``.
-
-    Raises:
-        UsageError: a piece of another form, or an input twice.
-    """
-    shapes: dict[str, Shape] = {}
-    for piece in text.split(","):
-        match = re.fullmatch(r"\s*([\w.]+):(\d+(?:x\d+)*)\s*", piece)
-        if not match or match[1] in shapes:
-            raise UsageError(
-                f"shapes {text!r}: {piece!r} is not understood or there twice", "write NAME:1x4x8x8,NAME:1x20"
-            )
-        shapes[match[1]] = tuple(int(size) for size in match[2].split("x"))
-    return shapes
-
-
-def profile_from_shapes(name: str, usual: str, low: str | None = None, high: str | None = None) -> Profile:
-    """Return a profile from trtexec's three strings (``--optShapes``, ``--minShapes``, ``--maxShapes``); left out means
-    the usual one.
-
-    Raises:
-        UsageError: the three name different inputs or ranks, or are not min <= usual <= max.
-    """
-    middle = parse_shapes(usual)
-    smallest, largest = (parse_shapes(text) if text else middle for text in (low, high))
-    if not set(middle) == set(smallest) == set(largest):
-        raise UsageError(
-            f"profile {name!r}: min, usual and max shapes name different inputs", "name the same in all three"
-        )
-    for key, shape in middle.items():
-        if not len(shape) == len(smallest[key]) == len(largest[key]):
-            raise UsageError(
-                f"profile {name!r}: {key!r} has different numbers of axes", "give the same number in all three"
-            )
-        for sizes in zip(smallest[key], shape, largest[key], strict=True):
-            _checked(f"{name}: {key}", sizes)
-    return Profile(name, {key: (smallest[key], middle[key], largest[key]) for key in middle})

@@ -212,11 +212,6 @@ def side_by_side(
     return _sheet(rows, cell, header=[name for name, _ in variants], above=list(captions))
 
 
-def save_sheet(path: Path, sheet: Image.Image) -> None:
-    """Write a sheet as PNG without metadata, whole or not at all."""
-    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
-
-
 def _sheet(
     rows: list[list[Image.Image]],
     cell: int,

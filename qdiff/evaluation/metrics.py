@@ -218,20 +218,6 @@ def cosine(reference: Tensor, approximation: Tensor) -> float:
     return min(max(product, -1.0), 1.0)
 
 
-def relative_error(reference: Tensor, approximation: Tensor) -> float:
-    """Return ``|r - a| / |r|`` in the Euclidean norm, without unit: 0.01 is 40 dB SQNR. 0 when equal, ``inf`` when r is
-    zero.
-
-    Raises:
-        InputError: shapes differ, empty, NaN or infinity.
-    """
-    reference, approximation = _pair(reference, approximation)
-    error, size = float((reference - approximation).norm()), float(reference.norm())
-    if error == 0.0:
-        return 0.0
-    return error / size if size > 0.0 else math.inf
-
-
 def _pair(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
     if reference.shape != approximation.shape:
         raise InputError(f"cannot compare shapes {tuple(reference.shape)} and {tuple(approximation.shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qdiff.engines import BuildOptions
-from qdiff.engines.profiles import make_profile, parse_profile, parse_range, parse_shapes, profile_from_shapes
+from qdiff.engines.profiles import make_profile, parse_profile, parse_range
 from qdiff.errors import UsageError
 
 AXES = {
@@ -53,16 +53,3 @@ def test_make_profile():
         make_profile("p", AXES, {key: value for key, value in sizes.items() if key != "tokens"})
     with pytest.raises(UsageError, match="min <= usual"):
         make_profile("p", AXES, {**sizes, "batch": (2, 1, 8)})
-
-
-def test_shapes_as_trtexec_writes_them():
-    assert parse_shapes("x:1x4x8x8,t:1") == {"x": (1, 4, 8, 8), "t": (1,)}
-    profile = profile_from_shapes("p", "x:2x4,t:2", low="x:1x4,t:1", high="x:4x4,t:4")
-    assert profile.ranges == {"x": ((1, 4), (2, 4), (4, 4)), "t": ((1,), (2,), (4,))}
-    assert profile_from_shapes("p", "x:2x4").ranges == {"x": ((2, 4),) * 3}
-    for wrong in ("x", "x:", "x:1y2", "x:1,x:2"):
-        with pytest.raises(UsageError):
-            parse_shapes(wrong)
-    for usual, low in (("x:2x4", "t:1"), ("x:2x4", "x:1"), ("x:2x4", "x:3x4")):
-        with pytest.raises(UsageError):
-            profile_from_shapes("p", usual, low=low)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import twin_log
 from qdiff.errors import InputError
-from qdiff.formats import twin_log
 from qdiff.formats.table import format_named
 from qdiff.formats.weight import quantize_weight
 
