@@ -161,28 +161,26 @@ class CogVideoX(Family):
         )
         from transformers import T5Config, T5EncoderModel
 
-        from qdiff.models.loading import bundled_tokenizer, stand_in_text_encoder
+        from qdiff.models.loading import random_t5_parts
 
         config = _CONFIGURATIONS[configuration]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            transformer = CogVideoXTransformer3DModel(**config)
-            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
-            vae = AutoencoderKLCogVideoX(
+        parts = random_t5_parts(
+            seed,
+            T5Config,
+            T5EncoderModel,
+            config["text_embed_dim"],
+            transformer=lambda: CogVideoXTransformer3DModel(**config),
+            vae=lambda: AutoencoderKLCogVideoX(
                 block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=16
-            )
-            tokenizer = bundled_tokenizer("pixart")
-            encoder = stand_in_text_encoder(T5Config, T5EncoderModel, tokenizer, config["text_embed_dim"])
-        modules: tuple[Any, ...] = (transformer, vae, encoder)
-        for module in modules:
-            module.eval().requires_grad_(False)
+            ),
+        )
         scheduler = CogVideoXDDIMScheduler(
             prediction_type="v_prediction",
             rescale_betas_zero_snr=True,
             timestep_spacing="trailing",
             snr_shift_scale=3.0,
         )
-        return CogVideoXPipeline(tokenizer, encoder, vae, transformer, scheduler)
+        return CogVideoXPipeline(**parts, scheduler=scheduler)
 
 
 class _JointAttention:

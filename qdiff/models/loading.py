@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,45 @@ def stand_in_vae() -> Any:
         block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, latent_channels=4,
     )  # fmt: skip
+
+
+def random_networks(seed: int, **networks: Callable[[], Any]) -> dict[str, Any]:
+    """Return networks of random weights by name, ready for inference.
+
+    Args:
+        seed: of all of them together: they draw from one stream of random numbers, in the order given.
+        networks: what makes each.
+    """
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return {name: make().eval().requires_grad_(False) for name, make in networks.items()}
+
+
+def random_t5_parts(
+    seed: int, configuration: Any, encoder: Any, width: int, *, transformer: Callable[[], Any], vae: Callable[[], Any]
+) -> dict[str, Any]:
+    """Return the parts of a pipeline with a T5, all but its scheduler.
+
+    Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
+
+    Args:
+        seed: as of :func:`random_networks`.
+        configuration: transformers' class of the text encoder's configuration.
+        encoder: transformers' class of the text encoder.
+        width: of the states that the text encoder gives.
+        transformer: what makes the backbone.
+        vae: what makes the VAE.
+    """
+    tokenizer = bundled_tokenizer("pixart")
+    networks = random_networks(
+        seed,
+        transformer=transformer,
+        vae=vae,
+        text_encoder=lambda: stand_in_text_encoder(configuration, encoder, tokenizer, width),
+    )
+    return {"tokenizer": tokenizer, **networks}
 
 
 def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Model:

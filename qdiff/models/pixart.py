@@ -183,23 +183,21 @@ class PixArt(Family):
         from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
         from transformers import T5Config, T5EncoderModel
 
-        from qdiff.models.loading import bundled_tokenizer, stand_in_text_encoder, stand_in_vae
+        from qdiff.models.loading import random_t5_parts, stand_in_vae
 
         config = _CONFIGURATIONS[configuration]
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            transformer = PixArtTransformer2DModel(
+        parts = random_t5_parts(
+            seed,
+            T5Config,
+            T5EncoderModel,
+            config["caption_channels"],
+            transformer=lambda: PixArtTransformer2DModel(
                 cross_attention_dim=width, interpolation_scale=1, use_additional_conditions=False, **config
-            )
-            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
-            vae = stand_in_vae()
-            tokenizer = bundled_tokenizer(self.name)
-            encoder = stand_in_text_encoder(T5Config, T5EncoderModel, tokenizer, config["caption_channels"])
-        modules: tuple[Any, ...] = (transformer, vae, encoder)
-        for module in modules:
-            module.eval().requires_grad_(False)
-        return PixArtSigmaPipeline(tokenizer, encoder, vae, transformer, DPMSolverMultistepScheduler())
+            ),
+            vae=stand_in_vae,
+        )
+        return PixArtSigmaPipeline(**parts, scheduler=DPMSolverMultistepScheduler())
 
 
 def _text_width(config: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ reads CLIP's constant first token (:meth:`StableDiffusion.first_token_layers`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,27 +239,25 @@ class StableDiffusion(Family):
         from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from qdiff.models.loading import bundled_tokenizer, stand_in_vae
+        from qdiff.models.loading import bundled_tokenizer, random_networks, stand_in_vae
 
         config = _CONFIGURATIONS[configuration]
         defaults = {"attention_head_dim": 8} if "attention_head_dim" not in config else {}
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            unet = UNet2DConditionModel(**defaults, **config)
-            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
-            vae = stand_in_vae()
-            width = config["cross_attention_dim"]
-            tokenizer = bundled_tokenizer(self.name)
-            if "addition_embed_type" not in config:
-                encoders: dict[str, Any] = {"text_encoder": CLIPTextModel(_clip(width, tokenizer))}
-            else:
-                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-                first = 3 * width // 8  # XL: 768 and 1280
-                encoders = {
-                    "text_encoder": CLIPTextModel(_clip(first, tokenizer)),
-                    "text_encoder_2": CLIPTextModelWithProjection(_clip(width - first, tokenizer, pooled)),
-                    "tokenizer_2": bundled_tokenizer(self.name),
-                }
+        width, tokenizer = config["cross_attention_dim"], bundled_tokenizer(self.name)
+        is_xl = "addition_embed_type" in config
+        # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
+        if not is_xl:
+            encoders: dict[str, Callable[[], Any]] = {"text_encoder": lambda: CLIPTextModel(_clip(width, tokenizer))}
+        else:
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            first = 3 * width // 8  # XL: 768 and 1280
+            encoders = {
+                "text_encoder": lambda: CLIPTextModel(_clip(first, tokenizer)),
+                "text_encoder_2": lambda: CLIPTextModelWithProjection(_clip(width - first, tokenizer, pooled)),
+            }
+        networks = random_networks(
+            seed, unet=lambda: UNet2DConditionModel(**defaults, **config), vae=stand_in_vae, **encoders
+        )
         scheduler = DPMSolverMultistepScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -267,12 +265,9 @@ class StableDiffusion(Family):
             steps_offset=1,
             timestep_spacing="trailing",
         )
-        parts: dict[str, Any] = {"vae": vae, "unet": unet, "tokenizer": tokenizer, "scheduler": scheduler, **encoders}
-        for part in parts.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
-        if "tokenizer_2" in parts:
-            return diffusers.StableDiffusionXLPipeline(**parts)
+        parts = {"tokenizer": tokenizer, "scheduler": scheduler, **networks}
+        if is_xl:
+            return diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=bundled_tokenizer(self.name))
         return diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )

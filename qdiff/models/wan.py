@@ -122,21 +122,19 @@ class Wan(Family):
         from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
         from transformers import UMT5Config, UMT5EncoderModel
 
-        from qdiff.models.loading import bundled_tokenizer, stand_in_text_encoder
+        from qdiff.models.loading import random_t5_parts
 
         config = CONFIGURATIONS[configuration]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            transformer = WanTransformer3DModel(**config)
-            # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
-            vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-            tokenizer = bundled_tokenizer("pixart")
-            encoder = stand_in_text_encoder(UMT5Config, UMT5EncoderModel, tokenizer, config["text_dim"])
-        modules: tuple[Any, ...] = (transformer, vae, encoder)
-        for module in modules:
-            module.eval().requires_grad_(False)
+        parts = random_t5_parts(
+            seed,
+            UMT5Config,
+            UMT5EncoderModel,
+            config["text_dim"],
+            transformer=lambda: WanTransformer3DModel(**config),
+            vae=lambda: AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        )
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        return WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
+        return WanPipeline(**parts, scheduler=scheduler)
 
 
 class _SelfAttention:
