@@ -81,8 +81,8 @@ class DecisionSource(Protocol):
 
 
 @dataclass(frozen=True)
-class ByRecipe:
-    """Decisions of a recipe's methods."""
+class _OfRecipe:
+    """What the sources that follow a recipe have in common."""
 
     recipe: Recipe
 
@@ -97,6 +97,11 @@ class ByRecipe:
     @property
     def floors(self) -> Floors:
         return self.recipe.floors
+
+
+@dataclass(frozen=True)
+class ByRecipe(_OfRecipe):
+    """Decisions of a recipe's methods."""
 
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}
@@ -164,23 +169,10 @@ class ByPlan:
 
 
 @dataclass(frozen=True)
-class ByBudget:
+class ByBudget(_OfRecipe):
     """Formats by a solver that was context sensitivities and a budget; then, as :class:`ByRecipe`, each layer's methods."""
 
-    recipe: Recipe
     run: Run
-
-    @property
-    def name(self) -> str:
-        return self.recipe.name
-
-    @property
-    def attention(self) -> Attention | None:
-        return self.recipe.attention
-
-    @property
-    def floors(self) -> Floors:
-        return self.recipe.floors
 
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), **self.measured_inputs()}
@@ -261,25 +253,12 @@ class ByBudget:
 
 
 @dataclass(frozen=True)
-class ByRouting:
+class ByRouting(_OfRecipe):
     """Blocks that change between recipes from step to step: the whole model by each recipe, then routes by a budget and
     pictures.
     """
 
-    recipe: Recipe
     run: Run
-
-    @property
-    def name(self) -> str:
-        return self.recipe.name
-
-    @property
-    def attention(self) -> Attention | None:
-        return self.recipe.attention  # routes are decided with all attention there
-
-    @property
-    def floors(self) -> Floors:
-        return self.recipe.floors
 
     def inputs(self) -> dict[str, Any]:
         versions = [version.model_dump(mode="json") for version in versions_of(self.recipe)]
