@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qdiff.engines.base import BuildOptions, Engine
 
 if TYPE_CHECKING:
     import numpy
@@ -34,6 +36,24 @@ def exact(library: str) -> bool:
         library: ``"onnxruntime"`` or ``"openvino"``, as it is without settings of ours. It has to be installed.
     """
     return _exact(library)
+
+
+class IntegerEngine(Engine):
+    """Base of the engines of CPU libraries: what they do where INT8 products overflow."""
+
+    overflow: ClassVar[str]  # what happens then, in a sentence for ``qdiff doctor``
+
+    def integer_arithmetic(self) -> str | None:
+        if self.missing() is not None:
+            return None
+        return "INT8 products are exact" if exact(self.library) else self.overflow
+
+    def _by_processor(self, options: BuildOptions, flag: str, where_exact: str, where_not: str) -> str:
+        """Return the value of a flag; where that is ``auto``, the one for this processor."""
+        value = self.flag(options, flag)
+        if value != "auto":
+            return value
+        return where_exact if exact(self.library) else where_not
 
 
 @functools.cache

@@ -34,9 +34,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.engines import integer_products
-from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
+from qdiff.engines.base import ENGINES, BuildOptions, Runner
 from qdiff.engines.graph import external_files, inlined, multiplies_integers, simulates
 from qdiff.engines.inputs import TensorSpec, conform
+from qdiff.engines.integer_products import IntegerEngine
 from qdiff.errors import InputError, IntegrityError
 from qdiff.events import log
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
@@ -169,7 +170,7 @@ class OpenVinoRunner(Runner):
 
 
 @ENGINES.register("openvino")
-class OpenVinoEngine(Engine):
+class OpenVinoEngine(IntegerEngine):
     """OpenVINO on the CPU."""
 
     name = "openvino"
@@ -177,6 +178,7 @@ class OpenVinoEngine(Engine):
     target = "onnxruntime"
     extra = "cpu"
     library = "openvino"
+    overflow = "INT8 products overflow on this processor: they are computed in float"
     known_flags = {
         "precision": ("auto", "f32", "bf16", "f16"),
         "shapes": ("static", "dynamic"),
@@ -190,13 +192,6 @@ class OpenVinoEngine(Engine):
         slower.
         """
         return 20 if self.missing() is not None or integer_products.exact(self.library) else 5
-
-    def integer_arithmetic(self) -> str | None:
-        if self.missing() is not None:
-            return None
-        if integer_products.exact(self.library):
-            return "INT8 products are exact"
-        return "INT8 products overflow on this processor: they are computed in float"
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
         library = self.backend()
@@ -253,10 +248,7 @@ class OpenVinoEngine(Engine):
         return runner
 
     def _integers(self, options: BuildOptions) -> str:
-        asked = self.flag(options, "integers")
-        if asked != "auto":
-            return asked
-        return "on" if integer_products.exact(self.library) else "off"
+        return self._by_processor(options, "integers", where_exact="on", where_not="off")
 
     def _precision(self, core: Any, model: Any, options: BuildOptions) -> str:
         """Return what runs unquantized layers: the flag, or with ``auto`` the 16-bit type that this CPU computes with,

@@ -26,10 +26,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.engines import integer_products
-from qdiff.engines.base import ENGINES, BuildOptions, Engine, Runner
+from qdiff.engines.base import ENGINES, BuildOptions, Runner
 from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
+from qdiff.engines.integer_products import IntegerEngine
 from qdiff.engines.unpacked import take_out_unpacking
 from qdiff.errors import InputError, IntegrityError, MissingDependencyError
 from qdiff.files import read_json, write_json
@@ -87,7 +87,7 @@ class OrtRunner(Runner):
 
 
 @ENGINES.register("onnxruntime")
-class OrtEngine(Engine):
+class OrtEngine(IntegerEngine):
     """ONNX Runtime on the CPU, or on CUDA where onnxruntime-gpu and a GPU are there."""
 
     name = "onnxruntime"
@@ -96,6 +96,7 @@ class OrtEngine(Engine):
     extra = "cpu"
     library = "onnxruntime"
     rank = 10
+    overflow = "INT8 products with signed weights overflow on this processor: weights are unsigned"
     known_flags = {
         "provider": ("auto", "cpu", "cuda"),
         "dynamic_quantization": ("off", "on"),
@@ -118,16 +119,8 @@ class OrtEngine(Engine):
             raise MissingDependencyError(f"provider=cuda needs {why}, which is not here", fix)
         return "cpu"
 
-    def integer_arithmetic(self) -> str | None:
-        if self.missing() is not None:
-            return None
-        if integer_products.exact(self.library):
-            return "INT8 products are exact"
-        return "INT8 products with signed weights overflow on this processor: weights are unsigned"
-
     def _unsigned_weights(self, options: BuildOptions) -> bool:
-        asked = self.flag(options, "unsigned_weights")
-        return not integer_products.exact(self.library) if asked == "auto" else asked == "on"
+        return self._by_processor(options, "unsigned_weights", where_exact="off", where_not="on") == "on"
 
     def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
         runner = self._open(onnx, options)  # a graph that does not load is refused here, not at the first picture

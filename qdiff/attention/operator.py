@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,36 +25,72 @@ from qdiff.attention.numerics import numerics_named
 from qdiff.errors import InputError, MissingDependencyError
 
 
-@torch.library.custom_op("qdiff::sparse_attention", mutates_args=())
-def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: Tensor,
-    blocks: Tensor,
-    bounds: Tensor,
-    first: int,
-    text: int,
-    block_q: int,
-    block_k: int,
-    numerics: str,
-    scale: float,
-) -> Tensor:
-    """Return the attention that reads, for every block of queries, the blocks of keys on its list.
+class AttentionCall(NamedTuple):
+    """One call of the op: its arguments, in the order of the op's schema, which is made from these fields.
 
     Args:
         q: ``[batch, heads, tokens, size]``.
         k: ``[batch, heads, tokens, size]``.
         v: ``[batch, heads, tokens, size]``.
         order: integers ``[heads, tokens - text]``, as :meth:`qdiff.attention.lists.Tiling.places` takes it.
-        blocks: as in :class:`qdiff.attention.lists.BlockLists`.
-        bounds: as in :class:`qdiff.attention.lists.BlockLists`.
+        blocks: of all heads of the model, as in :class:`qdiff.attention.lists.BlockLists`.
+        bounds: of all heads of the model, as in :class:`qdiff.attention.lists.BlockLists`.
         first: entry of ``bounds`` at which the first of these heads begins.
         text: as in :class:`qdiff.attention.lists.Tiling`.
         block_q: as in :class:`qdiff.attention.lists.Tiling`.
         block_k: as in :class:`qdiff.attention.lists.Tiling`.
         numerics: a name of :data:`qdiff.attention.numerics.NUMERICS`.
         scale: of the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    order: Tensor
+    blocks: Tensor
+    bounds: Tensor
+    first: int
+    text: int
+    block_q: int
+    block_k: int
+    numerics: str
+    scale: float
+
+    def tiling(self) -> Tiling:
+        """Return how the tokens are cut.
+
+        Raises:
+            InputError: another number of tokens than the order has.
+        """
+        tokens = self.text + self.order.shape[1]
+        if self.q.shape[2] != tokens:
+            raise InputError(
+                f"sparse attention was calibrated for {tokens:,} tokens and is given {self.q.shape[2]:,}",
+                "leave the size as it was calibrated, or calibrate with --height, --width or --frames",
+            )
+        return Tiling(tokens, self.text, self.block_q, self.block_k)
+
+    def lists(self) -> BlockLists:
+        """Return the lists of these heads."""
+        own = self.bounds[self.first : self.first + self.q.shape[1] + 1]
+        return BlockLists(self.blocks[:, int(own[0]) : int(own[-1])], own - own[0])
+
+    def gathered(self) -> Tensor:
+        """Return what :mod:`qdiff.attention.gathered` computes."""
+        tiling, lists, numerics = self.tiling(), self.lists(), numerics_named(self.numerics)
+        return gathered.attend(self.q, self.k, self.v, self.order, lists, tiling, numerics, self.scale)
+
+
+_SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", str: "str", float: "float"}
+_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(AttentionCall).items())
+
+
+@torch.library.custom_op("qdiff::sparse_attention", mutates_args=(), schema=f"({_SCHEMA}) -> Tensor")
+def sparse_attention(*arguments: Any) -> Tensor:
+    """Return the attention that reads, for every block of queries, the blocks of keys on its list.
+
+    Args:
+        arguments: those of :class:`AttentionCall`.
 
     Returns:
         ``[batch, heads, tokens, size]`` in ``q``'s dtype; a query that reads nothing gets zeros.
@@ -63,46 +99,16 @@ def sparse_attention(
         InputError: lists that do not cut as said, or another number of tokens than the order has.
         UsageError: unknown numerics.
     """
-    tiling = _tiling(q, order, text, block_q, block_k)
-    lists = _lists(blocks, bounds, first, q.shape[1])
-    return gathered.attend(q, k, v, order, lists, tiling, numerics_named(numerics), scale)
+    return AttentionCall(*arguments).gathered()
 
 
 @sparse_attention.register_kernel("cuda")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: Tensor,
-    blocks: Tensor,
-    bounds: Tensor,
-    first: int,
-    text: int,
-    block_q: int,
-    block_k: int,
-    numerics: str,
-    scale: float,
-) -> Tensor:
-    tiling, row = _tiling(q, order, text, block_q, block_k), numerics_named(numerics)
+def _(*arguments: Any) -> Tensor:
+    call = AttentionCall(*arguments)
+    tiling, row = call.tiling(), numerics_named(call.numerics)
     if row.output is None:
-        lists = _lists(_on_device(blocks, q.device), bounds, first, q.shape[1])
-        return gathered.attend(q, k, v, order, lists, tiling, row, scale)
-    rows = _rows(blocks, bounds, first, q.shape[1], tiling, q.device)
-    return _gpu().attend_rows(q, k, v, order, rows, tiling, row, scale)
-
-
-def _tiling(q: Tensor, order: Tensor, text: int, block_q: int, block_k: int) -> Tiling:
-    if q.shape[2] != text + order.shape[1]:
-        raise InputError(
-            f"sparse attention was calibrated for {text + order.shape[1]:,} tokens and is given {q.shape[2]:,}",
-            "leave the size as it was calibrated, or calibrate with --height, --width or --frames",
-        )
-    return Tiling(q.shape[2], text, block_q, block_k)
-
-
-def _lists(blocks: Tensor, bounds: Tensor, first: int, heads: int) -> BlockLists:
-    own = bounds[first : first + heads + 1]
-    return BlockLists(blocks[:, int(own[0]) : int(own[-1])], own - own[0])
+        return call._replace(blocks=_on_device(call.blocks, call.q.device)).gathered()
+    return _gpu().attend_rows(call.q, call.k, call.v, call.order, _rows(call, tiling), tiling, row, call.scale)
 
 
 def _gpu() -> ModuleType:
@@ -139,55 +145,41 @@ def _on_device(blocks: Tensor, device: torch.device) -> Tensor:
     return copy
 
 
-def _rows(
-    blocks: Tensor, bounds: Tensor, first: int, heads: int, tiling: Tiling, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _rows(call: AttentionCall, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """Return the lists as the kernel reads them, kept from call to call. What was made in inference mode cannot be told
     from its own later content, and is not kept.
     """
+    blocks, bounds, device = call.blocks, call.bounds, call.q.device
     if blocks.is_inference() or bounds.is_inference():
-        return _gpu().on_device(_lists(blocks, bounds, first, heads), tiling, device)
+        return _gpu().on_device(call.lists(), tiling, device)
     version, kept = _KEPT.get(blocks, (None, {}))
     if version != blocks._version:
         kept = {}
         _KEPT[blocks] = blocks._version, kept
-    key = id(bounds), bounds._version, first, heads, tiling, device
+    key = id(bounds), bounds._version, call.first, call.q.shape[1], tiling, device
     known, rows = kept.get(key, (None, None))
     if known is None or known() is not bounds:
-        rows = _gpu().on_device(_lists(blocks, bounds, first, heads), tiling, device)
+        rows = _gpu().on_device(call.lists(), tiling, device)
         kept[key] = weakref.ref(bounds), rows
     return rows
 
 
 @sparse_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: Tensor,
-    blocks: Tensor,
-    bounds: Tensor,
-    first: int,
-    text: int,
-    block_q: int,
-    block_k: int,
-    numerics: str,
-    scale: float,
-) -> Tensor:
-    return torch.empty_like(q)
+def _(*arguments: Any) -> Tensor:
+    return torch.empty_like(AttentionCall(*arguments).q)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.first, ctx.text, ctx.block_q, ctx.block_k, _, ctx.scale = inputs
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
     ctx.save_for_backward(*tensors)
+    ctx.numbers = inputs[len(tensors) :]
 
 
 def _backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, order, blocks, bounds = ctx.saved_tensors
-    tiling = _tiling(q, order, ctx.text, ctx.block_q, ctx.block_k)
-    lists = _lists(blocks, bounds, ctx.first, q.shape[1])
-    found = gradients(q, k, v, order, lists, tiling, ctx.scale, of_output)
-    return (*found, *[None] * 9)
+    call = AttentionCall(*ctx.saved_tensors, *ctx.numbers)
+    q, k, v, order = call.q, call.k, call.v, call.order
+    found = gradients(q, k, v, order, call.lists(), call.tiling(), call.scale, of_output)
+    return (*found, *[None] * (len(call) - len(found)))
 
 
 sparse_attention.register_autograd(_backward, setup_context=_keep)

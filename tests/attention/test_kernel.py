@@ -59,13 +59,21 @@ def test_the_operator_on_a_gpu(numerics):
         assert float((ours - reference).norm() / reference.norm()) < TOLERANCES[numerics]
 
 
+def rows_of(blocks, bounds, first: int, heads: int, tiling: Tiling):
+    """The lists of ``heads`` heads in the kernel's form, as a call in host memory asks for them."""
+    q, order = torch.empty(1, heads, tiling.tokens, 8), torch.zeros(heads, tiling.ordered, dtype=torch.int32)
+    cut = (tiling.text, tiling.block_q, tiling.block_k)
+    call = operator.AttentionCall(q, q, q, order, blocks, bounds, first, *cut, "bf16", 1.0)
+    return operator._rows(call, call.tiling())
+
+
 def test_the_kernels_lists_are_kept_while_they_are_the_same():
-    tiling, device = Tiling(300, 17), torch.device("cpu")
+    tiling = Tiling(300, 17)
     lists = BlockLists.joined([BlockLists.full(2, tiling), BlockLists.full(1, tiling)])
     held, bounds = [lists.blocks], lists.bounds
 
     def rows(bounds=bounds, first=0, heads=2):
-        return operator._rows(held[0], bounds, first, heads, tiling, device)
+        return rows_of(held[0], bounds, first, heads, tiling)
 
     made = rows()
     assert rows() is made
@@ -87,8 +95,8 @@ def test_lists_made_in_inference_mode_are_read_anew():
     tiling = Tiling(300)
     with torch.inference_mode():
         lists = BlockLists.full(1, tiling)
-    made = operator._rows(lists.blocks, lists.bounds, 0, 1, tiling, torch.device("cpu"))
-    again = operator._rows(lists.blocks, lists.bounds, 0, 1, tiling, torch.device("cpu"))
+    made = rows_of(lists.blocks, lists.bounds, 0, 1, tiling)
+    again = rows_of(lists.blocks, lists.bounds, 0, 1, tiling)
     assert made is not again and all(map(torch.equal, made, again))
 
 
