@@ -1,7 +1,7 @@
 """MkDocs hook: writes the list of the log's entries, newest first, from the entries themselves.
 
-The page with the line ``<!-- entries -->`` gets a table: date, title, and the answer. An entry has its title, its date in italics, and the
-paragraphs **Question.**, **Answer.** and **Decision.** before anything else; one that lacks any of them ends the build.
+The page with the line ``<!-- entries -->`` gets a table: date, title and answer. An entry has its title, its date in italics and
+the paragraphs **Question.**, **Answer.** and **Decision.** before anything else; one that lacks any of them ends the build.
 """
 
 from __future__ import annotations
