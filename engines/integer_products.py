@@ -2,7 +2,7 @@
 
 x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) have no instruction that adds four products of bytes in
 32 bits. Kernels there add two of them in 16 bits (``vpmaddubsw``), which saturates where both are large: 255 x 127 x 2 is
-64,770, and the largest 16-bit number is 32,767. Pictures of the bundled PixArt then have 34 to 44 dB instead of 52 (docs/log.md).
+64,770, and the largest 16-bit number is 32,767. Pictures of the bundled PixArt then have 34 to 44 dB instead of 52 (docs/log).
 
 Which kernel runs is the library's choice. ``/proc/cpuinfo`` does not tell it: on a processor without AVX, ONNX Runtime is exact
 and OpenVINO is not, and in an emulator the file is the host's. A list of instructions would be a second opinion, and a wrong

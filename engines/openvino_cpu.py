@@ -11,11 +11,11 @@ Measured on a 20 M-parameter PixArt (32x32 latents, batch 2, one core of an AMD 
 
 - **What is not quantized runs in BF16 where the CPU has it** (``precision=auto``). The plan keeps those parts in 16 bit anyway.
   It is 12 % faster on a 67 M-parameter INT8 PixArt whose q kᵀ is INT8, and costs the bundled PixArt 1.2 dB of 49
-  (docs/log.md). ``precision=f32`` gives the plan's exact numbers. Formats that OpenVINO has no kernels for (FP8, NVFP4 and MX
+  (docs/log). ``precision=f32`` gives the plan's exact numbers. Formats that OpenVINO has no kernels for (FP8, NVFP4 and MX
   activations, scales per token) are arithmetic in the graph, and 16 bit would round their very scales: those run in float32.
 
 Without VNNI its INT8 products overflow now and then (:mod:`qdiff.engines.integer_products`): the bundled PixArt has 43.6 dB
-instead of 52.5 then (docs/log.md). There they run in float, unless ``integers=on`` asks for them, and ONNX Runtime is the
+instead of 52.5 then (docs/log). There they run in float, unless ``integers=on`` asks for them, and ONNX Runtime is the
 default engine: 1.6 times as fast as float, OpenVINO 1.1 times.
 
 Two defaults of the library change the numbers without a word, so they are always set:

@@ -7,7 +7,7 @@ When the graph is exported anew the hash no longer fits and the engine has to be
 
 Its x86 kernels multiply unsigned by signed codes. It moves signed activations over by itself, but only where a zero point
 is written out, which our graphs leave away (TensorRT wants symmetric quantization). So zero points of 0 are added when a
-graph is loaded: 1.4 times as fast as FP32 instead of 0.75 times, and half the memory, with the same numbers (docs/log.md).
+graph is loaded: 1.4 times as fast as FP32 instead of 0.75 times, and half the memory, with the same numbers (docs/log).
 
 On processors without VNNI its AVX2 kernels add two such products in 16 bits, which overflow: pictures of 34 dB instead of 52. It
 can make the weights unsigned as well (``session.x64quantprecision``), which is exact everywhere, and 3.1 to 3.4 times slower in

@@ -17,7 +17,7 @@ kernel in PTX, with how it is launched. The kernel goes into the engine, which t
 - **Shapes are fixed** (:func:`require_static`): TensorRT 11 leaks a CUDA module whenever the shape of a plugin changes
   (NVIDIA/TensorRT#4849).
 
-Why it is built so: docs/decisions/0015-attention-plugin.md; what is proven: docs/guide/attention.md.
+Why it is built so: docs/decisions/0015-attention-plugin.md; what is proven: docs/how-to/sparse-attention.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 No runtime has a type for them, so a graph unpacks their bytes in nodes (``qdiff.Unpack_int6``). ONNX Runtime folds those when it
 loads the graph, through integers of 32 bits that it keeps: 37 bytes a weight at the peak and 25 afterwards, where INT8 takes one
-or two (docs/log.md).
+or two (docs/log).
 """
 
 from __future__ import annotations

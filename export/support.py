@@ -1,4 +1,4 @@
-"""Which format runs where, read from the targets themselves: the tables of docs/guide/support-matrix.md.
+"""Which format runs where, read from the targets themselves: the tables of docs/reference/support-matrix.md.
 
     python -m qdiff.export.support
 

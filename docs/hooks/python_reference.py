@@ -109,7 +109,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         rows = [f"| [`{package}`](modules/{package}.md) | {summary(package)} |" for package in packages()]
         markdown = markdown.replace(MODULES, "\n".join(["| package | |", "| --- | --- |", *rows]))
     if NAMES in markdown:
-        known = [(name, origin(name)) for name in public_names()]
+        functions_first = sorted(public_names(), key=lambda name: (name[0].isupper(), name))
+        known = [(name, origin(name)) for name in functions_first]
         parts = [f"## qdiff.{name}\n\n{block(full, 3)}" for name, full in known if full]
         markdown = markdown.replace(NAMES, "\n\n".join(parts))
     return markdown

@@ -146,7 +146,7 @@ def decide_routes(
         best = max(decision.rules, key=lambda scored: (found[scored.name].rule == routing.rule, scored.psnr_db))
         chosen = found[best.name]
         if chosen.rule == "static" and len(routing.recipes) > 1:
-            log.warning("routing: pictures are best when no block switches (docs/guide/routing.md)")
+            log.warning("routing: pictures are best when no block switches (docs/how-to/precision-by-step.md)")
         if routing.reuse is not None:
             chosen = _with_reuse(routing, chosen, best.psnr_db, weighed, scorer, decision, progress)
     decision.chosen = best.name

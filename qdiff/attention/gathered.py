@@ -3,7 +3,7 @@
 A CPU gains from skipping only if what is left stays one large product. Gathering for a whole head at once writes more memory
 than the caches hold, and fresh memory costs more than the products; one workspace for :data:`TOGETHER` rows, used again and
 again, does neither. Putting tokens in order and back costs as much as a third of that again; the same in ONNX Runtime is faster
-(docs/log.md, ``python -m bench.attention``). On a GPU it is launches that cost, so there all samples are computed at once.
+(docs/log, ``python -m bench.attention``). On a GPU it is launches that cost, so there all samples are computed at once.
 
 The same function computes all numerics: codes are multiplied back to numbers first, so a CPU gains nothing from them, but the
 result is what the codes give.

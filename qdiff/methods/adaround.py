@@ -7,7 +7,7 @@ With neighbours ``lower`` and ``upper`` on the grid (:func:`qdiff.methods.learne
 (eqs. 16 and 23 there) begins at the float weight exactly, and at the end h is cut at one half, so what is stored lies on the
 grid whatever h was. In between the paper computes with the soft h, and a penalty ``1 - |2h - 1|^beta`` (eq. 24) with beta falling
 from 20 to 2 after a warm-up drives every h to 0 or 1 (``straight_through: false``). That takes thousands of iterations: after 300
-the soft block was 0.8 dB nearer to float and the cut one 0.1 (docs/log.md). So the default computes with the cut h from the
+the soft block was 0.8 dB nearer to float and the cut one 0.1 (docs/log). So the default computes with the cut h from the
 start, the gradient going straight through to the soft one, without a penalty: what is learned on is what is stored.
 
 On a grid of floats the step differs from binade to binade. ``u`` is 1 in AdaRound; FP4DiT (arXiv 2503.15465) takes

@@ -355,7 +355,7 @@ def check_keywords(
             checked[option] = TypeAdapter(types[option]).validate_python(value)
         except ValidationError as error:
             message = f"{what}: {option} = {value!r}: {error.errors()[0]['msg']}"
-            raise InputError(message, "docs/guide/recipes.md says what it takes") from None
+            raise InputError(message, "docs/recipes/index.md says what it takes") from None
     return checked
 
 

@@ -7,7 +7,7 @@ same way).
 
 The middle is that of the least and the largest value which calibration saw, exactly, not of the tokens that it kept. A grid
 whose scales follow blocks of the input at run time has no range to be in the middle of; there a channel's *mean* is what all
-tokens are nearest to, and 20 % of NVFP4's error on a DiT's activations are its (docs/log.md). Channels may move each by its own
+tokens are nearest to, and 20 % of NVFP4's error on a DiT's activations are its (docs/log). Channels may move each by its own
 middle or mean, or all by one middle; whichever brings the outputs nearest to float is taken, or none.
 """
 

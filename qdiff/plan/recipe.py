@@ -73,7 +73,7 @@ class Distillation(BaseModel):
     (:mod:`qdiff.quantization.distillation`).
 
     It goes ``passes`` times over the recorded calls, of which each is a step, or, where ``iterations`` are given, for that many
-    steps. More than a few passes overfit to the prompts (docs/log.md): calibrate with more of them instead.
+    steps. More than a few passes overfit to the prompts (docs/log): calibrate with more of them instead.
 
     ``rate`` is Adam's for the codes, in their own units, ``bias_rate`` that of the biases; 0 leaves them as they are. Both fall
     to zero over the iterations. ``blocks`` is the share of the loss that is the error of the blocks' outputs and not of the

@@ -2,7 +2,7 @@
 predicts.
 
 Rounding weights better, layer by layer or block by block, ends where the error of the *activations* begins: with NVFP4 on
-both sides that is most of it (docs/log.md). What is left to gain is that layers learn to make up for each other. So codes and
+both sides that is most of it (docs/log). What is left to gain is that layers learn to make up for each other. So codes and
 biases of all quantized layers are trained together, through the quantized graph itself (straight-through where it rounds), on
 the recorded calls and against the float model's own predictions: no data and no labels, as in QAD (arXiv 2601.20088) and
 EfficientDM (arXiv 2310.03270). Scales, transforms and low-rank branches stay, so the result is a checkpoint like any other.
@@ -11,9 +11,9 @@ Attentions that follow block lists do so here as well, and layers learn to make 
 - **Loss**: squared error of the prediction, relative to what it was at that timestep before. Late steps have the smallest signal
   and the largest relative error; without the division they would be all that counts. Half of the loss is the same of every
   block's output, against the float model's own on that call: a prediction is a few numbers a token, of which a model learns by
-  heart what belongs to the prompts; with all that leads to it, what it learns holds for others too (docs/log.md).
+  heart what belongs to the prompts; with all that leads to it, what it learns holds for others too (docs/log).
 - **Length**: two passes. Steps on more prompts are worth far more than passes over few: what a model goes on to learn is these
-  prompts, and predictions that are nearer to float on them make pictures of others worse (docs/log.md).
+  prompts, and predictions that are nearer to float on them make pictures of others worse (docs/log).
 - **Variables** begin at the codes that exist and are in their units: a code changes when its variable has crossed half of a
   step. Nothing of the float weights is needed, so it works on any plan, also on blocks that were restored after a kill.
 - **Which layers**: all, or those that the recipe names. With the time embedding's layers alone, quantized with scales by

@@ -101,7 +101,7 @@ def settle(plan: Plan, model: Model, statistics: Statistics, before: Plan | None
     if not plan.quantized:
         wrong.append("it quantizes no layer")
     _refuse(
-        InputError, source, wrong, 'correct the file; docs/guide/recipes.md, "Editing a plan", says what can be set'
+        InputError, source, wrong, 'correct the file; docs/recipes/plans.md, "Editing a plan", says what can be set'
     )
     settled = [_settled(layer, groups.get(layer.name), known.get(layer.name)) for layer in plan.layers]
     return plan.model_copy(update={"layers": settled})

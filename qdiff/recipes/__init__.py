@@ -63,7 +63,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        fix = "docs/guide/recipes.md says what it takes"
+        fix = "docs/recipes/index.md says what it takes"
         if first["type"] == "missing":
             fix = f"give it, for example with --set {where}=…"
         elif first["type"] == "extra_forbidden":

@@ -367,9 +367,9 @@ def test_what_a_target_cannot_run_is_no_cell():
 
 
 def test_the_support_matrix_is_the_codes():
-    page = (Path(__file__).parents[2] / "docs/guide/support-matrix.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/reference/support-matrix.md").read_text(encoding="utf-8")
     stale = [table for table in support.tables().split("\n\n") if table not in page]
-    assert not stale, "docs/guide/support-matrix.md is stale; it has to hold:\n\n" + "\n\n".join(stale)
+    assert not stale, "docs/reference/support-matrix.md is stale; it has to hold:\n\n" + "\n\n".join(stale)
 
 
 def test_a_format_without_a_function_is_refused():

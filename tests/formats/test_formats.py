@@ -25,7 +25,7 @@ from qdiff.formats.weight import QuantizedWeight, quantize_weight
 QUANTIZED = [name for name in FORMATS if FORMATS[name].quantized]
 BLOCKS = [name for name in QUANTIZED if FORMATS[name].block]
 WHOLE = [name for name in QUANTIZED if not FORMATS[name].block]
-PAGE = Path(__file__).parents[2] / "docs/guide/formats.md"
+PAGE = Path(__file__).parents[2] / "docs/reference/formats.md"
 
 
 def all_codes(format) -> torch.Tensor:
@@ -316,7 +316,7 @@ def test_a_new_row_is_enough():
 
 
 def table() -> str:
-    """The table of docs/guide/formats.md, from the table of the code."""
+    """The table of docs/reference/formats.md, from the table of the code."""
     lines = [
         "| format | code | magnitudes | shares a scale | scale | bits | about |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -344,7 +344,7 @@ def table() -> str:
 
 def test_the_guide_has_this_table():
     page = PAGE.read_text(encoding="utf-8")
-    assert table() in page, f"docs/guide/formats.md is stale; its table has to be:\n\n{table()}\n"
+    assert table() in page, f"docs/reference/formats.md is stale; its table has to be:\n\n{table()}\n"
     named = set(re.findall(r"`((?:int|fp|mx|nv)[a-z0-9_]*\d[a-z0-9_]*)`", page.replace(table(), "")))
     assert named <= set(FORMATS), f"the page names formats that do not exist: {named - set(FORMATS)}"
 

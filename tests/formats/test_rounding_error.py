@@ -129,7 +129,7 @@ def test_fp8_is_flat_and_int8_is_not():
 
 
 def test_what_the_search_saves_is_what_we_say():
-    """The percentages in qdiff/formats/weight.py and the numbers in docs/guide/formats.md."""
+    """The percentages in qdiff/formats/weight.py and the numbers in docs/reference/formats.md."""
     x, counts = data("gaussian")
 
     def error(name: str, rule: str = "amax", rounding: str = "floor") -> float:
@@ -139,7 +139,7 @@ def test_what_the_search_saves_is_what_we_say():
     assert 1 - nvfp4["mse"] / nvfp4["amax"] == pytest.approx(0.26, abs=0.01)
     assert 1 - nvfp4["four_over_six"] / nvfp4["amax"] == pytest.approx(0.16, abs=0.01)
     assert 1 - error("int4_g64", "mse") / error("int4_g64") == pytest.approx(0.23, abs=0.01)
-    guide = (Path(__file__).parents[2] / "docs/guide/formats.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs/reference/formats.md").read_text(encoding="utf-8")
     for value in (*nvfp4.values(), *(error("mxfp4", rounding=rounding) for rounding in ("floor", "up", "even"))):
         assert f"{value:.2e}".replace("e-0", "e-") in guide
 

@@ -1,6 +1,6 @@
 """Sparse attention on a GPU: orders and quantizes, and starts the kernel that was measured to be the fastest there.
 
-On a Hopper, constants are those of a sweep on an H200 at 64, 72 and 128 channels (docs/log.md, 2026-11-26); other sizes take
+On a Hopper, constants are those of a sweep on an H200 at 64, 72 and 128 channels (docs/log, 2026-11-26); other sizes take
 their neighbour's. With 8-bit operands programs have 64 queries, so that two of them share a multiprocessor and one multiplies
 while the other takes its exponentials. With heads of 128 channels :mod:`qdiff.attention.kernels.hopper` is faster in BF16 and
 INT8 / FP8 and takes this kernel's place. It is imported where it runs: Gluon is the younger part of Triton.
