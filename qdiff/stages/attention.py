@@ -93,7 +93,9 @@ def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[Attention
 
     run.verify(STAGE)
     if not numerics_named(wish.numerics).exported:
-        log.warning("attention in %s runs in torch alone: no engine takes it (docs/how-to/sparse-attention.md)", wish.numerics)
+        log.warning(
+            "attention in %s runs in torch alone: no engine takes it (docs/how-to/sparse-attention.md)", wish.numerics
+        )
     statistics = AttentionStatistics.load(run.file(STATISTICS))
     dense = len(model.family.self_attentions(model.backbone)) - len(statistics.layers)
     timesteps = run.entry("calibrate")["timesteps"]
