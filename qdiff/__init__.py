@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from qdiff.recipes import load_recipe
     from qdiff.runs.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Format",
     "Plan",
