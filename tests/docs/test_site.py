@@ -21,7 +21,7 @@ def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocstrings_handlers.python", reason="the group docs is not installed")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, f"make docs fails:\n{done.stdout}\n{done.stderr}"
