@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files of the repository that are pages of the site, too.
@@ -32,6 +33,12 @@ CODE_OR_LINK = re.compile(
     r"(?P<image>!?)\[(?P<text>[^\]\n]*)\]\((?P<link>[^)\s]+)\)",
     re.S | re.M,
 )
+
+
+def on_config(config: Any) -> Any:
+    """Give headings the anchors that they have on GitHub. YAML cannot name a function without building any object."""
+    config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
