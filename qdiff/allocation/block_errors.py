@@ -69,7 +69,7 @@ def measure_block_errors(
 
     Args:
         model: for its family.
-        trial: a float backbone whose blocks can be replaced; it sets the timestep_index that the branches read.
+        trial: a float backbone whose blocks can be replaced; it sets the timestep index that the branches read.
         blocks: names, in the order of the chain.
         branches: of each block, the cheap one last.
         trajectory: the recorded calls.

@@ -435,7 +435,7 @@ def compare(
 
     Args:
         run: with built engines.
-        engines: names; ``None``: all that are built and run here.
+        engines: names; ``None``: the fastest that is there.
         prompts: texts, or a UTF-8 file with one a line; ``None``: those of the calibration's kind.
         pictures: how many.
         seed: the first; ``None``: far from the calibration's.

@@ -170,7 +170,7 @@ class ByPlan:
 
 @dataclass(frozen=True)
 class ByBudget(_OfRecipe):
-    """Formats by a solver that was context sensitivities and a budget; then, as :class:`ByRecipe`, each layer's methods."""
+    """Formats by a solver that is given sensitivities and a budget; then, as :class:`ByRecipe`, each layer's methods."""
 
     run: Run
 
