@@ -23,7 +23,8 @@ def main() -> int:
     parser.add_argument("what", choices=("commands", "requests"))
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for one")
+    # Long: the alarm raises in the middle of a library's native code, which two cores that are shared made end with signal 11.
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for one")
     parser.add_argument("--run", type=Path, help="a finished run of random:pixart-tiny, which is not changed")
     asked = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,13 @@ from qdiff import device
 from qdiff.errors import UsageError
 from qdiff.files import path_of
 
+# Written out, because the tables themselves import much; a test compares them.
+ENGINES = ("openvino", "onnxruntime", "tensorrt_rtx", "tensorrt", "eager", "float")
+RECIPES = (
+    "fp8", "fp8-gptq", "int8", "int8-gptq", "int8-rotate", "int8-token", "mixed", "mixed-token", "nvfp4", "nvfp4-distilled",
+    "nvfp4-svd", "routed", "routed-token", "w4a16", "w4a8", "w6a8",
+)  # fmt: skip
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", parser=path_of, help="the run folder")]
 RunOption = Annotated[
     Path | None,
@@ -44,7 +51,9 @@ HeightOption = Annotated[int | None, typer.Option(help="pixels [default: the mod
 WidthOption = Annotated[int | None, typer.Option(help="pixels [default: the model's]")]
 FramesOption = Annotated[int | None, typer.Option(help="of a clip [default: the model's]")]
 SeedOption = Annotated[int, typer.Option(help="picture i starts from the noise of SEED + i")]
-RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or a YAML file")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help=f"built-in recipe or a YAML file; built in: {', '.join(RECIPES)}")
+]
 BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", help="bits=5.5 (recipes mixed, routed); bytes=4000000 or latency=MILLISECONDS (mixed)"),
@@ -69,7 +78,10 @@ DeviceOption = Annotated[
         help="where torch computes: cpu, cuda, cuda:1 [default: a GPU if there is one]",
     ),
 ]
-EngineOption = Annotated[str | None, typer.Option("--engine", help="engine [default: the fastest that is there]")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", help=f"one of {', '.join(ENGINES)} [default: the fastest that is there]"),
+]
 CapabilityOption = Annotated[
     str | None, typer.Option("--compute-capability", help="GPU to build for, e.g. 8.9 or 12.0")
 ]

@@ -350,3 +350,13 @@ def test_ctrl_c_while_it_starts(tmp_path, module):
     # A shell makes 130 of both: where the signal meets the exec() of an import, Python ends by the signal itself.
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err, (process.returncode, err)
     assert not out and not (tmp_path / "run" / "calibration").exists()
+
+
+def test_the_help_names_every_engine_and_recipe():
+    from qdiff.cli.options import ENGINES as ENGINE_NAMES
+    from qdiff.cli.options import RECIPES
+    from qdiff.engines import ENGINES
+    from qdiff.recipes import built_in
+
+    assert set(ENGINE_NAMES) == set(ENGINES)
+    assert list(RECIPES) == built_in()
