@@ -18,11 +18,12 @@ from qdiff.errors import InputError, IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.formats.scales import to_storage
 from qdiff.nn.conv import Window
-from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantConv2d, QuantLinear, QuantLinearConfig, TimestepIndex
+from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantConv2d, QuantLinear, TimestepIndex
 from qdiff.nn.rotations import hadamard
 from qdiff.nn.surgery import restructure
 from qdiff.plan.plan import LayerPlan, Plan, StorageDtype
 from qdiff.plan.renamed import buffer_name
+from qdiff.quantization.quantized_layer import config_of
 from qdiff.routing.blocks import install_branches
 
 TIMESTEPS = "calibrated_timesteps"
@@ -56,24 +57,7 @@ def empty_layer(
             if window is None:
                 return KeptLinear(in_features, out_features, plan.bias, storage)
             return KeptConv2d((out_features, plan.shape[1], *window.kernel), window, plan.bias, storage)
-        config = QuantLinearConfig(
-            in_features,
-            out_features,
-            plan.bias or plan.bias_correction,
-            plan.weights,
-            plan.activations,
-            per_token=plan.per_token,
-            input_multiplier=plan.input_multiplier,
-            shift=plan.shift,
-            centered=plan.centered,
-            rotation=plan.rotation,
-            outliers=plan.outliers,
-            rank=plan.rank,
-            timesteps=timesteps if plan.timestep_scales else 0,
-            output=plan.output,
-            storage_dtype=storage_dtype,
-            window=window,
-        )
+        config = config_of(plan, timesteps, storage_dtype, window)
         return QuantLinear(config, timestep_index) if window is None else QuantConv2d(config, timestep_index)
 
 

@@ -27,10 +27,10 @@ from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantLinear, TimestepI
 from qdiff.plan.plan import LayerPlan, Plan, StorageDtype, Structure
 from qdiff.plan.recipe import Recipe, Sequential
 from qdiff.quantization.block_walk import BlockWalk, ReplayWalk
-from qdiff.quantization.buffers import buffers_of, output_scale
 from qdiff.quantization.checkpoint import empty_layer, install_timestep_index
 from qdiff.quantization.distillation import Distilled, distil, float_predictions
 from qdiff.quantization.layer_plans import Draft, draft_plan, kept_entry
+from qdiff.quantization.quantized_layer import buffers_of, output_scale, plan_of
 from qdiff.quantization.reconstruction import Decided, reconstruct, split
 from qdiff.quantization.storage import keep_layer, round_to_storage
 from qdiff.recording.activation_statistics import InputStatistics, Statistics
@@ -351,28 +351,7 @@ class GroupQuantizer:
         members, layer_group, decisions = decided.members, decided.layer_group, decided.decisions
         errors = layer_group.errors(decisions, held_out=True) if errors is None else errors
         for index, (entry, error) in enumerate(zip(members, errors, strict=True)):
-            plan = entry.model_copy(
-                update={
-                    "weights": (decisions.weight_format or layer_group.weight_format).name,
-                    "per_token": layer_group.scales_per_token(decisions),
-                    "smoothing": decisions.smoothing,
-                    "input_multiplier": decisions.input_multiplier is not None,
-                    "shift": decisions.shift is not None,
-                    "centered": decisions.centered,
-                    "rotation": 0 if decisions.rotation is None else decisions.rotation.block,
-                    "outliers": decisions.rotation is not None and decisions.rotation.first is not None,
-                    "rank": decisions.rank,
-                    "scale_rule": decisions.scale_rule,
-                    "rounding": decisions.rounding,
-                    "bias_correction": decisions.bias_correction is not None,
-                    "clip": decisions.clip,
-                    "timestep_scales": decisions.timestep_scales,
-                    "input_scale_rule": "range" if decisions.input_scale is None else "learned",
-                    "methods": list(decisions.methods),
-                    "why": "; ".join(note for note in (*decisions.notes, entry.why) if note),
-                    "sqnr_db": round(sqnr_db_of(error), 3),
-                }
-            )
+            plan = plan_of(entry, layer_group, decisions, sqnr_db_of(error))
             state = buffers_of(layer_group, decisions, index, decided.biases[index], self.storage_dtype)
             state["output_scale"] = output_scale(self.statistics.outputs[entry.name], plan)
             # Members of a group get equal values, not one shared tensor.

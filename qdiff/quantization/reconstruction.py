@@ -62,7 +62,7 @@ class Decided:
         layer_group, decisions = self.layer_group, self.decisions
         parts: dict[str, Any] = {
             name: tuple(value[layer] for layer in layers)
-            for name in ("low_rank", "rounded", "correction")
+            for name in ("low_rank", "rounded", "bias_correction")
             if (value := getattr(decisions, name)) is not None
         }
         return Decided(
