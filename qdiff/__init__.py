@@ -18,23 +18,12 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qdiff.api.calibration import calibrate
     from qdiff.api.modules import quantize_module
+    from qdiff.api.pictures import compare, correct, generate, write_report
     from qdiff.api.pipelines import load_pipeline
-    from qdiff.api.stages import (
-        build,
-        calibrate,
-        compare,
-        correct,
-        doctor,
-        export,
-        generate,
-        inspect,
-        list_models,
-        open_run,
-        quantize,
-        run_all,
-        write_report,
-    )
+    from qdiff.api.run import open_run
+    from qdiff.api.stages import build, doctor, export, inspect, list_models, quantize, run_all
     from qdiff.formats.table import Format
     from qdiff.plan.plan import Plan
     from qdiff.plan.recipe import Recipe
@@ -73,7 +62,7 @@ _HOMES = {
     "load_pipeline": "qdiff.api.pipelines",
     "load_recipe": "qdiff.recipes",
     "quantize_module": "qdiff.api.modules",
-}  # of the names of the API that are not in qdiff.api.stages
+}  # of the names of the API that are not in qdiff.api
 
 
 def __getattr__(name: str) -> object:
@@ -84,7 +73,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "export":  # the name of a package too, which can be called (see there)
         return importlib.import_module(f"{__name__}.{name}")
-    found = getattr(importlib.import_module(_HOMES.get(name, "qdiff.api.stages")), name)
+    found = getattr(importlib.import_module(_HOMES.get(name, "qdiff.api")), name)
     globals()[name] = found
     return found
 

@@ -6,12 +6,13 @@ command line prints. Everything else is in the files of the run folder. Finished
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
+from qdiff.api.calibration import Calibration, calibrate, calibration_options
 from qdiff.api.progress import Progress, reporting
+from qdiff.api.run import RunOrPath, open_run, working
 from qdiff.api.source import source_of
 from qdiff.errors import UsageError
 from qdiff.runs.run import Run
@@ -19,131 +20,7 @@ from qdiff.runs.run import Run
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from qdiff.stages.calibrate import CalibrateOptions
-
-RunOrPath = Run | Path | str
 TARGETS = ("onnxruntime", "tensorrt")
-
-
-class Calibration(TypedDict, total=False):
-    """Options of a calibration; what is left out is the model's own default.
-
-    Keys:
-        revision: commit, tag or branch of a Hub id.
-        samples: how many prompts are taken.
-        steps: denoising steps.
-        guidance: guidance scale, or several that batches of prompts take turns at.
-        scheduler: ``"dpmsolver++"`` … or a diffusers class name.
-        height, width: in pixels.
-        frames: of a clip.
-        timesteps: which steps are recorded: ``"uniform"``, ``"normal"`` or ``"all"``.
-        keep: how many steps of a trajectory are recorded.
-        batch: prompts that are denoised together.
-        seed: picture i starts from the noise of ``seed + i``.
-    """
-
-    revision: str | None
-    samples: int | None
-    steps: int | None
-    guidance: float | Sequence[float] | None
-    scheduler: str | None
-    height: int | None
-    width: int | None
-    frames: int | None
-    timesteps: str
-    keep: int
-    batch: int
-    seed: int
-
-
-def open_run(run: RunOrPath) -> Run:
-    """Return the run of a folder that has to be there; a :class:`~qdiff.runs.run.Run` is returned as it is.
-
-    Raises:
-        InputError: the folder is no run folder.
-    """
-    return run if isinstance(run, Run) else Run.existing(run)
-
-
-def calibrate(
-    source: DiffusionPipeline | Path | str = "pixart",
-    *,
-    output: Path | str | None = None,
-    prompts: Sequence[str] | Path | None = None,
-    weights: Path | str | None = None,
-    attention: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    device: str | None = None,
-    progress: Progress = None,
-    **options: Unpack[Calibration],
-) -> Run:
-    """Run the float model on prompts; record its trajectory and the statistics of its layers.
-
-    Args:
-        source: a diffusers pipeline, a folder, a Hub id, or the name of a bundled model.
-        output: the run folder; ``None``: ``runs/MODEL``.
-        prompts: texts, or a UTF-8 file with one a line; ``None``: those of the kind that the bundled models know.
-        weights: for a pipeline object, where its weights are (it is saved into the run folder otherwise); for a family's name,
-            the weights in the place of the bundled ones.
-        attention: whether self-attentions are looked at too, for :func:`quantize` with a density.
-        force: whether a finished calibration is made anew.
-        dry_run: whether only an estimate is made.
-        device: where torch computes.
-        progress: see :data:`qdiff.api.progress.Progress`.
-        options: see :class:`Calibration`.
-
-    Returns:
-        the run, with ``run.results["calibrate"]``.
-
-    Raises:
-        UsageError: an option out of range.
-        InputError: a model that cannot be loaded, or a folder that another model was calibrated in.
-    """
-    from qdiff.stages import calibrate as stage
-
-    folder = Path(output) if output is not None else None
-    with _working(device, progress):
-        chosen = source_of(
-            source, folder or Path("runs") / "pipeline", revision=options.get("revision"), weights=weights
-        )
-        run = Run(folder or Path("runs") / chosen.model)
-        if attention:
-            from qdiff.stages.attention import require_sparse
-
-            require_sparse(chosen.model)
-        settings = calibration_options(chosen.model, chosen.weights, prompts, options)
-        result = stage.calibrate(run, settings, force=force, dry_run=dry_run)
-        if attention and not dry_run:
-            from qdiff.stages.attention import calibrate_attention
-
-            result["attention"] = calibrate_attention(run, force=force)
-    run.results["calibrate"] = result
-    return run
-
-
-def calibration_options(
-    model: str, weights: str, prompts: Sequence[str] | Path | None, options: Calibration
-) -> CalibrateOptions:
-    """Return the options of the stage. Of several guidance scales the first is the calibration's own.
-
-    Raises:
-        UsageError: an option that there is not.
-    """
-    from dataclasses import fields
-
-    from qdiff.stages.calibrate import CalibrateOptions
-
-    unknown = set(options) - {field.name for field in fields(CalibrateOptions)}
-    if unknown:
-        raise UsageError(
-            f"calibration has no option {min(unknown)!r}", f"known: {', '.join(Calibration.__annotations__)}"
-        )
-    guidance = options.get("guidance")
-    first, *others = guidance if isinstance(guidance, Sequence) else [guidance]
-    settings: dict[str, Any] = {**options, "guidance": first, "other_guidance": tuple(others)}
-    texts = prompts if isinstance(prompts, Path) or prompts is None else tuple(prompts)
-    return CalibrateOptions(model=model, weights=weights, prompts=texts, **settings)
 
 
 def quantize(
@@ -214,8 +91,8 @@ def quantize(
             progress=progress,
             **options,
         )
-    overrides = _overrides(settings, budget, density)
-    with _working(device, progress):
+    overrides = recipe_changes(settings, budget, density)
+    with working(device, progress):
         run.results["quantize"] = stage.quantize(
             run,
             recipe,
@@ -316,169 +193,6 @@ def build(
     return run
 
 
-def correct(
-    run: RunOrPath,
-    methods: Sequence[str] | None = None,
-    *,
-    engine: str | None = None,
-    goal: Literal["float", "prompt"] = "float",
-    pictures: int = 16,
-    force: bool = False,
-    device: str | None = None,
-    progress: Progress = None,
-) -> Run:
-    """Correct the sampler's steps for what quantization does to predictions, where pictures gain by it.
-
-    Args:
-        run: with a built engine.
-        methods: ``"q_drift"``, ``"ptqd"``, ``"q_sched"``; ``None``: all.
-        engine: whose predictions are corrected; ``None``: the fastest.
-        goal: whether pictures are judged by the float model's, or by the nearest known ones.
-        pictures: how many are made to judge.
-        force: see :func:`calibrate`.
-        device: see :func:`calibrate`.
-        progress: see :func:`calibrate`.
-
-    Returns:
-        the run, with ``run.results["correct"]``.
-    """
-    from qdiff.stages import correct as stage
-
-    run = open_run(run)
-    with _working(device, progress):
-        run.results["correct"] = stage.correct(
-            run, None if methods is None else list(methods), engine=engine, goal=goal, pictures=pictures, force=force
-        )
-    return run
-
-
-def generate(
-    run: RunOrPath,
-    prompt: str | Sequence[str],
-    *,
-    output: Path | str | None = None,
-    engine: str | None = None,
-    negative_prompt: str = "",
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
-    scheduler: str | None = None,
-    batch: int = 4,
-    device: str | None = None,
-    progress: Progress = None,
-) -> list[Path]:
-    """Make pictures or clips with an engine of the run and write them as PNG or MP4, with their settings inside.
-
-    For pictures in memory take :func:`qdiff.load_pipeline`.
-
-    Args:
-        run: with a built engine.
-        prompt: one text or several.
-        output: file to write, several get numbers; ``None``: ``out.png`` or ``out.mp4``.
-        engine: ``None``: the fastest that is there.
-        negative_prompt: what is not to be seen.
-        steps: as calibrated where ``None``.
-        guidance: as calibrated where ``None``.
-        seed: picture i starts from the noise of ``seed + i``.
-        height: as calibrated where ``None``.
-        width: as calibrated where ``None``.
-        frames: as calibrated where ``None``.
-        scheduler: as calibrated where ``None``.
-        batch: pictures that are denoised together.
-        device: see :func:`calibrate`.
-        progress: see :func:`calibrate`.
-
-    Returns:
-        the written files; ``run.results["generate"]`` says more.
-
-    Raises:
-        UsageError: a value out of range, or a path that cannot be written.
-    """
-    from qdiff.stages import generate as stage
-
-    run = open_run(run)
-    with _working(device, progress):
-        request = stage.make_request(
-            run,
-            [prompt] if isinstance(prompt, str) else list(prompt),
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            height=height,
-            width=width,
-            scheduler=scheduler,
-            frames=frames,
-        )
-        path = stage.default_output(run) if output is None else Path(output)
-        run.results["generate"] = stage.generate(run, request, engine, path, batch)
-    return [Path(name) for name in run.results["generate"]["images"]]
-
-
-def compare(
-    run: RunOrPath,
-    engines: Sequence[str] | None = None,
-    *,
-    prompts: Sequence[str] | Path | None = None,
-    pictures: int = 16,
-    seed: int | None = None,
-    minimum_psnr: float | None = None,
-    accept_quality: bool = False,
-    force: bool = False,
-    device: str | None = None,
-    progress: Progress = None,
-) -> Run:
-    """Make the same pictures with the float model and with engines, and measure how far they are apart.
-
-    Args:
-        run: with built engines.
-        engines: names; ``None``: the fastest that is there.
-        prompts: texts, or a UTF-8 file with one a line; ``None``: those of the calibration's kind.
-        pictures: how many.
-        seed: the first; ``None``: far from the calibration's.
-        minimum_psnr: in dB, of every engine's mean.
-        accept_quality: whether pictures below the recipe's floor are no error.
-        force: see :func:`calibrate`.
-        device: see :func:`calibrate`.
-        progress: see :func:`calibrate`.
-
-    Returns:
-        the run, with ``run.results["compare"]``.
-
-    Raises:
-        QualityGateError: pictures below ``minimum_psnr`` or the recipe's floor.
-    """
-    from qdiff.calib.prompts import check_prompts, read_prompts
-    from qdiff.stages import compare as stage
-
-    texts = read_prompts(prompts) if isinstance(prompts, Path) else None if prompts is None else check_prompts(prompts)
-    run = open_run(run)
-    with _working(device, progress):
-        run.results["compare"] = stage.compare(
-            run,
-            engines=None if engines is None else list(engines),
-            prompts=texts,
-            pictures=pictures,
-            seed=seed,
-            minimum_psnr=minimum_psnr,
-            accept_quality=accept_quality,
-            force=force,
-        )
-    return run
-
-
-def write_report(run: RunOrPath) -> Path:
-    """Write ``report.html`` and ``report.json`` from what the run folder holds; return the path of the page."""
-    from qdiff.stages import report as stage
-
-    run = open_run(run)
-    run.results["report"] = stage.report(run)
-    return Path(run.results["report"]["html"])
-
-
 def run_all(
     source: DiffusionPipeline | Path | str = "pixart",
     recipe: str = "int8",
@@ -528,8 +242,8 @@ def run_all(
     from qdiff.stages import run as stage
 
     folder = Path(output) if output is not None else None
-    overrides = _overrides(settings, budget, density)
-    with _working(device, progress):
+    overrides = recipe_changes(settings, budget, density)
+    with working(device, progress):
         chosen = source_of(
             source, folder or Path("runs") / "pipeline", revision=options.get("revision"), weights=weights
         )
@@ -576,21 +290,10 @@ def list_models() -> list[dict[str, Any]]:
     return inspection.models()
 
 
-def _overrides(settings: Sequence[str], budget: str | None, density: float | None) -> list[str] | None:
+def recipe_changes(settings: Sequence[str], budget: str | None, density: float | None) -> list[str] | None:
     """Return changes of a recipe's entries, with those that a budget and a density are short for; ``None``: no change."""
     from qdiff.recipes import budget_override, density_override
 
     short = [] if budget is None else [budget_override(budget)]
     short += [] if density is None else [density_override(density)]
     return [*settings, *short] or None
-
-
-@contextmanager
-def _working(device: str | None, progress: Progress) -> Iterator[None]:
-    """Compute on a device and report progress inside the block."""
-    if device is not None:
-        from qdiff.device import set_device
-
-        set_device(device)
-    with reporting(progress):
-        yield
