@@ -43,6 +43,10 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     Raises:
         InputError: none, too many, an empty one, or one that is too long; says which.
     """
+    if isinstance(prompts, str):
+        raise InputError(
+            f"prompts is one text ({prompts[:40]!r})", "give a list of texts, or the pathlib.Path of a file"
+        )
     if not 0 < len(prompts) <= MOST:
         raise InputError(f"{len(prompts):,} prompts were given", f"calibration takes 1 to {MOST:,}")
     for number, prompt in enumerate(prompts):

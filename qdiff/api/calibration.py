@@ -116,6 +116,7 @@ def calibration_options(
     """
     from dataclasses import fields
 
+    from qdiff.calib.prompts import check_prompts
     from qdiff.stages.calibrate import CalibrateOptions
 
     unknown = set(options) - {field.name for field in fields(CalibrateOptions)}
@@ -126,5 +127,5 @@ def calibration_options(
     guidance = options.get("guidance")
     first, *others = guidance if isinstance(guidance, Sequence) else [guidance]
     settings: dict[str, Any] = {**options, "guidance": first, "other_guidance": tuple(others)}
-    texts = prompts if isinstance(prompts, Path) or prompts is None else tuple(prompts)
+    texts = prompts if isinstance(prompts, Path) or prompts is None else tuple(check_prompts(prompts))
     return CalibrateOptions(model=model, weights=weights, prompts=texts, **settings)

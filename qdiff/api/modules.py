@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.api.progress import Progress, reporting
-from qdiff.errors import InputError, QualityGateError
+from qdiff.errors import InputError, QualityGateError, UsageError
 from qdiff.events import log
 from qdiff.models.base import Family, Model, quantizable_layers
 from qdiff.plan.plan import Plan
@@ -49,12 +49,21 @@ def quantize_module(
         progress: see :data:`qdiff.api.progress.Progress`.
 
     Raises:
-        InputError: no call, calls that do not fit the forward, arguments in lists or dicts, a recipe that cannot be applied, or a
-            forward that reads the weights of its layers instead of calling them.
+        UsageError: no module, or one tensor in the place of a list of calls.
+        InputError: no layer, no call, calls that do not fit the forward, arguments in lists or dicts, a recipe that cannot be
+            applied, or a forward that reads the weights of its layers instead of calling them.
     """
     from qdiff.calib.collect import Collector
     from qdiff.quantization.quantize import quantize
 
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"{type(module).__name__} is no torch module", "qdiff.quantize takes a pipeline, a folder or a name"
+        )
+    if isinstance(calls, Tensor):
+        raise UsageError("calls is one tensor", "give a list of calls: [x1, x2, …]")
+    if not quantizable_layers(module):
+        raise InputError(f"{type(module).__name__} has no linear layer or convolution", "there is nothing to quantize")
     wanted = load_recipe(recipe, list(settings) or None)
     if wanted.scheme is None:
         raise InputError(

@@ -57,7 +57,7 @@ def quantize(
         plan: a plan whose decisions are taken in place of a recipe's.
         accept_quality: whether a prediction below the recipe's floor is no error.
         force: see :func:`calibrate`.
-        dry_run: see :func:`calibrate`.
+        dry_run: whether only an estimate is made: of the calibration, where the run has none yet.
         device: see :func:`calibrate`.
         progress: see :func:`calibrate`.
         options: of the calibration; see :func:`calibrate`.
@@ -70,9 +70,13 @@ def quantize(
         InputError: a recipe or plan that cannot be carried out.
         QualityGateError: the prediction at a recorded step is below the recipe's floor.
     """
+    from qdiff.recipes import load_recipe
     from qdiff.runs import manifest
     from qdiff.stages import quantize as stage
 
+    overrides = recipe_changes(settings, budget, density)
+    if plan is None:
+        load_recipe(recipe, overrides)  # refuses a wrong one before anything is calibrated
     if isinstance(source, Run) or (isinstance(source, str | Path) and manifest.is_there(Path(source))):
         if prompts is not None or output is not None or weights is not None or options:
             raise UsageError(
@@ -87,11 +91,13 @@ def quantize(
             prompts=prompts,
             weights=weights,
             attention=density is not None,
+            dry_run=dry_run,
             device=device,
             progress=progress,
             **options,
         )
-    overrides = recipe_changes(settings, budget, density)
+        if dry_run:
+            return run
     with working(device, progress):
         run.results["quantize"] = stage.quantize(
             run,
@@ -179,7 +185,7 @@ def build(
     with reporting(progress):
         target = choose_engine(engine).target
         if export_first and target is not None and not run.done(f"export:{target}"):
-            export(run, target, dry_run=dry_run)
+            export(run, target, dry_run=dry_run, progress=progress)
         run.results["build"] = stage.build(
             run,
             engine,

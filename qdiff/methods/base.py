@@ -327,7 +327,8 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: unknown method or option, or a value that the option does not take.
     """
-    return check_keywords(f"method {name!r}", options, ("layer_group", "decisions"), METHODS[name])
+    group_and_decisions = tuple(inspect.signature(METHODS[name]).parameters)[:2]  # whatever the method calls them
+    return check_keywords(f"method {name!r}", options, group_and_decisions, METHODS[name])
 
 
 def check_keywords(

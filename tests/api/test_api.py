@@ -123,6 +123,10 @@ def test_what_names_a_model(tmp_path):
         qdiff.calibrate("pixart", output=tmp_path / "run", step=3)
     with pytest.raises(InputError, match="prompt 1"):
         qdiff.calibrate("pixart", output=tmp_path / "run", prompts=["a", " "], progress=False)
+    with pytest.raises(InputError, match="one text"):
+        qdiff.quantize("pixart", output=tmp_path / "run", prompts="prompts.txt", progress=False)
+    with pytest.raises(InputError, match="int9"):
+        qdiff.quantize("pixart", recipe="int9", output=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import qdiff
-from qdiff.errors import InputError
+from qdiff.errors import InputError, UsageError
 from qdiff.nn.quant_linear import QuantLinear
 
 
@@ -86,3 +86,25 @@ def test_a_module_that_reads_the_weights_of_its_layers_is_refused():
     fused = nn.TransformerEncoderLayer(d_model=32, nhead=4, dim_feedforward=64, batch_first=True).eval()
     with pytest.raises(InputError, match="TransformerEncoderLayer reads what a quantized layer does not have"):
         qdiff.quantize_module(fused, [torch.randn(1, 8, 32) for _ in range(4)], progress=False)
+
+
+def test_what_is_no_module_or_no_list_of_calls_is_refused(denoiser):
+    for module, calls, words in (
+        ("pixart", [], "no torch module"),
+        (denoiser[0], torch.zeros(1, 2, 32), "one tensor"),
+        (nn.ReLU(), [torch.zeros(2, 2)], "no linear layer"),
+    ):
+        with pytest.raises((UsageError, InputError), match=words):
+            qdiff.quantize_module(module, calls, progress=False)
+
+
+def test_a_method_may_call_its_first_arguments_as_it_likes():
+    from qdiff.methods.base import METHODS, check_options
+
+    METHODS.register("of-this-test")(lambda group, so_far, ratio=0.5: so_far)
+    try:
+        with pytest.raises(InputError) as caught:
+            check_options("of-this-test", {"x": 1})
+        assert "group" not in (caught.value.fix or "") and "so_far" not in (caught.value.fix or "")
+    finally:
+        del METHODS._entries["of-this-test"]
