@@ -33,7 +33,7 @@ def test_a_finished_quantization_is_not_touched_without_force(spoilt, fails, wis
 def test_what_cannot_be_had_is_refused_before_anything_is_measured(spoilt, fails, wish, monkeypatch):
     import qdiff.allocation.sensitivity
 
-    monkeypatch.setattr(qdiff.allocation.sensitivity, "measure", None)
+    monkeypatch.setattr(qdiff.allocation.sensitivity, "measure_sensitivity", None)
     fails(3, "below", "quantize", spoilt, *wish, "--budget", "bits=3", "--force")
     fails(3, "unknown device 'rtx-9090'", "quantize", spoilt, *wish, "--set", "mixed.device=rtx-9090", "--force")
     pattern = "mixed.minimum={pixart: {'blocks.*': int8}}"
@@ -59,7 +59,7 @@ def test_formats_by_budget_and_another_budget_without_measuring_again(spoilt, cl
 
     import qdiff.allocation.sensitivity
 
-    monkeypatch.setattr(qdiff.allocation.sensitivity, "measure", None)
+    monkeypatch.setattr(qdiff.allocation.sensitivity, "measure_sensitivity", None)
     assert cli("quantize", spoilt, *wish, "--budget", "bits=6.6", "--force").code == 0
     assert read_json(spoilt / "sensitivity.json", "the sensitivities") == table
     fewer = read_json(spoilt / "allocation.json", "the allocation")
@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_with_the_plan_that_it_had_chosen(spoilt, cli, wish
         patch.setattr(qdiff.quantization.quantize, "quantize_from_draft", killed)
         assert cli(*arguments, "--force").code != 0
     with monkeypatch.context() as patch:
-        patch.setattr(qdiff.allocation.mixed, "decide", None)
+        patch.setattr(qdiff.allocation.mixed, "decide_formats", None)
         assert cli(*arguments).code == 0, "without force: it goes on"
     made = read_json(spoilt / "allocation.json", "the allocation")
     assert made["budget"] == 7 and made["solutions"][made["chosen"]]["psnr_db"] is not None
