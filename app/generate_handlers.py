@@ -1,4 +1,4 @@
-"""What the tab Generate does on its events. The components are laid out, and the events connected, in :mod:`.tab_generate`.
+"""Answer the events of the tab Generate. The components are laid out, and the events connected, in :mod:`.tab_generate`.
 
 A handler returns changes: what each component shows from now on, by component.
 """

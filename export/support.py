@@ -1,4 +1,4 @@
-"""Which format runs where, read from the targets themselves: the tables of docs/reference/support-matrix.md.
+"""Print which format runs where, read from the targets themselves: the tables of docs/reference/support-matrix.md.
 
     python -m qdiff.export.support
 

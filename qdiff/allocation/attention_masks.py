@@ -1,4 +1,4 @@
-"""Which blocks of its keys each attention head reads, for all heads, layers and groups of timesteps within one density.
+"""Decide which blocks of its keys each attention head reads, for all heads, layers and groups of timesteps within one density.
 
 How many blocks a head keeps is a knapsack problem over the errors that calibration measured (:func:`allocate_blocks`); which
 ones is :mod:`qdiff.attention.masks`' (the heaviest, and those that a head always reads).

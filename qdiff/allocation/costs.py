@@ -1,4 +1,4 @@
-"""What a layer costs in a format: bits, bytes, or milliseconds on a GPU.
+"""Estimate what a layer costs in a format: bits, bytes, or milliseconds on a GPU.
 
 Where the GPU is not there, milliseconds are reckoned: the larger of arithmetic at the published dense rate of the format and of
 moving weights and activations at the published bandwidth (the roofline model, Williams et al. 2009). They leave launch times and

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from qdiff.api.progress import Progress
 from qdiff.api.run import working
-from qdiff.api.source import source_of
+from qdiff.api.source import begin
 from qdiff.errors import UsageError
 from qdiff.runs.run import Run
 
@@ -86,12 +86,8 @@ def calibrate(
     """
     from qdiff.stages import calibrate as stage
 
-    folder = Path(output) if output is not None else None
     with working(device, progress):
-        chosen = source_of(
-            source, folder or Path("runs") / "pipeline", revision=options.get("revision"), weights=weights
-        )
-        run = Run(folder or Path("runs") / chosen.model)
+        chosen, run = begin(source, output, revision=options.get("revision"), weights=weights)
         if attention:
             from qdiff.stages.attention import require_sparse
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.errors import InputError, UsageError
+from qdiff.runs.run import Run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,21 +23,38 @@ class Source:
     weights: str
 
 
+def begin(
+    source: DiffusionPipeline | Path | str,
+    output: Path | str | None,
+    *,
+    revision: str | None = None,
+    weights: Path | str | None = None,
+) -> tuple[Source, Run]:
+    """Return family and weights of a model, and the run that its stages go into. Arguments and errors as of :func:`source_of`."""
+    chosen = source_of(source, output, revision=revision, weights=weights)
+    return chosen, Run(_run_folder(output, chosen.model))
+
+
+def _run_folder(output: Path | str | None, model: str) -> Path:
+    return Path("runs") / model if output is None else Path(output)
+
+
 def source_of(
     source: DiffusionPipeline | Path | str,
-    output: Path,
+    output: Path | str | None,
     *,
     revision: str | None = None,
     weights: Path | str | None = None,
 ) -> Source:
     """Return the family and the weights of a model.
 
-    A pipeline object is saved into ``output/pipeline``, because later stages, and other processes, load the same weights again.
+    A pipeline object is saved into the folder ``pipeline`` of the run, because later stages, and other processes, load the same
+    weights again.
 
     Args:
         source: a diffusers pipeline, a folder that ``save_pretrained`` wrote, a Hub id (``owner/name``), or the name of a family,
             which means its bundled weights.
-        output: the run folder.
+        output: the run folder; ``None``: ``runs/MODEL``.
         revision: of a Hub id.
         weights: where the weights of a pipeline object are, as a folder or Hub id; it is not saved then.
 
@@ -54,7 +72,7 @@ def source_of(
     return Source(_family_of_weights(str(source), revision), str(source))
 
 
-def _of_pipeline(pipe: Any, output: Path, weights: Path | str | None) -> Source:
+def _of_pipeline(pipe: Any, output: Path | str | None, weights: Path | str | None) -> Source:
     from diffusers import DiffusionPipeline
 
     if not isinstance(pipe, DiffusionPipeline):
@@ -73,7 +91,7 @@ def _of_pipeline(pipe: Any, output: Path, weights: Path | str | None) -> Source:
             "the pipeline's backbone has a LoRA that is not fused",
             "call pipe.fuse_lora(), then pipe.unload_lora_weights()",
         )
-    folder = output / SAVED
+    folder = _run_folder(output, model) / SAVED
     pipe.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[attr-defined]
     return Source(model, str(folder.absolute()))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from qdiff.api.calibration import Calibration, calibrate, calibration_options
 from qdiff.api.progress import Progress, reporting
 from qdiff.api.run import RunOrPath, open_run, working
-from qdiff.api.source import source_of
+from qdiff.api.source import begin
 from qdiff.errors import UsageError
 from qdiff.runs.run import Run
 
@@ -75,8 +75,6 @@ def quantize(
     from qdiff.stages import quantize as stage
 
     overrides = recipe_changes(settings, budget, density)
-    if plan is None:
-        load_recipe(recipe, overrides)  # refuses a wrong one before anything is calibrated
     if isinstance(source, Run) or (isinstance(source, str | Path) and manifest.is_there(Path(source))):
         if prompts is not None or output is not None or weights is not None or options:
             raise UsageError(
@@ -85,6 +83,8 @@ def quantize(
             )
         run = open_run(source)
     else:
+        if plan is None:
+            load_recipe(recipe, overrides)  # refuses a wrong one before anything is calibrated
         run = calibrate(
             source,
             output=output,
@@ -247,13 +247,9 @@ def run_all(
     """
     from qdiff.stages import run as stage
 
-    folder = Path(output) if output is not None else None
     overrides = recipe_changes(settings, budget, density)
     with working(device, progress):
-        chosen = source_of(
-            source, folder or Path("runs") / "pipeline", revision=options.get("revision"), weights=weights
-        )
-        run = Run(folder or Path("runs") / chosen.model)
+        chosen, run = begin(source, output, revision=options.get("revision"), weights=weights)
         run.results["run"] = stage.run_all(
             run,
             calibration_options(chosen.model, chosen.weights, prompts, options),
