@@ -51,7 +51,6 @@ demo: run ## one picture of PROMPT from the fastest engine of RUN, in RUN/demo.p
 	$(BIN)/qdiff generate $(RUN) --prompt "$(PROMPT)" --seed 0 -o $(RUN)/demo.png
 
 docs: $(DEV) ## the documentation site in .dev/site, strictly: no broken link
-	@mkdir -p .dev/reference # mkdocstrings leaves out a path that is not there when it starts
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 page: run ## the web page on RUN, at http://127.0.0.1:7860

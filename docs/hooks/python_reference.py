@@ -26,6 +26,11 @@ ROLE = re.compile(r":(?:mod|class|func|meth|data|attr|exc|ref):`[~!]?\.?([^`<]+?
 PAGES = "reference/modules"
 
 
+def on_startup(**_: Any) -> None:
+    """Make the folder of the tree: mkdocstrings leaves out a path that is not there when it reads its settings."""
+    TREE.mkdir(parents=True, exist_ok=True)
+
+
 def on_config(config: Any) -> Any:
     """Copy the sources into one tree before the pages are read."""
     shutil.rmtree(TREE, ignore_errors=True)
