@@ -120,7 +120,7 @@ class Pool:
         key = self._key(source)
         if key not in self._models:
             from qdiff.app.previews import Previewer
-            from qdiff.stages.calibrate import reload_model
+            from qdiff.stages.calibrated_model import reload_model
 
             before = resident_bytes()
             model = reload_model(source.run) if source.run else source.family.load(source.weights.weights)

@@ -77,22 +77,20 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from qdiff.models.base import default_prompts
     from qdiff.quantization.layer_plans import prepare
     from qdiff.recipes import load_recipe
-    from qdiff.recording.activation_statistics import Statistics
-    from qdiff.recording.trajectory import Trajectory
     from qdiff.runs.run import Run
-    from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
+    from qdiff.stages.calibrate import CalibrateOptions, calibrate
+    from qdiff.stages.calibrated_model import calibrated_model
     from qdiff.stages.decisions import ByBudget, measured
     from qdiff.stages.picture_scores import picture_score_of
 
     run = Run(work / "run")
     calibrate(run, CalibrateOptions(model=options.model))
     recipe = load_recipe("mixed", [f"mixed.recipes=[{', '.join(options.recipes)}]"])
-    model = reload_model(run)
-    _, statistics = prepare(model, recipe, Statistics.load(run.file("calibration", "statistics.safetensors")))
-    candidates = Candidates(model, recipe, statistics)
-    trajectory = Trajectory(run.file("calibration"))
-    found = measured(run, model, candidates, trajectory, ByBudget(recipe, run).measured_inputs())
-    judge = picture_score_of(run, model, candidates.backbone, default_prompts(options.pictures, SEED), SEED)
+    calibrated = calibrated_model(run)
+    _, statistics = prepare(calibrated.model, recipe, calibrated.statistics)
+    candidates = Candidates(calibrated.model, recipe, statistics)
+    found = measured(calibrated, candidates, ByBudget(recipe).measured_inputs())
+    judge = picture_score_of(calibrated, candidates.backbone, default_prompts(options.pictures, SEED), SEED)
     costs, _ = costs_of("bits", candidates, found, None)
 
     def row(name: str, choice: Tensor) -> dict[str, Any]:

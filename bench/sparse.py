@@ -26,10 +26,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from qdiff.runs.run import Run
+    from qdiff.stages.calibrated_model import CalibratedModel
 
 SEED = 40_000  # of the pictures: neither calibration's nor comparison's
 WINDOWS, THE_RUN = "windows", "the run's plan"
@@ -62,15 +66,13 @@ def windows(plan: Any, density: float) -> tuple[Any, Tensor]:
 
 
 def rows(
-    run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
+    calibrated: CalibratedModel, densities: list[float], numerics: str, only: list[str]
 ) -> Iterator[tuple[str, Any, Tensor]]:
     """Yield name, plan and masks of every row; of those named ``only``, where there are any."""
     from qdiff.allocation.attention_masks import decide_masks
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
-    from qdiff.recording.trajectory import Trajectory
 
-    trajectory = Trajectory(run.file("calibration"), model.device)
-    timesteps = run.entry("calibrate")["timesteps"]
+    model, timesteps = calibrated.model, calibrated.statistics.timesteps
     ways = {
         "qdiff": AttentionOptions(),
         "model's order": AttentionOptions(orders=("fhw",)),
@@ -78,7 +80,7 @@ def rows(
     }
     needed = {"qdiff", *(only or ways)}
     found = {
-        name: AttentionCalibration(model, trajectory, options, None).run()
+        name: AttentionCalibration(model, calibrated.trajectory, options, None).run()
         for name, options in ways.items()
         if name in needed
     }
@@ -94,7 +96,7 @@ def rows(
 
 
 def backbones(
-    run: Any, model: Any, densities: list[float], numerics: str, only: list[str]
+    run: Run, calibrated: CalibratedModel, densities: list[float], numerics: str, only: list[str]
 ) -> Iterator[tuple[str, dict[str, float], Any]]:
     """Yield name, densities and backbone of every row beside dense float; of those named ``only``, where there are
     any.
@@ -107,10 +109,10 @@ def backbones(
         return {"density": float(masks.double().mean()), "overall": plan.overall}
 
     if not only or set(only) - {THE_RUN}:
-        for name, plan, masks in rows(run, model, densities, numerics, only):
+        for name, plan, masks in rows(calibrated, densities, numerics, only):
             if not only or name in only:
-                backbone = copy.deepcopy(model.backbone)
-                install(model.family, backbone, plan, schedule_of(plan, masks))
+                backbone = copy.deepcopy(calibrated.model.backbone)
+                install(calibrated.model.family, backbone, plan, schedule_of(plan, masks))
                 yield name, densities_of(plan, masks), backbone
     if run.done("quantize") and (not only or THE_RUN in only):
         plan = Plan.load(run.file("plan.json"))
@@ -118,11 +120,11 @@ def backbones(
         read = {"density": 1.0, "overall": 1.0}
         if attention is not None:
             read = densities_of(attention, load_masks(attention, run.file(SIDECAR)))
-        yield THE_RUN, read, load_quantized(plan, run.file("model.safetensors")).to(model.device)
+        yield THE_RUN, read, load_quantized(plan, run.file("model.safetensors")).to(calibrated.model.device)
 
 
 def benchmark(
-    run: Any, densities: list[float], clips: int, numerics: str, only: list[str] | None = None, batch: int = 4
+    run: Run, densities: list[float], clips: int, numerics: str, only: list[str] | None = None, batch: int = 4
 ) -> dict[str, Any]:
     """Return the whole benchmark as a JSON value."""
     import numpy as np
@@ -130,15 +132,15 @@ def benchmark(
     from qdiff.evaluation import metrics, motion, prompt_accuracy
     from qdiff.models.base import Request, default_prompts
     from qdiff.stages.attention import require_sparse
-    from qdiff.stages.calibrate import options_of, reload_model
+    from qdiff.stages.calibrated_model import calibrated_model
     from qdiff.stages.generate import simulate
 
-    calibrated = options_of(run)
-    require_sparse(calibrated.model)
-    model = reload_model(run)
+    calibrated = calibrated_model(run)
+    model, options = calibrated.model, calibrated.options
+    require_sparse(options.model)
     video = model.family.media == "video"
     prompts = default_prompts(clips, SEED, model.family.media)
-    request = Request(prompts, list(range(SEED, SEED + clips)), steps=calibrated.steps, guidance=calibrated.guidance)
+    request = Request(prompts, list(range(SEED, SEED + clips)), steps=options.steps, guidance=options.guidance)
     recognise: Any = motion.motion_accuracy if video else prompt_accuracy.prompt_accuracy
     kinds = ("emoji", "motion") if video else ("emoji", "background")
 
@@ -155,7 +157,7 @@ def benchmark(
     result: list[dict[str, Any]] = [
         {"name": "dense float", "density": 1.0, "overall": 1.0, **{kind: expected[kind] for kind in kinds}}
     ]
-    for name, read, backbone in backbones(run, model, densities, numerics, only or []):
+    for name, read, backbone in backbones(run, calibrated, densities, numerics, only or []):
         made = pictures(backbone)
         seen = recognise(made.numpy(), prompts)
         ratios = metrics.psnr(reference, made)

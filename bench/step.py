@@ -48,10 +48,10 @@ def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
     """
     from qdiff.export.onnx_graph import export_onnx
     from qdiff.export.translations import TARGETS
-    from qdiff.recording.trajectory import Trajectory
     from qdiff.runs.run import Run
     from qdiff.stages.build import build
-    from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
+    from qdiff.stages.calibrate import CalibrateOptions, calibrate
+    from qdiff.stages.calibrated_model import recorded_calls, reload_model
     from qdiff.stages.export import export
     from qdiff.stages.quantize import quantize
 
@@ -66,16 +66,16 @@ def prepare(configuration: str, work: Path) -> tuple[Any, Path]:
     float_graph = work / f"{configuration}-float" / "model.onnx"
     if not float_graph.exists():
         model = reload_model(run)
-        example = next(iter(Trajectory(run.file("calibration")))).inputs
+        example = next(iter(recorded_calls(run.path))).inputs
         export_onnx(model.family, model.backbone, example, TARGETS["onnxruntime"], float_graph.parent)
     return run, float_graph
 
 
 def calls(run: Any) -> Iterator[dict[str, Tensor]]:
     """Yield the recorded calls, one sample each: of every call the text-guided half."""
-    from qdiff.recording.trajectory import Trajectory
+    from qdiff.stages.calibrated_model import recorded_calls
 
-    for step in Trajectory(run.file("calibration")):
+    for step in recorded_calls(run.path):
         yield {name: tensor[-1:] for name, tensor in step.inputs.items()}
 
 

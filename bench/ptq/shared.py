@@ -25,11 +25,11 @@ from qdiff.calib.collect import Collector
 from qdiff.errors import InputError
 from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, write_json, write_text
 from qdiff.models.base import Model, Request, default_prompts
-from qdiff.recording.activation_statistics import Statistics
 from qdiff.recording.trajectory import Trajectory
 from qdiff.resources import measure_usage
 from qdiff.runs.run import Run
-from qdiff.stages.calibrate import CalibrateOptions, calibrate, reload_model
+from qdiff.stages.calibrate import CalibrateOptions, calibrate
+from qdiff.stages.calibrated_model import calibrated_model, recorded_calls, reload_model
 
 CALIBRATION_SEED, PICTURE_SEED, CALL_SEED = 0, 10_000, 20_000
 
@@ -69,7 +69,7 @@ class Shared:
     @property
     def held_out(self) -> Trajectory:
         """Return the recorded calls that no row was calibrated on."""
-        return Trajectory(Run(self.folder / "held-out").file("calibration"))
+        return recorded_calls(self.folder / "held-out")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -108,9 +108,7 @@ class Shared:
         save_tensors(self.folder / "float.safetensors", {"predictions": predictions, "pictures": pictures})
         started = time.process_time()
         with measure_usage() as usage:
-            Collector(model, Trajectory(self.calibration.file("calibration")), "timed").collect(
-                self.folder / "timed.safetensors"
-            )
+            Collector(model, recorded_calls(self.calibration.path), "timed").collect(self.folder / "timed.safetensors")
         (self.folder / "timed.safetensors").unlink(missing_ok=True)
         facts = {
             "key": self.key,
@@ -147,10 +145,9 @@ class Shared:
 
     def material(self, scratch: Path) -> Material:
         """Return what a row is given."""
-        model = self.model()
-        folder = self.calibration.file("calibration")
-        statistics = Statistics.load(folder / "statistics.safetensors")
-        return Material(model, Trajectory(folder), statistics, shared_layers(model), scratch)
+        calibrated = calibrated_model(self.calibration)
+        layers = shared_layers(calibrated.model)
+        return Material(calibrated.model, calibrated.trajectory, calibrated.statistics, layers, scratch)
 
     def float_answers(self) -> tuple[Tensor, Tensor]:
         """Return the float model's predictions on the held-out calls, and its pictures."""

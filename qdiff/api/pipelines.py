@@ -35,7 +35,7 @@ def load_pipeline(
     """
     from qdiff.correction import CorrectedScheduler
     from qdiff.runs.run import Run
-    from qdiff.stages.calibrate import options_of
+    from qdiff.stages.calibrated_model import options_of
     from qdiff.stages.generate import Session
 
     if device is not None:

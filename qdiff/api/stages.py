@@ -70,9 +70,9 @@ def quantize(
         InputError: a recipe or plan that cannot be carried out.
         QualityGateError: the prediction at a recorded step is below the recipe's floor.
     """
-    from qdiff.recipes import load_recipe
     from qdiff.runs import manifest
     from qdiff.stages import quantize as stage
+    from qdiff.stages.decisions import read_recipe
 
     overrides = recipe_changes(settings, budget, density)
     if isinstance(source, Run) or (isinstance(source, str | Path) and manifest.is_there(Path(source))):
@@ -84,7 +84,7 @@ def quantize(
         run = open_run(source)
     else:
         if plan is None:
-            load_recipe(recipe, overrides)  # refuses a wrong one before anything is calibrated
+            read_recipe(recipe, overrides)  # refuses a wrong one before anything is calibrated
         run = calibrate(
             source,
             output=output,

@@ -1,4 +1,4 @@
-"""What latency can be budgeted for: GPUs with their published rates, and engines on which layers are timed."""
+"""GPUs with their published rates: what latency can be reckoned for without having one."""
 
 from __future__ import annotations
 
@@ -42,9 +42,6 @@ DEVICES = {
         "B200 (NVIDIA, HGX B200: dense rates by GPU)", {"bf16": 2250.0, "fp8": 4500.0, "int8": 4500.0, "fp4": 9000.0}, 8000.0
     ),
 }  # fmt: skip
-
-
-MEASURED_ON = ("openvino", "onnxruntime", "tensorrt_rtx", "tensorrt")  # engines on which layers can be timed
 
 
 def device_named(name: str) -> Device:

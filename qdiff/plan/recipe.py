@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from qdiff.errors import InputError, nearest, unknown_name
 from qdiff.formats.table import FORMATS
 from qdiff.plan import renamed
+from qdiff.plan.devices import DEVICES
 from qdiff.plan.plan import StorageDtype
 from qdiff.plan.renamed import with_new_names
 
@@ -135,16 +136,15 @@ class Mixed(BaseModel):
                 "mixed.budget: latency needs mixed.device: the engine that measures it, or the GPU whose published rates"
                 " it is reckoned with"
             )
-        if self.device is not None:
-            from qdiff.plan.devices import DEVICES, MEASURED_ON
-
-            if self.device not in (*DEVICES, *MEASURED_ON):
-                known = f"GPUs: {', '.join(DEVICES)}; engines of this machine: {', '.join(MEASURED_ON)}"
-                raise ValueError(f"mixed.device: unknown device {self.device!r}, known {known}")
         for pattern, name in (pair for family in self.minimum.values() for pair in family.items()):
             if name not in self.recipes:
                 raise ValueError(f"mixed.minimum: {pattern!r} wants {name!r}, which is not among mixed.recipes")
         return self
+
+    @property
+    def times_layers(self) -> bool:
+        """Return whether latency is measured on an engine, and not reckoned from a GPU's published rates."""
+        return "latency" in self.budget and self.device not in DEVICES
 
 
 class Reuse(BaseModel):
@@ -287,6 +287,20 @@ class Recipe(BaseModel):
         if scheme is None:
             raise RuntimeError(f"recipe {self.name!r} chooses among others and has no formats of its own")
         return scheme
+
+    def check_device(self, engines: Iterable[str]) -> None:
+        """Refuse a ``mixed.device`` that is neither a GPU of :data:`qdiff.plan.devices.DEVICES` nor one of ``engines``, on which
+        layers can be timed.
+
+        Raises:
+            InputError: with what there is.
+        """
+        engines, device = list(engines), None if self.mixed is None else self.mixed.device
+        if device is not None and device not in (*DEVICES, *engines):
+            raise InputError(
+                f"recipe {self.name!r}: mixed.device: unknown device {device!r}",
+                f"GPUs: {', '.join(DEVICES)}; engines of this machine: {', '.join(engines)}",
+            )
 
     def check_families(self, known: Iterable[str]) -> None:
         """Refuse patterns for families that do not exist: they would never match.

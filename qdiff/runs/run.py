@@ -25,7 +25,7 @@ import sys
 from collections.abc import Container, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qdiff
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
@@ -35,6 +35,9 @@ from qdiff.resources import Usage, measure_usage, release_memory
 from qdiff.runs import leftovers as leftovers_of
 from qdiff.runs import manifest
 from qdiff.runs.json_diff import differences
+
+if TYPE_CHECKING:
+    from qdiff.runs.partial import Scratch
 
 # The stages in order, and what each is made from: when one of those is made anew, the stage is out of date. Export is done
 # once for each target and build once for each engine: their entries are ``export:tensorrt``, ``build:openvino`` and so on.
@@ -102,6 +105,16 @@ class StageRun:
         """Declare a file that this stage made; its hash goes into the manifest when the stage ends."""
         self._outputs.append(path)
         return path
+
+    def file(self, *parts: str) -> Path:
+        """Return the path of an output in the run folder, declared as by :meth:`output`."""
+        return self.output(self.run.file(*parts))
+
+    def scratch(self, folder: str) -> Scratch:
+        """Return where this stage keeps finished parts until it is done: only a try with the same inputs reads them."""
+        from qdiff.runs.partial import Scratch
+
+        return Scratch(self.run.file(folder), sha256_json(self.inputs))
 
     def fact(self, **values: Any) -> None:
         """Add JSON facts about this stage (counts, seconds of a part, warnings) to its manifest entry."""

@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.errors import InputError
 from qdiff.events import log
-from qdiff.files import sha256_json
-from qdiff.runs.partial import Scratch
 from qdiff.runs.run import Run
-from qdiff.stages.calibrate import options_of, reload_model
+from qdiff.stages.calibrated_model import ATTENTION_STATISTICS, CalibratedModel, calibrated_model, options_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdiff.models.base import Model
     from qdiff.plan.attention_plan import AttentionPlan
     from qdiff.plan.recipe import Attention
 
 STAGE = "attention"
-STATISTICS = "attention/statistics.safetensors"
 SCRATCH = "attention/passes"  # finished passes, until the stage is done
 
 
@@ -31,24 +27,20 @@ def calibrate_attention(run: Run, *, force: bool = False) -> dict[str, Any]:
         InputError: a family whose self-attentions are not known, or a trajectory that is too short.
     """
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
-    from qdiff.recording.trajectory import Trajectory
 
     options = AttentionOptions()
     inputs = {"calibrate": run.outputs_hash("calibrate"), **asdict(options)}
     with run.stage(STAGE, inputs, force=force, leftovers=["attention"], needs=["calibrate"]) as work:
         if work is not None:
-            scratch = Scratch(run.file(SCRATCH), sha256_json(inputs))
-            model = reload_model(run)
-            statistics = AttentionCalibration(
-                model, Trajectory(run.file("calibration"), model.device), options, scratch
-            ).run()
-            statistics.save(work.output(run.file(STATISTICS)))
+            scratch, calibrated = work.scratch(SCRATCH), calibrated_model(run)
+            statistics = AttentionCalibration(calibrated.model, calibrated.trajectory, options, scratch).run()
+            statistics.save(work.file(ATTENTION_STATISTICS))
             work.fact(
                 layers=len(statistics.layers),
                 heads=sum(len(heads) for heads in statistics.orders),
                 tokens=statistics.tiling.tokens,
                 edges=statistics.edges,
-                device=str(model.device),
+                device=str(calibrated.model.device),
             )
             scratch.clear()
     return {"run": str(run.path), **{name: run.entry(STAGE)[name] for name in ("layers", "heads", "tokens", "seconds")}}
@@ -70,10 +62,11 @@ def require_sparse(model: str) -> None:
 
 
 def require_statistics(run: Run) -> None:
-    """Refuse to go on without them.
+    """Refuse to go on without them, or with changed ones.
 
     Raises:
         InputError: with the command that makes them; or the family has no self-attentions that are known.
+        IntegrityError: they were changed after they were made.
     """
     require_sparse(options_of(run).model)
     if not run.done(STAGE):
@@ -81,22 +74,20 @@ def require_statistics(run: Run) -> None:
             f"sparse attention needs to know what {run.path} looks at, which was not calibrated",
             f"run the same calibration with --attention: qdiff calibrate … --attention -o {run.path}",
         )
+    run.verify(STAGE)
 
 
-def decide_attention(run: Run, wish: Attention, model: Model) -> tuple[AttentionPlan, Tensor]:
+def decide_attention(calibrated: CalibratedModel, wish: Attention) -> tuple[AttentionPlan, Tensor]:
     """Return which blocks every head reads, for a recipe's wish:
     :func:`qdiff.allocation.attention_masks.decide_masks`.
     """
     from qdiff.allocation.attention_masks import decide_masks
     from qdiff.attention.numerics import numerics_named
-    from qdiff.attention.statistics import AttentionStatistics
 
-    run.verify(STAGE)
     if not numerics_named(wish.numerics).exported:
         log.warning(
             "attention in %s runs in torch alone: no engine takes it (docs/how-to/sparse-attention.md)", wish.numerics
         )
-    statistics = AttentionStatistics.load(run.file(STATISTICS))
+    model, statistics = calibrated.model, calibrated.attention_statistics
     dense = len(model.family.self_attentions(model.backbone)) - len(statistics.layers)
-    timesteps = run.entry("calibrate")["timesteps"]
-    return decide_masks(statistics, wish.density, wish.numerics, timesteps, dense)
+    return decide_masks(statistics, wish.density, wish.numerics, calibrated.statistics.timesteps, dense)

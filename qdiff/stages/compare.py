@@ -14,7 +14,7 @@ from qdiff.files import write_json
 from qdiff.resources import require_disk
 from qdiff.runs.run import Run
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
-from qdiff.stages.calibrate import options_of, reload_model
+from qdiff.stages.calibrated_model import options_of, reload_model
 from qdiff.stages.disk import picture_bytes
 from qdiff.stages.generate import Pictures, Session, check_pictures, make_request, save_pictures
 from qdiff.stages.quantize import floor_of

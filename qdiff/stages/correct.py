@@ -25,7 +25,7 @@ from qdiff.files import read_json, sha256_json, write_json
 from qdiff.runs.partial import Scratch
 from qdiff.runs.run import Run
 from qdiff.stages.build import beside, default_engine, device_beside, require_runner
-from qdiff.stages.calibrate import options_of, reload_model
+from qdiff.stages.calibrated_model import calibrated_model, options_of
 from qdiff.stages.generate import CORRECTION, Session, check_pictures, make_request
 
 if TYPE_CHECKING:
@@ -112,9 +112,7 @@ def correct(
 
 
 def _few_steps(run: Run) -> bool:
-    from qdiff.recording.activation_statistics import Statistics
-
-    return len(set(Statistics.load(run.file("calibration", "statistics.safetensors")).timesteps)) <= FEW_STEPS
+    return len(set(run.entry("calibrate")["timesteps"])) <= FEW_STEPS
 
 
 class _Work:
@@ -122,9 +120,9 @@ class _Work:
 
     def __init__(self, run: Run, engine: str, goal: Goal, pictures: int, scratch: Scratch) -> None:
         self.run, self.engine, self.goal, self.scratch = run, engine, goal, scratch
-        self.model = reload_model(run)
+        self.calibrated = calibrated_model(run)
+        self.model = self.calibrated.model
         self.float_backbone = self.model.backbone
-        self.guided = self.model.guided(options_of(run).guidance)
         self.search = self._request(SEARCH_SEED, SEARCH_PICTURES)
         self.judge = self._request(JUDGE_SEED, pictures)
 
@@ -177,10 +175,9 @@ class _Work:
         import torch
 
         from qdiff.correction.moments import PairMoments
-        from qdiff.recording.trajectory import Trajectory
 
         family, moments = self.model.family, PairMoments()
-        steps = list(islice(Trajectory(self.run.file("calibration"), self.model.device), MOST_CALLS))
+        steps = list(islice(self.calibrated.trajectory, MOST_CALLS))
         with torch.inference_mode(), Progress(f"predict ({session.engine} beside float)", len(steps)) as progress:
             for step in steps:
                 expected = self._guided(family.call(self.float_backbone, step.inputs), step)
@@ -194,8 +191,8 @@ class _Work:
 
         latent = step.inputs[latent_of(self.model.family.inputs(self.float_backbone.config)).name]  # type: ignore[arg-type]
         prediction = prediction[:, : latent.shape[1]].float()
-        guidance = self.model.guidance(options_of(self.run).guidance)
-        if not self.guided:
+        guidance = self.model.guidance(self.calibrated.options.guidance)
+        if not self.calibrated.guided:
             return prediction
         without, given = prediction.chunk(2)
         return without + guidance * (given - without)
@@ -225,7 +222,7 @@ class _Work:
 
         def pictures(session: Session, correction: Correction | None) -> list[Any]:
             session.correction = correction
-            return session.pictures(request, options_of(self.run).batch).images
+            return session.pictures(request, self.calibrated.options.batch).images
 
         if self.goal == "prompt":
 
@@ -245,5 +242,5 @@ class _Work:
     def _request(self, seed: int, count: int) -> Request:
         from qdiff.models.base import default_prompts
 
-        first = seed + options_of(self.run).seed
+        first = seed + self.calibrated.options.seed
         return make_request(self.run, default_prompts(count, first, self.model.family.media), seed=first)

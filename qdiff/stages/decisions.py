@@ -13,25 +13,38 @@ from qdiff.events import log
 from qdiff.files import sha256_json, write_json
 from qdiff.recipes import members_of, versions_of
 from qdiff.runs.partial import Scratch
-from qdiff.stages.calibrate import options_of
 from qdiff.stages.picture_scores import picture_errors_of, picture_score
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qdiff.allocation.candidates import Candidates
-    from qdiff.allocation.mixed import Allocation, PictureScore
+    from qdiff.allocation.mixed import Allocation
     from qdiff.allocation.sensitivity import Sensitivity
-    from qdiff.models.base import Model
     from qdiff.plan.plan import Plan
     from qdiff.plan.recipe import Attention, Floors, Recipe
     from qdiff.quantization.layer_plans import Draft
-    from qdiff.recording.activation_statistics import Statistics
-    from qdiff.recording.trajectory import Trajectory
-    from qdiff.runs.run import Run
+    from qdiff.runs.run import StageRun
+    from qdiff.stages.calibrated_model import CalibratedModel
 
 ALLOCATION, TABLE, ROUTING = "allocation.json", "sensitivity.json", "routing.json"
 MEASURED = "calibration/sensitivity"  # what was measured for mixed recipes, by fingerprint
+
+
+def read_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Return a recipe (:func:`qdiff.recipes.load_recipe`) that names only families and engines that there are.
+
+    Raises:
+        InputError: unknown, wrong, or of something that is not there.
+    """
+    from qdiff.engines import ENGINES
+    from qdiff.models import FAMILIES
+    from qdiff.recipes import load_recipe
+
+    recipe = load_recipe(name, overrides)
+    recipe.check_families(FAMILIES)
+    recipe.check_device([name for name in ENGINES if ENGINES[name].target is not None])
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -39,13 +52,13 @@ class ApplyContext:
     """What every source carries its decisions out with.
 
     Args:
+        scratch: where finished parts are kept, so that a killed run goes on with the next.
         work: what further files go through.
         complete: as of :func:`qdiff.quantization.quantize.quantize_from_draft`; every source sees to it that it is called once.
     """
 
-    trajectory: Trajectory
     scratch: Scratch
-    work: Any
+    work: StageRun
     complete: Callable[[], None]
 
 
@@ -71,11 +84,11 @@ class DecisionSource(Protocol):
         """Return what the outputs depend on."""
         ...
 
-    def draft(self, model: Model, statistics: Statistics) -> Draft:
+    def draft(self, calibrated: CalibratedModel) -> Draft:
         """Return what is known before the float model has run; refuse what cannot be carried out."""
         ...
 
-    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
+    def apply(self, calibrated: CalibratedModel, drafted: Draft, context: ApplyContext) -> Plan:
         """Quantize the model in place and complete it."""
         ...
 
@@ -106,15 +119,17 @@ class ByRecipe(_OfRecipe):
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}
 
-    def draft(self, model: Model, statistics: Statistics) -> Draft:
+    def draft(self, calibrated: CalibratedModel) -> Draft:
         from qdiff.quantization.layer_plans import draft_plan
 
-        return draft_plan(model, self.recipe, statistics)
+        return draft_plan(calibrated.model, self.recipe, calibrated.statistics)
 
-    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
+    def apply(self, calibrated: CalibratedModel, drafted: Draft, context: ApplyContext) -> Plan:
         from qdiff.quantization.quantize import quantize_from_draft
 
-        return quantize_from_draft(model, self.recipe, drafted, context.trajectory, context.scratch, context.complete)
+        return quantize_from_draft(
+            calibrated.model, self.recipe, drafted, calibrated.trajectory, context.scratch, context.complete
+        )
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,7 @@ class ByPlan:
 
         return {"plan": decisions(self.plan)}
 
-    def draft(self, model: Model, statistics: Statistics) -> Draft:
+    def draft(self, calibrated: CalibratedModel) -> Draft:
         from qdiff.errors import InputError
         from qdiff.quantization.edited_plan import settle
         from qdiff.quantization.layer_plans import Draft, change
@@ -155,15 +170,15 @@ class ByPlan:
                 f"{self.source} has blocks with several branches, and no plan by hand can",
                 "change the routing of the recipe: qdiff quantize RUN --recipe routed --set routing.…",
             )
-        statistics = change(model, self.plan.structure, statistics)
-        settled = settle(self.plan, model, statistics, self.before, self.source)
+        statistics = change(calibrated.model, self.plan.structure, calibrated.statistics)
+        settled = settle(self.plan, calibrated.model, statistics, self.before, self.source)
         return Draft(settled.structure, statistics, {layer.name: layer for layer in settled.layers})
 
-    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
+    def apply(self, calibrated: CalibratedModel, drafted: Draft, context: ApplyContext) -> Plan:
         from qdiff.quantization.quantize import quantize_as_planned
 
         plan = self.plan.model_copy(update={"layers": list(drafted.entries.values())})
-        plan = quantize_as_planned(model, plan, drafted.statistics)
+        plan = quantize_as_planned(calibrated.model, plan, drafted.statistics)
         context.complete()
         return plan
 
@@ -171,8 +186,6 @@ class ByPlan:
 @dataclass(frozen=True)
 class ByBudget(_OfRecipe):
     """Formats by a solver that is given sensitivities and a budget; then, as :class:`ByRecipe`, each layer's methods."""
-
-    run: Run
 
     def inputs(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), **self.measured_inputs()}
@@ -187,11 +200,12 @@ class ByBudget(_OfRecipe):
         measured = {name: getattr(self.recipe.mixed, name) for name in ("calls", "probes")}
         return {"members": members, "shared": shared, **measured}
 
-    def draft(self, model: Model, statistics: Statistics) -> Draft:
+    def draft(self, calibrated: CalibratedModel) -> Draft:
         from qdiff.allocation.mixed import check_wishes
         from qdiff.quantization.layer_plans import Draft, entries_of, prepare
 
-        structure, statistics = prepare(model, self.recipe, statistics)
+        model = calibrated.model
+        structure, statistics = prepare(model, self.recipe, calibrated.statistics)
         assert self.recipe.mixed is not None
         drafts = [entries_of(model, m, statistics, lenient=True) for m in members_of(self.recipe) if m is not None]
         check_wishes(self.recipe.mixed, model.family.name, drafts)
@@ -202,47 +216,50 @@ class ByBudget(_OfRecipe):
         }
         return Draft(structure, statistics, open_entries)
 
-    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
+    def apply(self, calibrated: CalibratedModel, drafted: Draft, context: ApplyContext) -> Plan:
         from qdiff.quantization.quantize import quantize_from_draft
 
         # what was chosen from is let go before the model is made: it holds every layer in every format
-        drafted, table, made = self._chosen(model, drafted, context.trajectory, context.scratch)
-        plan = quantize_from_draft(model, self.recipe, drafted, context.trajectory, context.scratch, context.complete)
+        drafted, table, made = self._chosen(calibrated, drafted, context.scratch)
+        plan = quantize_from_draft(
+            calibrated.model, self.recipe, drafted, calibrated.trajectory, context.scratch, context.complete
+        )
         # written last: a budget or a layer that is refused leaves an earlier quantization whole
-        table.save(context.work.output(self.run.file(TABLE)))
-        write_json(context.work.output(self.run.file(ALLOCATION)), made.to_json())
+        table.save(context.work.file(TABLE))
+        write_json(context.work.file(ALLOCATION), made.to_json())
         taken = made.solutions[made.chosen]
         context.work.fact(budget={made.measure: made.budget}, cost=taken.cost, plan_psnr_db=taken.psnr_db)
         return plan
 
     def _chosen(
-        self, model: Model, drafted: Draft, trajectory: Trajectory, scratch: Scratch
+        self, calibrated: CalibratedModel, drafted: Draft, scratch: Scratch
     ) -> tuple[Draft, Sensitivity, Allocation]:
         from qdiff.allocation.candidates import Candidates
         from qdiff.allocation.mixed import Allocation
 
-        candidates = Candidates(model, self.recipe, drafted.statistics)
-        table = measured(self.run, model, candidates, trajectory, self.measured_inputs())
+        candidates = Candidates(calibrated.model, self.recipe, drafted.statistics)
+        table = measured(calibrated, candidates, self.measured_inputs())
         kept = scratch.load("allocation")  # a run that was killed goes on with the plan that it had chosen
-        made = self._decided(model, candidates, table) if kept is None else Allocation.from_json(kept[1])
+        made = self._decided(calibrated, candidates, table) if kept is None else Allocation.from_json(kept[1])
         scratch.save("allocation", {}, made.to_json())
         return candidates.draft(drafted, made.choice), table, made
 
-    def _decided(self, model: Model, candidates: Candidates, table: Sensitivity) -> Allocation:
+    def _decided(self, calibrated: CalibratedModel, candidates: Candidates, table: Sensitivity) -> Allocation:
         from qdiff.allocation.mixed import decide_formats
-        from qdiff.plan.devices import MEASURED_ON
 
         assert self.recipe.mixed is not None
-        calibrated, score = options_of(self.run), None
+        score = None
         if count := self.recipe.mixed.pictures:
-            score = picture_score(self.run, model, candidates.backbone, count)
-        branches = 2 if model.guided(calibrated.guidance) else 1
-        time, device = None, self.recipe.mixed.device
-        if "latency" in self.recipe.mixed.budget and device in MEASURED_ON:
+            score = picture_score(calibrated, candidates.backbone, count)
+        branches = 2 if calibrated.guided else 1
+        time = None
+        if self.recipe.mixed.times_layers:
             from qdiff.stages.layer_times import LayerTimes
 
-            time = LayerTimes(device)
-        return decide_formats(self.recipe.mixed, model.family.name, candidates, table, score, branches, time)
+            assert self.recipe.mixed.device is not None
+            time = LayerTimes(self.recipe.mixed.device)
+        family = calibrated.model.family.name
+        return decide_formats(self.recipe.mixed, family, candidates, table, score, branches, time)
 
     def check_size(self, packed: int) -> None:
         """Say when a checkpoint came out larger than a budget in bytes: the budget is kept by an estimate."""
@@ -258,49 +275,42 @@ class ByRouting(_OfRecipe):
     pictures.
     """
 
-    run: Run
-
     def inputs(self) -> dict[str, Any]:
         versions = [version.model_dump(mode="json") for version in versions_of(self.recipe)]
         return {"recipe": self.recipe.model_dump(mode="json"), "versions": versions}
 
-    def draft(self, model: Model, statistics: Statistics) -> Draft:
+    def draft(self, calibrated: CalibratedModel) -> Draft:
         from qdiff.errors import InputError
         from qdiff.quantization.layer_plans import draft_plan
 
+        model = calibrated.model
         if not model.family.chain or not model.family.blocks(model.backbone):
             raise InputError(
                 f"recipe {self.name!r} routes the blocks of a chain, and {model.family.title} is none",
                 "use --recipe mixed, which chooses once for each layer",
             )
-        return [draft_plan(model, version, statistics) for version in versions_of(self.recipe)][0]
+        return [draft_plan(model, version, calibrated.statistics) for version in versions_of(self.recipe)][0]
 
-    def apply(self, model: Model, drafted: Draft, context: ApplyContext) -> Plan:
+    def apply(self, calibrated: CalibratedModel, drafted: Draft, context: ApplyContext) -> Plan:
         from qdiff.allocation.quantize_routed import quantize_routed
 
-        assert self.recipe.routing is not None
-        calibrated = options_of(self.run)
+        routing = self.recipe.routing
+        assert routing is not None
         made = quantize_routed(
-            model,
+            calibrated.model,
             self.recipe,
             drafted.statistics,
-            context.trajectory,
+            calibrated.trajectory,
             context.scratch,
-            lambda backbone: self._score(model, backbone),
-            guided=model.guided(calibrated.guidance),
+            lambda backbone: picture_score(calibrated, backbone, routing.pictures),
+            guided=calibrated.guided,
         )
         context.complete()
-        write_json(context.work.output(self.run.file(ROUTING)), made.decision.to_json())
+        write_json(context.work.file(ROUTING), made.decision.to_json())
         return made.plan
 
-    def _score(self, model: Model, backbone: nn.Module) -> PictureScore:
-        assert self.recipe.routing is not None
-        return picture_score(self.run, model, backbone, self.recipe.routing.pictures)
 
-
-def measured(
-    run: Run, model: Model, candidates: Candidates, trajectory: Trajectory, depends_on: dict[str, Any]
-) -> Sensitivity:
+def measured(calibrated: CalibratedModel, candidates: Candidates, depends_on: dict[str, Any]) -> Sensitivity:
     """Return sensitivities, measured once for a calibration and the recipes that are chosen from; the budget does not
     matter.
 
@@ -308,14 +318,16 @@ def measured(
     """
     from qdiff.allocation.sensitivity import Sensitivity, measure_sensitivity
 
-    owner = sha256_json({"calibrate": run.outputs_hash("calibrate"), **depends_on})
-    scratch = Scratch(run.file(MEASURED, owner[:12]), owner)
+    owner = sha256_json({"calibrate": calibrated.fingerprint, **depends_on})
+    scratch = Scratch(calibrated.path / MEASURED / owner[:12], owner)
     found = scratch.load("table")
     if found is not None:
         return Sensitivity(**found[1])
     probes = depends_on["probes"]
-    errors = picture_errors_of(run, model, candidates.backbone, probes) if probes else None
-    table = measure_sensitivity(model, candidates, trajectory, depends_on["calls"], scratch, errors)
+    errors = picture_errors_of(calibrated, candidates.backbone, probes) if probes else None
+    table = measure_sensitivity(
+        calibrated.model, candidates, calibrated.trajectory, depends_on["calls"], scratch, errors
+    )
     scratch.clear()
     scratch.save("table", {}, asdict(table))
     return table

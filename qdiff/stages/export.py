@@ -13,6 +13,7 @@ from qdiff.events import log
 from qdiff.files import open_tensors
 from qdiff.runs.run import Run
 from qdiff.stages.build import assembled, scheduled
+from qdiff.stages.calibrated_model import recorded_calls
 from qdiff.stages.quantize import FLOAT_PREDICTIONS
 
 if TYPE_CHECKING:
@@ -86,7 +87,6 @@ def _work(run: Run, target: Any, work: Any) -> None:
     from qdiff.models import FAMILIES
     from qdiff.plan.plan import Plan
     from qdiff.quantization.checkpoint import load_quantized
-    from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import require_disk
     from qdiff.stages.disk import export_bytes
 
@@ -97,7 +97,7 @@ def _work(run: Run, target: Any, work: Any) -> None:
     require_disk(run.file("onnx"), export_bytes(packed), "the ONNX file")
     outputs = bool(target.outputs)
     backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)
-    trajectory = Trajectory(run.file("calibration"))
+    trajectory = recorded_calls(run.path)
     log.info("export: tracing and writing the graph for %s", target.title)
     path = export_onnx(family, backbone, next(iter(trajectory)).inputs, target, run.file("onnx", target.name))
     write_parts(path, sources_of(family, plan.config))
@@ -138,12 +138,11 @@ def _parity(run: Run, plan: Plan, outputs: bool, path: Path) -> list[StepParity]
     from qdiff.models import FAMILIES
     from qdiff.quantization.checkpoint import load_quantized
     from qdiff.recording.inputs import samples_of
-    from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import release_memory
 
     with open_tensors(run.file(FLOAT_PREDICTIONS), "the float predictions") as file:
         references = list(file.get_tensor("predictions"))[:PARITY_STEPS]
-    steps = list(islice(Trajectory(run.file("calibration")).steps(0), len(references)))
+    steps = list(islice(recorded_calls(run.path).steps(0), len(references)))
     specs = FAMILIES[plan.family].inputs(plan.config)
     release_memory()
     backbone = load_quantized(plan, run.file("model.safetensors"), outputs=outputs)

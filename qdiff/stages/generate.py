@@ -14,7 +14,8 @@ from qdiff.files import require_writable
 from qdiff.resources import measure_usage, release_memory
 from qdiff.runs.run import Run
 from qdiff.stages.build import beside, default_engine, load_runner
-from qdiff.stages.calibrate import check_sampling, guidance_range, options_of, reload_model
+from qdiff.stages.calibrate import check_sampling
+from qdiff.stages.calibrated_model import guidance_range, options_of, reload_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image

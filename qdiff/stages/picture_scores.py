@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from qdiff.errors import QualityGateError
 from qdiff.events import log
-from qdiff.stages.calibrate import options_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,23 +14,22 @@ if TYPE_CHECKING:
     from qdiff.allocation.mixed import PictureScore
     from qdiff.allocation.sensitivity import PictureErrors
     from qdiff.evaluation.metrics import PairedQuality
-    from qdiff.models.base import Model
-    from qdiff.runs.run import Run
+    from qdiff.stages.calibrated_model import CalibratedModel
 
 PLAN_SEED = 20_000  # of the pictures that decide between plans: neither calibration's nor comparison's
 LOOK_SEED = 25_000  # of the pictures that tell what a group does to them
 
 
-def picture_score(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureScore:
+def picture_score(calibrated: CalibratedModel, backbone: nn.Module, count: int) -> PictureScore:
     """Return the score of :func:`picture_score_of` with ``count`` of the calibration's prompts, on seeds of its own."""
-    return picture_score_of(run, model, backbone, _prompts(run, count), PLAN_SEED + options_of(run).seed)
+    return picture_score_of(calibrated, backbone, calibrated.prompts(count), PLAN_SEED + calibrated.options.seed)
 
 
-def picture_errors_of(run: Run, model: Model, backbone: nn.Module, count: int) -> PictureErrors:
+def picture_errors_of(calibrated: CalibratedModel, backbone: nn.Module, count: int) -> PictureErrors:
     """Return the squared error and the loss of structure of ``count`` pictures, of the calibration's prompts on seeds
     of their own.
     """
-    compare = comparison(run, model, backbone, _prompts(run, count), LOOK_SEED + options_of(run).seed)
+    compare = comparison(calibrated, backbone, calibrated.prompts(count), LOOK_SEED + calibrated.options.seed)
 
     def picture_errors() -> tuple[float, float]:
         found = compare()
@@ -41,27 +39,21 @@ def picture_errors_of(run: Run, model: Model, backbone: nn.Module, count: int) -
     return picture_errors
 
 
-def _prompts(run: Run, count: int) -> list[str]:
-    lines = run.file("calibration", "prompts.txt").read_text(encoding="utf-8").splitlines()
-    return [lines[index % len(lines)] for index in range(count)]
-
-
-def picture_score_of(run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int) -> PictureScore:
+def picture_score_of(calibrated: CalibratedModel, candidate: nn.Module, prompts: list[str], seed: int) -> PictureScore:
     """Return the mean PSNR of the pictures that a backbone makes, as it then is. Arguments as of :func:`comparison`."""
-    compare = comparison(run, model, candidate, prompts, seed)
+    compare = comparison(calibrated, candidate, prompts, seed)
     return lambda: compare().psnr_db_mean
 
 
 def comparison(
-    run: Run, model: Model, candidate: nn.Module, prompts: list[str], seed: int
+    calibrated: CalibratedModel, candidate: nn.Module, prompts: list[str], seed: int
 ) -> Callable[[], PairedQuality]:
     """Compare the pictures of a backbone, as it then is, with those of the float model, same prompts and seeds. A
     backbone that makes NaN is compared as what diffusers draws of NaN, black: it is the worst of those that are tried,
     not the end of trying.
 
     Args:
-        run: of the model.
-        model: the float model.
+        calibrated: the float model.
         candidate: the backbone that is compared.
         prompts: one for each picture.
         seed: of the first picture.
@@ -73,14 +65,12 @@ def comparison(
     from qdiff.models.base import Request
     from qdiff.stages.generate import simulate
 
-    calibrated = options_of(run)
+    model, options = calibrated.model, calibrated.options
     seeds = [seed + index for index in range(len(prompts))]
-    request = Request(
-        prompts, seeds, steps=calibrated.steps, guidance=calibrated.guidance, scheduler=calibrated.scheduler
-    )
+    request = Request(prompts, seeds, steps=options.steps, guidance=options.guidance, scheduler=options.scheduler)
 
     def make(backbone: nn.Module) -> Tensor:
-        return to_pixels(simulate(model, backbone, request, calibrated.batch))
+        return to_pixels(simulate(model, backbone, request, options.batch))
 
     expected = make(model.backbone)
 

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.errors import InputError, QualityGateError, UsageError
-from qdiff.files import read_json, save_tensors, sha256_json, write_json
-from qdiff.runs.partial import Scratch
+from qdiff.files import read_json, save_tensors, write_json
 from qdiff.runs.run import Run
 from qdiff.stages.attention import STAGE as ATTENTION
 from qdiff.stages.attention import decide_attention, require_statistics
-from qdiff.stages.calibrate import reload_model
-from qdiff.stages.decisions import ApplyContext, ByBudget, ByPlan, ByRecipe, ByRouting, DecisionSource
+from qdiff.stages.calibrated_model import CalibratedModel, calibrated_model
+from qdiff.stages.decisions import ApplyContext, ByBudget, ByPlan, ByRecipe, ByRouting, DecisionSource, read_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdiff.models.base import Model
     from qdiff.plan.attention_plan import AttentionPlan
     from qdiff.plan.plan import Plan
-    from qdiff.recording.trajectory import Trajectory
+    from qdiff.runs.run import StageRun
 
 DEFAULT_RECIPE = "int8"
 FLOAT_PREDICTIONS = "quantization/predictions.safetensors"  # of the float model, for the checks of later stages
@@ -68,10 +66,10 @@ def quantize(
         require_statistics(run)
         inputs["attention"] = run.outputs_hash(ATTENTION)
     if dry_run:
-        return _dry_run(run, decided)
+        return {"dry_run": True, "run": str(run.path), **_draft(calibrated_model(run), decided)}
     with run.stage("quantize", inputs, force=force, leftovers=[SCRATCH], needs=["calibrate"]) as work:
         if work is not None:
-            _work(run, decided, work, Scratch(run.file(SCRATCH), sha256_json(inputs)))
+            _work(calibrated_model(run), decided, work)
     if not accept_quality:
         _require_quality(run)
     return _summary(run)
@@ -80,14 +78,10 @@ def quantize(
 def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: Path | None) -> DecisionSource:
     """Read the plan now: it may be the file that the work will overwrite."""
     if plan_file is None:
-        from qdiff.models import FAMILIES
-        from qdiff.recipes import load_recipe
-
-        recipe = load_recipe(recipe_name, overrides)
-        recipe.check_families(FAMILIES)
+        recipe = read_recipe(recipe_name, overrides)
         if recipe.routing is not None:
-            return ByRouting(recipe, run)
-        return ByRecipe(recipe) if recipe.mixed is None else ByBudget(recipe, run)
+            return ByRouting(recipe)
+        return ByRecipe(recipe) if recipe.mixed is None else ByBudget(recipe)
     if overrides or recipe_name != DEFAULT_RECIPE:
         raise UsageError(
             "--plan holds every decision already: --recipe and --set have nothing to decide beside it",
@@ -112,29 +106,26 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
     return ByPlan(plan, before, plan_file, masks)
 
 
-def _work(run: Run, decided: DecisionSource, work: Any, scratch: Scratch) -> None:
+def _work(calibrated: CalibratedModel, decided: DecisionSource, work: StageRun) -> None:
     import torch
 
     from qdiff.quantization.checkpoint import save_quantized
     from qdiff.quantization.edited_plan import BY_HAND
-    from qdiff.recording.activation_statistics import Statistics
     from qdiff.recording.magnitude import Magnitude
-    from qdiff.recording.trajectory import Trajectory
     from qdiff.resources import require_disk
     from qdiff.stages.disk import quantization_bytes
 
-    model = reload_model(run)
-    recorded = sum(path.stat().st_size for path in run.file("calibration").glob("trajectory-*.safetensors"))
-    require_disk(run.path, quantization_bytes(model, recorded), "the quantized checkpoint")
-    statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
-    drafted = decided.draft(model, statistics)  # what cannot be carried out is refused before the float model has run
-    sparse = _attention(run, decided, model)
-    trajectory = Trajectory(run.file("calibration"), model.device)
+    model = calibrated.model
+    needed = quantization_bytes(model, calibrated.trajectory_bytes)
+    require_disk(calibrated.path, needed, "the quantized checkpoint")
+    drafted = decided.draft(calibrated)  # what cannot be carried out is refused before the float model has run
+    sparse = _attention(calibrated, decided)
     with Magnitude(model.backbone) as magnitude:
-        expected = _predictions(model, trajectory)
+        expected = _predictions(calibrated)
     if not any(bool(prediction.any()) for _, prediction in expected):
         raise InputError("the float model predicts nothing but zeros", "are these the right weights?")
     parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
+    scratch = work.scratch(SCRATCH)
 
     def complete() -> None:
         if sparse is not None:
@@ -142,21 +133,22 @@ def _work(run: Run, decided: DecisionSource, work: Any, scratch: Scratch) -> Non
 
             install(model.family, model.backbone, sparse[0], schedule_of(*sparse))
 
-    plan = decided.apply(model, drafted, ApplyContext(trajectory, scratch, work, complete))
+    plan = decided.apply(calibrated, drafted, ApplyContext(scratch, work, complete))
     if sparse is not None:
         from qdiff.attention.sparse import SIDECAR, save_masks
 
         plan = plan.model_copy(update={"attention": sparse[0]})
-        save_masks(sparse[1], work.output(run.file(SIDECAR)))
-    errors = _errors(expected, _predictions(model, trajectory))
+        save_masks(sparse[1], work.file(SIDECAR))
+    errors = _errors(expected, _predictions(calibrated))
     _refuse_idle(plan, errors)
-    plan.save(work.output(run.file("plan.json")))
-    plan.save(work.output(run.file(DECIDED)))
-    save_quantized(model.backbone, plan, work.output(run.file("model.safetensors")))
+    plan.save(work.file("plan.json"))
+    plan.save(work.file(DECIDED))
+    checkpoint = work.file("model.safetensors")
+    save_quantized(model.backbone, plan, checkpoint)
     predictions = torch.stack([prediction for _, prediction in expected])
-    save_tensors(work.output(run.file(FLOAT_PREDICTIONS)), {"predictions": predictions})
-    write_json(work.output(run.file("quantization.json")), {"timesteps": errors})
-    packed = run.file("model.safetensors").stat().st_size
+    save_tensors(work.file(FLOAT_PREDICTIONS), {"predictions": predictions})
+    write_json(work.file("quantization.json"), {"timesteps": errors})
+    packed = checkpoint.stat().st_size
     if isinstance(decided, ByBudget):
         decided.check_size(packed)
     work.fact(
@@ -177,24 +169,26 @@ def _work(run: Run, decided: DecisionSource, work: Any, scratch: Scratch) -> Non
     scratch.clear()
 
 
-def _attention(run: Run, decided: DecisionSource, model: Model) -> tuple[AttentionPlan, Tensor] | None:
+def _attention(calibrated: CalibratedModel, decided: DecisionSource) -> tuple[AttentionPlan, Tensor] | None:
     """Return the plan and the masks of sparse attention: by a recipe's wish, or as an edited plan has them."""
     if decided.attention is not None:
-        return decide_attention(run, decided.attention, model)
+        return decide_attention(calibrated, decided.attention)
     if isinstance(decided, ByPlan) and decided.plan.attention is not None and decided.masks is not None:
         return decided.plan.attention, decided.masks
     return None
 
 
-def _predictions(model: Model, trajectory: Trajectory) -> list[tuple[float, Tensor]]:
+def _predictions(calibrated: CalibratedModel) -> list[tuple[float, Tensor]]:
+    """Return the prediction of the backbone, as it now is, at every recorded call of the first shard."""
     import torch
 
     from qdiff.routing.follow import predict
 
+    model = calibrated.model
     with torch.inference_mode():
         return [
             (step.timestep, predict(model.family, model.backbone, step.inputs))
-            for step in islice(trajectory.steps(0), CHECKED_STEPS)
+            for step in islice(calibrated.trajectory.steps(0), CHECKED_STEPS)
         ]
 
 
@@ -261,13 +255,9 @@ def _summary(run: Run) -> dict[str, Any]:
     return {"run": str(run.path), "plan": str(run.file("plan.json")), **{name: entry.get(name) for name in names}}
 
 
-def _dry_run(run: Run, decided: DecisionSource) -> dict[str, Any]:
+def _draft(calibrated: CalibratedModel, decided: DecisionSource) -> dict[str, Any]:
     """Return the formats and bytes of every layer; nothing that only the work can decide."""
-    from qdiff.recording.activation_statistics import Statistics
-
-    model = reload_model(run)
-    statistics = Statistics.load(run.file("calibration", "statistics.safetensors"))
-    sparse = _attention(run, decided, model)
+    sparse = _attention(calibrated, decided)
     rows = [
         {
             "name": entry.name,
@@ -277,12 +267,10 @@ def _dry_run(run: Run, decided: DecisionSource) -> dict[str, Any]:
             "bytes": entry.weight_bytes(),
             "why": entry.why or f"group {entry.group}",
         }
-        for entry in decided.draft(model, statistics).entries.values()
+        for entry in decided.draft(calibrated).entries.values()
     ]
     attention = sparse and sparse[0]
     return {
-        "dry_run": True,
-        "run": str(run.path),
         "recipe": decided.name,
         "density": attention and attention.density,
         "overall_density": attention and attention.overall,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.errors import InputError, MissingDependencyError
 from qdiff.events import duration, log
-from qdiff.recipes import load_recipe
 from qdiff.runs.run import Run
 from qdiff.stages.attention import calibrate_attention, require_sparse
 from qdiff.stages.build import build
 from qdiff.stages.calibrate import CalibrateOptions, calibrate
 from qdiff.stages.compare import DEFAULT_PICTURES, check_gate, compare, require_comparable
+from qdiff.stages.decisions import read_recipe
 from qdiff.stages.disk import run_bytes
 from qdiff.stages.export import export
 from qdiff.stages.generate import check_pictures
@@ -77,7 +77,7 @@ def run_all(
             skipped[engine.name] = missing
             log.info("build:%s: left out, %s", engine.name, missing)
 
-    sparse = load_recipe(recipe, overrides).attention is not None
+    sparse = read_recipe(recipe, overrides).attention is not None
     if sparse:
         require_sparse(options.model)
     targets = {engine.target for engine in buildable if engine.target}

@@ -12,7 +12,7 @@ from qdiff.files import read_json
 from qdiff.models import FAMILIES
 from qdiff.recording.trajectory import Trajectory
 from qdiff.runs.run import Run
-from qdiff.stages.calibrate import guidance_range, options_of
+from qdiff.stages.calibrated_model import guidance_range, options_of
 from qdiff.stages.generate import guidance_warning
 
 TINY = ("--weights", "random:pixart-tiny", "--samples", 4, "--steps", 3, "--batch", 1)

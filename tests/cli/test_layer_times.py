@@ -9,8 +9,9 @@ from qdiff.engines.base import ENGINES
 from qdiff.errors import InputError, UsageError
 from qdiff.files import read_json
 from qdiff.nn.quant_linear import KeptLinear, QuantLinear, QuantLinearConfig, TimestepIndex
-from qdiff.plan.devices import DEVICES, MEASURED_ON
+from qdiff.plan.devices import DEVICES
 from qdiff.plan.plan import LayerPlan
+from qdiff.stages.decisions import read_recipe
 from qdiff.stages.layer_times import LayerTimes
 
 pytestmark = pytest.mark.slow
@@ -57,8 +58,11 @@ def test_what_an_engine_cannot_run_names_the_layer():
 
 
 def test_devices_are_engines_that_run_graphs_or_gpus_with_rates():
-    assert set(MEASURED_ON) == {name for name in ENGINES if ENGINES[name].target is not None}
-    assert not set(MEASURED_ON) & set(DEVICES)
+    assert not set(ENGINES) & set(DEVICES)
+    for device in ("openvino", "rtx-5090"):
+        read_recipe("mixed", ["mixed.budget={latency: 8}", f"mixed.device={device}"])
+    with pytest.raises(InputError, match="unknown device 'eager'"):  # it runs modules, no graphs
+        read_recipe("mixed", ["mixed.budget={latency: 8}", "mixed.device=eager"])
 
 
 def test_a_budget_of_measured_milliseconds(spoilt, cli, tmp_path):

@@ -122,7 +122,7 @@ def test_one_route_for_all_is_the_recipe_itself(calibrated):
     from qdiff.quantization.quantize import quantize
     from qdiff.recipes import load_recipe
     from qdiff.recording.activation_statistics import Statistics
-    from qdiff.stages.calibrate import reload_model
+    from qdiff.stages.calibrated_model import reload_model
 
     model, trajectory = reload_model(Run.existing(calibrated)), Trajectory(calibrated / "calibration")
     statistics = Statistics.load(calibrated / "calibration" / "statistics.safetensors")

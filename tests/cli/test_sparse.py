@@ -148,7 +148,7 @@ def joint(cli, tmp_path_factory):
 
 def test_text_in_the_sequence_is_read_by_all_and_not_counted(joint):
     from qdiff.stages.build import load_runner
-    from qdiff.stages.calibrate import reload_model
+    from qdiff.stages.calibrated_model import reload_model
 
     run, plan = Run.existing(joint), Plan.load(joint / "plan.json")
     assert plan.attention is not None and (plan.attention.text, plan.attention.tokens) == (16, 64)
@@ -171,7 +171,7 @@ def test_text_in_the_sequence_is_read_by_all_and_not_counted(joint):
 def test_masses_are_those_of_all_probabilities(joint):
     """Against probabilities of the whole sequence, text included, in the model's own order of tokens."""
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
-    from qdiff.stages.calibrate import reload_model
+    from qdiff.stages.calibrated_model import reload_model
 
     model, trajectory = reload_model(Run.existing(joint)), Trajectory(joint / "calibration")
     options = AttentionOptions(block=24, orders=("fhw",))
@@ -228,7 +228,7 @@ def test_calibration_of_attention_resumes(sparse, monkeypatch):
     from qdiff.attention.statistics import AttentionStatistics
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
     from qdiff.runs.partial import Scratch
-    from qdiff.stages.calibrate import reload_model
+    from qdiff.stages.calibrated_model import reload_model
 
     run = Run.existing(sparse)
     model, trajectory = reload_model(run), Trajectory(sparse / "calibration")

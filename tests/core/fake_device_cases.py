@@ -16,7 +16,7 @@ def decide_unsaved(run: Run) -> None:
     from qdiff.allocation.attention_masks import decide_masks
     from qdiff.calib.attention import AttentionCalibration, AttentionOptions
     from qdiff.recording.trajectory import Trajectory
-    from qdiff.stages.calibrate import reload_model
+    from qdiff.stages.calibrated_model import reload_model
 
     model = reload_model(run)
     trajectory = Trajectory(run.file("calibration"), model.device)

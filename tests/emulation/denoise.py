@@ -25,7 +25,7 @@ def main(run_folder: str, folder: str, *names: str) -> None:
     from qdiff.files import save_tensors
     from qdiff.runs.run import Run
     from qdiff.stages.build import default_engine
-    from qdiff.stages.calibrate import reload_model
+    from qdiff.stages.calibrated_model import reload_model
     from qdiff.stages.generate import Session, make_request
 
     run = Run.existing(run_folder)

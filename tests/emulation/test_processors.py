@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from qdiff.evaluation.metrics import psnr
 from qdiff.runs.run import Run
-from qdiff.stages.calibrate import reload_model
+from qdiff.stages.calibrated_model import reload_model
 
 QEMU = shutil.which("qemu-x86_64")
 BUILT = ("onnxruntime", "openvino")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,11 +83,12 @@ def test_a_candidate_that_breaks_is_the_worst_and_not_the_end(tiny, recorded):
     import copy
 
     from qdiff.runs.run import Run
+    from qdiff.stages.calibrated_model import calibrated_model
     from qdiff.stages.picture_scores import comparison
 
-    model = tiny()
-    candidate = copy.deepcopy(model.backbone)
-    judge = comparison(Run.existing(recorded[0].folder.parent), model, candidate, ["x"], 0)
+    calibrated = replace(calibrated_model(Run.existing(recorded[0].folder.parent)), model=tiny())
+    candidate = copy.deepcopy(calibrated.model.backbone)
+    judge = comparison(calibrated, candidate, ["x"], 0)
     whole = judge().psnr_db_mean
     with torch.no_grad():
         candidate.proj_out.weight.fill_(torch.nan)
