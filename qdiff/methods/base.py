@@ -6,7 +6,7 @@ in which order, with which options. The error that methods compare is the one th
 relative to the float outputs, on real tokens.
 
 Decisions have two parts. The *transform* (smoothing, shift, rotation, low-rank branch) changes nothing without rounding; what it
-leaves for the quantizers are :meth:`LayerGroup.inputs` and :meth:`LayerGroup.residuals`. The *rounding* (which rule chooses the
+leaves for the quantizers are :meth:`Decisions.inputs` and :meth:`LayerGroup.residuals`. The *rounding* (which rule chooses the
 weights' scales, and codes that GPTQ or AdaRound chose instead of the nearest ones) belongs to one transform: changing the
 transform drops the codes. So methods of the transform come first in a recipe.
 """
@@ -28,27 +28,21 @@ from qdiff.formats import dynamic, scales
 from qdiff.formats import weight as weights
 from qdiff.formats.table import Format
 from qdiff.formats.weight import QuantizedWeight
-from qdiff.nn.quant_linear import transform
-from qdiff.nn.rotations import Rotation
+from qdiff.nn.transform import CHANGES_WEIGHTS, Transform
 from qdiff.recording.activation_statistics import InputStatistics
 from qdiff.registry import Registry
 
-TRANSFORM = ("input_multiplier", "shift", "rotation", "low_rank")
 LARGEST_STRETCH = 1e4  # of r[t]
 # Methods that mix columns, or move them where the padding's zeros would not follow: recipes pass them over at convolutions.
 LINEAR_ONLY = frozenset({"awq", "shift", "center", "repq", "rotate", "low_rank"})
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """Decisions about one group. ``notes`` says why, one sentence a method.
+class Decisions(Transform):
+    """Decisions about one group: its transform, and how the rest is rounded. ``notes`` says why, one sentence a method.
 
     Args:
         smoothing: SmoothQuant's strength, for the plan; the numbers are in ``input_multiplier``.
-        input_multiplier, shift: ``[in]``; ``(x * input_multiplier - shift)`` is what is rotated and quantized.
-        centered: whether tokens are quantized without the mean of their sample (:func:`qdiff.nn.quant_linear.centered`).
-        rotation: of the moved input; ``None``: none.
-        low_rank: for each layer ``(down [rank, in], up [out, rank])`` in transformed coordinates, or ``None``: no branch.
         weight_format: in place of the group's, with the same bits and scales; ``None``: the group's.
         scale_rule: how the weights' scales are chosen (:data:`qdiff.formats.weight.Rule`).
         rounded: for each layer its weight as a method rounded it; ``None``: to nearest.
@@ -60,11 +54,6 @@ class Decisions:
     """
 
     smoothing: float | None = None
-    input_multiplier: Tensor | None = None
-    shift: Tensor | None = None
-    centered: bool = False
-    rotation: Rotation | None = None
-    low_rank: tuple[tuple[Tensor, Tensor], ...] | None = None
     weight_format: Format | None = None
     scale_rule: weights.Rule = "amax"
     rounded: tuple[QuantizedWeight, ...] | None = None
@@ -81,16 +70,13 @@ class Decisions:
         """Return these decisions with ``changes`` made by ``method``; codes rounded for another transform or rule are
         dropped.
         """
-        if "rounded" not in changes and any(name in changes for name in (*TRANSFORM, "scale_rule", "weight_format")):
+        if "rounded" not in changes and any(
+            name in changes for name in (*CHANGES_WEIGHTS, "scale_rule", "weight_format")
+        ):
             changes |= {"rounded": None, "rounding": "nearest"}
         elif "rounded" in changes:
             changes.setdefault("rounding", method)
         return replace(self, methods=(*self.methods, method), notes=(*self.notes, note), **changes)
-
-    @property
-    def rank(self) -> int:
-        """Return the rank of the low-rank branches; 0: none."""
-        return 0 if self.low_rank is None else self.low_rank[0][0].shape[0]
 
 
 class Rows(NamedTuple):
@@ -160,19 +146,9 @@ class LayerGroup:
         means = None if known.means is None or known.rows_sample is None else known.means[known.rows_sample[part]]
         return Rows(known.rows[part].float(), known.rows_timestep[part], means)
 
-    def inputs(self, decisions: Decisions, x: Tensor) -> Tensor:
-        """Return what the transform makes of the input ``x [N, in]``, before its quantizer."""
-        x = transform(x, decisions.input_multiplier, decisions.shift)
-        return x if decisions.rotation is None else decisions.rotation.forward(x)
-
     def transformed_weights(self, decisions: Decisions) -> list[Tensor]:
-        """Return the weights that :meth:`inputs` are to be multiplied with."""
-        moved = self.weights
-        if decisions.input_multiplier is not None:
-            moved = [weight / decisions.input_multiplier for weight in moved]
-        if decisions.rotation is not None:
-            moved = [decisions.rotation.weight(weight) for weight in moved]
-        return moved
+        """Return the weights that transformed inputs are to be multiplied with."""
+        return [decisions.weight(weight) for weight in self.weights]
 
     def residuals(self, decisions: Decisions) -> list[Tensor]:
         """Return the transformed weights without what their low-rank branches hold: what is quantized."""
@@ -188,12 +164,12 @@ class LayerGroup:
         far from their mean as a channel's range is wide.
         """
         if decisions.rotation is None:
-            low, high = (self.inputs(decisions, end) for end in (self.statistics.low, self.statistics.high))
+            low, high = (decisions.inputs(end) for end in (self.statistics.low, self.statistics.high))
             widest = torch.maximum(low.abs(), high.abs())
             if decisions.centered:
                 widest = torch.maximum(widest, (high - low).abs())
             return widest.amax(dim=1) * decisions.clip
-        magnitudes = self.inputs(decisions, self.statistics.rows.float()).abs().amax(dim=1)
+        magnitudes = decisions.inputs(self.statistics.rows.float()).abs().amax(dim=1)
         ranges = magnitudes.new_zeros(len(self.statistics.amax))
         return ranges.scatter_reduce(0, self.statistics.rows_timestep, magnitudes, "amax") * decisions.clip
 
@@ -220,7 +196,7 @@ class LayerGroup:
         """Return what the layer's products see of the input: ``[N, in]``; of centered tokens the sum of the rows that
         make their output.
         """
-        x = self.inputs(decisions, rows.x)
+        x = decisions.inputs(rows.x)
         if not self.activation_format.quantized:
             return x
         scale, stretch = self.activation_scale(decisions)
@@ -229,7 +205,7 @@ class LayerGroup:
             if not decisions.centered:
                 return quantized(x)
             assert rows.means is not None, "what is centered has means"
-            mean = self.inputs(decisions, rows.means)
+            mean = decisions.inputs(rows.means)
             coarse = quantized(mean)
             return quantized(x - mean) + coarse + quantized(mean - coarse)
         if scale is None:
@@ -289,7 +265,7 @@ class LayerGroup:
 
     def outputs(self, decisions: Decisions, rows: Rows) -> list[Tensor]:
         """Return each layer's output ``[N, out]`` as it will be computed, bias left out."""
-        moved = self.inputs(decisions, rows.x)
+        moved = decisions.inputs(rows.x)
         rounded = self.quantized_inputs(decisions, rows)
         results = self._products(decisions, rounded, moved)
         return [y if bias is None else y + bias for y, bias in zip(results, self.biases(decisions), strict=True)]

@@ -62,7 +62,7 @@ def spread(low: Tensor, high: Tensor) -> float:
 
 def spreads(layer_group: LayerGroup, decisions: Decisions) -> dict[Axis, float]:
     """Return the spread D of both axes, on the fitting tokens as the transform leaves them."""
-    x = layer_group.inputs(decisions, layer_group.rows(held_out=False).x)
+    x = decisions.inputs(layer_group.rows(held_out=False).x)
     channels = spread(-layer_group.by_channel(-x.amin(dim=0)), layer_group.by_channel(x.amax(dim=0)))
     return {"channel": channels, "token": spread(x.amin(dim=1), x.amax(dim=1))}
 
@@ -98,8 +98,8 @@ def _distances(points: Tensor, centres: Tensor) -> Tensor:
 
 def group_ranges(layer_group: LayerGroup, decisions: Decisions, groups: int) -> Tensor:
     """Return, for each column, the largest magnitude over all timesteps of its group of channels: ``[in]``."""
-    low = layer_group.inputs(decisions, layer_group.statistics.low).amin(dim=0)
-    high = layer_group.inputs(decisions, layer_group.statistics.high).amax(dim=0)
+    low = decisions.inputs(layer_group.statistics.low).amin(dim=0)
+    high = decisions.inputs(layer_group.statistics.high).amax(dim=0)
     labels = k_means(torch.stack([low, high], dim=1), groups)
     widest = low.new_zeros(groups).scatter_reduce(0, labels, torch.maximum(-low, high), "amax")
     return widest[labels].clamp(min=SMALLEST)

@@ -89,7 +89,7 @@ def low_rank(
 
 def _root(layer_group: LayerGroup, decisions: Decisions) -> Tensor:
     x = layer_group.rows(held_out=False).x
-    moved = layer_group.inputs(decisions, x).double()
+    moved = decisions.inputs(x).double()
     moment = moved.T @ moved / max(len(moved), 1)
     mean = moment.diagonal().mean().clamp(min=1e-12)
     return torch.linalg.cholesky(

@@ -45,7 +45,7 @@ def rotated(layer_group: LayerGroup, decisions: Decisions, kind: Kind, block: in
         return decisions.decide("rotate", "", input_multiplier=multiplier, shift=shift, rotation=Rotation(last))
     x = layer_group.rows(held_out=False).x
     unrotated = decisions.decide("rotate", "", rotation=None)
-    return decisions.decide("rotate", "", rotation=outlier_rotation(layer_group.inputs(unrotated, x), block))
+    return decisions.decide("rotate", "", rotation=outlier_rotation(unrotated.inputs(x), block))
 
 
 @METHODS.register("rotate")
@@ -80,7 +80,7 @@ def rotate(
     plain = layer_group.error(decisions)
     if choice == "fluctuation":
         x = layer_group.rows(held_out=False).x
-        kinds = ("hadamard",) if fluctuation(layer_group.inputs(decisions, x)) < 1 else ("outlier",)
+        kinds = ("hadamard",) if fluctuation(decisions.inputs(x)) < 1 else ("outlier",)
     trials = [(kind, rotated(layer_group, decisions, kind, block)) for kind in kinds]
     least, kind, best = min(
         ((layer_group.error(trial), kind, trial) for kind, trial in trials), key=lambda trial: trial[0]

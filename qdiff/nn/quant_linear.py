@@ -43,6 +43,7 @@ from qdiff.formats.table import format_named
 from qdiff.nn import ops
 from qdiff.nn.conv import Window
 from qdiff.nn.rotations import rotate
+from qdiff.nn.transform import TransformConfig, moved
 
 MEAN_ROWS = 2  # of :func:`centered`
 
@@ -72,19 +73,14 @@ class TimestepIndex:
 
 
 @dataclass(frozen=True)
-class QuantLinearConfig:
-    """Which pieces a :class:`QuantLinear` has. Everything about its shape, nothing about its numbers.
+class QuantLinearConfig(TransformConfig):
+    """Which pieces a :class:`QuantLinear` has, besides those of its transform.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
         weights: a quantized row of :data:`qdiff.formats.table.FORMATS`.
         activations: a row; one that is not quantized leaves the input as it is.
         per_token: dynamic scales, one for each token, instead of a static one (formats without blocks).
-        input_multiplier, shift: whether there is an ``input_multiplier`` and a ``shift``.
-        centered: whether tokens are quantized without their sample's mean (formats with run-time blocks).
-        rotation: block size of the rotation; 0: none.
-        outliers: whether the rotation has factors fitted to outliers before its Hadamard matrix.
-        rank: of the low-rank branch; 0: none.
         timesteps: number of calibrated timesteps if the layer has per-timestep scales, else 0.
         output: format of the output, or ``None``: it stays float.
         storage_dtype: of the low-rank branch.
@@ -97,12 +93,6 @@ class QuantLinearConfig:
     weights: str
     activations: str
     per_token: bool = False
-    input_multiplier: bool = False
-    shift: bool = False
-    centered: bool = False
-    rotation: int = 0
-    outliers: bool = False
-    rank: int = 0
     timesteps: int = 0
     output: str | None = None
     storage_dtype: str = "float16"
@@ -165,14 +155,9 @@ class QuantLinear(nn.Module):
         add("tensor_scale", weight.tensor_scale)
         add("bias", config.bias or config.shift, config.out_features)
         add("input_scale", config.static or activation.tensor_scale)
-        add("input_multiplier", config.input_multiplier, config.channels)
-        add("shift", config.shift, config.in_features)
-        add("rotation", config.rotation > 0, config.rotation, config.rotation)
-        blocks = config.in_features // config.rotation if config.outliers else 0
-        add("outlier_rotation", config.outliers, blocks, config.rotation, config.rotation)
-        add("outlier_order", config.outliers, config.in_features, dtype=torch.int64)
-        add("down", config.rank > 0, config.rank, config.in_features, dtype=storage)
-        add("up", config.rank > 0, config.out_features, config.rank, dtype=storage)
+        for name, sized in config.buffer_sizes(*shape, config.channels, storage).items():
+            size, dtype = sized or ((), torch.float32)
+            add(name, sized is not None, *size, dtype=dtype)
         add("timestep_scales", config.timesteps > 0, config.timesteps)
         add("output_scale", config.output is not None)
 
@@ -194,7 +179,7 @@ class QuantLinear(nn.Module):
         return ops.quantize_dequantize(y, self.output_scale, self.config.output)
 
     def _transformed(self, x: Tensor) -> Tensor:
-        x = transform(x, self.input_multiplier, self.shift)
+        x = moved(x, self.input_multiplier, self.shift)
         return rotate(x, self.rotation, self.outlier_rotation, self.outlier_order)
 
     def _along_output(self, x: Tensor) -> Tensor:
@@ -296,13 +281,6 @@ def centered(x: Tensor, quantized: Callable[[Tensor], Tensor]) -> Tensor:
     """
     mean = x.mean(dim=-2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
     return torch.cat([x - mean, mean, mean - quantized(mean)], dim=-2)
-
-
-def transform(x: Tensor, multiplier: Tensor | None, shift: Tensor | None) -> Tensor:
-    """Return ``x * multiplier - shift``: what a layer's input goes through before its rotation and its quantizer."""
-    if multiplier is not None:
-        x = x * multiplier
-    return x if shift is None else x - shift
 
 
 class KeptLinear(nn.Module):

@@ -7,6 +7,8 @@ all of them, and the three functions here are the only ones that carry it over.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from qdiff.formats.table import format_named
 from qdiff.methods import Decisions, LayerGroup
 from qdiff.nn.conv import Window
 from qdiff.nn.quant_linear import QuantLinearConfig
+from qdiff.nn.transform import PIECES
 from qdiff.plan.plan import LayerPlan, StorageDtype
 
 
@@ -27,18 +30,12 @@ def plan_of(entry: LayerPlan, layer_group: LayerGroup, decisions: Decisions, sqn
         decisions: about the group.
         sqnr_db: of the layer's output on held-out tokens.
     """
-    rotation = decisions.rotation
     return entry.model_copy(
         update={
             "weights": (decisions.weight_format or layer_group.weight_format).name,
             "per_token": layer_group.scales_per_token(decisions),
             "smoothing": decisions.smoothing,
-            "input_multiplier": decisions.input_multiplier is not None,
-            "shift": decisions.shift is not None,
-            "centered": decisions.centered,
-            "rotation": 0 if rotation is None else rotation.block,
-            "outliers": rotation is not None and rotation.first is not None,
-            "rank": decisions.rank,
+            **asdict(decisions.pieces),
             "scale_rule": decisions.scale_rule,
             "rounding": decisions.rounding,
             "bias_correction": decisions.bias_correction is not None,
@@ -69,16 +66,11 @@ def config_of(plan: LayerPlan, timesteps: int, storage_dtype: StorageDtype, wind
         plan.weights,
         plan.activations,
         per_token=plan.per_token,
-        input_multiplier=plan.input_multiplier,
-        shift=plan.shift,
-        centered=plan.centered,
-        rotation=plan.rotation,
-        outliers=plan.outliers,
-        rank=plan.rank,
         timesteps=timesteps if plan.timestep_scales else 0,
         output=plan.output,
         storage_dtype=storage_dtype,
         window=window,
+        **{piece: getattr(plan, piece) for piece in PIECES},
     )
 
 
@@ -94,22 +86,13 @@ def buffers_of(
     given = layer_group.biases(decisions)[index]
     bias = None if bias is None else bias.detach().float()
     total = given if bias is None else bias if given is None else bias + given
-    down, up = (None, None) if decisions.low_rank is None else decisions.low_rank[index]
     return {
         "codes": weight.packed(),
         "scale": weight.scale,
         "tensor_scale": weight.tensor_scale,
         "bias": None if total is None else scales.to_storage(total, storage_dtype).float(),
         "input_scale": scale,
-        "input_multiplier": None
-        if decisions.input_multiplier is None
-        else decisions.input_multiplier[:: layer_group.taps],
-        "shift": decisions.shift,
-        "rotation": None if decisions.rotation is None else decisions.rotation.last,
-        "outlier_rotation": None if decisions.rotation is None else decisions.rotation.first,
-        "outlier_order": None if decisions.rotation is None else decisions.rotation.order,
-        "down": None if down is None else down.to(storage),
-        "up": None if up is None else up.to(storage),
+        **decisions.buffers(index, layer_group.taps, storage),
         "timestep_scales": stretch,
     }
 

@@ -242,7 +242,7 @@ def test_a_rotation_keeps_the_product(kind):
         turned = found.rotation.weight(weight.double() / found.input_multiplier.double())
         constant = (weight.double() / found.input_multiplier.double()) @ found.shift.double()
         assert (moved @ turned.T + constant - x @ weight.double().T).abs().max() <= 1e-10
-    assert given.inputs(found, x.float()).abs().max() < given.inputs(start, x.float()).abs().max() / 1.5
+    assert found.inputs(x.float()).abs().max() < start.inputs(x.float()).abs().max() / 1.5
 
 
 def test_the_regular_hadamard_matrix_makes_no_outlier_of_a_constant():
@@ -284,12 +284,12 @@ def test_the_bias_gives_back_what_a_shift_takes(name):
     found = apply_method(name, {"minimum_gain_db": -100.0}, given, Decisions())
     assert found.shift is not None
     x = given.rows(held_out=True).x
-    moved, plain = given.inputs(found, x), replace(found, shift=None)
+    moved, plain = found.inputs(x), replace(found, shift=None)
     for weight, bias in zip(given.quantized_weights(found), given.biases(found), strict=True):
-        expected = given.inputs(plain, x) @ weight.dequantize().T
+        expected = plain.inputs(x) @ weight.dequantize().T
         torch.testing.assert_close(moved @ weight.dequantize().T + bias, expected, rtol=1e-4, atol=1e-4)
     if name == "repq":
-        low, high = (given.inputs(found, end) for end in (given.statistics.low.amin(0), given.statistics.high.amax(0)))
+        low, high = (found.inputs(end) for end in (given.statistics.low.amin(0), given.statistics.high.amax(0)))
         torch.testing.assert_close(-low, high, rtol=0.01, atol=0.01 * float(high.max()))
         torch.testing.assert_close(high, high.mean().expand(32), rtol=0.01, atol=0.01 * float(high.max()))
 
