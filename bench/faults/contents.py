@@ -30,6 +30,7 @@ MEASURED = frozenset(
         "seconds_per_call",
         "seconds_per_step",
         "sha256",
+        "before",
         "speed_pairs",
         "speed_reason",
         "speed_reliable",

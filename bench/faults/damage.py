@@ -212,8 +212,8 @@ class Damage:
             return f"refused, but {'; '.join(changed[:3])}" if changed else "refused"
         if ended.code != expected.code:
             return f"exit {ended.code}"
-        if command == "inspect" and not self._told(file, ended.out):
-            return "not told"
+        if command == "inspect" and not self._told(file, ended):
+            return "harmless" if self._same_value(file) else "not told"
         if self._picture() != expected.picture:
             return "another picture"
         changed = [
@@ -226,13 +226,21 @@ class Damage:
             return f"another result: {'; '.join(changed[:3])}"
         return "made anew" if expected.after.get(file) == after.get(file) else "harmless"
 
-    def _told(self, file: str, out: str) -> bool:
-        """Return whether ``inspect --json`` says that something is wrong with a file."""
-        shown = json.loads(out)
+    def _told(self, file: str, ended: Ended) -> bool:
+        """Return whether ``inspect --json`` says that something is wrong with a file, or a warning beside it does."""
+        shown, (folder, _, name) = json.loads(ended.out), file.rpartition("/")
         stages = [str(row.get("files", "")) for row in shown["stages"].values()]
-        engines = [str(row["problem"] or "") for row in shown.get("engines", [])]
-        name = file.rpartition("/")[2]
-        return any(name in text or "signature" in text for text in [*stages, *engines])
+        engine = any(row["problem"] and folder == f"engines/{row['folder']}" for row in shown.get("engines", []))
+        return engine or any(name in text for text in [*stages, ended.err])
+
+    def _same_value(self, file: str) -> bool:
+        """Return whether a damaged JSON file still says what it said: a newline at its end is missing."""
+        try:
+            return file.endswith(".json") and bool(
+                json.loads((self.run / file).read_bytes()) == json.loads((self.work / "trial" / file).read_bytes())
+            )
+        except (OSError, ValueError):
+            return False
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

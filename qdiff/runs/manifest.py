@@ -5,6 +5,9 @@ written whole or not at all, but a disk that fails, or a copy that was cut off, 
 not hang on one small file. So the same text lies beside it as ``run.copy.json``, written after it. Where ``run.json`` is missing
 or cut, the copy is taken, and said. A manifest that is whole and was edited is still refused: that is news, and its copy is
 named as the way back.
+
+Each manifest also carries the seal of the one that was there before. So the two files are of one folder when their seals are
+equal, or when the copy is the one before (a process was killed between the two): anything else is the manifest of another run.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from qdiff.files import read_json, require_plain, sha256_json, write_json, write
 
 NAME, COPY = "run.json", "run.copy.json"
 VERSION = 1
-_SEAL = "sha256"
+_SEAL, _BEFORE = "sha256", "before"
 
 
 def is_there(folder: Path) -> bool:
@@ -31,8 +35,9 @@ def is_there(folder: Path) -> bool:
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest with its seal, and its copy."""
-    sealed = {**manifest, _SEAL: sha256_json(manifest)}
+    """Write the manifest with its seal and the one before's, and its copy."""
+    content = {**manifest, _BEFORE: _seal_of(folder / NAME)}
+    sealed = {**content, _SEAL: sha256_json(content)}
     write_json(folder / NAME, sealed)
     write_json(folder / COPY, sealed)
 
@@ -71,7 +76,38 @@ def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
                 shutil.copyfile(folder / COPY, folder / f".{NAME}.restored.tmp")
                 (folder / f".{NAME}.restored.tmp").replace(folder / NAME)
             return manifest
-    return _read(folder / NAME, stages)
+    manifest = _read(folder / NAME, stages)
+    _require_same_run(folder)
+    return manifest
+
+
+def _require_same_run(folder: Path) -> None:
+    """Refuse a manifest that does not follow its copy. One of an older qdiff does not say what it follows."""
+    path, copy = folder / NAME, folder / COPY
+    for pause in (0.0, 0.2):  # another process may write both while they are read
+        time.sleep(pause)
+        seal, content = _seal_of(copy), _content(path)
+        if seal is None or _BEFORE not in content or seal in (content[_BEFORE], content.get(_SEAL)):
+            return
+    raise IntegrityError(
+        f"{path} is of another run, or of another state of this one, than its copy {COPY}",
+        f"put back the one that is right: cp {copy} {path}, or cp {path} {copy}",
+    )
+
+
+def _seal_of(path: Path) -> str | None:
+    """Return the seal that a manifest carries; ``None``: there is none."""
+    seal = _content(path).get(_SEAL)
+    return seal if isinstance(seal, str) else None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, unchecked; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read(path: Path, stages: Container[str]) -> dict[str, Any]:
@@ -93,4 +129,5 @@ def _read(path: Path, stages: Container[str]) -> dict[str, Any]:
             f"{path} was changed by hand or by another program (its seal does not fit)",
             f"{back}, or start a new run folder: qdiff calibrate -o NEW",
         )
+    manifest.pop(_BEFORE, None)
     return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from qdiff import files
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, UsageError
 from qdiff.files import open_tensors, read_json, safe_child, save_tensors, write_json, write_text
+from qdiff.runs import manifest
 from qdiff.runs.run import Run, RunLockedError
 from tests.stage_of_one_file import make_stage
 
@@ -278,11 +280,48 @@ def test_changed_and_missing_outputs(tmp_path, change, error):
 def test_a_manifest_edited_by_hand_is_refused(tmp_path, edit):
     run = Run(tmp_path / "run")
     make_stage(run, "calibrate", {"seed": 0})
-    manifest = json.loads(run.file("run.json").read_text())
-    edit(manifest)
-    run.file("run.json").write_text(json.dumps(manifest))
+    content = json.loads(run.file("run.json").read_text())
+    edit(content)
+    run.file("run.json").write_text(json.dumps(content))
     with pytest.raises(IntegrityError, match="run.json"):
         Run(run.path)
+
+
+def test_the_manifest_of_another_run_is_refused(tmp_path):
+    """Also of another state of this run; a kill between the manifest and its copy is neither."""
+    run, other = Run(tmp_path / "run"), Run(tmp_path / "other")
+    make_stage(run, "calibrate", {"seed": 0})
+    early = run.file("run.copy.json").read_bytes()
+    make_stage(other, "calibrate", {"seed": 1})
+    shutil.copy(other.file("run.json"), run.file("run.json"))
+    with pytest.raises(IntegrityError, match="of another run") as caught:
+        Run(run.path)
+    assert caught.value.fix is not None and "cp" in caught.value.fix
+    shutil.copy(run.file("run.copy.json"), run.file("run.json"))
+    assert Run(run.path).entry("calibrate")["inputs"] == {"seed": 0}
+    make_stage(run, "quantize", {})
+    assert early != run.file("run.copy.json").read_bytes()
+    run.file("run.copy.json").write_bytes(early)
+    with pytest.raises(IntegrityError, match="another state"):
+        Run(run.path)
+
+
+def test_a_kill_between_the_manifest_and_its_copy(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run")
+    make_stage(run, "calibrate", {})
+    copy, write_json = run.file("run.copy.json").read_bytes(), manifest.write_json
+
+    def killed(path: Path, value: dict) -> None:
+        write_json(path, value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_stage(run, "quantize", {})
+    monkeypatch.undo()
+    assert run.file("run.copy.json").read_bytes() == copy != run.file("run.json").read_bytes()
+    assert make_stage(Run(run.path), "quantize", {}) == "resumed"
+    assert run.file("run.copy.json").read_bytes() == run.file("run.json").read_bytes()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"run"', b"null"])
