@@ -39,7 +39,7 @@ OFFSET = gl.constexpr(EXPONENT.value)
 GROUP = 64  # queries of a warpgroup
 _load = (
     getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-)  # the same, by its name in triton 3.9 and 3.6
+)  # the same, by its name in newer and older versions of triton
 COMPUTING, COPYING = 240, 24  # registers of a thread
 # Before they are shared out, by warpgroups: two programs of 256 threads, or one of 384, have all of a multiprocessor's.
 REGISTERS = {1: 128, 2: 168}
