@@ -74,7 +74,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from qdiff.allocation.candidates import Candidates
     from qdiff.allocation.knapsack import total
     from qdiff.allocation.mixed import costs_of
-    from qdiff.models.base import default_prompts
+    from qdiff.models.model import default_prompts
     from qdiff.quantization.layer_plans import prepare
     from qdiff.recipes import load_recipe
     from qdiff.runs.run import Run

@@ -91,7 +91,7 @@ def main() -> None:
 
     from qdiff.cli.text import table
     from qdiff.events import TerminalListener, listening
-    from qdiff.models.base import default_prompts
+    from qdiff.models.model import default_prompts
     from qdiff.runs.run import Run
     from qdiff.stages.calibrate import CalibrateOptions, calibrate
     from qdiff.stages.compare import SEED_OFFSET, accuracy

@@ -130,7 +130,7 @@ def benchmark(
     import numpy as np
 
     from qdiff.evaluation import metrics, motion, prompt_accuracy
-    from qdiff.models.base import Request, default_prompts
+    from qdiff.models.model import Request, default_prompts
     from qdiff.stages.attention import require_sparse
     from qdiff.stages.calibrated_model import calibrated_model
     from qdiff.stages.generate import simulate

@@ -228,7 +228,7 @@ def table_of(
 def benchmark(configuration: str, work: Path, rounds: int, peers: bool, together: int = 8) -> dict[str, Any]:
     """Return the whole benchmark as a JSON value."""
     from qdiff.resources import release_memory
-    from qdiff.runs.run import versions
+    from qdiff.runs.versions import versions
 
     run, float_graph = prepare(configuration, work)
     made = contenders(run, float_graph, peers)

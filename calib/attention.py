@@ -22,7 +22,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ from qdiff.attention.schedule import Schedule, edges_of
 from qdiff.attention.statistics import AttentionStatistics
 from qdiff.errors import InputError
 from qdiff.events import Progress
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.recording.inputs import latent_of
 from qdiff.recording.trajectory import Step, Trajectory
 from qdiff.runs.partial import Scratch
@@ -105,7 +104,7 @@ class AttentionCalibration:
         self.edges = edges_of([step.timestep for step in steps], options.dense, options.groups)
         self.schedule = Schedule(self.edges, [])
         self.groups = len(self.edges)
-        config: Any = model.backbone.config
+        config = model.config
         latent = steps[0].inputs[latent_of(model.family.inputs(config)).name].shape
         self.grid: Grid = model.family.grid(config, latent)
         text, ordered = model.family.text_tokens(config), math.prod(self.grid)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from qdiff.calib.observers import OBSERVERS, Observer, RowSample
 from qdiff.errors import IntegrityError
 from qdiff.events import Progress, log
 from qdiff.files import open_tensors, save_tensors
-from qdiff.models.base import Model, quantizable_layers
+from qdiff.models.layers import quantizable_layers
+from qdiff.models.model import Model
 from qdiff.nn.conv import layer_channels, sample_windows, tokens
 from qdiff.recording.activation_statistics import InputStatistics, Statistics
 from qdiff.recording.trajectory import Step, Trajectory
 
+BeforeHook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+AfterHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 PARTIAL = "statistics.partial.safetensors"
 
 
@@ -53,7 +56,7 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
     alive: dict[str, list[tuple[int, Tensor]]] = {}  # by parent: the tensors that it has seen so far
     count = itertools.count()
 
-    def watch(name: str, parent: str) -> Any:
+    def watch(name: str, parent: str) -> BeforeHook:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             tensors = alive.setdefault(parent, [])
             number = next((number for number, tensor in tensors if tensor is args[0]), None)
@@ -64,8 +67,8 @@ def find_groups(model: Model, step: Step) -> dict[str, list[str]]:
 
         return hook
 
-    def forget(parent: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def forget(parent: str) -> AfterHook:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             alive.pop(parent, None)  # keeping every tensor would keep the activations of the whole forward
 
         return hook
@@ -97,7 +100,9 @@ def _module_with_forward(backbone: nn.Module, name: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _hooks(backbone: nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> Iterator[None]:
+def _hooks(
+    backbone: nn.Module, inputs: Mapping[str, BeforeHook], outputs: Mapping[str, AfterHook] | None = None
+) -> Iterator[None]:
     """Register hooks by layer name, before and after its forward, for the length of a block."""
     layers = dict(backbone.named_modules())
     handles = [layers[name].register_forward_pre_hook(hook) for name, hook in inputs.items()]
@@ -162,7 +167,7 @@ class Collector:
         generator = torch.Generator().manual_seed(step.shard * 100_003 + index + step.repeat * 1_000_000_007)
         read = self.model.family.read_by(self.model.backbone, step.inputs)
 
-        def watch_input(group: str, observers: dict[str, Observer]) -> Any:
+        def watch_input(group: str, observers: dict[str, Observer]) -> BeforeHook:
             layer, first = self.layers[group], self.firsts.get(group)
 
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -180,7 +185,7 @@ class Collector:
 
             return hook
 
-        def watch_output(name: str, table: Tensor) -> Any:
+        def watch_output(name: str, table: Tensor) -> AfterHook:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 seen = output.detach()[read[name]] if name in read else output.detach()
                 table[index] = torch.maximum(table[index], seen.abs().max().float())

@@ -12,15 +12,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from qdiff import device
 from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError
 from qdiff.events import Progress
-from qdiff.models.base import Model, Request, require_steps
+from qdiff.models.model import Model, Request
 from qdiff.models.parts import captured
 from qdiff.recording.trajectory import SHARD, require_shard, save_shard
 
@@ -32,7 +32,7 @@ class Recording:
     Args:
         prompts: one trajectory each.
         seed: picture i starts from the noise of ``seed + i``.
-        steps, guidance, scheduler: as in :class:`qdiff.models.base.Request`.
+        steps, guidance, scheduler: as in :class:`qdiff.models.model.Request`.
         strategy, keep: which steps to keep (:mod:`qdiff.calib.timesteps`) and how many.
         batch: prompts that the pipeline denoises together; also the size of a shard.
         other_guidance: further guidance scales: shard ``i`` has the one with number ``i`` modulo how many there are.
@@ -74,13 +74,13 @@ def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
     started, inputs_bytes = 0.0, 0
     seconds: list[float] = []
 
-    def before(module: Any, args: Any, kwargs: Any) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal started, inputs_bytes
         inputs_bytes = sum(tensor.numel() * tensor.element_size() for tensor in captured(model, args, kwargs).values())
         device.finish(model.device)
         started = time.perf_counter()
 
-    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def after(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         device.finish(model.device)
         seconds.append(time.perf_counter() - started)
         raise _Stop
@@ -96,7 +96,7 @@ def seconds_per_call(model: Model, recording: Recording) -> tuple[float, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    require_steps(seconds)
+    _require_steps(seconds)
     return seconds[0], inputs_bytes
 
 
@@ -152,7 +152,7 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
     calls: list[dict[str, torch.Tensor]] = []
     timesteps: list[float] = []
 
-    def watch(module: Any, args: Any, kwargs: Any) -> None:
+    def watch(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         inputs = captured(model, args, kwargs)
         timesteps.append(float(inputs["timestep"].reshape(-1)[0]))
         calls.append({name: tensor.detach().clone() for name, tensor in inputs.items()})
@@ -163,7 +163,7 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
         model.generate(recording.request(index), on_step=lambda step, t, latents: None)
     finally:
         hook.remove()
-    require_steps(timesteps)
+    _require_steps(timesteps)
     if model.family.branches_apart:
         timesteps, calls = joined(timesteps, calls, model.calls_per_step(recording.guidance))
     if len({len(call["timestep"]) for call in calls}) != 1:
@@ -173,7 +173,7 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
         )
     generator = torch.Generator().manual_seed(recording.seed * 1_000_003 + index)
     kept = STRATEGIES[recording.strategy](timesteps, recording.keep, generator)
-    specs = {spec.name: spec for spec in model.family.inputs(model.backbone.config)}  # type: ignore[arg-type]
+    specs = {spec.name: spec for spec in model.family.inputs(model.config)}
     varying = {name: torch.stack([calls[i][name] for i in kept]) for name in calls[0] if specs[name].varies}
     constant = {name: calls[0][name] for name in calls[0] if not specs[name].varies}
     for name, tensor in {**varying, **constant}.items():
@@ -183,3 +183,13 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
                 "its weights are damaged, or it needs another scheduler",
             )
     save_shard(folder, index, [timesteps[i] for i in kept], varying, constant, owner)
+
+
+def _require_steps(timesteps: Sequence[float]) -> None:
+    """Refuse a recording without a single call of the backbone.
+
+    Raises:
+        InputError: the pipeline never called it.
+    """
+    if not timesteps:
+        raise InputError("the pipeline never called its backbone", "check --steps and the scheduler")

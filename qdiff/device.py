@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from qdiff.errors import MissingDependencyError, UsageError
 
@@ -82,7 +82,13 @@ def of(backbone: nn.Module) -> torch.device:
     return next(tensors).device
 
 
-def place(pipeline: Any) -> None:
+class Movable(Protocol):
+    """A pipeline or a module."""
+
+    def to(self, device: torch.device, /) -> object: ...
+
+
+def place(pipeline: Movable) -> None:
     """Move a pipeline there. Its products and convolutions are of float32 and not of TF32, which has 10 bits of
     mantissa.
     """

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO, TypeVar
+from types import TracebackType
+from typing import Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("qdiff")
@@ -116,7 +117,12 @@ class Progress:
         self._start = time.monotonic()
         return self
 
-    def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if error_type is None:
             self._tell(finished=True)
 

@@ -10,11 +10,35 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Json = Mapping[str, "Json"] | Sequence["Json"] | str | int | float | bool | None
+"""A JSON value that is read or passed on, not changed."""
+
+
+class TensorSlice(Protocol):
+    """A tensor of an open file that is not read yet."""
+
+    def get_shape(self) -> list[int]: ...
+
+
+class TensorFile(Protocol):
+    """An open safetensors file of ours: tensors by name, read one by one, and the texts in its header."""
+
+    def keys(self) -> list[str]: ...
+
+    def metadata(self) -> dict[str, str]: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+    def get_slice(self, name: str) -> TensorSlice: ...
 
 
 @contextlib.contextmanager
@@ -188,7 +212,7 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON that a person can read (indented, key order kept) whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -225,7 +249,7 @@ def read_json(path: Path, what: str) -> Any:
         ) from None
 
 
-def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all. ``metadata`` goes into its header."""
     from safetensors.torch import save_file
 
@@ -241,7 +265,7 @@ def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] |
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path, what: str) -> Iterator[Any]:
+def open_tensors(path: Path, what: str) -> Iterator[TensorFile]:
     """Open a safetensors file of ours lazily (``safetensors.safe_open``).
 
     Raises:
@@ -286,7 +310,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_json(value: Any) -> str:
+def sha256_json(value: object) -> str:
     """Return the hexadecimal sha256 of a JSON value in canonical form: equal values have equal hashes, whatever their
     key order.
     """

@@ -16,12 +16,17 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qdiff import device
 from qdiff.errors import MemoryExhaustedError, QdiffError
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
+    Failure = tuple[int | None, QdiffError | str]  # the piece, and what a process failed with
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 WAIT = 1.0  # seconds between looks at whether a process is still there
@@ -66,8 +71,8 @@ def run_all(
             done()
         return
     context = multiprocessing.get_context("fork")
-    todo: Any = context.Queue()
-    results: Any = context.Queue()
+    todo: Queue[int | None] = context.Queue()
+    results: Queue[Failure | None] = context.Queue()
     for piece in pieces:
         todo.put(piece)
     for _ in range(workers):
@@ -91,10 +96,10 @@ def run_all(
                     ) from None
                 continue
             if failure is not None:
-                piece, cause = failure
+                failed, cause = failure
                 if isinstance(cause, QdiffError):
-                    raise _named(cause, name, piece)
-                raise _named(QdiffError(f"a process failed:\n{cause}"), name, piece)
+                    raise _named(cause, name, failed)
+                raise _named(QdiffError(f"a process failed:\n{cause}"), name, failed)
             left -= 1
             done()
     finally:
@@ -115,7 +120,7 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _serve(todo: Any, results: Any, work: Callable[[int], None], parent: int) -> None:
+def _serve(todo: Queue[int | None], results: Queue[Failure | None], work: Callable[[int], None], parent: int) -> None:
     """Run the work of a forked process, in one thread: the parent's pool of threads has not come along."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its processes
@@ -135,9 +140,9 @@ def _serve(todo: Any, results: Any, work: Callable[[int], None], parent: int) ->
         os._exit(0)  # nothing of the parent's is to be closed or written here
 
 
-def _named(error: QdiffError, name: Callable[[int], str] | None, piece: int) -> QdiffError:
+def _named(error: QdiffError, name: Callable[[int], str] | None, piece: int | None) -> QdiffError:
     """Return the error with the piece that it happened at."""
-    if name is not None:
+    if name is not None and piece is not None:
         error.message = f"{name(piece)}: {error.message}"
         error.args = (error.message,)
     return error

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from bench.ptq.bits import Storage
-from qdiff.models.base import Model, quantizable_layers
+from qdiff.models.layers import quantizable_layers
+from qdiff.models.model import Model
 from qdiff.recipes import load_recipe
 from qdiff.recording.activation_statistics import Statistics
 from qdiff.recording.trajectory import Trajectory

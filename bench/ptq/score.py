@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qdiff.evaluation.images import to_pixels
 from qdiff.evaluation.metrics import decibels, paired, sqnr_db
-from qdiff.models.base import Model, Request
+from qdiff.models.model import Model, Request
 from qdiff.recording.trajectory import Trajectory
 from qdiff.stages.compare import accuracy as prompt_accuracy
 from qdiff.stages.generate import simulate

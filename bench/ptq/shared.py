@@ -24,7 +24,7 @@ from bench.ptq.score import answers
 from qdiff.calib.collect import Collector
 from qdiff.errors import InputError
 from qdiff.files import open_tensors, read_json, save_tensors, sha256_json, write_json, write_text
-from qdiff.models.base import Model, Request, default_prompts
+from qdiff.models.model import Model, Request, default_prompts
 from qdiff.recording.trajectory import Trajectory
 from qdiff.resources import measure_usage
 from qdiff.runs.run import Run
@@ -157,7 +157,7 @@ class Shared:
     @staticmethod
     def kept(model: Model) -> list[str]:
         """Return the linear layers that no row quantizes."""
-        from qdiff.models.base import quantizable_layers
+        from qdiff.models.layers import quantizable_layers
 
         layers = shared_layers(model)
         return [name for name in quantizable_layers(model.backbone) if name not in layers]

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
 from qdiff.events import Progress
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.recording.trajectory import Step, Trajectory
 from qdiff.routing.blocks import disturbed
 from qdiff.routing.follow import NOISE
@@ -145,8 +144,8 @@ class _Watch:
         self._now: list[tuple[Tensor, Tensor, Tensor]] = []
         self._deltas: dict[int, Tensor] = {}
 
-    def hook(self, index: int) -> Any:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
             states = args[0] if args else kwargs["hidden_states"]
             delta = out - states
             got = self.branches[index](*args, **kwargs)
@@ -241,7 +240,7 @@ class _Errs(nn.Module):
         super().__init__()
         self.block, self.index = block, index
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Run the block with the arguments of its own ``forward``."""
         return disturbed(hidden_states, self.block(hidden_states, *args, **kwargs), NOISE, self.index)
 
@@ -253,7 +252,7 @@ class _Adds(nn.Module):
         super().__init__()
         self.delta = delta
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Run the block with the arguments of its own ``forward``."""
         return hidden_states + self.delta
 
@@ -265,7 +264,7 @@ class _Returns(nn.Module):
         super().__init__()
         self.output = output
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Run the block with the arguments of its own ``forward``."""
         return self.output
 
@@ -281,7 +280,7 @@ def _watched(
     """Return the prediction of a call as float64, and what ``look`` makes of every block's input and output."""
     found: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
         found.append(look(args[0] if args else kwargs["hidden_states"], out))
 
     handles = [trial.get_submodule(name).register_forward_hook(keep, with_kwargs=True) for name in blocks]

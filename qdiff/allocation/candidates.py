@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qdiff.errors import InputError
 from qdiff.events import log
-from qdiff.models.base import Model, quantizable_layers
+from qdiff.models.layers import quantizable_layers
+from qdiff.models.model import Model
 from qdiff.nn.quant_linear import QuantLinear, TimestepIndex
 from qdiff.plan.plan import LayerPlan
 from qdiff.plan.recipe import Recipe

@@ -87,7 +87,7 @@ class Allocation:
         lists = {name: [Solution(**one) for one in value[name]] for name in ("solutions", "uniform", "frontier")}
         return cls(**{**value, **lists})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the allocation as JSON values."""
         return asdict(self)
 

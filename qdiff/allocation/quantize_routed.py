@@ -13,7 +13,7 @@ from qdiff.allocation.block_errors import Measured, measure_block_errors
 from qdiff.allocation.candidates import shared_copy, with_own_backbone
 from qdiff.allocation.routed import Decision, PlanScorer, decide_routes, reduced
 from qdiff.events import log
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.plan.plan import Plan
 from qdiff.plan.recipe import Recipe, Routing
 from qdiff.plan.routing_plan import RoutingPlan

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ class Decision:
     reuse: list[ScoredPlan] = field(default_factory=list)
     history: list[tuple[float, list[int]]] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the decision as JSON values."""
         return asdict(self)
 

@@ -37,7 +37,7 @@ from qdiff.allocation.candidates import FLOAT, Candidates
 from qdiff.events import Progress
 from qdiff.files import write_json
 from qdiff.formats.table import FORMATS
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.nn import ops
 from qdiff.nn.quant_linear import QuantLinear
 from qdiff.parallel import run_all, workers_for
@@ -268,7 +268,7 @@ def _sizes(model: Model, candidates: Candidates, step: Step) -> list[tuple[int, 
     found: dict[str, tuple[int, list[int]]] = {}
     batch = len(step.inputs["timestep"])
 
-    def watch(name: str) -> Any:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             width = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
             found[name] = output.numel() // width // batch, list(inputs[0].shape[1:])

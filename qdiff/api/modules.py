@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from qdiff.api.progress import Progress, reporting
 from qdiff.errors import InputError, QualityGateError, UsageError
 from qdiff.events import log
-from qdiff.models.base import Family, Model, quantizable_layers
+from qdiff.models.base import Family
+from qdiff.models.layers import quantizable_layers
+from qdiff.models.model import Model
 from qdiff.plan.plan import Plan
 from qdiff.recipes import load_recipe
 from qdiff.recording.inputs import Axis, InputSpec

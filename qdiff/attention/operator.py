@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from types import ModuleType
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ _SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_h
 
 
 @torch.library.custom_op("qdiff::sparse_attention", mutates_args=(), schema=f"({_SCHEMA}) -> Tensor")
-def sparse_attention(*arguments: Any) -> Tensor:
+def sparse_attention(*arguments: object) -> Tensor:
     """Return the attention that reads, for every block of queries, the blocks of keys on its list.
 
     Args:
@@ -99,12 +99,12 @@ def sparse_attention(*arguments: Any) -> Tensor:
         InputError: lists that do not cut as said, or another number of tokens than the order has.
         UsageError: unknown numerics.
     """
-    return AttentionCall(*arguments).gathered()
+    return AttentionCall._make(arguments).gathered()
 
 
 @sparse_attention.register_kernel("cuda")
-def _(*arguments: Any) -> Tensor:
-    call = AttentionCall(*arguments)
+def _(*arguments: object) -> Tensor:
+    call = AttentionCall._make(arguments)
     tiling, row = call.tiling(), numerics_named(call.numerics)
     if row.output is None:
         return call._replace(blocks=_on_device(call.blocks, call.q.device)).gathered()
@@ -165,18 +165,27 @@ def _rows(call: AttentionCall, tiling: Tiling) -> tuple[Tensor, Tensor]:
 
 
 @sparse_attention.register_fake
-def _(*arguments: Any) -> Tensor:
-    return torch.empty_like(AttentionCall(*arguments).q)
+def _(*arguments: object) -> Tensor:
+    return torch.empty_like(AttentionCall._make(arguments).q)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Context(Protocol):
+    """What autograd hands from the forward to the backward pass: the call's tensors, and its other arguments."""
+
+    saved_tensors: tuple[Tensor, ...]
+    numbers: tuple[object, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def _keep(ctx: _Context, inputs: tuple[object, ...], output: Tensor) -> None:
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     ctx.save_for_backward(*tensors)
     ctx.numbers = inputs[len(tensors) :]
 
 
-def _backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:
-    call = AttentionCall(*ctx.saved_tensors, *ctx.numbers)
+def _backward(ctx: _Context, of_output: Tensor) -> tuple[Tensor | None, ...]:
+    call = AttentionCall._make((*ctx.saved_tensors, *ctx.numbers))
     q, k, v, order = call.q, call.k, call.v, call.order
     found = gradients(q, k, v, order, call.lists(), call.tiling(), call.scale, of_output)
     return (*found, *[None] * (len(call) - len(found)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from qdiff.errors import IntegrityError
 from qdiff.files import open_tensors, save_tensors
 from qdiff.plan.attention_plan import AttentionPlan
 from qdiff.routing.blocks import branches_of, in_branches
+
+if TYPE_CHECKING:
+    from qdiff.models.base import Family
 
 SIDECAR = "attention.safetensors"
 
@@ -106,12 +109,12 @@ class SparseSelfAttention(nn.Module):
         )
 
 
-def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Schedule) -> ScheduleState:
+def install(family: Family, backbone: nn.Module, plan: AttentionPlan, schedule: Schedule) -> ScheduleState:
     """Put the lists into ``backbone``: its attentions of the plan follow them, by the value of its ``timestep``
     argument, in every branch of their block.
 
     Args:
-        family: :class:`qdiff.models.base.Family` of the backbone.
+        family: of the backbone.
         backbone: which is changed in place.
         plan: the self-attentions and their lists.
         schedule: which lists hold at which timestep.
@@ -135,10 +138,10 @@ def install(family: Any, backbone: nn.Module, plan: AttentionPlan, schedule: Sch
         first += len(layer.heads)
     names = list(inspect.signature(type(backbone).forward).parameters)[1:]
 
-    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if schedule_state.pinned is None:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            schedule_state.set(one_timestep(given["timestep"]))
+            schedule_state.set(one_timestep(torch.as_tensor(given["timestep"])))
 
     backbone.register_forward_pre_hook(follow, with_kwargs=True)
     return schedule_state

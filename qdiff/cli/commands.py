@@ -66,7 +66,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from qdiff.runs.run import versions
+        from qdiff.runs.versions import versions
 
         typer.echo(" ".join(f"{name}={version}" for name, version in versions().items()))
         raise typer.Exit

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -79,7 +79,7 @@ Score = Callable[[Correction], float]
 CORRECTIONS: Registry[type[Correction]] = Registry("correction", InputError)
 
 
-def load_correction(value: Any) -> Correction:
+def load_correction(value: object) -> Correction:
     """Return a correction from its JSON values.
 
     Raises:

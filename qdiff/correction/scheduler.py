@@ -9,13 +9,38 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qdiff.correction.base import Correction, Moment, Predicts
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+
+class Scheduler(Protocol):
+    """What is asked of a scheduler of diffusers. ``alphas_cumprod`` is there where a table says the noise of each timestep."""
+
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: object) -> Scheduler: ...
+
+    def set_timesteps(self, num_inference_steps: int | None = None, *args: object, **kwargs: object) -> None: ...
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, *args: object, **kwargs: object
+    ) -> SchedulerOutput | tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -32,12 +57,14 @@ class Response:
 class CorrectedScheduler:
     """``scheduler`` with ``correction`` applied in :meth:`step`; every other attribute is the scheduler's."""
 
-    def __init__(self, scheduler: Any, correction: Correction) -> None:
+    def __init__(self, scheduler: Scheduler, correction: Correction) -> None:
         self.scheduler, self.correction = scheduler, correction
         self._responses: list[Response | None] | None = None
 
         @functools.wraps(scheduler.step)  # pipelines look at the signature for what a scheduler takes (eta, generator)
-        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def step(
+            model_output: Tensor, timestep: Tensor, sample: Tensor, *args: object, **kwargs: object
+        ) -> SchedulerOutput | tuple[Tensor, ...]:
             return self._step(model_output, timestep, sample, *args, **kwargs)
 
         self.step = step
@@ -47,12 +74,14 @@ class CorrectedScheduler:
             raise AttributeError(name)
         return getattr(self.scheduler, name)
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+    def set_timesteps(self, num_inference_steps: int | None = None, *args: object, **kwargs: object) -> None:
         """Set the timesteps as the scheduler does; a new schedule has new responses."""
         self._responses = None
-        self.scheduler.set_timesteps(*args, **kwargs)
+        self.scheduler.set_timesteps(num_inference_steps, *args, **kwargs)
 
-    def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, *args: object, **kwargs: object
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
         place = place_of(self.scheduler, float(timestep))
         moment = moment_of(self.scheduler, place, float(timestep))
         if self.correction.absorbs_noise and self._responses is None:
@@ -74,7 +103,7 @@ class CorrectedScheduler:
         return stepped
 
 
-def place_of(scheduler: Any, timestep: float) -> int:
+def place_of(scheduler: Scheduler, timestep: float) -> int:
     """Return the number of a step: the scheduler's own, where it counts; else of the first step at that timestep."""
     index = getattr(scheduler, "step_index", None)
     if index is not None:
@@ -82,7 +111,7 @@ def place_of(scheduler: Any, timestep: float) -> int:
     return int((scheduler.timesteps.double().cpu() - timestep).abs().argmin())
 
 
-def moment_of(scheduler: Any, place: int, timestep: float) -> Moment:
+def moment_of(scheduler: Scheduler, place: int, timestep: float) -> Moment:
     """Return where a step begins. Schedulers of higher order come to a timestep twice; one that counts its steps has
     the second at no distance, of one that does not the next other level is meant.
     """
@@ -94,7 +123,7 @@ def moment_of(scheduler: Any, place: int, timestep: float) -> Moment:
     return Moment(timestep, progress, levels[place], later[0], predicts(scheduler))
 
 
-def predicts(scheduler: Any) -> Predicts:
+def predicts(scheduler: Scheduler) -> Predicts:
     """Return what outputs the scheduler takes."""
     config = scheduler.config
     kind = config.get("prediction_type", "flow_prediction")  # classes for flow matching alone do not say it
@@ -103,7 +132,7 @@ def predicts(scheduler: Any) -> Predicts:
     return kind
 
 
-def noise_levels(scheduler: Any) -> list[float]:
+def noise_levels(scheduler: Scheduler) -> list[float]:
     """Return the noise over the signal before each step and after the last (:class:`qdiff.correction.base.Moment`)."""
     count = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
@@ -124,7 +153,7 @@ def noise_share(response: Response, variance: float) -> float:
     return max(0.0, 1 - brought) ** 0.5
 
 
-def responses(scheduler: Any, options: dict[str, Any]) -> list[Response | None]:
+def responses(scheduler: Scheduler, options: Mapping[str, object]) -> list[Response | None]:
     """Return the :class:`Response` of every step, found by stepping copies of the scheduler with zeros and ones.
 
     ``None`` where a step adds no noise, or where it is not linear in the two, because it clips or looks at earlier steps.
@@ -137,8 +166,8 @@ def responses(scheduler: Any, options: dict[str, Any]) -> list[Response | None]:
 
     def run(sample: float, predictions: list[float]) -> list[Tensor]:
         copied, found = copy.deepcopy(scheduler), []
-        # Some count steps: from the first one, whichever the pipeline is at.
-        copied._step_index = copied._begin_index = None
+        for count in ("_step_index", "_begin_index"):  # some count: from the first step, whichever the pipeline is at
+            setattr(copied, count, None)
         if "generator" in options:
             options["generator"] = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):

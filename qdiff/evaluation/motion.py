@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -199,7 +199,30 @@ def _halved(frames: np.ndarray) -> np.ndarray:
     return frames.reshape(count, height // 2, 2, width // 2, 2, channels).mean((2, 4)).reshape(-1, channels)
 
 
-def motion_accuracy(clips: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
+class MotionRow(TypedDict):
+    """One clip: emoji, background and motion that were asked for and shown, and whether they agree; ``None``: not asked for."""
+
+    prompt: str
+    asked: list[str | None]
+    found: list[str]
+    distance: float
+    emoji: bool | None
+    background: bool | None
+    motion: bool | None
+
+
+class MotionAccuracy(TypedDict):
+    """What :func:`motion_accuracy` returns."""
+
+    emoji: float
+    background: float
+    motion: float
+    n: int
+    distance: float
+    per_prompt: list[MotionRow]
+
+
+def motion_accuracy(clips: np.ndarray, prompts: Sequence[str]) -> MotionAccuracy:
     """Return how many clips show the emoji, the motion and the background that their prompts ask for.
 
     Args:
@@ -215,24 +238,36 @@ def motion_accuracy(clips: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]
     """
     if len(clips) != len(prompts):
         raise InputError(f"{len(clips)} clips for {len(prompts)} prompts", "give one clip a prompt")
-    rows: list[dict[str, Any]] = []
+    rows: list[MotionRow] = []
     for prompt, shown in zip(prompts, classify(clips), strict=True):
         emoji, background = parse_prompt(prompt)
         asked = (emoji if emoji in EMOJI else None, background, parse_motion(prompt))
-        row: dict[str, Any] = {"prompt": prompt, "asked": list(asked), "found": list(shown[:3]), "distance": shown[3]}
-        for kind, wanted, got in zip(("emoji", "background", "motion"), asked, shown[:3], strict=True):
-            row[kind] = None if wanted is None else wanted == got
-        rows.append(row)
-    shares = {
-        kind: float(np.mean(judged)) if (judged := [r[kind] for r in rows if r[kind] is not None]) else float("nan")
-        for kind in ("emoji", "background", "motion")
-    }
+        right = [None if wanted is None else wanted == got for wanted, got in zip(asked, shown[:3], strict=True)]
+        rows.append(
+            {
+                "prompt": prompt,
+                "asked": list(asked),
+                "found": list(shown[:3]),
+                "distance": shown[3],
+                "emoji": right[0],
+                "background": right[1],
+                "motion": right[2],
+            }
+        )
     return {
-        **shares,
+        "emoji": _share([row["emoji"] for row in rows]),
+        "background": _share([row["background"] for row in rows]),
+        "motion": _share([row["motion"] for row in rows]),
         "n": sum(row["emoji"] is not None and row["motion"] is not None for row in rows),
         "distance": float(np.mean([row["distance"] for row in rows])) if rows else float("nan"),
         "per_prompt": rows,
     }
+
+
+def _share(right: Sequence[bool | None]) -> float:
+    """Return the share of the right ones among those that were asked for; NaN where none was."""
+    judged = [each for each in right if each is not None]
+    return float(np.mean(judged)) if judged else float("nan")
 
 
 def default_prompts(n: int, seed: int = 0) -> list[str]:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -204,7 +204,30 @@ def parse_prompt(prompt: str) -> tuple[str | None, str | None]:
     return emoji, background
 
 
-def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
+class PromptRow(TypedDict):
+    """One picture: emoji and background that were asked for and shown, and whether they agree; ``None``: not asked for."""
+
+    prompt: str
+    asked: list[str | None]
+    found: list[str]
+    emoji: bool | None
+    background: bool | None
+    distance: float
+
+
+class PromptAccuracy(TypedDict):
+    """What :func:`prompt_accuracy` returns."""
+
+    emoji: float
+    background: float
+    n: int
+    n_background: int
+    skipped: int
+    distance: float
+    per_prompt: list[PromptRow]
+
+
+def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> PromptAccuracy:
     """Return how many pictures show the emoji and the background that their prompts ask for.
 
     Args:
@@ -221,7 +244,7 @@ def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> dict[str, Any
     """
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} images for {len(prompts)} prompts", "give one image a prompt")
-    rows: list[dict[str, Any]] = []
+    rows: list[PromptRow] = []
     for prompt, (emoji, background, distance) in zip(prompts, classify(images), strict=True):
         asked_emoji, asked_background = parse_prompt(prompt)
         rows.append(
@@ -237,8 +260,8 @@ def prompt_accuracy(images: np.ndarray, prompts: Sequence[str]) -> dict[str, Any
     judged = [r for r in rows if r["emoji"] is not None]
     grounds = [r for r in judged if r["background"] is not None]
     return {
-        "emoji": float(np.mean([r["emoji"] for r in judged])) if judged else float("nan"),
-        "background": float(np.mean([r["background"] for r in grounds])) if grounds else float("nan"),
+        "emoji": float(np.mean([r["emoji"] is True for r in judged])) if judged else float("nan"),
+        "background": float(np.mean([r["background"] is True for r in grounds])) if grounds else float("nan"),
         "n": len(judged),
         "n_background": len(grounds),
         "skipped": len(rows) - len(judged),

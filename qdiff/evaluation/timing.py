@@ -15,9 +15,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from qdiff.files import Json
 
 LEAST_ROUNDS, MOST_ROUNDS = 6, 60
 WIDEST_QUARTILES = 0.25  # of the pairs' ratios around their median: more is no measurement
@@ -42,7 +43,7 @@ class Speed:
     pairs: int
     reason: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """Return the entries of a row of ``compare.json``."""
         return {
             "seconds_per_step": self.seconds,
@@ -81,7 +82,7 @@ class Load:
         return f"other processes used {others / wall:.1f} of the {count} cores"
 
 
-def _cores(every: list[Any]) -> list[int]:
+def _cores(every: Sequence[object]) -> list[int]:
     """Return indices of the cores that this process may use."""
     if not hasattr(os, "sched_getaffinity"):
         return list(range(len(every)))
@@ -94,7 +95,7 @@ def take_turns(
     *,
     budget: float = 4.0,
     clock: Callable[[], float] = time.perf_counter,
-    load: Callable[[], Any] = Load,
+    load: Callable[[], Load] = Load,
 ) -> dict[str, Speed]:
     """Return speeds of ``engines``, the first of which is the reference.
 

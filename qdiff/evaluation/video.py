@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Clip:
         return Image.fromarray(np.concatenate(list(self.frames[which]), axis=1))
 
 
-def _av() -> Any:
+def _av() -> ModuleType:
     try:
         import av
     except ImportError:

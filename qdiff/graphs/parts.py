@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import ValueInfoProto
 
 STEP = "step"
 PARTS = ("prompt", "timestep")
@@ -45,7 +48,7 @@ def read(onnx: Path) -> GraphFile:
     return GraphFile(onnx.stem, onnx, inputs, [value.name for value in graph.output])
 
 
-def axes_of(value: Any) -> list[int | str | None]:
+def axes_of(value: ValueInfoProto) -> list[int | str | None]:
     """Return the sizes and names of the axes of a value in a graph; ``None`` where one has neither."""
     return [
         dim.dim_param or (dim.dim_value if dim.HasField("dim_value") else None)

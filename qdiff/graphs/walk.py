@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from onnx import FunctionProto, GraphProto, NodeProto, TensorProto
+
+G = TypeVar("G", bound="GraphProto | FunctionProto")
 
 
-def graphs(graph: Any) -> Iterator[Any]:
+def graphs(graph: G) -> Iterator[G | GraphProto]:
     """Yield a graph or function and all graphs inside its nodes."""
     yield graph
     for node in graph.node:
@@ -16,13 +21,13 @@ def graphs(graph: Any) -> Iterator[Any]:
                 yield from graphs(inner)
 
 
-def nodes(graph: Any) -> Iterator[Any]:
+def nodes(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
     """Yield their nodes."""
     for each in graphs(graph):
         yield from each.node
 
 
-def initializers(graph: Any) -> Iterator[Any]:
+def initializers(graph: GraphProto | FunctionProto) -> Iterator[TensorProto]:
     """Yield their initializers."""
     for each in graphs(graph):
         yield from getattr(each, "initializer", ())
@@ -30,7 +35,7 @@ def initializers(graph: Any) -> Iterator[Any]:
             yield from (sparse.values, sparse.indices)
 
 
-def tensors(graph: Any) -> Iterator[Any]:
+def tensors(graph: GraphProto | FunctionProto) -> Iterator[TensorProto]:
     """Yield their initializers and the tensors in their nodes' attributes."""
     yield from initializers(graph)
     for node in nodes(graph):

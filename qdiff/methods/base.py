@@ -14,10 +14,10 @@ transform drops the codes. So methods of the transform come first in a recipe.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, NamedTuple, TypedDict, Unpack, get_type_hints
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -28,6 +28,7 @@ from qdiff.formats import dynamic, scales
 from qdiff.formats import weight as weights
 from qdiff.formats.table import Format
 from qdiff.formats.weight import QuantizedWeight
+from qdiff.nn.rotations import Rotation
 from qdiff.nn.transform import CHANGES_WEIGHTS, Transform
 from qdiff.recording.activation_statistics import InputStatistics
 from qdiff.registry import Registry
@@ -35,6 +36,26 @@ from qdiff.registry import Registry
 LARGEST_STRETCH = 1e4  # of r[t]
 # Methods that mix columns, or move them where the padding's zeros would not follow: recipes pass them over at convolutions.
 LINEAR_ONLY = frozenset({"awq", "shift", "center", "repq", "rotate", "low_rank"})
+
+
+class DecisionChanges(TypedDict, total=False):
+    """Fields of :class:`Decisions` that a method changes."""
+
+    smoothing: float | None
+    input_multiplier: Tensor | None
+    shift: Tensor | None
+    centered: bool
+    rotation: Rotation | None
+    low_rank: tuple[tuple[Tensor, Tensor], ...] | None
+    weight_format: Format | None
+    scale_rule: weights.Rule
+    rounded: tuple[QuantizedWeight, ...] | None
+    rounding: str
+    bias_correction: tuple[Tensor, ...] | None
+    clip: float
+    timestep_scales: bool
+    per_token: bool | None
+    input_scale: tuple[Tensor, Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -66,14 +87,14 @@ class Decisions(Transform):
     methods: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def decide(self, method: str, note: str, **changes: Any) -> Decisions:
+    def decide(self, method: str, note: str, **changes: Unpack[DecisionChanges]) -> Decisions:
         """Return these decisions with ``changes`` made by ``method``; codes rounded for another transform or rule are
         dropped.
         """
         if "rounded" not in changes and any(
             name in changes for name in (*CHANGES_WEIGHTS, "scale_rule", "weight_format")
         ):
-            changes |= {"rounded": None, "rounding": "nearest"}
+            changes["rounded"], changes["rounding"] = None, "nearest"
         elif "rounded" in changes:
             changes.setdefault("rounding", method)
         return replace(self, methods=(*self.methods, method), notes=(*self.notes, note), **changes)
@@ -297,7 +318,7 @@ Method = Callable[..., Decisions]
 METHODS: Registry[Method] = Registry("method", InputError)
 
 
-def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
     """Return a recipe's options for a method, checked against the method's own annotations and converted to them.
 
     Raises:
@@ -308,8 +329,8 @@ def check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_keywords(
-    what: str, options: dict[str, Any], given: tuple[str, ...], *functions: Callable[..., Any]
-) -> dict[str, Any]:
+    what: str, options: Mapping[str, object], given: tuple[str, ...], *functions: Callable[..., object]
+) -> dict[str, object]:
     """Return options checked against the annotations of functions and converted to them; ``given`` are arguments that
     are no options.
 
@@ -336,7 +357,7 @@ def check_keywords(
     return checked
 
 
-def apply_method(name: str, options: dict[str, Any], layer_group: LayerGroup, decisions: Decisions) -> Decisions:
+def apply_method(name: str, options: Mapping[str, object], layer_group: LayerGroup, decisions: Decisions) -> Decisions:
     """Run one method with a recipe's options. Raises as :func:`check_options`."""
     if layer_group.convolution and name in LINEAR_ONLY:
         return decisions.decide(name, f"no {name} of a convolution")

@@ -30,14 +30,14 @@ target here runs that softmax; attention probabilities stay in 16 bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from qdiff.formats.scales import to_half_grid
-from qdiff.methods.base import METHODS, Decibels, Decisions, LayerGroup, Shares, decibels
+from qdiff.methods.base import METHODS, Decibels, DecisionChanges, Decisions, LayerGroup, Shares, decibels
 
 Axis = Literal["channel", "token"]
 Groups = Annotated[int, Field(ge=1, le=4096)]
@@ -51,7 +51,7 @@ class Division:
 
     axis: Axis
     name: str
-    changes: dict[str, Any]
+    changes: DecisionChanges
     gain: float = 0.0
 
 
@@ -105,7 +105,7 @@ def group_ranges(layer_group: LayerGroup, decisions: Decisions, groups: int) -> 
     return widest[labels].clamp(min=SMALLEST)
 
 
-def levelled(decisions: Decisions, ranges: Tensor, strength: float) -> dict[str, Any]:
+def levelled(decisions: Decisions, ranges: Tensor, strength: float) -> DecisionChanges:
     """Return the changes that bring groups of these ranges ``[in]`` to one (strength 1), or part of the way.
 
     Normalised to a geometric mean of 1, as smoothing is. A shift that is there is of the multiplied input, and moves along.
@@ -114,11 +114,10 @@ def levelled(decisions: Decisions, ranges: Tensor, strength: float) -> dict[str,
     factors = factors / factors.log().mean().exp()
     before = torch.ones_like(factors) if decisions.input_multiplier is None else decisions.input_multiplier
     multiplier = to_half_grid((before * factors).clamp(min=1e-3, max=1e3))
-    changes = {"smoothing": None, "input_multiplier": multiplier}
-    if decisions.shift is None:
-        return changes
-    moved = decisions.shift * multiplier / before
-    return {**changes, "shift": to_half_grid(moved)}
+    changes: DecisionChanges = {"smoothing": None, "input_multiplier": multiplier}
+    if decisions.shift is not None:
+        changes["shift"] = to_half_grid(decisions.shift * multiplier / before)
+    return changes
 
 
 def channel_divisions(

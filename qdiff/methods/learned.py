@@ -14,7 +14,7 @@ are there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
@@ -117,11 +117,11 @@ class Reconstruct:
     """A recipe's ``sequential.reconstruct``, checked: the method's name, its own options, and the others."""
 
     method: str
-    options: dict[str, Any]
+    options: Mapping[str, object]
     course: ReconstructionOptions
 
 
-def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
+def check_reconstruction(options: Mapping[str, object]) -> Reconstruct:
     """Return a recipe's ``sequential.reconstruct``.
 
     Raises:
@@ -135,7 +135,9 @@ def check_reconstruction(options: dict[str, Any]) -> Reconstruct:
         )
     name = str(left.pop("method"))
     own = check_keywords(f"reconstruction {name!r}", left, ("fit",), RECONSTRUCTIONS[name], ReconstructionOptions)
-    common = {field.name: own.pop(field.name) for field in fields(ReconstructionOptions) if field.name in own}
+    common: dict[str, Any] = {
+        field.name: own.pop(field.name) for field in fields(ReconstructionOptions) if field.name in own
+    }
     return Reconstruct(name, own, ReconstructionOptions(**common))
 
 

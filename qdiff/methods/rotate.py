@@ -88,5 +88,10 @@ def rotate(
     gain = decibels(least, plain)
     if gain < minimum_gain_db:
         return decisions.decide("rotate", f"no rotation ({kind} of {block} {gain:+.1f} dB)")
-    changes = {"input_multiplier": best.input_multiplier, "shift": best.shift, "rotation": best.rotation}
-    return decisions.decide("rotate", f"{kind} rotation of {block} gains {gain:.1f} dB", **changes)
+    return decisions.decide(
+        "rotate",
+        f"{kind} rotation of {block} gains {gain:.1f} dB",
+        input_multiplier=best.input_multiplier,
+        shift=best.shift,
+        rotation=best.rotation,
+    )

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdiff.evaluation.video import Clip
-from qdiff.models.base import Model, Request, StepCallback
+from qdiff.models.given import tensor_of
+from qdiff.models.model import Model, Request, StepCallback
 
 
-def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def capture(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
     """Return the named inputs from a call to a backbone that is given states of a text and one timestep for all
     samples.
     """
-    hidden_states = args[0] if args else kwargs["hidden_states"]
+    given = {**dict(zip(("hidden_states",), args, strict=False)), **kwargs}
+    hidden_states = tensor_of(given, "hidden_states")
     return {
         "hidden_states": hidden_states.float(),
-        "encoder_hidden_states": kwargs["encoder_hidden_states"].float(),
-        "timestep": kwargs["timestep"].float().reshape(-1).expand(hidden_states.shape[0]),
+        "encoder_hidden_states": tensor_of(given, "encoder_hidden_states").float(),
+        "timestep": tensor_of(given, "timestep").float().reshape(-1).expand(hidden_states.shape[0]),
     }
 
 
-def generate(model: Model, request: Request, on_step: StepCallback | None, **further: Any) -> list[Clip]:
+def generate(model: Model, request: Request, on_step: StepCallback | None, **further: object) -> list[Clip]:
     """Return the clips of a request.
 
     Args:
@@ -36,7 +37,7 @@ def generate(model: Model, request: Request, on_step: StepCallback | None, **fur
     arguments = {**model.arguments(request), **further}
     if on_step is not None:
 
-        def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def after(pipeline: object, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             on_step(step, float(timestep), tensors["latents"])
             return tensors
 

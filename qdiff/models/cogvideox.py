@@ -9,7 +9,7 @@ and keys in the 5B; both are made for one number of frames, rows and columns, so
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,16 @@ from torch import Tensor, nn
 from qdiff.errors import InputError
 from qdiff.evaluation.video import Clip
 from qdiff.models import clips
-from qdiff.models.base import FAMILIES, Attend, Family, Model, Request, StepCallback
+from qdiff.models.base import FAMILIES, Attend, Family, Processor
+from qdiff.models.config import Config, config_of, integer
+from qdiff.models.model import Model, Request, StepCallback
 from qdiff.models.parts import require_width
 from qdiff.recording.inputs import Axis, InputSpec
 
-_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+_CONFIGURATIONS: dict[str, dict[str, object]] = {
     # CogVideoX-2B as published: 30 blocks, 30 heads of 64, T5-XXL states of width 4096.
     "cogvideox-2b": {
         "num_attention_heads": 30,
@@ -60,7 +65,7 @@ _CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "use_rotary_positional_embeddings": True,
     },
 }
-_SIZES: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, dict[str, object]] = {
     "cogvideox-2b": {"height": 256, "width": 256, "num_frames": 9},
     "cogvideox-tiny-table": {"height": 64, "width": 64, "num_frames": 9},
     "cogvideox-tiny": {"height": 64, "width": 64, "num_frames": 9},
@@ -82,83 +87,85 @@ class CogVideoX(Family):
     one_size = True
 
     def check(self, model: Model) -> None:
-        config: Any = model.backbone.config
+        config = model.config
         if (
-            config.patch_size_t is not None
-            or config.ofs_embed_dim is not None
-            or config.use_learned_positional_embeddings
+            config["patch_size_t"] is not None
+            or config["ofs_embed_dim"] is not None
+            or config["use_learned_positional_embeddings"]
         ):
             raise InputError(
                 f"{model.weights} is a CogVideoX 1.5 or reads a picture, which qdiff does not know",
                 "use a CogVideoX 1.0 text-to-video model (2B or 5B)",
             )
         super().check(model)
-        require_width(model, int(config.text_embed_dim), [model.pipeline.text_encoder])
+        require_width(model, integer(config, "text_embed_dim"), [model.pipeline.text_encoder])
 
-    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+    def inputs(self, config: Config) -> tuple[InputSpec, ...]:
         return (
-            InputSpec("hidden_states", ("batch", "frames", config["in_channels"], "height", "width"), varies=True),
-            InputSpec("encoder_hidden_states", ("batch", config["max_text_seq_length"], config["text_embed_dim"])),
+            InputSpec(
+                "hidden_states", ("batch", "frames", integer(config, "in_channels"), "height", "width"), varies=True
+            ),
+            InputSpec("encoder_hidden_states", ("batch", self.text_tokens(config), integer(config, "text_embed_dim"))),
             InputSpec("timestep", ("batch",), varies=True, exact=True),
         )
 
-    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
-        return ("batch", "frames", config["out_channels"], "height", "width")
+    def output_axes(self, config: Config) -> tuple[Axis, ...]:
+        return ("batch", "frames", integer(config, "out_channels"), "height", "width")
 
     def self_attentions(self, backbone: nn.Module) -> list[str]:
         return [f"{block}.attn1" for block in self.blocks(backbone)]
 
-    def attention_processor(self, attend: Attend) -> Any:
+    def attention_processor(self, attend: Attend) -> Processor:
         return _JointAttention(attend)
 
-    def text_tokens(self, config: Mapping[str, Any]) -> int:
-        return int(config["max_text_seq_length"])
+    def text_tokens(self, config: Config) -> int:
+        return integer(config, "max_text_seq_length")
 
-    def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
-        patch = config["patch_size"]
+    def grid(self, config: Config, latent: Sequence[int]) -> tuple[int, int, int]:
+        patch = integer(config, "patch_size")
         return latent[1], latent[-2] // patch, latent[-1] // patch
 
     def fix_size(self, backbone: nn.Module, latent: Sequence[int]) -> None:
         """Make the table of positions, which diffusers computes in the forward for all sizes but the one in its
         configuration.
         """
-        patches: Any = backbone.patch_embed
+        from diffusers.models.embeddings import CogVideoXPatchEmbed
+
+        patches = backbone.get_submodule("patch_embed")
+        assert isinstance(patches, CogVideoXPatchEmbed)
         if not patches.use_positional_embeddings:
             return
         ratio = patches.temporal_compression_ratio
         size = latent[-2], latent[-1], (latent[1] - 1) * ratio + 1
         table = patches._get_positional_embeddings(*size)
-        patches.pos_embedding = table.to(patches.pos_embedding)
+        patches.pos_embedding = table.to(patches.get_buffer("pos_embedding"))
         patches.sample_height, patches.sample_width, patches.sample_frames = size
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def capture(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
         return clips.capture(args, kwargs)
 
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        config = config_of(backbone)
         return backbone(
             inputs["hidden_states"],
             encoder_hidden_states=inputs["encoder_hidden_states"],
             timestep=inputs["timestep"],
-            image_rotary_emb=_rotary(backbone.config, self.grid(backbone.config, inputs["hidden_states"].shape)),  # type: ignore[arg-type]
+            image_rotary_emb=_rotary(config, self.grid(config, inputs["hidden_states"].shape)),
             return_dict=False,
         )[0]
 
-    def call_settings(self, model: Model) -> dict[str, Any]:
-        return {"max_sequence_length": model.backbone.config.max_text_seq_length}  # type: ignore[union-attr]
+    def call_settings(self, model: Model) -> dict[str, object]:
+        return {"max_sequence_length": self.text_tokens(model.config)}
 
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
         return clips.generate(model, request, on_step, **self.call_settings(model))
 
-    def random_defaults(self, configuration: str) -> dict[str, Any]:
+    def random_defaults(self, configuration: str) -> dict[str, object]:
         return dict(_SIZES[configuration])
 
-    def random_pipeline(self, configuration: str, seed: int) -> Any:
-        from diffusers import (
-            AutoencoderKLCogVideoX,
-            CogVideoXDDIMScheduler,
-            CogVideoXPipeline,
-            CogVideoXTransformer3DModel,
-        )
+    def random_pipeline(self, configuration: str, seed: int) -> object:
+        from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+        from diffusers.models import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
         from transformers import T5Config, T5EncoderModel
 
         from qdiff.models.loading import random_t5_parts
@@ -168,7 +175,7 @@ class CogVideoX(Family):
             seed,
             T5Config,
             T5EncoderModel,
-            config["text_embed_dim"],
+            integer(config, "text_embed_dim"),
             transformer=lambda: CogVideoXTransformer3DModel(**config),
             vae=lambda: AutoencoderKLCogVideoX(
                 block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=16
@@ -191,7 +198,7 @@ class _JointAttention:
 
     def __call__(
         self,
-        attn: Any,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -217,11 +224,12 @@ def _rotate(x: Tensor, text: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Return positions of the tokens behind the text: ``x [batch, heads, text + tokens, size]``."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    turned: Any = apply_rotary_emb(x[:, :, text:], rotary)  # type: ignore[arg-type]
+    turned: object = apply_rotary_emb(x[:, :, text:], rotary)  # type: ignore[arg-type]
+    assert isinstance(turned, Tensor)
     return torch.cat([x[:, :, :text], turned], dim=2)
 
 
-def _rotary(config: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
+def _rotary(config: Config, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
     """Return cosines and sines of the positions of a grid of tokens, as the pipeline makes them; ``None`` where there
     is a table.
     """
@@ -231,9 +239,10 @@ def _rotary(config: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor] | 
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
     frames, rows, columns = grid
-    base = config["sample_width"] // config["patch_size"], config["sample_height"] // config["patch_size"]
+    patch = integer(config, "patch_size")
+    base = integer(config, "sample_width") // patch, integer(config, "sample_height") // patch
     crops = get_resize_crop_region_for_grid((rows, columns), *base)
-    cosines, sines = get_3d_rotary_pos_embed(config["attention_head_dim"], crops, (rows, columns), frames)
+    cosines, sines = get_3d_rotary_pos_embed(integer(config, "attention_head_dim"), crops, (rows, columns), frames)
     return cosines, sines
 
 

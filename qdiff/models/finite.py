@@ -10,8 +10,8 @@ input. An engine of the quantized model: it is worse than any gate allows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from qdiff.errors import InputError, QdiffError, QualityGateError
 
 if TYPE_CHECKING:
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
 FLOAT = "float"
+
+
+class SampleOutput(Protocol):
+    """An output of diffusers that holds its tensor in ``sample``."""
+
+    sample: Tensor
+
+
+Answer = Tensor | tuple[Tensor, ...] | SampleOutput
 
 
 def not_finite(what: str, engine: str, where: str) -> QdiffError:
@@ -43,7 +52,9 @@ def not_finite(what: str, engine: str, where: str) -> QdiffError:
     )
 
 
-def require_finite_step(engine: str, timestep: Any, latents: Tensor, prediction: Tensor, step: str = "") -> None:
+def require_finite_step(
+    engine: str, timestep: Tensor | float, latents: Tensor, prediction: Tensor, step: str = ""
+) -> None:
     """Refuse a prediction that is not finite, and say whether it was the latents that had been broken before.
 
     Args:
@@ -86,7 +97,7 @@ def _decoder(vae: nn.Module) -> nn.Module:
 
 
 def _watch_decoder(engine: str) -> Callable[..., None]:
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(module: nn.Module, args: tuple[object, ...], output: Answer) -> None:
         pictures = _tensor(output)
         if not bool(torch.isfinite(pictures).all()):
             raise not_finite("the decoded picture", engine, "after the last step")
@@ -97,7 +108,7 @@ def _watch_decoder(engine: str) -> Callable[..., None]:
 def _watch_backbone(model: Model, steps: int, calls_per_step: int) -> Callable[..., None]:
     calls = 0
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: Answer) -> None:
         nonlocal calls
         calls += 1
         inputs = model.family.capture(args, kwargs)
@@ -108,7 +119,7 @@ def _watch_backbone(model: Model, steps: int, calls_per_step: int) -> Callable[.
     return after
 
 
-def _tensor(output: Any) -> Tensor:
+def _tensor(output: Answer) -> Tensor:
     """Return the tensor of an answer of diffusers: itself, the first of a tuple, or ``sample``."""
     if isinstance(output, Tensor):
         return output

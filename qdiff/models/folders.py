@@ -20,12 +20,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qdiff.errors import InputError, IntegrityError
 from qdiff.events import log
 from qdiff.files import read_json
 from qdiff.formats.scales import require_finite
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LIBRARIES = ("diffusers", "transformers")
 # What a folder may have and no picture needs: their classes are diffusers' own, and they are not loaded.
@@ -35,16 +38,23 @@ _OTHER_FORMATS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 _MOST_EXACT = ("fp32", "fp16", "bf16")  # of variants, the first that is there
 
 
+class Loadable(Protocol):
+    """A class of diffusers or transformers that reads a folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, /, **options: object) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Component:
     """One entry of ``model_index.json``: its name, the class that it is loaded as, and whether that is a network."""
 
     name: str
-    cls: type
+    cls: type[Loadable]
     is_network: bool
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, object]:
     """Return the contents of ``model_index.json`` of a folder.
 
     Raises:
@@ -67,7 +77,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def components(folder: Path, index: Mapping[str, Any]) -> list[Component]:
+def components(folder: Path, index: Mapping[str, object]) -> list[Component]:
     """Return the components that an index names and that are loaded; those of :data:`LEFT_OUT` are checked and left
     away.
 
@@ -90,11 +100,11 @@ def components(folder: Path, index: Mapping[str, Any]) -> list[Component]:
     return found
 
 
-def absent(index: Mapping[str, Any]) -> dict[str, Any]:
+def absent(index: Mapping[str, object]) -> dict[str, None | bool]:
     """Return the arguments of ``from_pretrained`` for what is left out of an index, and log a line for what somebody
     might miss.
     """
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, None | bool] = {}
     for name, effect in LEFT_OUT.items():
         if _is_there(index, name):
             log.info("%s is left out: %s", name.replace("_", " "), effect)
@@ -104,12 +114,12 @@ def absent(index: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _is_there(index: Mapping[str, Any], name: str) -> bool:
+def _is_there(index: Mapping[str, object], name: str) -> bool:
     value = index.get(name)
     return isinstance(value, list) and bool(value) and value[0] is not None
 
 
-def _class_of(folder: Path, name: str, library: str, class_name: str) -> type:
+def _class_of(folder: Path, name: str, library: str, class_name: str) -> type[Loadable]:
     if library in LIBRARIES:
         cls = getattr(importlib.import_module(library), class_name, None)
         if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
@@ -202,7 +212,7 @@ def files_that_count(names: Iterable[str]) -> list[str]:
     return sorted(kept)
 
 
-def load_component(folder: Path, component: Component, weights: str) -> tuple[Any, str]:
+def load_component(folder: Path, component: Component, weights: str) -> tuple[nn.Module, str]:
     """Return a network of a folder in float32, whole and finite, and the variant that was read.
 
     Raises:
@@ -221,10 +231,9 @@ def load_component(folder: Path, component: Component, weights: str) -> tuple[An
     if not variants:
         raise _no_safetensors(folder, component.name, names)
     variant = choose_variant(variants)
-    arguments: dict[str, Any] = {"variant": variant} if variant else {}
-    loaded: Any = component.cls
+    arguments = {"variant": variant} if variant else {}
     try:
-        module, account = loaded.from_pretrained(
+        module, account = component.cls.from_pretrained(
             str(inside),
             dtype=torch.float32,
             use_safetensors=True,
@@ -238,7 +247,7 @@ def load_component(folder: Path, component: Component, weights: str) -> tuple[An
     return module, variant
 
 
-def require_whole(module: Any, account: Mapping[str, Iterable[str]], name: str, weights: str) -> None:
+def require_whole(module: nn.Module, account: Mapping[str, Iterable[str]], name: str, weights: str) -> None:
     """Refuse a network with weights that no file gave or that are not finite; warn of those that it does not use.
 
     Args:

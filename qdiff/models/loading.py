@@ -22,8 +22,11 @@ from qdiff.models.hub import download, is_id
 from qdiff.models.quiet import quiet
 
 if TYPE_CHECKING:
-    from qdiff.models.base import Family, Model
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from qdiff.models.base import Family
+    from qdiff.models.model import Model
 
 HUB = "hub:"
 
@@ -33,14 +36,19 @@ def bundled_folder(family: str) -> Path:
     return Path(str(resources.files("qdiff.models") / "bundled" / family))
 
 
-def bundled_tokenizer(family: str) -> Any:
+def bundled_tokenizer(family: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the bundled weights, which pipelines with random weights share."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(bundled_folder(family) / "tokenizer"), local_files_only=True)
 
 
-def stand_in_text_encoder(configuration: Any, encoder: Any, tokenizer: Any, width: int) -> Any:
+def stand_in_text_encoder(
+    configuration: Callable[..., PreTrainedConfig],
+    encoder: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    width: int,
+) -> PreTrainedModel:
     """Return a small T5 of the right interface, with random weights.
 
     Args:
@@ -54,9 +62,9 @@ def stand_in_text_encoder(configuration: Any, encoder: Any, tokenizer: Any, widt
     )
 
 
-def stand_in_vae() -> Any:
+def stand_in_vae() -> nn.Module:
     """Return a small random autoencoder with the interface of the published ones: 8 pixels a cell, 4 channels."""
-    from diffusers import AutoencoderKL
+    from diffusers.models import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
@@ -64,7 +72,7 @@ def stand_in_vae() -> Any:
     )  # fmt: skip
 
 
-def random_networks(seed: int, **networks: Callable[[], Any]) -> dict[str, Any]:
+def random_networks(seed: int, **networks: Callable[[], nn.Module]) -> dict[str, Any]:
     """Return networks of random weights by name, ready for inference.
 
     Args:
@@ -79,7 +87,13 @@ def random_networks(seed: int, **networks: Callable[[], Any]) -> dict[str, Any]:
 
 
 def random_t5_parts(
-    seed: int, configuration: Any, encoder: Any, width: int, *, transformer: Callable[[], Any], vae: Callable[[], Any]
+    seed: int,
+    configuration: Callable[..., PreTrainedConfig],
+    encoder: Callable[..., PreTrainedModel],
+    width: int,
+    *,
+    transformer: Callable[[], nn.Module],
+    vae: Callable[[], nn.Module],
 ) -> dict[str, Any]:
     """Return the parts of a pipeline with a T5, all but its scheduler.
 
@@ -149,16 +163,16 @@ def _from_folder(family: Family, folder: Path, weights: str, note: str) -> Model
     import diffusers
     import torch
 
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
     index = read_index(folder)
-    class_name = index.get("_class_name")
+    class_name = str(index.get("_class_name"))
     if class_name not in family.pipelines:
         raise _another_family(family, folder, class_name)
-    networks: dict[str, Any] = {}
+    networks: dict[str, nn.Module] = {}
     variants: dict[str, str] = {}
     with quiet():
-        pipeline_class: Any = getattr(diffusers, class_name)
+        pipeline_class: type[diffusers.DiffusionPipeline] = getattr(diffusers, class_name)
         taken = inspect.signature(pipeline_class.__init__).parameters
         for part in components(folder, index):
             if part.is_network and part.name in taken:
@@ -182,7 +196,7 @@ def _from_folder(family: Family, folder: Path, weights: str, note: str) -> Model
     return Model(family, pipeline, weights, _fingerprint(folder), note, defaults, variants=variants)
 
 
-def _another_family(family: Family, folder: Path, class_name: Any) -> InputError:
+def _another_family(family: Family, folder: Path, class_name: str) -> InputError:
     """Return a folder of another pipeline than the family's: which family loads it, if one does."""
     from qdiff.models.base import FAMILIES
 
@@ -205,7 +219,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _random(family: Family, configuration: str, seed: int) -> Model:
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
     if configuration not in family.configurations:
         raise unknown_name("configuration", configuration, family.configurations, InputError)

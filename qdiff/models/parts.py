@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from qdiff.errors import InputError
+from qdiff.models.config import integer
 from qdiff.models.given import flattened, unknown
 
 if TYPE_CHECKING:
-    from qdiff.models.base import Model
+    from transformers import PreTrainedModel
+
+    from qdiff.models.model import Model
 
 
-def captured(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def captured(model: Model, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
     """Return the named inputs of a call that the pipeline made, all of them and nothing else.
 
     Raises:
         InputError: the pipeline gives something that the family has no input for, or lacks one.
     """
-    config: Any = model.backbone.config
-    family, specs = model.family, model.family.inputs(config)
+    family, config = model.family, model.config
+    specs = family.inputs(config)
     names = [spec.name for spec in specs]
     given = flattened(inspect.signature(model.backbone.forward).bind(*args, **kwargs).arguments)
     further = unknown(given, (*(spec.argument or spec.name for spec in specs), *family.unread(config)))
@@ -46,7 +49,7 @@ def captured(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return {name: inputs[name] for name in names}
 
 
-def require_width(model: Model, width: int, encoders: Sequence[Any]) -> None:
+def require_width(model: Model, width: int, encoders: Sequence[PreTrainedModel]) -> None:
     """Refuse text encoders whose states, side by side, are not as wide as the backbone reads them.
 
     Raises:
@@ -68,9 +71,9 @@ def require_latents(model: Model) -> None:
     Raises:
         InputError: with both numbers.
     """
-    config, latents = model.backbone.config, model.pipeline.vae.config
-    reads = int(config["in_channels"])  # type: ignore[index]
-    gives = int(latents["latent_channels"] if "latent_channels" in latents else latents["z_dim"])
+    latents = model.pipeline.vae.config
+    reads = integer(model.config, "in_channels")
+    gives = integer(latents, "latent_channels" if "latent_channels" in latents else "z_dim")
     if reads != gives:
         raise InputError(
             f"the backbone of {model.weights} reads {reads} channels, and {type(model.pipeline).__name__} gives it the {gives} "

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
-from qdiff.models.base import FAMILIES, Attend, Family, Model, NamedInputs, Request, StepCallback
+from qdiff.models.base import FAMILIES, Attend, Family, NamedInputs, Processor
+from qdiff.models.config import Config, config_of, integer
+from qdiff.models.given import added_conditions, tensor_of
+from qdiff.models.model import Model, Request, StepCallback
 from qdiff.models.parts import require_width
 from qdiff.recording.inputs import Axis, InputSpec
 
 if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.embeddings import PatchEmbed
     from PIL.Image import Image
 
-_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+_CONFIGURATIONS: dict[str, dict[str, object]] = {
     # PixArt-XL/2 as published for 512 px: 28 blocks, 16 heads of 72, T5-XXL states of width 4096.
     "pixart-xl": {
         "num_layers": 28,
@@ -64,9 +69,9 @@ class PixArt(Family):
     default_guidance = 4.5
     block_list = "transformer_blocks"
 
-    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+    def inputs(self, config: Config) -> tuple[InputSpec, ...]:
         specs = [
-            InputSpec("hidden_states", ("batch", config["in_channels"], "height", "width"), varies=True),
+            InputSpec("hidden_states", ("batch", integer(config, "in_channels"), "height", "width"), varies=True),
             InputSpec("encoder_hidden_states", ("batch", "tokens", _text_width(config))),
             InputSpec("timestep", ("batch",), varies=True, exact=True),
             InputSpec("encoder_attention_mask", ("batch", "tokens"), torch.int64),
@@ -78,32 +83,37 @@ class PixArt(Family):
             ]
         return tuple(specs)
 
-    def unread(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def unread(self, config: Config) -> tuple[str, ...]:
         return () if config.get("use_additional_conditions") else ("resolution", "aspect_ratio")
 
-    def resolved(self, backbone: nn.Module) -> dict[str, Any]:
-        decided: Any = backbone
-        config: Any = backbone.config
+    def resolved(self, backbone: nn.Module) -> dict[str, object]:
+        from diffusers.models import PixArtTransformer2DModel
+
+        assert isinstance(backbone, PixArtTransformer2DModel)
+        from diffusers.models import PixArtTransformer2DModel
+
+        assert isinstance(backbone, PixArtTransformer2DModel)
+        config = config_of(backbone)
         values = {
-            "use_additional_conditions": bool(decided.use_additional_conditions),
-            "out_channels": int(decided.out_channels),
+            "use_additional_conditions": bool(backbone.use_additional_conditions),
+            "out_channels": int(backbone.out_channels),
         }
         return {name: value for name, value in values.items() if config.get(name) is None}
 
     def check(self, model: Model) -> None:
         super().check(model)
-        config: Any = model.backbone.config
+        config = model.config
         require_width(model, _text_width(config), [model.pipeline.text_encoder])
-        fed = type(model.pipeline).__name__ == "PixArtAlphaPipeline" and config.sample_size == 128
-        if config.use_additional_conditions and not fed:
+        fed = type(model.pipeline).__name__ == "PixArtAlphaPipeline" and config["sample_size"] == 128
+        if config["use_additional_conditions"] and not fed:
             raise InputError(
                 f"the transformer of {model.weights} reads the picture's resolution and aspect ratio, which "
                 f"{type(model.pipeline).__name__} gives to PixArt-α of sample_size 128 alone",
                 "write PixArtAlphaPipeline into its model_index.json if it is one, or use another model",
             )
 
-    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
-        return ("batch", config["out_channels"], "height", "width")
+    def output_axes(self, config: Config) -> tuple[Axis, ...]:
+        return ("batch", integer(config, "out_channels"), "height", "width")
 
     def masked_layers(self, backbone: nn.Module) -> list[str]:
         inside = [f"{block}.attn2.{name}" for block in self.blocks(backbone) for name in ("to_k", "to_v")]
@@ -118,28 +128,27 @@ class PixArt(Family):
     def self_attentions(self, backbone: nn.Module) -> list[str]:
         return [f"{block}.attn1" for block in self.blocks(backbone)]
 
-    def attention_processor(self, attend: Attend) -> Any:
+    def attention_processor(self, attend: Attend) -> Processor:
         return _SelfAttention(attend)
 
-    def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
-        return 1, latent[-2] // config["patch_size"], latent[-1] // config["patch_size"]
+    def grid(self, config: Config, latent: Sequence[int]) -> tuple[int, int, int]:
+        patch = integer(config, "patch_size")
+        return 1, latent[-2] // patch, latent[-1] // patch
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        batch = hidden_states.shape[0]
-        states = kwargs["encoder_hidden_states"]
-        mask = kwargs.get("encoder_attention_mask")
-        if mask is None:
+    def capture(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
+        given = {**dict(zip(("hidden_states",), args, strict=False)), **kwargs}
+        hidden_states, states = tensor_of(given, "hidden_states"), tensor_of(given, "encoder_hidden_states")
+        if given.get("encoder_attention_mask") is None:
             mask = torch.ones(states.shape[:2], dtype=torch.int64)
-        inputs = {
+        else:
+            mask = tensor_of(given, "encoder_attention_mask").to(torch.int64)
+        return {
             "hidden_states": hidden_states.float(),
             "encoder_hidden_states": states.float(),
-            "timestep": kwargs["timestep"].float().reshape(-1).expand(batch),
-            "encoder_attention_mask": mask.to(torch.int64),
+            "timestep": tensor_of(given, "timestep").float().reshape(-1).expand(hidden_states.shape[0]),
+            "encoder_attention_mask": mask,
+            **added_conditions(given),
         }
-        added = kwargs.get("added_cond_kwargs") or {}
-        inputs.update({name: value.float() for name, value in added.items() if value is not None})
-        return inputs
 
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         added = {name: inputs.get(name) for name in ("resolution", "aspect_ratio")}
@@ -152,10 +161,9 @@ class PixArt(Family):
             return_dict=False,
         )[0]
 
-    def call_settings(self, model: Model) -> dict[str, Any]:
-        sample_size = model.backbone.config.sample_size  # type: ignore[union-attr]
+    def call_settings(self, model: Model) -> dict[str, object]:
         return {
-            "use_resolution_binning": sample_size in _binned_sizes(type(model.pipeline)),
+            "use_resolution_binning": model.config["sample_size"] in _binned_sizes(type(model.pipeline)),
             "max_sequence_length": min(300, model.pipeline.tokenizer.model_max_length),
             "clean_caption": False,
         }
@@ -174,24 +182,29 @@ class PixArt(Family):
             ).images
 
     def for_export(self, backbone: nn.Module) -> nn.Module:
+        from diffusers.models.embeddings import PatchEmbed
+
+        patches = backbone.get_submodule("pos_embed")
+        assert isinstance(patches, PatchEmbed)
         exported = copy.copy(backbone)
         exported._modules = dict(backbone._modules)
-        exported._modules["pos_embed"] = _DynamicPatchEmbed(backbone.pos_embed)
+        exported._modules["pos_embed"] = _DynamicPatchEmbed(patches)
         return NamedInputs(self, exported)
 
-    def random_pipeline(self, configuration: str, seed: int) -> Any:
-        from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    def random_pipeline(self, configuration: str, seed: int) -> object:
+        from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
+        from diffusers.models import PixArtTransformer2DModel
         from transformers import T5Config, T5EncoderModel
 
         from qdiff.models.loading import random_t5_parts, stand_in_vae
 
         config = _CONFIGURATIONS[configuration]
-        width = config["num_attention_heads"] * config["attention_head_dim"]
+        width = integer(config, "num_attention_heads") * integer(config, "attention_head_dim")
         parts = random_t5_parts(
             seed,
             T5Config,
             T5EncoderModel,
-            config["caption_channels"],
+            integer(config, "caption_channels"),
             transformer=lambda: PixArtTransformer2DModel(
                 cross_attention_dim=width, interpolation_scale=1, use_additional_conditions=False, **config
             ),
@@ -200,9 +213,9 @@ class PixArt(Family):
         return PixArtSigmaPipeline(**parts, scheduler=DPMSolverMultistepScheduler())
 
 
-def _text_width(config: Mapping[str, Any]) -> int:
+def _text_width(config: Config) -> int:
     """Return the width of the text states that the backbone is given: its own width where it projects none."""
-    return int(config["cross_attention_dim"] if config["caption_channels"] is None else config["caption_channels"])
+    return integer(config, "cross_attention_dim" if config["caption_channels"] is None else "caption_channels")
 
 
 class _SelfAttention:
@@ -213,7 +226,7 @@ class _SelfAttention:
 
     def __call__(
         self,
-        attn: Any,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -232,7 +245,7 @@ class _DynamicPatchEmbed(nn.Module):
     dynamic. Same formula, float32 as there; frequencies as in ViT (arXiv 2010.11929), grid scaled as in PixArt-α §2.4.
     """
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: PatchEmbed) -> None:
         super().__init__()
         self.proj: nn.Conv2d = original.proj
         self.base_size: int = original.base_size

@@ -18,11 +18,12 @@ import copy
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
+from qdiff.correction.scheduler import Scheduler
 from qdiff.errors import UsageError, nearest
 from qdiff.events import log
 from qdiff.models.quiet import quiet
@@ -54,7 +55,7 @@ _NEAR, _NARROW, _WIDE = 0.1, 0.25, 0.75  # how far the mean may be off, and with
 Kind = Literal["noise", "flow", "edm"]
 
 
-def schedulers_for(current: Any, pipeline: Any = None) -> dict[str, Any]:
+def schedulers_for(current: Scheduler, pipeline: object | None = None) -> dict[str, type[Scheduler]]:
     """Return schedulers that can sample what ``current`` can, by class name and short name.
 
     Args:
@@ -66,7 +67,7 @@ def schedulers_for(current: Any, pipeline: Any = None) -> dict[str, Any]:
     return usable
 
 
-def named(name: str, current: Any, pipeline: Any, weights: str) -> Any:
+def named(name: str, current: Scheduler, pipeline: object | None, weights: str) -> Scheduler:
     """Return the scheduler of that name with ``current``'s configuration.
 
     Raises:
@@ -76,9 +77,7 @@ def named(name: str, current: Any, pipeline: Any, weights: str) -> Any:
 
     full = SHORT.get(name, name)
     cls = type(current) if full == type(current).__name__ else getattr(diffusers, full, None)
-    if not _is_whole(cls):
-        cls = None
-    if cls is None or not can_sample(cls, current, pipeline):
+    if not _is_whole(cls) or not can_sample(cls, current, pipeline):
         usable = schedulers_for(current, pipeline)
         close = nearest(name, usable)
         raise UsageError(
@@ -90,7 +89,7 @@ def named(name: str, current: Any, pipeline: Any, weights: str) -> Any:
     return configured(cls, current)
 
 
-def configured(cls: Any, current: Any) -> Any:
+def configured(cls: type[Scheduler], current: Scheduler) -> Scheduler:
     """Return a scheduler of a class with another's configuration."""
     config = current.config
     known = inspect.signature(cls.__init__).parameters
@@ -101,10 +100,11 @@ def configured(cls: Any, current: Any) -> Any:
     given |= {to: config[old] for to, old in pairs if to in known and to not in config and old in config}
     if "clip_sample" in known and "clip_sample" not in config:
         given["clip_sample"] = False  # their default is that of pixels; latents are larger than 1
-    return cls.from_config(config, **given)
+    made: Scheduler = cls.from_config(config, **given)
+    return made
 
 
-def can_sample(cls: Any, current: Any, pipeline: Any = None) -> bool:
+def can_sample(cls: type[Scheduler], current: Scheduler, pipeline: object | None = None) -> bool:
     """Return whether a scheduler of that class samples the model of ``current``; see the module's docstring."""
     if cls is type(current):
         return True
@@ -119,7 +119,7 @@ def can_sample(cls: Any, current: Any, pipeline: Any = None) -> bool:
     return abs(mean - _MEAN) < _NEAR and _NARROW < spread < _WIDE  # NaN is not either
 
 
-def check_steps(scheduler: Any, steps: int) -> None:
+def check_steps(scheduler: Scheduler, steps: int) -> None:
     """Refuse numbers of steps that a scheduler does not take, by its own word.
 
     Raises:
@@ -137,7 +137,7 @@ def check_steps(scheduler: Any, steps: int) -> None:
     )
 
 
-def count_calls(scheduler: Any, steps: int) -> int:
+def count_calls(scheduler: Scheduler, steps: int) -> int:
     """Return how many timesteps a scheduler goes through in so many steps: more than those where it is of higher
     order.
     """
@@ -149,7 +149,7 @@ def count_calls(scheduler: Any, steps: int) -> int:
     return len(trial.timesteps)
 
 
-def _refusal(scheduler: Any, steps: int) -> str | None:
+def _refusal(scheduler: Scheduler, steps: int) -> str | None:
     try:
         copy.deepcopy(scheduler).set_timesteps(steps)
     except Exception as error:
@@ -157,7 +157,7 @@ def _refusal(scheduler: Any, steps: int) -> str | None:
     return None
 
 
-def _classes(current: Any) -> list[Any]:
+def _classes(current: Scheduler) -> list[type[Scheduler]]:
     """Return all schedulers of diffusers that are installed whole, and ``current``'s own class, first."""
     import diffusers
 
@@ -167,7 +167,7 @@ def _classes(current: Any) -> list[Any]:
     return [type(current), *(cls for cls in every if _is_whole(cls) and cls is not type(current))]
 
 
-def _is_whole(cls: Any) -> bool:
+def _is_whole(cls: object) -> TypeGuard[type[Scheduler]]:
     """Return whether that is a scheduler's class, and not diffusers' stand-in for one whose package is not
     installed.
     """
@@ -176,7 +176,7 @@ def _is_whole(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, SchedulerMixin) and not hasattr(cls, "_backends")
 
 
-def _suits(cls: Any, pipeline: Any) -> bool:
+def _suits(cls: type[Scheduler], pipeline: object | None) -> bool:
     """Return whether a class has what a pipeline's loop asks of its scheduler."""
     if pipeline is None:
         return True
@@ -188,7 +188,7 @@ def _suits(cls: Any, pipeline: Any) -> bool:
     return all(hasattr(cls, name) or _sets(cls, name) for name in wanted)
 
 
-def _sets(cls: Any, name: str) -> bool:
+def _sets(cls: type[Scheduler], name: str) -> bool:
     return name in inspect.unwrap(cls.__init__).__code__.co_names
 
 
@@ -220,7 +220,7 @@ class _Ideal:
     sigma_data: float = 0.5
 
     @classmethod
-    def of(cls, scheduler: Any) -> _Ideal:
+    def of(cls, scheduler: Scheduler) -> _Ideal:
         """Return the ideal of a model that this scheduler samples."""
         config = scheduler.config
         predicts = str(config.get("prediction_type", "flow_prediction"))
@@ -265,7 +265,7 @@ class _Ideal:
         return float(torch.lerp(self.log_ratios[low], self.log_ratios[low + 1], place - low))
 
 
-def _sample(scheduler: Any, model: _Ideal) -> Tensor:
+def _sample(scheduler: Scheduler, model: _Ideal) -> Tensor:
     """Return what a scheduler draws with the ideal predictions: ``[1, 1, 64, 64]``, float64."""
     scheduler.set_timesteps(_TRIAL_STEPS)
     latents = torch.randn(1, 1, 64, 64, dtype=torch.float64) * float(getattr(scheduler, "init_noise_sigma", 1.0))

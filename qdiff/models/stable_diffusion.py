@@ -12,24 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
-from qdiff.models.base import FAMILIES, Family, Model, Request, StepCallback
+from qdiff.models.base import FAMILIES, Family
+from qdiff.models.config import Config, config_of, integer, integers
+from qdiff.models.given import added_conditions, tensor_of
+from qdiff.models.model import Model, Request, StepCallback
 from qdiff.models.parts import require_width
 from qdiff.recording.inputs import Axis, InputSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 
-_THREE_LEVELS: dict[str, Any] = {
+_THREE_LEVELS: dict[str, object] = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
-_XL: dict[str, Any] = {
+_XL: dict[str, object] = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
     "layers_per_block": 2,
@@ -43,7 +47,7 @@ _XL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+_CONFIGURATIONS: dict[str, dict[str, object]] = {
     # As published: four levels of 320 to 1280 channels, 8 heads, CLIP-L states of width 768, 512 px. 860 M parameters.
     "sd-1.5": {"sample_size": 64, "cross_attention_dim": 768},
     # As published for 1024 px: three levels, up to ten transformer layers in a block, two encoders. 2.6 G parameters.
@@ -93,39 +97,38 @@ class StableDiffusion(Family):
     largest_batch = 63  # diffusers' upsampling takes another path from 64 on, and a graph has one
     default_guidance = 7.5
 
-    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+    def inputs(self, config: Config) -> tuple[InputSpec, ...]:
         specs = [
-            InputSpec("sample", ("batch", config["in_channels"], "height", "width"), varies=True),
+            InputSpec("sample", ("batch", integer(config, "in_channels"), "height", "width"), varies=True),
             InputSpec("timestep", ("batch",), varies=True, exact=True),
             InputSpec("encoder_hidden_states", ("batch", "tokens", _text_width(config))),
         ]
         if config.get("time_cond_proj_dim") is not None:  # of a guidance-distilled model (LCM): the scale is an input
-            specs.append(InputSpec("timestep_cond", ("batch", config["time_cond_proj_dim"]), exact=True))
+            specs.append(InputSpec("timestep_cond", ("batch", integer(config, "time_cond_proj_dim")), exact=True))
         if config.get("addition_embed_type") == "text_time":
-            sizes = 6 * config["addition_time_embed_dim"]
-            pooled = config["projection_class_embeddings_input_dim"] - sizes
             specs += [
-                InputSpec("text_embeds", ("batch", pooled), exact=True),
+                InputSpec("text_embeds", ("batch", _pooled_width(config)), exact=True),
                 InputSpec("time_ids", ("batch", 6), exact=True),
             ]
         return tuple(specs)
 
-    def resolved(self, backbone: nn.Module) -> dict[str, Any]:
-        config: Any = backbone.config
+    def resolved(self, backbone: nn.Module) -> dict[str, object]:
+        config = config_of(backbone)
         # Without one the pipeline knows no size to draw at; 64 cells are those of the family's first models.
         return {"sample_size": 64} if config.get("sample_size") is None else {}
 
     def check(self, model: Model) -> None:
         super().check(model)
-        config: Any = model.backbone.config
+        config = model.config
         pipeline, name = model.pipeline, type(model.pipeline).__name__
         large = name == "StableDiffusionXLPipeline"
+        added = config["addition_embed_type"]
         reads = {
-            "class labels": config.class_embed_type is not None or config.num_class_embeds is not None,
-            "pictures beside its text": config.encoder_hid_dim_type not in (None, "text_proj"),
-            f"{config.addition_embed_type} embeddings": config.addition_embed_type not in (None, "text", "text_time"),
-            "pooled text and picture sizes": config.addition_embed_type == "text_time" and not large,
-            "boxes (GLIGEN)": str(config.attention_type).startswith("gated"),
+            "class labels": config["class_embed_type"] is not None or config["num_class_embeds"] is not None,
+            "pictures beside its text": config["encoder_hid_dim_type"] not in (None, "text_proj"),
+            f"{added} embeddings": added not in (None, "text", "text_time"),
+            "pooled text and picture sizes": added == "text_time" and not large,
+            "boxes (GLIGEN)": str(config["attention_type"]).startswith("gated"),
         }
         for what, does in reads.items():
             if does:
@@ -133,7 +136,7 @@ class StableDiffusion(Family):
                     f"the U-Net of {model.weights} reads {what}, which {name} does not give it",
                     "use a text-to-image model of that pipeline",
                 )
-        if large and config.addition_embed_type != "text_time":
+        if large and added != "text_time":
             raise InputError(
                 f"the U-Net of {model.weights} does not read the pooled text and picture sizes that {name} gives it",
                 "use the pipeline class that this model was published with",
@@ -141,24 +144,23 @@ class StableDiffusion(Family):
         encoders = [getattr(pipeline, part, None) for part in ("text_encoder", "text_encoder_2")]
         require_width(model, _text_width(config), [encoder for encoder in encoders if encoder is not None])
 
-    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
-        return ("batch", config["out_channels"], "height", "width")
+    def output_axes(self, config: Config) -> tuple[Axis, ...]:
+        return ("batch", integer(config, "out_channels"), "height", "width")
 
-    def cells_divisor(self, config: Mapping[str, Any]) -> int:
-        return 2 ** (len(config["block_out_channels"]) - 1)
+    def cells_divisor(self, config: Config) -> int:
+        return 2 ** (len(integers(config, "block_out_channels")) - 1)
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def capture(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
         given = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
-        sample = given["sample"]
+        sample = tensor_of(given, "sample")
         inputs = {
             "sample": sample.float(),
             "timestep": torch.as_tensor(given["timestep"]).float().reshape(-1).expand(len(sample)),
-            "encoder_hidden_states": given["encoder_hidden_states"].float(),
+            "encoder_hidden_states": tensor_of(given, "encoder_hidden_states").float(),
+            **added_conditions(given),
         }
-        added = given.get("added_cond_kwargs") or {}
-        inputs.update({name: value.float() for name, value in added.items() if value is not None})
         if given.get("timestep_cond") is not None:
-            inputs["timestep_cond"] = given["timestep_cond"].float()
+            inputs["timestep_cond"] = tensor_of(given, "timestep_cond").float()
         return inputs
 
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -173,13 +175,12 @@ class StableDiffusion(Family):
         )[0]
 
     def splits(self, backbone: nn.Module) -> dict[str, int]:
-        config: Any = backbone.config
-        skips = [config.block_out_channels[0]]  # channels of the skip connections in the order in which they are made
-        for level, channels in enumerate(config.block_out_channels):
-            layers = (
-                config.layers_per_block if isinstance(config.layers_per_block, int) else config.layers_per_block[level]
-            )
-            last = level == len(config.block_out_channels) - 1
+        config = config_of(backbone)
+        widths, depths = integers(config, "block_out_channels"), integers(config, "layers_per_block")
+        skips = [widths[0]]  # channels of the skip connections in the order in which they are made
+        for level, channels in enumerate(widths):
+            layers = depths[level] if len(depths) > 1 else depths[0]
+            last = level == len(widths) - 1
             skips += [channels] * (layers if last else layers + 1)
         found = {}
         for level, block in enumerate(backbone.get_submodule("up_blocks").children()):
@@ -202,7 +203,7 @@ class StableDiffusion(Family):
         ]
         found = []
         for section in sections:
-            part: Any = backbone.get_submodule(section)
+            part = backbone.get_submodule(section)
             attentions = list(getattr(part, "attentions", None) or [])
             for index, _ in enumerate(getattr(part, "resnets", ())):
                 found.append(f"{section}.resnets.{index}")
@@ -222,7 +223,7 @@ class StableDiffusion(Family):
         arguments = model.arguments(request)
         if on_step is not None:
 
-            def after(pipeline: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+            def after(pipeline: object, step: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
                 on_step(step, float(t), values["latents"])
                 return {}
 
@@ -234,22 +235,25 @@ class StableDiffusion(Family):
                 **arguments,
             ).images
 
-    def random_pipeline(self, configuration: str, seed: int) -> Any:
+    def random_pipeline(self, configuration: str, seed: int) -> object:
         import diffusers
-        from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+        from diffusers import DPMSolverMultistepScheduler
+        from diffusers.models import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         from qdiff.models.loading import bundled_tokenizer, random_networks, stand_in_vae
 
         config = _CONFIGURATIONS[configuration]
         defaults = {"attention_head_dim": 8} if "attention_head_dim" not in config else {}
-        width, tokenizer = config["cross_attention_dim"], bundled_tokenizer(self.name)
+        width, tokenizer = integer(config, "cross_attention_dim"), bundled_tokenizer(self.name)
         is_xl = "addition_embed_type" in config
         # Only the backbone has its full size; what runs before and after it is a stand-in of the right interface.
         if not is_xl:
-            encoders: dict[str, Callable[[], Any]] = {"text_encoder": lambda: CLIPTextModel(_clip(width, tokenizer))}
+            encoders: dict[str, Callable[[], nn.Module]] = {
+                "text_encoder": lambda: CLIPTextModel(_clip(width, tokenizer))
+            }
         else:
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            pooled = _pooled_width(config)
             first = 3 * width // 8  # XL: 768 and 1280
             encoders = {
                 "text_encoder": lambda: CLIPTextModel(_clip(first, tokenizer)),
@@ -272,22 +276,27 @@ class StableDiffusion(Family):
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
 
-    def random_defaults(self, configuration: str) -> dict[str, Any]:
+    def random_defaults(self, configuration: str) -> dict[str, object]:
         return dict(_STEPS_AND_GUIDANCE.get(configuration, {}))
 
 
-def _text_width(config: Mapping[str, Any]) -> int:
+def _text_width(config: Config) -> int:
     """Return the width of the text states that the backbone is given, which it may project; blocks may have a width
     each, of the same states.
     """
     if config.get("encoder_hid_dim") is not None:
-        return int(config["encoder_hid_dim"])
-    widths = config["cross_attention_dim"]
-    return int(widths if isinstance(widths, int) else widths[0])
+        return integer(config, "encoder_hid_dim")
+    return integers(config, "cross_attention_dim")[0]
 
 
-def _clip(width: int, tokenizer: Any, pooled: int = 0) -> Any:
-    """Return a text encoder of one layer and of that width."""
+def _pooled_width(config: Config) -> int:
+    """Return the width of XL's pooled text, which is embedded beside six embedded sizes."""
+    sizes = 6 * integer(config, "addition_time_embed_dim")
+    return integer(config, "projection_class_embeddings_input_dim") - sizes
+
+
+def _clip(width: int, tokenizer: PreTrainedTokenizerBase, pooled: int = 0) -> CLIPTextConfig:
+    """Return the configuration of a text encoder of one layer and of that width."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(

@@ -8,7 +8,7 @@ pipeline calls the backbone once for the prompt and once for the negative prompt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from qdiff.errors import InputError
 from qdiff.evaluation.video import Clip
 from qdiff.models import clips
-from qdiff.models.base import FAMILIES, Attend, Family, Model, Request, StepCallback
+from qdiff.models.base import FAMILIES, Attend, Family, Processor
+from qdiff.models.config import Config, integer, integers
+from qdiff.models.model import Model, Request, StepCallback
 from qdiff.models.parts import require_width
 from qdiff.recording.inputs import Axis, InputSpec
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_wan import WanAttention
+
+CONFIGURATIONS: dict[str, dict[str, object]] = {
     # Wan2.1-T2V-1.3B as published: 30 blocks, 12 heads of 128, UMT5-XXL states of width 4096.
     "wan2.1-1.3b": {
         "num_attention_heads": 12,
@@ -45,7 +50,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "rope_max_seq_len": 64,
     },
 }
-_SIZES: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, dict[str, object]] = {
     "wan2.1-1.3b": {"height": 256, "width": 256, "num_frames": 17},
     "wan-tiny": {"height": 64, "width": 64, "num_frames": 9},
 }
@@ -64,44 +69,47 @@ class Wan(Family):
     branches_apart = True
 
     def check(self, model: Model) -> None:
-        config: Any = model.backbone.config
+        config = model.config
         if getattr(model.pipeline, "transformer_2", None) is not None or model.pipeline.config.expand_timesteps:
             raise InputError(
                 f"{model.weights} is a Wan 2.2 with two backbones or a timestep for every token, which qdiff does not know",
                 "use a Wan 2.1 text-to-video model",
             )
-        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+        if config["image_dim"] is not None or config["added_kv_proj_dim"] is not None:
             raise InputError(
                 f"the transformer of {model.weights} reads a picture, which {type(model.pipeline).__name__} does not give it",
                 "use a Wan 2.1 text-to-video model",
             )
         super().check(model)
-        require_width(model, int(config.text_dim), [model.pipeline.text_encoder])
+        require_width(model, integer(config, "text_dim"), [model.pipeline.text_encoder])
 
-    def inputs(self, config: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+    def inputs(self, config: Config) -> tuple[InputSpec, ...]:
         return (
-            InputSpec("hidden_states", ("batch", config["in_channels"], "frames", "height", "width"), varies=True),
-            InputSpec("encoder_hidden_states", ("batch", "tokens", config["text_dim"])),
+            InputSpec(
+                "hidden_states", ("batch", integer(config, "in_channels"), "frames", "height", "width"), varies=True
+            ),
+            InputSpec("encoder_hidden_states", ("batch", "tokens", integer(config, "text_dim"))),
             InputSpec("timestep", ("batch",), varies=True, exact=True),
         )
 
-    def output_axes(self, config: Mapping[str, Any]) -> tuple[Axis, ...]:
-        return ("batch", config["out_channels"], "frames", "height", "width")
+    def output_axes(self, config: Config) -> tuple[Axis, ...]:
+        return ("batch", integer(config, "out_channels"), "frames", "height", "width")
 
-    def longest_axis(self, config: Mapping[str, Any]) -> int | None:
-        return int(config["rope_max_seq_len"])
+    def longest_axis(self, config: Config) -> int | None:
+        return integer(config, "rope_max_seq_len")
 
     def self_attentions(self, backbone: nn.Module) -> list[str]:
         return [f"{block}.attn1" for block in self.blocks(backbone)]
 
-    def attention_processor(self, attend: Attend) -> Any:
+    def attention_processor(self, attend: Attend) -> Processor:
         return _SelfAttention(attend)
 
-    def grid(self, config: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int, int]:
-        frames, rows, columns = (size // patch for size, patch in zip(latent[-3:], config["patch_size"], strict=True))
+    def grid(self, config: Config, latent: Sequence[int]) -> tuple[int, int, int]:
+        patches = integers(config, "patch_size")
+        frames, rows, columns = (size // patch for size, patch in zip(latent[-3:], patches, strict=True))
         return frames, rows, columns
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def capture(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
         return clips.capture(args, kwargs)
 
     def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -115,11 +123,12 @@ class Wan(Family):
     def generate(self, model: Model, request: Request, on_step: StepCallback | None = None) -> list[Clip]:
         return clips.generate(model, request, on_step)
 
-    def random_defaults(self, configuration: str) -> dict[str, Any]:
+    def random_defaults(self, configuration: str) -> dict[str, object]:
         return {"max_sequence_length": 32, **_SIZES[configuration]}
 
-    def random_pipeline(self, configuration: str, seed: int) -> Any:
-        from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    def random_pipeline(self, configuration: str, seed: int) -> object:
+        from diffusers import UniPCMultistepScheduler, WanPipeline
+        from diffusers.models import AutoencoderKLWan, WanTransformer3DModel
         from transformers import UMT5Config, UMT5EncoderModel
 
         from qdiff.models.loading import random_t5_parts
@@ -129,7 +138,7 @@ class Wan(Family):
             seed,
             UMT5Config,
             UMT5EncoderModel,
-            config["text_dim"],
+            integer(config, "text_dim"),
             transformer=lambda: WanTransformer3DModel(**config),
             vae=lambda: AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         )
@@ -145,7 +154,7 @@ class _SelfAttention:
 
     def __call__(
         self,
-        attn: Any,
+        attn: WanAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

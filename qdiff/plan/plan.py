@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -73,7 +73,7 @@ class LayerPlan(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
+    def _renamed(cls, values: object) -> object:
         return with_new_names(values, renamed.LAYER)
 
     @property
@@ -132,7 +132,7 @@ class Plan(BaseModel):
     weights: str
     fingerprint: str
     recipe: str
-    config: dict[str, Any] = Field(description="the backbone's diffusers config: the model is rebuilt from it")
+    config: dict[str, object] = Field(description="the backbone's diffusers config: the model is rebuilt from it")
     backbone_class: str
     timesteps: list[float] = Field(description="calibrated timestep values, in sampling order")
     storage_dtype: StorageDtype = Field("float16", description="storage of every tensor that is not quantized")
@@ -143,7 +143,7 @@ class Plan(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
+    def _renamed(cls, values: object) -> object:
         return with_new_names(values, renamed.PLAN)
 
     def save(self, path: Path) -> None:
@@ -187,13 +187,13 @@ class Plan(BaseModel):
         return [layer for layer in self.layers if layer.quantized]
 
 
-def _place(value: Any, path: tuple[int | str, ...]) -> str:
+def _place(value: object, path: tuple[int | str, ...]) -> str:
     """Return where in a plan something is wrong: a layer by its name, where it has one."""
     layer = value
     for part in path[:2]:
-        try:
-            layer = layer[part]
-        except (KeyError, IndexError, TypeError):
-            layer = None
+        if isinstance(layer, dict):
+            layer = layer.get(part)
+        else:
+            layer = layer[part] if isinstance(layer, list) and isinstance(part, int) and part < len(layer) else None
     name = layer.get("name") if path[:1] == ("layers",) and isinstance(layer, dict) else None
     return f"layer {name}: {'.'.join(map(str, path[2:]))}" if isinstance(name, str) else ".".join(map(str, path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -35,7 +35,7 @@ class Scheme(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
+    def _renamed(cls, values: object) -> object:
         return with_new_names(values, renamed.SCHEME)
 
     @field_validator("weights", "activations")
@@ -66,7 +66,7 @@ class Sequential(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tokens: int = Field(4096, ge=16, le=1_000_000)
-    reconstruct: dict[str, Any] | None = None
+    reconstruct: dict[str, object] | None = None
 
 
 class Distillation(BaseModel):
@@ -255,13 +255,13 @@ class Recipe(BaseModel):
         Floors(), description="quality in dB below which layers are kept and stages end with exit code 7"
     )
     sequential: Sequential | None = None
-    methods: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, object]] = {}
     distil: Distillation | None = None
     attention: Attention | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
+    def _renamed(cls, values: object) -> object:
         return with_new_names(values, renamed.RECIPE)
 
     @model_validator(mode="after")

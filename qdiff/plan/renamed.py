@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 RECIPE = {"kept": "storage_dtype", "outputs": "quantize_outputs"}
 SCHEME = {"by_token": "per_token"}
@@ -12,7 +11,7 @@ LAYER = {"by_token": "per_token", "multiplier": "input_multiplier"}
 BUFFERS = {"multiplier": "input_multiplier", "timestep_scale": "timestep_scales"}  # of quantized layers
 
 
-def with_new_names(values: Any, names: Mapping[str, str]) -> Any:
+def with_new_names(values: object, names: Mapping[str, str]) -> object:
     """Return ``values`` with its old keys renamed; anything but a mapping is returned as it is.
 
     An old key wins over the new one: it is what somebody wrote over a recipe that has the new one.

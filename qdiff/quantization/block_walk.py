@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import InputError
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.nn.conv import sample_windows
 from qdiff.nn.conv import tokens as tokens_of
 from qdiff.nn.quant_linear import TimestepIndex

@@ -42,7 +42,7 @@ from qdiff.formats import elements, scales
 from qdiff.formats.weight import QuantizedWeight
 from qdiff.methods.base import decibels
 from qdiff.methods.learned import LearnedWeight, code_values
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.nn.quant_linear import QuantLinear
 from qdiff.plan.recipe import Distillation, match
 from qdiff.quantization.reconstruction import LearnedLinear, codes_of, learned_layer, split

@@ -22,7 +22,8 @@ from qdiff.events import log
 from qdiff.files import read_user_text
 from qdiff.formats.scales import fits_float16
 from qdiff.formats.table import FORMATS
-from qdiff.models.base import Model, quantizable_layers
+from qdiff.models.layers import quantizable_layers
+from qdiff.models.model import Model
 from qdiff.plan.plan import LayerPlan, Plan
 from qdiff.quantization.layer_plans import check_formats, groups_of, kind_of
 from qdiff.quantization.quantize import backbone_config

@@ -16,7 +16,8 @@ from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.formats.scales import fits_float16
 from qdiff.formats.table import format_named
-from qdiff.models.base import Model, quantizable_layers
+from qdiff.models.layers import quantizable_layers
+from qdiff.models.model import Model
 from qdiff.nn.surgery import divide, restructure
 from qdiff.plan.plan import LayerPlan, StorageDtype, Structure
 from qdiff.plan.recipe import Recipe, Scheme

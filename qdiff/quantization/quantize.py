@@ -22,7 +22,8 @@ from qdiff.formats import scales
 from qdiff.formats.table import format_named
 from qdiff.methods import Decisions, LayerGroup, apply_method, check_reconstruction
 from qdiff.methods.smooth import multiplier_for
-from qdiff.models.base import Model, quantizable_layers
+from qdiff.models.layers import quantizable_layers
+from qdiff.models.model import Model
 from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantLinear, TimestepIndex
 from qdiff.plan.plan import LayerPlan, Plan, StorageDtype, Structure
 from qdiff.plan.recipe import Recipe, Sequential

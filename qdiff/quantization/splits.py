@@ -15,7 +15,7 @@ from qdiff.errors import InputError
 from qdiff.events import log
 from qdiff.formats.table import format_named
 from qdiff.methods import Decisions, LayerGroup, apply_method
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.plan.recipe import Recipe, Scheme
 from qdiff.recipes import members_of
 from qdiff.recording.activation_statistics import InputStatistics, Statistics

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qdiff.formats import scales
-from qdiff.models.base import quantizable_layers
+from qdiff.models.layers import quantizable_layers
 from qdiff.plan.plan import LayerPlan
 from qdiff.quantization.checkpoint import empty_layer
 

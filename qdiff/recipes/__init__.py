@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -159,7 +159,7 @@ def density_override(density: float) -> str:
     return f"attention.density={density!r}"
 
 
-def _override(value: dict[str, Any], assignment: str) -> None:
+def _override(value: dict[str, object], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise UsageError(
@@ -169,16 +169,17 @@ def _override(value: dict[str, Any], assignment: str) -> None:
     for parent in parents:
         if value.get(parent) is None:
             value[parent] = {}
-        value = value[parent]
-        if not isinstance(value, dict):
+        inner = value[parent]
+        if not isinstance(inner, dict):
             raise UsageError(f"--set {assignment!r}: {parent!r} is not a group of settings")
+        value = inner
     try:
         value[last] = _read_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"--set {assignment[:200]!r}: the value is not YAML ({str(error)[:200]})") from None
 
 
-def _read_yaml(text: str) -> Any:
+def _read_yaml(text: str) -> object:
     loader = _NoAliases(text)
     try:
         return loader.get_single_data()
@@ -189,7 +190,7 @@ def _read_yaml(text: str) -> Any:
 class _NoAliases(yaml.SafeLoader):
     """YAML without aliases, of which a few lines make more values than memory holds."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not taken")
         return super().compose_node(parent, index)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,10 +141,10 @@ class Statistics:
         with open_tensors(path, "calibration statistics") as file:
             try:
                 header = json.loads(file.metadata()["qdiff"])
-                inputs = {
-                    name: InputStatistics(layers, **{table: file.get_tensor(f"{name}|{table}") for table in TABLES})
-                    for name, layers in header["groups"].items()
-                }
+                inputs = {}
+                for name, layers in header["groups"].items():
+                    tables: dict[str, Any] = {table: file.get_tensor(f"{name}|{table}") for table in TABLES}
+                    inputs[name] = InputStatistics(layers, **tables)
                 for name, tokens in header.get("tokens", {}).items():
                     inputs[name] = replace(inputs[name], first=file.get_tensor(f"{name}|first"), tokens=tokens)
                 outputs = {

@@ -6,8 +6,6 @@ Ranges of layers' inputs do not tell. A residual stream is often read by normali
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +35,7 @@ class Magnitude:
         """Return the largest magnitude so far."""
         return float(self._largest)
 
-    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _watch(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         for value in output if isinstance(output, tuple | list) else (output,):
             if isinstance(value, Tensor):
                 self._see(value)

@@ -14,13 +14,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdiff.errors import InputError, IntegrityError
-from qdiff.files import open_tensors, save_tensors
+from qdiff.files import TensorFile, open_tensors, save_tensors
 
 SHARD = "trajectory-{:05d}.safetensors"
 
@@ -82,7 +81,7 @@ class Trajectory:
             inputs = {name: tensor[index] if name in varying else tensor for name, tensor in tensors.items()}
             yield Step(shard, timestep, inputs, repeat)
 
-    def _header(self, shard: int, file: Any) -> tuple[list[float], set[str]]:
+    def _header(self, shard: int, file: TensorFile) -> tuple[list[float], set[str]]:
         """Return timesteps, and the names of what changes with them."""
         try:
             header = json.loads(file.metadata()["qdiff"])

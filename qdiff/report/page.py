@@ -17,7 +17,7 @@ import io
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdiff.errors import InputError
 from qdiff.evaluation.images import difference
@@ -145,7 +145,7 @@ def checked(data: ReportData) -> ReportData:
         raise InputError(f"report.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _clean(value: Any, place: str) -> Any:
+def _clean(value: object, place: str) -> object:
     if isinstance(value, dict):
         return {_clean(key, place): _clean(item, f"{place}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -9,9 +9,16 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from qdiff.report.data import AllocationResult, LayerResult, ReportData, db, megabytes, seconds, times
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Draw = Callable[[Figure, bool], None]
 
 UNQUANTIZED = frozenset({"float", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "none"})
 
@@ -20,7 +27,12 @@ _INK, _MUTED, _RULE, _PAPER, _ACCENT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04
 _SERIES, _MARKERS = [f"#0a0c0{index}" for index in range(8)], "osD^vPXo"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule", _PAPER: "paper", _ACCENT: "accent"}
 _VARIABLES |= {colour: f"s{index}" for index, colour in enumerate(_SERIES)}
-_SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "axes.titlesize": 12}
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 12,
+    "axes.titlesize": 12,
+}
 _SETTINGS |= {f"axes.spines.{side}": False for side in ("top", "right", "left")} | {"axes.edgecolor": _RULE}
 _SETTINGS |= {name: _MUTED for name in ("axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")}
 _SETTINGS |= {"xtick.major.size": 0, "ytick.major.size": 0, "axes.titlelocation": "left"}
@@ -50,7 +62,7 @@ def layer_plot(layers: list[LayerResult], colours: dict[str, int]) -> str | None
         f"layer-{index}": f"{one.name}: {db(one.sqnr_db)}, {one.requested}" for index, (one, *_) in enumerate(shown)
     }
 
-    def draw(figure: Any, narrow: bool) -> None:
+    def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
         for row, block in enumerate(blocks):
             values = [value for _, home, value in shown if home == block]
@@ -62,8 +74,7 @@ def layer_plot(layers: list[LayerResult], colours: dict[str, int]) -> str | None
             used.add(layer.requested)
             (dot,) = axes.plot(value, blocks.index(block), _MARKERS[number], color=_SERIES[number], ms=7.5, label=label)
             dot.set(gid=f"layer-{index}", markeredgecolor=_PAPER, markeredgewidth=0.6)
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2 if narrow else 6}
-        axes.legend(**place, frameon=False, labelcolor=_INK, borderpad=0)
+        _legend(axes, 2 if narrow else 6)
         longest = 22 if narrow else 40
         labels = [block if len(block) <= longest else "…" + block[1 - longest :] for block in blocks]
         axes.set_yticks(range(len(blocks)), labels)
@@ -84,7 +95,7 @@ def timestep_plot(data: ReportData) -> str | None:
     if not points:
         return None
 
-    def draw(figure: Any, narrow: bool) -> None:
+    def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
         size = 4 if len(points) <= 60 else 0
         axes.plot(*zip(*points, strict=True), color=_ACCENT, linewidth=2, marker="o", markersize=size)
@@ -103,7 +114,7 @@ def allocation_plot(allocation: AllocationResult | None) -> str | None:
     if allocation is None or not shown:
         return None
 
-    def draw(figure: Any, narrow: bool) -> None:
+    def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
         line = sorted((plan.cost, value) for plan, value in shown if plan.kind in ("solver", "chosen"))
         axes.plot(*zip(*line, strict=True), color=_RULE, linewidth=2, zorder=1)
@@ -122,8 +133,7 @@ def allocation_plot(allocation: AllocationResult | None) -> str | None:
                     axes.annotate(f" {plan.name[:16]} ", (plan.cost, value), color=_INK, va="top", ha="center",
                                   xytext=(0, -8), textcoords="offset points")  # fmt: skip
         axes.axvline(allocation.budget, color=_MUTED, linestyle=(0, (2, 3)), linewidth=1)
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2 if narrow else 4}
-        axes.legend(**place, frameon=False, labelcolor=_INK, borderpad=0)
+        _legend(axes, 2 if narrow else 4)
         axes.margins(x=0.08, y=0.18)
         axes.set(ylabel="PSNR in dB", xlabel=allocation.unit if narrow else f"{allocation.unit} (dashed: the budget)")
         axes.grid(axis="y", color=_RULE, linewidth=0.7)
@@ -136,13 +146,13 @@ def engine_plot(data: ReportData) -> str | None:
     ran = [one for one in data.engines if one.available and one.seconds_per_step is not None]
     if not ran:
         return None
-    panels: list[tuple[str, list[float | None], Any]] = []
+    panels: list[tuple[str, list[float | None], Callable[..., str]]] = []
     panels.append(("Time of a step (median)", [one.seconds_per_step for one in ran], seconds))
     if any(one.peak_memory_bytes for one in ran):
         panels.append(("Peak memory", [one.peak_memory_bytes for one in ran], megabytes))
     colours = {data.baseline: _SERIES[7], data.engine: _ACCENT}
 
-    def draw(figure: Any, narrow: bool) -> None:
+    def draw(figure: Figure, narrow: bool) -> None:
         shape = (len(panels), 1) if narrow else (1, len(panels))
         for axes, (title, values, form) in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=True):
             top = max(value or 0.0 for value in values) or 1.0
@@ -163,13 +173,18 @@ def engine_plot(data: ReportData) -> str | None:
     return _svg("engines", draw, (height, (height + 12) * len(panels)), f"time and memory of {len(ran)} engines")
 
 
-def _svg(name: str, draw: Any, heights: tuple[int, int], label: str, titles: dict[str, str] | None = None) -> str:
+def _legend(axes: Axes, columns: int) -> None:
+    """Put the legend above a plot."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, labelcolor=_INK, borderpad=0)
+
+
+def _svg(name: str, draw: Draw, heights: tuple[int, int], label: str, titles: dict[str, str] | None = None) -> str:
     """Return two drawings of one plot, wide and narrow, as inline SVG whose colours are CSS variables. Every text in it
     is escaped.
 
     Args:
         name: of the plot.
-        draw: ``draw(figure, narrow)``.
+        draw: fills a figure, a narrow one where it is told so.
         heights: of the wide and the narrow drawing, in CSS pixels.
         label: that screen readers say.
         titles: tooltip by the ``gid`` of an artist.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class BranchedBlock(nn.Module):
         self.branches = nn.ModuleList(branches)
         self.index, self.branch_state = index, branch_state
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Run the block with the arguments of its own ``forward``."""
         previous = self.branch_state.previous(self.index, hidden_states)
         alternatives: list[Callable[[], Tensor]] = [
@@ -131,7 +131,7 @@ def disturbed(states: Tensor, out: Tensor, noise: float, seed: int) -> Tensor:
 class _Call:
     """One branch, waiting."""
 
-    def __init__(self, branch: nn.Module, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, branch: nn.Module, states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self.branch, self.states, self.args, self.kwargs = branch, states, args, kwargs
 
     def __call__(self) -> Tensor:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qdiff.errors import InputError
 from qdiff.plan.routing_plan import RoutingPlan
+from qdiff.recording.inputs import InputSpec
 from qdiff.routing.blocks import branch_state_of
 from qdiff.routing.router import Router, nearest
 
 
-def varying_inputs(family: Any, config: Any) -> frozenset[str]:
+class BackboneFamily(Protocol):
+    """What is asked of a :class:`qdiff.models.base.Family`, which is of a later room."""
+
+    def inputs(self, config: Any, /) -> tuple[InputSpec, ...]: ...
+
+    def capture(self, args: tuple[object, ...], kwargs: Mapping[str, object], /) -> dict[str, Tensor]: ...
+
+    def call(self, backbone: nn.Module, inputs: Mapping[str, Tensor], /) -> Tensor: ...
+
+
+def varying_inputs(family: BackboneFamily, config: object) -> frozenset[str]:
     """Return names of the inputs that change from step to step."""
     return frozenset(spec.name for spec in family.inputs(config) if spec.varies)
 
@@ -27,7 +39,7 @@ class Following:
     """A backbone's router, until it is stopped."""
 
     router: Router
-    hooks: list[Any]
+    hooks: list[RemovableHandle]
 
     def stop(self) -> None:
         """Leave the backbone with the routes that it has."""
@@ -35,11 +47,11 @@ class Following:
             hook.remove()
 
 
-def predict(family: Any, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def predict(family: BackboneFamily, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return a backbone's prediction ``[batch, ...]``; where it follows routes that depend on samples, of each sample alone.
 
     Args:
-        family: :class:`qdiff.models.base.Family` of the backbone.
+        family: of the backbone.
         backbone: which is called.
         inputs: by name.
     """
@@ -51,11 +63,11 @@ def predict(family: Any, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> T
     return router.one_by_one(lambda sample: family.call(backbone, sample), inputs, specs)
 
 
-def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
+def follow(family: BackboneFamily, backbone: nn.Module, plan: RoutingPlan) -> Following:
     """Set the routes of every call from now on.
 
     Args:
-        family: :class:`qdiff.models.base.Family` of the backbone.
+        family: of the backbone.
         backbone: with the branches of ``plan``.
         plan: the routes.
     """
@@ -64,7 +76,7 @@ def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
     router = Router(plan, varying_inputs(family, backbone.config))
     branch_state.router, branch_state.caching = router, plan.reuse is not None
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not branch_state.pinned:
             inputs = family.capture(args, kwargs)
             if router.plan.by_sample and len(inputs["timestep"]) > 1:
@@ -77,7 +89,7 @@ def follow(family: Any, backbone: nn.Module, plan: RoutingPlan) -> Following:
             here = nearest(router.plan.timesteps, timestep) == router.disturbed
             branch_state.noise = NOISE if here else 0.0
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if not branch_state.pinned:
             if branch_state.caching:
                 router.observe(branch_state.changes(), branch_state.drifts(), branch_state.new_deltas())

@@ -7,13 +7,12 @@ not there equals one that is null: a manifest stays good when a later version ad
 from __future__ import annotations
 
 import json
-from typing import Any
 
 SHORT = 60  # characters of a value in a message
 _ABSENT = object()
 
 
-def differences(recorded: Any, wanted: Any, path: str = "") -> list[str]:
+def differences(recorded: object, wanted: object, path: str = "") -> list[str]:
     """Return one phrase for each changed entry: ``recipe.methods.smooth.strengths was [0.3] and is now [0.3, 0.5]``."""
     if recorded == wanted or {recorded is _ABSENT or recorded is None, wanted is _ABSENT or wanted is None} == {True}:
         return []
@@ -39,7 +38,7 @@ def differences(recorded: Any, wanted: Any, path: str = "") -> list[str]:
     return [f"{path} was {shortened(recorded)} and is now {shortened(wanted)}"]
 
 
-def shortened(value: Any) -> str:
+def shortened(value: object) -> str:
     """Return the value as JSON, cut to :data:`SHORT` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= SHORT else text[: SHORT - 1] + "…"

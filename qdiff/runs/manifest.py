@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NotRequired, TypedDict
 
 from qdiff.errors import IntegrityError, QdiffError
 from qdiff.events import log
@@ -26,7 +26,20 @@ from qdiff.files import read_json, require_plain, sha256_json, write_json, write
 
 NAME, COPY = "run.json", "run.copy.json"
 VERSION = 1
-_SEAL, _BEFORE = "sha256", "before"
+_SEAL: Final = "sha256"
+_BEFORE: Final = "before"
+
+
+class Manifest(TypedDict):
+    """What a manifest says: entries of the stages, and files in the run folder that forgotten stages left. On disk it has its
+    seal (the hash of all the rest), and the seal of the manifest before it.
+    """
+
+    version: int
+    stages: dict[str, dict[str, Any]]
+    leftovers: NotRequired[list[str]]
+    sha256: NotRequired[str]
+    before: NotRequired[str | None]
 
 
 def is_there(folder: Path) -> bool:
@@ -34,7 +47,7 @@ def is_there(folder: Path) -> bool:
     return (folder / NAME).exists() or (folder / COPY).is_file()
 
 
-def write(folder: Path, manifest: dict[str, Any]) -> None:
+def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest with its seal and the one before's, and its copy."""
     content = {**manifest, _BEFORE: _seal_of(folder / NAME)}
     sealed = {**content, _SEAL: sha256_json(content)}
@@ -51,7 +64,7 @@ def refresh_copy(folder: Path) -> None:
         write_text(copy, path.read_text(encoding="utf-8"))
 
 
-def read(folder: Path, stages: Container[str]) -> dict[str, Any]:
+def read(folder: Path, stages: Container[str]) -> Manifest:
     """Return the manifest without its seal; from the copy where ``run.json`` is missing or cut.
 
     Args:
@@ -110,8 +123,8 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read(path: Path, stages: Container[str]) -> dict[str, Any]:
-    manifest = read_json(path, "the manifest")
+def _read(path: Path, stages: Container[str]) -> Manifest:
+    manifest: Manifest = read_json(path, "the manifest")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
         raise IntegrityError(f"{path} is not a manifest of qdiff", "start a new run folder: qdiff calibrate -o NEW")
     if manifest.get("version") != VERSION:

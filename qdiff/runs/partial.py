@@ -44,7 +44,7 @@ class Scratch:
     def __init__(self, folder: Path, owner: str) -> None:
         self.folder, self.owner = folder, owner
 
-    def save(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
+    def save(self, part: str, tensors: dict[str, Tensor], facts: object) -> None:
         """Write one part: its tensors, and ``facts`` as JSON."""
         self.folder.mkdir(parents=True, exist_ok=True)
         notes = {"owner": self.owner, "facts": json.dumps(facts)}

@@ -16,122 +16,21 @@ Rules that every stage gets from here, not from its own code:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import platform
-import shlex
-import sys
-from collections.abc import Container, Iterable, Iterator
-from importlib import metadata
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import qdiff
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
 from qdiff.events import log
-from qdiff.files import break_links, open_lock, require_writable, safe_child, sha256_file, sha256_json
-from qdiff.resources import Usage, measure_usage, release_memory
+from qdiff.files import break_links, require_writable, safe_child, sha256_file, sha256_json
+from qdiff.resources import measure_usage, release_memory
 from qdiff.runs import leftovers as leftovers_of
 from qdiff.runs import manifest
 from qdiff.runs.json_diff import differences
-
-if TYPE_CHECKING:
-    from qdiff.runs.partial import Scratch
-
-# The stages in order, and what each is made from: when one of those is made anew, the stage is out of date. Export is done
-# once for each target and build once for each engine: their entries are ``export:tensorrt``, ``build:openvino`` and so on.
-UPSTREAM: dict[str, tuple[str, ...]] = {
-    "calibrate": (),
-    "attention": ("calibrate",),
-    "quantize": ("calibrate", "attention"),
-    "export": ("quantize",),
-    "build": ("export",),
-    "correct": ("quantize",),  # with an engine, where one is there
-    "compare": ("quantize", "correct", "build"),
-    "report": ("quantize", "correct", "export", "build", "compare"),
-}
-OPTIONAL = ("attention", "correct")  # done only where it is asked for
-EDITABLE = "plan.json"  # the one output that people edit; --plan applies what they wrote
-_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt")
-
-
-def versions() -> dict[str, str]:
-    """Return versions of what the numbers depend on; packages that are not installed are left out."""
-    found = {"qdiff": qdiff.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def _command(stage: str, path: Path) -> str:
-    verb, _, choice = stage.partition(":")
-    option = {"export": f" --target {choice}", "build": f" --engine {choice}"}.get(verb, "") if choice else ""
-    return f"qdiff {verb} -o {path}" if verb == "calibrate" else f"qdiff {verb} {path}{option}"
-
-
-def _given() -> str:
-    """Return the command line of this process."""
-    return shlex.join(["qdiff", *sys.argv[1:]])
-
-
-def _again(entry: dict[str, Any], stage: str) -> str | None:
-    """Return the command that goes on with a stage that was cut off, with its options; ``None`` where that was no
-    command line.
-    """
-    words = str(entry.get("command", "")).split(" ")
-    made_by = (stage.partition(":")[0], "run")
-    return " ".join(word for word in words if word != "--force") if words[1:2] and words[1] in made_by else None
-
-
-def _anew(entry: dict[str, Any], stage: str, path: Path) -> str:
-    """Return the command that makes a finished stage anew from the same options."""
-    decided = stage in ("calibrate", "attention", "quantize", "correct")  # by options that its name does not tell
-    return f"{(_again(entry, stage) if decided else None) or _command(stage, path)} --force"
-
-
-class StageRun:
-    """One stage at work, between its beginning and its end. Made by :meth:`Run.stage`."""
-
-    def __init__(self, run: Run, name: str, inputs: dict[str, Any]) -> None:
-        self.run, self.name, self.inputs = run, name, inputs
-        self.usage = Usage()
-        self.resumed = False
-        self._facts: dict[str, Any] = {}
-        self._outputs: list[Path] = []
-
-    def output(self, path: Path) -> Path:
-        """Declare a file that this stage made; its hash goes into the manifest when the stage ends."""
-        self._outputs.append(path)
-        return path
-
-    def file(self, *parts: str) -> Path:
-        """Return the path of an output in the run folder, declared as by :meth:`output`."""
-        return self.output(self.run.file(*parts))
-
-    def scratch(self, folder: str) -> Scratch:
-        """Return where this stage keeps finished parts until it is done: only a try with the same inputs reads them."""
-        from qdiff.runs.partial import Scratch
-
-        return Scratch(self.run.file(folder), sha256_json(self.inputs))
-
-    def fact(self, **values: Any) -> None:
-        """Add JSON facts about this stage (counts, seconds of a part, warnings) to its manifest entry."""
-        self._facts.update(values)
-
-    def entry(self, status: str) -> dict[str, Any]:
-        """Return the manifest entry of this stage."""
-        return {
-            "status": status,
-            "inputs": self.inputs,
-            "outputs": {str(path.relative_to(self.run.path)): sha256_file(path) for path in self._outputs},
-            "seconds": round(self.usage.seconds, 3),
-            "peak_memory_bytes": self.usage.peak_bytes,
-            "command": _given(),
-            "versions": versions(),
-            **self._facts,
-        }
+from qdiff.runs.lock import RunLock, RunLockedError
+from qdiff.runs.stage_run import StageRun
+from qdiff.runs.stages import EDITABLE, UPSTREAM, command_anew, command_line, command_of, command_to_go_on
 
 
 class Run:
@@ -148,9 +47,9 @@ class Run:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
-        self.manifest: dict[str, Any] = {"version": manifest.VERSION, "stages": {}}
+        self.manifest: manifest.Manifest = {"version": manifest.VERSION, "stages": {}}
         self.results: dict[str, Any] = {}
-        self._locked = False
+        self._lock = RunLock(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a run folder", "name a folder")
         if manifest.is_there(self.path):
@@ -211,10 +110,10 @@ class Run:
         """
         entry = self.manifest["stages"].get(stage)
         if not entry or entry.get("status") != "done":
-            if self._is_locked():
+            if self._lock.is_held_elsewhere():
                 raise RunLockedError(self.path, f"stage {stage!r} is not finished")
             state = "was cut off" if entry else "has not been done"
-            again = _again(entry or {}, stage) or _command(stage, self.path)
+            again = command_to_go_on(entry or {}, stage) or command_of(stage, self.path)
             raise InputError(f"stage {stage!r} {state} in {self.path}", f"run: {again}")
         return entry
 
@@ -240,18 +139,19 @@ class Run:
             path = safe_child(self.path, name)
             if not path.is_file():
                 raise InputError(
-                    f"{name} of stage {stage!r} is missing in {self.path}", f"run: {_anew(entry, stage, self.path)}"
+                    f"{name} of stage {stage!r} is missing in {self.path}",
+                    f"run: {command_anew(entry, stage, self.path)}",
                 )
             if sha256_file(path) != digest:
-                plan = f"{_command(stage, self.path)} --plan {path} --force"
+                plan = f"{command_of(stage, self.path)} --plan {path} --force"
                 raise IntegrityError(
                     f"{name} is not the file that stage {stage!r} wrote (its sha256 differs)",
-                    f"put the old file back, or run: {plan if name == EDITABLE else _anew(entry, stage, self.path)}",
+                    f"put the old file back, or run: {plan if name == EDITABLE else command_anew(entry, stage, self.path)}",
                 )
             if name.startswith("onnx/"):
                 break_links(path)  # readers of ONNX refuse files with several names
 
-    def is_current(self, stage: str, inputs: dict[str, Any]) -> bool:
+    def is_current(self, stage: str, inputs: Mapping[str, object]) -> bool:
         """Return whether ``stage`` is finished with exactly these inputs and unchanged outputs.
 
         Raises:
@@ -284,7 +184,7 @@ class Run:
         fix += f", which forgets what was made from it: {', '.join(later)}" if later else ""
         if not UPSTREAM[stage.partition(":")[0]]:
             return f"choose another folder with -o, or {fix}"
-        return f"{fix}; `{_command(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
+        return f"{fix}; `{command_of(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
 
     def _made_from(self, name: str) -> list[str]:
         """Return the recorded stages that were made from ``name``, directly or not."""
@@ -299,7 +199,7 @@ class Run:
     def stage(
         self,
         name: str,
-        inputs: dict[str, Any],
+        inputs: Mapping[str, object],
         *,
         force: bool = False,
         replace: bool = False,
@@ -324,7 +224,7 @@ class Run:
         leftovers = list(leftovers)
         self.require_writable(*leftovers)
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._lock():
+        with self._lock.hold():
             if manifest.is_there(self.path):
                 self._read()
                 manifest.refresh_copy(self.path)
@@ -334,8 +234,8 @@ class Run:
                 self._verify_all(needs)
                 self._forget(name)
                 for leftover in leftovers:
-                    recorded = {*before.get(name, {}).get("outputs", {}), *self.manifest.get("leftovers", ())}
-                    deleted |= leftovers_of.remove(self.path, leftover, recorded, unfinished=name in before)
+                    ours = {*before.get(name, {}).get("outputs", {}), *self.manifest.get("leftovers", ())}
+                    deleted |= leftovers_of.remove(self.path, leftover, ours, unfinished=name in before)
             recorded = self.manifest["stages"].get(name, {}).get("inputs")
             if replace and recorded != json.loads(json.dumps(inputs)):
                 self._forget(name)
@@ -348,9 +248,9 @@ class Run:
                 return
             if not force:
                 self._verify_all(needs)
-            work = StageRun(self, name, json.loads(json.dumps(inputs)))
+            work = StageRun(self.path, name, json.loads(json.dumps(inputs)))
             work.resumed = name in self.manifest["stages"]
-            begun = {"status": "begun", "inputs": work.inputs, "outputs": {}, "command": _given()}
+            begun = {"status": "begun", "inputs": work.inputs, "outputs": {}, "command": command_line()}
             self.manifest["stages"][name] = begun
             self._write()
             release_memory()
@@ -358,7 +258,7 @@ class Run:
                 with measure_usage() as work.usage:
                     yield work
             except QdiffError:
-                if not (work._outputs or work.resumed or deleted):  # nothing was touched: what was finished still is
+                if not (work.outputs or work.resumed or deleted):  # nothing was touched: what was finished still is
                     self.manifest["stages"] = before
                     self._write()
                 raise
@@ -402,46 +302,7 @@ class Run:
             for output in self.manifest.get("leftovers", ())
             if output not in current and self.file(output).exists()
         ]
-        self.manifest = {"version": manifest.VERSION, "stages": ordered} | (
-            {"leftovers": remaining} if remaining else {}
-        )
+        self.manifest = {"version": manifest.VERSION, "stages": ordered}
+        if remaining:
+            self.manifest["leftovers"] = remaining
         manifest.write(self.path, self.manifest)
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        path = self.path / ".lock"
-        if path.is_file() and path.stat().st_nlink > 1:  # a hard-linked copy of a run would share its lock
-            path.unlink(missing_ok=True)
-        with os.fdopen(open_lock(path)) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunLockedError(self.path) from None
-            self._locked = True
-            try:
-                yield
-            finally:
-                self._locked = False
-
-    def _is_locked(self) -> bool:
-        """Return whether another process works here now."""
-        if self._locked:
-            return False
-        try:
-            with open(self.path / ".lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no lock yet, or a folder that cannot be read
-            return False
-        return False
-
-
-class RunLockedError(QdiffError):
-    """Another process works in the same run folder."""
-
-    exit_code = 3
-
-    def __init__(self, path: Path, because: str | None = None) -> None:
-        message = f"another qdiff works in {path}" + (f", and {because}" if because else "")
-        super().__init__(message, "wait until it ends")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.errors import InputError, MissingDependencyError
-from qdiff.runs.run import EDITABLE, Run
+from qdiff.runs.run import Run
+from qdiff.runs.stages import EDITABLE
 
 if TYPE_CHECKING:
     from qdiff.engines import BuildOptions, Engine, Runner
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
 
 def make_options(

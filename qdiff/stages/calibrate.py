@@ -15,7 +15,7 @@ from qdiff.stages.disk import SMALL_FILES, statistics_bytes, trajectory_bytes
 
 if TYPE_CHECKING:
     from qdiff.calib.record import Recording
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
 Later = Callable[["Model", int], int]
 DEFAULT_SAMPLES, MOST_SAMPLES = 32, 10_000
@@ -49,7 +49,7 @@ def load_prompts(options: CalibrateOptions) -> list[str]:
     """Return the prompts of the file, or the default ones, cut to ``samples``."""
     from qdiff.calib.prompts import check_prompts, choose_prompts, read_prompts
     from qdiff.models import FAMILIES
-    from qdiff.models.base import default_prompts
+    from qdiff.models.model import default_prompts
 
     if options.samples is not None and not 1 <= options.samples <= MOST_SAMPLES:
         raise UsageError(f"--samples {options.samples} is not between 1 and {MOST_SAMPLES}", "16 to 128 are usual")
@@ -138,7 +138,7 @@ def calibrate(
         JSON facts: where, how much was recorded, and the estimate that was made before it began.
     """
     from qdiff.models import FAMILIES
-    from qdiff.models.base import check_frames
+    from qdiff.models.sizes import check_frames
 
     check_frames(FAMILIES[options.model], options.frames)
     prompts = load_prompts(options)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from qdiff.attention.statistics import AttentionStatistics
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
     from qdiff.recording.activation_statistics import Statistics
     from qdiff.recording.trajectory import Trajectory
 

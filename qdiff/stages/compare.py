@@ -23,8 +23,10 @@ from qdiff.stages.speed import measure_speeds
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qdiff.evaluation.motion import MotionAccuracy
+    from qdiff.evaluation.prompt_accuracy import PromptAccuracy
     from qdiff.evaluation.timing import Speed
-    from qdiff.models.base import Model, Request
+    from qdiff.models.model import Model, Request
 
 DEFAULT_PICTURES = 16
 # Seeds of compared pictures start here: far from calibration's, so that no picture was calibrated on.
@@ -59,7 +61,7 @@ def compare(
             of the recipe. The pictures are kept.
     """
     from qdiff.models import FAMILIES
-    from qdiff.models.base import default_prompts
+    from qdiff.models.model import default_prompts
 
     check_pictures(pictures)
     check_gate(minimum_psnr)
@@ -190,7 +192,7 @@ def _judge(name: str, made: dict[str, Pictures], speed: Speed, request: Request,
     return row
 
 
-def accuracy(model: Model, images: list[Any], prompts: list[str]) -> dict[str, Any] | None:
+def accuracy(model: Model, images: list[Any], prompts: list[str]) -> PromptAccuracy | MotionAccuracy | None:
     """Return the share of pictures or clips that show what their prompt names; ``None`` for models that were not
     trained on the emoji.
     """

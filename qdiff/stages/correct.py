@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from qdiff.correction import Correction
     from qdiff.correction.moments import PairMoments
-    from qdiff.models.base import Request
+    from qdiff.models.model import Request
     from qdiff.recording.trajectory import Step
 
 Goal = Literal["float", "prompt"]
@@ -240,7 +240,7 @@ class _Work:
         return lambda session, correction: paired(expected, to_pixels(pictures(session, correction))).psnr_db_mean
 
     def _request(self, seed: int, count: int) -> Request:
-        from qdiff.models.base import default_prompts
+        from qdiff.models.model import default_prompts
 
         first = seed + self.calibrated.options.seed
         return make_request(self.run, default_prompts(count, first, self.model.family.media), seed=first)

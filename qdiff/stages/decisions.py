@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qdiff.plan.plan import Plan
     from qdiff.plan.recipe import Attention, Floors, Recipe
     from qdiff.quantization.layer_plans import Draft
-    from qdiff.runs.run import StageRun
+    from qdiff.runs.stage_run import StageRun
     from qdiff.stages.calibrated_model import CalibratedModel
 
 ALLOCATION, TABLE, ROUTING = "allocation.json", "sensitivity.json", "routing.json"

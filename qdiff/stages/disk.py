@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qdiff.calib.record import Recording
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
 SMALL_FILES = 2_000_000  # manifests, plans, reports
 
@@ -33,7 +33,7 @@ def statistics_bytes(model: Model, recording: Recording) -> int:
     (:mod:`qdiff.calib.observers`).
     """
     from qdiff.calib.observers import RowSample
-    from qdiff.models.base import quantizable_layers
+    from qdiff.models.layers import quantizable_layers
     from qdiff.nn.conv import layer_channels
     from qdiff.recording.activation_statistics import HISTOGRAM_BINS
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qdiff.engines import Runner
     from qdiff.engines.recorder import CallRecorder
     from qdiff.evaluation.video import Clip
-    from qdiff.models.base import Model, Request, StepCallback
+    from qdiff.models.model import Model, Request, StepCallback
 
 CORRECTION = "correction.json"  # of the trajectory, where the stage `correct` was done
 LONGEST_PROMPT = 2_000
@@ -203,7 +203,8 @@ def make_request(
         UsageError: empty or overlong prompts, too many pictures, numbers out of range.
     """
     from qdiff.models import FAMILIES
-    from qdiff.models.base import Request, check_frames
+    from qdiff.models.model import Request
+    from qdiff.models.sizes import check_frames
 
     calibrated = options_of(run)
     if not prompts:

@@ -9,7 +9,9 @@ from typing import Any
 
 from qdiff.errors import QdiffError
 from qdiff.events import log
-from qdiff.runs.run import OPTIONAL, UPSTREAM, Run, versions
+from qdiff.runs.run import Run
+from qdiff.runs.stages import OPTIONAL, UPSTREAM
+from qdiff.runs.versions import versions
 from qdiff.stages.build import built_parts
 
 
@@ -22,7 +24,9 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
 
     stages = {}
     for name, entry in run.manifest["stages"].items():
-        row = {key: entry.get(key) for key in ("status", "seconds", "peak_memory_bytes", "command") if key in entry}
+        row: dict[str, object] = {
+            key: entry.get(key) for key in ("status", "seconds", "peak_memory_bytes", "command") if key in entry
+        }
         if verify and entry.get("status") == "done":
             try:
                 run.verify(name)

@@ -62,7 +62,7 @@ def comparison(
 
     from qdiff.evaluation.images import to_pixels
     from qdiff.evaluation.metrics import paired
-    from qdiff.models.base import Request
+    from qdiff.models.model import Request
     from qdiff.stages.generate import simulate
 
     model, options = calibrated.model, calibrated.options

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qdiff.plan.attention_plan import AttentionPlan
     from qdiff.plan.plan import Plan
-    from qdiff.runs.run import StageRun
+    from qdiff.runs.stage_run import StageRun
 
 DEFAULT_RECIPE = "int8"
 FLOAT_PREDICTIONS = "quantization/predictions.safetensors"  # of the float model, for the checks of later stages

@@ -7,7 +7,8 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from qdiff.files import read_json
-from qdiff.runs.run import Run, versions
+from qdiff.runs.run import Run
+from qdiff.runs.versions import versions
 from qdiff.stages.generate import CORRECTION
 from qdiff.stages.report_attention import attention_result, draw
 from qdiff.stages.report_routing import routing_result

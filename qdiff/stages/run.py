@@ -21,7 +21,7 @@ from qdiff.stages.report import report
 
 if TYPE_CHECKING:
     from qdiff.engines import Engine
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
 # Where nothing is asked for, every engine that this machine can build is built: an INT8 engine for the CPU, and one for
 # the newest consumer GPUs, which needs no GPU to build.

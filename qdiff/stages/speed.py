@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qdiff.engines import Runner
-    from qdiff.models.base import Model
+    from qdiff.models.model import Model
 
 SECONDS = 4.0  # for all rounds, where so much time is enough for the least number of them
 FEWEST_STEPS = 3

@@ -22,7 +22,7 @@ from qdiff.calib.prompts import choose_prompts, read_prompts
 from qdiff.calib.record import Recording, record
 from qdiff.calib.timesteps import STRATEGIES
 from qdiff.errors import InputError, IntegrityError
-from qdiff.models.base import quantizable_layers
+from qdiff.models.layers import quantizable_layers
 from qdiff.recording.activation_statistics import HISTOGRAM_STEP, InputStatistics, Statistics
 from qdiff.recording.trajectory import Trajectory
 

@@ -13,7 +13,7 @@ from qdiff.calib.collect import Collector
 from qdiff.calib.record import Recording, joined, record
 from qdiff.errors import InputError
 from qdiff.models import FAMILIES
-from qdiff.models.base import Model
+from qdiff.models.model import Model
 from qdiff.recording.trajectory import Trajectory
 from tests.published_folders import BETAS
 

@@ -18,7 +18,8 @@ from qdiff.engines.eager import ModuleRunner
 from qdiff.engines.pipeline import insert
 from qdiff.evaluation.metrics import sqnr_db
 from qdiff.models import FAMILIES
-from qdiff.models.base import Model, NamedInputs, Request
+from qdiff.models.base import NamedInputs
+from qdiff.models.model import Model, Request
 from qdiff.plan.plan import Plan
 from qdiff.quantization.checkpoint import load_quantized
 from qdiff.recipes import built_in, load_recipe

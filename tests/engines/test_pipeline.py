@@ -11,7 +11,8 @@ from qdiff.engines.pipeline import EngineBackbone, insert, replace
 from qdiff.errors import InputError
 from qdiff.evaluation.images import to_pixels
 from qdiff.models import FAMILIES
-from qdiff.models.base import NamedInputs, Request
+from qdiff.models.base import NamedInputs
+from qdiff.models.model import Request
 from qdiff.stages.generate import simulate
 
 PIXART = FAMILIES["pixart"].inputs({"in_channels": 4, "caption_channels": 12})

@@ -15,8 +15,9 @@ from qdiff.calib.record import joined
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.evaluation.images import to_pixels
 from qdiff.models import FAMILIES
-from qdiff.models.base import Model, NamedInputs, Request
+from qdiff.models.base import NamedInputs
 from qdiff.models.loading import bundled_folder
+from qdiff.models.model import Model, Request
 from qdiff.models.schedulers import schedulers_for
 
 SMALLEST = {name: next(name for name in FAMILIES[name].configurations if name.endswith("-tiny")) for name in FAMILIES}

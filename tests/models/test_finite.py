@@ -11,7 +11,8 @@ from qdiff.engines import Runner
 from qdiff.engines.pipeline import insert
 from qdiff.errors import InputError, QualityGateError
 from qdiff.models import FAMILIES
-from qdiff.models.base import NamedInputs, Request
+from qdiff.models.base import NamedInputs
+from qdiff.models.model import Request
 from qdiff.stages.generate import simulate
 
 REQUEST = Request(["x"], [0], steps=3)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.events import log
 from qdiff.models import FAMILIES
-from qdiff.models.base import Request
 from qdiff.models.folders import choose_variant, files_that_count, weight_files
+from qdiff.models.model import Request
 from tests.published_folders import edit_json, edit_weights
 
 FAMILY = {"alpha_1024": "pixart", "vae_lacks_a_weight": "pixart", "vae_gives_nan": "pixart", "plain": "pixart"}

@@ -12,7 +12,7 @@ from qdiff.evaluation.images import to_pixels
 from qdiff.evaluation.metrics import paired
 from qdiff.events import log
 from qdiff.models import FAMILIES
-from qdiff.models.base import Request
+from qdiff.models.model import Request
 from qdiff.models.schedulers import can_sample, check_steps, configured, count_calls, schedulers_for
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

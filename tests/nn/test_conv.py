@@ -15,7 +15,7 @@ from qdiff.formats.table import format_named
 from qdiff.methods import Decisions, LayerGroup, apply_method
 from qdiff.methods.base import LINEAR_ONLY
 from qdiff.models import FAMILIES
-from qdiff.models.base import quantizable_layers
+from qdiff.models.layers import quantizable_layers
 from qdiff.nn.conv import Window, is_plain, sample_windows, tokens
 from qdiff.nn.surgery import FirstTokenLinear, SplitConv2d, divide, restructure
 from qdiff.plan.plan import Plan, Structure

@@ -12,7 +12,7 @@ import yaml
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.files import open_tensors, read_json, save_tensors
 from qdiff.models import FAMILIES
-from qdiff.models.base import quantizable_layers
+from qdiff.models.layers import quantizable_layers
 from qdiff.plan.plan import Plan
 from qdiff.quantization.checkpoint import load_quantized
 from qdiff.recipes import __file__ as RECIPES

@@ -17,7 +17,8 @@ from qdiff import files
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, UsageError
 from qdiff.files import open_tensors, read_json, safe_child, save_tensors, write_json, write_text
 from qdiff.runs import manifest
-from qdiff.runs.run import Run, RunLockedError
+from qdiff.runs.lock import RunLockedError
+from qdiff.runs.run import Run
 from tests.stage_of_one_file import make_stage
 
 

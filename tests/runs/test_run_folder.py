@@ -10,7 +10,8 @@ import pytest
 
 from qdiff.errors import InputError, IntegrityError, UsageError
 from qdiff.files import write_text
-from qdiff.runs.run import Run, RunLockedError
+from qdiff.runs.lock import RunLockedError
+from qdiff.runs.run import Run
 from tests.stage_of_one_file import make_stage
 
 

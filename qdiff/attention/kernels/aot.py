@@ -24,7 +24,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -227,7 +226,7 @@ def _float(name: str) -> str:
 
 
 def _compile(
-    kernel: Any,
+    kernel: object,
     pointers: Mapping[str, str],
     constants: Mapping[str, object],
     options: Mapping[str, object],

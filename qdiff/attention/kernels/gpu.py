@@ -8,7 +8,7 @@ INT8 / FP8 and takes this kernel's place. It is imported where it runs: Gluon is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ from qdiff.errors import MissingDependencyError
 HOPPER = (9, 0)
 
 
+class Constants(TypedDict, total=False):
+    """Constants of :class:`qdiff.attention.kernels.sparse_attention.Launch` that a caller may choose."""
+
+    queries: int
+    tile: int
+    warps: int
+    stages: int
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -32,7 +41,7 @@ def attend(
     tiling: Tiling,
     numerics: Numerics,
     scale: float | None = None,
-    **constants: Any,
+    **constants: Unpack[Constants],
 ) -> Tensor:
     """Return the attention in ``q``'s dtype, with the shapes and the meaning of :func:`qdiff.attention.oracle.attend`.
 
@@ -63,7 +72,7 @@ def attend_rows(
     tiling: Tiling,
     numerics: Numerics,
     scale: float | None = None,
-    **constants: Any,
+    **constants: Unpack[Constants],
 ) -> Tensor:
     """Return what :func:`attend` returns, with the lists as :func:`on_device` gives them, which callers keep from call
     to call.
@@ -108,7 +117,7 @@ def in_gluon(launch: Launch) -> bool:
     return launch.size == launch.keys == 128 and launch.rows == rows and not launch.matrix
 
 
-def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, int]) -> dict[str, int]:
+def tuned(size: int, numerics: Numerics, tiling: Tiling, capability: tuple[int, int]) -> Constants:
     """Return constants of a :class:`qdiff.attention.kernels.sparse_attention.Launch` for a Hopper; none for other GPUs,
     on which nothing was measured.
     """
