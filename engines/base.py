@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from qdiff.engines.inputs import TensorSpec
 from qdiff.errors import MissingDependencyError, UsageError, unknown_name
@@ -32,6 +32,36 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 
+class ProfileJson(TypedDict):
+    """A profile in a file: lists of smallest, usual and largest."""
+
+    name: str
+    ranges: dict[str, list[list[int]]]
+    values: dict[str, list[list[int]]]
+
+
+class OptionsJson(TypedDict):
+    """Build options in a file."""
+
+    profiles: list[ProfileJson]
+    compute_capability: str | None
+    flags: dict[str, str]
+
+
+class BuildFacts(TypedDict, total=False):
+    """What is recorded of a build. Every engine says ``bytes``, and what else its library tells."""
+
+    bytes: int
+    inputs: list[str]
+    operations: int
+    precision: str
+    device: str
+    compute_capability: str
+    layers: dict[str, int]  # by kind
+    tensors: dict[str, int]  # by element type
+    seconds: float  # added by the cache
+
+
 @dataclass(frozen=True)
 class Profile:
     """An optimisation profile: for every input the smallest, the usual and the largest shape.
@@ -44,7 +74,7 @@ class Profile:
     ranges: Mapping[str, tuple[Shape, Shape, Shape]]
     values: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ProfileJson:
         """Return the profile as JSON values; part of the engine cache's key."""
         return {
             "name": self.name,
@@ -53,10 +83,10 @@ class Profile:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Profile:
+    def from_json(cls, value: ProfileJson) -> Profile:
         """Return the profile that :meth:`to_json` wrote."""
 
-        def triples(of: Mapping[str, Any]) -> dict[str, tuple[Shape, Shape, Shape]]:
+        def triples(of: dict[str, list[list[int]]]) -> dict[str, tuple[Shape, Shape, Shape]]:
             return {name: (tuple(low), tuple(usual), tuple(high)) for name, (low, usual, high) in of.items()}
 
         return cls(value["name"], triples(value["ranges"]), triples(value["values"]))
@@ -78,7 +108,7 @@ class BuildOptions:
     threads: int | None = None
     flags: Mapping[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> OptionsJson:
         """Return what decides the engine's files (all options but ``threads``) as JSON values."""
         return {
             "profiles": [profile.to_json() for profile in self.profiles],
@@ -87,7 +117,7 @@ class BuildOptions:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], threads: int | None = None) -> BuildOptions:
+    def from_json(cls, value: OptionsJson, threads: int | None = None) -> BuildOptions:
         """Return the options that :meth:`to_json` wrote, with the threads of this run."""
         profiles = tuple(Profile.from_json(profile) for profile in value["profiles"])
         return cls(profiles, value["compute_capability"], threads, dict(value["flags"]))
@@ -233,7 +263,7 @@ class Engine(ABC):
         """
         return None
 
-    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> BuildFacts:
         """Build the engine's files in ``folder`` (which exists) from the graph at ``onnx``.
 
         Returns:

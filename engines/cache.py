@@ -18,11 +18,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from qdiff.engines.base import BuildOptions, Engine, Runner
+from qdiff.engines.base import BuildFacts, BuildOptions, Engine, Runner
 from qdiff.engines.graph import graph_digest
-from qdiff.engines.trust import FORMAT, MANIFEST, folder_name, signed, trusted
+from qdiff.engines.trust import FORMAT, MANIFEST, EngineManifest, KeyParts, folder_name, signed, trusted
 from qdiff.errors import QdiffError
 from qdiff.files import disk_errors, sha256_file, write_json
 
@@ -31,7 +31,7 @@ class Built(NamedTuple):
     """What :func:`build_cached` gives: the engine's folder, the facts of its build, whether it was there already."""
 
     folder: Path
-    facts: dict[str, Any]
+    facts: BuildFacts
     was_cached: bool
 
 
@@ -47,7 +47,7 @@ class Entry:
     problem: str | None
 
 
-def key_parts(engine: Engine, onnx: Path, options: BuildOptions) -> dict[str, Any]:
+def key_parts(engine: Engine, onnx: Path, options: BuildOptions) -> KeyParts:
     """Return everything that decides an engine's files, as JSON."""
     return {
         "format": FORMAT,
@@ -84,9 +84,10 @@ def build_cached(engine: Engine, onnx: Path, root: Path, options: BuildOptions, 
         start = time.perf_counter()
         with disk_errors(str(folder)):
             facts = engine.build(onnx, work, options)
-            facts = json.loads(json.dumps({**facts, "seconds": round(time.perf_counter() - start, 3)}))
+            facts["seconds"] = round(time.perf_counter() - start, 3)
+            facts = json.loads(json.dumps(facts))
             changing = [name for name in [getattr(engine, "kernel_cache", None)] if name]
-            manifest = {"parts": parts, "facts": facts, "changing": changing, "files": _settle(work)}
+            manifest: EngineManifest = {"parts": parts, "facts": facts, "changing": changing, "files": _settle(work)}
             write_json(work / MANIFEST, signed(manifest))
         old = work.with_name(work.name + ".old")
         if folder.is_symlink() or folder.exists():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdiff.engines.base import ENGINES, Engine, Runner
 
@@ -27,7 +27,7 @@ class ModuleRunner(Runner):
     float32 whatever the weights are, and 999.5 is no number in BF16.
     """
 
-    def __init__(self, module: nn.Module, fixed: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, module: nn.Module, fixed: Mapping[str, object] | None = None) -> None:
         self._module = module
         self._fixed = dict(fixed or {})
         if "return_dict" in inspect.signature(module.forward).parameters:

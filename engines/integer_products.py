@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from qdiff.engines.base import BuildOptions, Engine
 
 if TYPE_CHECKING:
     import numpy
+    import onnx
 
 COLUMNS, ROWS, CHANNELS = (
     256,
@@ -90,13 +91,13 @@ def probe() -> tuple[bytes, dict[str, numpy.ndarray]]:
         }.items()
     ]
 
-    def quantized(name: str) -> list[Any]:
+    def quantized(name: str) -> list[onnx.NodeProto]:
         return [
             helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}.codes"]),
             helper.make_node("DequantizeLinear", [f"{name}.codes", "scale", "zero"], [f"{name}.values"]),
         ]
 
-    def weights(name: str, axis: int) -> Any:
+    def weights(name: str, axis: int) -> onnx.NodeProto:
         return helper.make_node("DequantizeLinear", [name, "scales", "zeros"], [f"{name}.values"], axis=axis)
 
     nodes = [
@@ -158,7 +159,7 @@ def _in_openvino(model: bytes, inputs: dict[str, numpy.ndarray]) -> list[numpy.n
     return [results["y"], results["map"]]
 
 
-_LIBRARIES: dict[str, Callable[[bytes, dict[str, Any]], list[Any]]] = {
+_LIBRARIES: dict[str, Callable[[bytes, dict[str, numpy.ndarray]], list[numpy.ndarray]]] = {
     "onnxruntime": _in_onnxruntime,
     "openvino": _in_openvino,
 }

@@ -29,12 +29,13 @@ Two defaults of the library change the numbers without a word, so they are alway
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from qdiff.engines import integer_products
-from qdiff.engines.base import ENGINES, BuildOptions, Runner
+from qdiff.engines.base import ENGINES, BuildFacts, BuildOptions, Runner
 from qdiff.engines.graph import external_files, inlined, multiplies_integers, simulates
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.engines.integer_products import IntegerEngine
@@ -43,7 +44,10 @@ from qdiff.events import log
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
 if TYPE_CHECKING:
+    import openvino
     from torch import Tensor
+
+    Settings = dict[str, str | int]
 
 VARIANTS = 2
 IN_FLOAT = (
@@ -54,7 +58,7 @@ _SIMULATED = ("qdiff", "simulated_quantizers")  # a note in the IR, see OpenVino
 _DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "boolean": "bool"}
 
 
-def _specs(model: Any) -> tuple[TensorSpec, ...]:
+def _specs(model: openvino.Model) -> tuple[TensorSpec, ...]:
     specs = []
     for port in model.inputs:
         name, kind = port.get_any_name(), port.get_element_type().get_type_name()
@@ -65,7 +69,7 @@ def _specs(model: Any) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _threads(library: Any, core: Any, settings: Mapping[str, Any]) -> int:
+def _threads(library: ModuleType, core: openvino.Core, settings: Settings) -> int:
     """Return how many threads OpenVINO would take: it counts cores, affinity and hints, and tells only a compiled
     model.
     """
@@ -75,7 +79,7 @@ def _threads(library: Any, core: Any, settings: Mapping[str, Any]) -> int:
     return int(core.compile_model(model, "CPU", dict(settings)).get_property("INFERENCE_NUM_THREADS"))
 
 
-def _fold_codes(library: Any, model: Any) -> None:
+def _fold_codes(library: ModuleType, model: openvino.Model) -> None:
     """Put INT8 constants in the place of what computes them from constants: codes of 6 bits that the graph unpacks.
     OpenVINO looks for constants when it chooses integer kernels, and would take the whole way to a float weight
     together.
@@ -98,7 +102,7 @@ def _fold_codes(library: Any, model: Any) -> None:
             fixed.add(made.get_name())
 
 
-def _name_by_place(model: Any, prefix: str = "") -> None:
+def _name_by_place(model: openvino.Model, prefix: str = "") -> None:
     """Name operations that the graph names not by their place in it. OpenVINO would number them by what the process has
     made before, so the file of one graph would have another hash in every process.
     """
@@ -120,15 +124,22 @@ class OpenVinoRunner(Runner):
             change from step to step.
     """
 
-    def __init__(self, read: Any, compile_model: Any, static: bool) -> None:
+    def __init__(
+        self,
+        read: Callable[[], openvino.Model],
+        compile_model: Callable[[openvino.Model], openvino.CompiledModel],
+        static: bool,
+    ) -> None:
         self._read, self._compile = read, compile_model
         self.inputs = _specs(read())
         dynamic = [spec.name for spec in self.inputs if None in spec.shape]
         self._fixed = [name for name in dynamic if name not in (BLOCKS, BOUNDS)]
         self._static = static and bool(dynamic)
-        self._variants: OrderedDict[tuple[tuple[int, ...], ...], tuple[Any, dict[str, Tensor]]] = OrderedDict()
+        self._variants: OrderedDict[tuple[tuple[int, ...], ...], tuple[openvino.InferRequest, dict[str, Tensor]]] = (
+            OrderedDict()
+        )
 
-    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, Tensor]]:
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[openvino.InferRequest, dict[str, Tensor]]:
         """Compile the variant for these input shapes unless it is there; return its inference request, and the lasting
         tensors that it holds.
         """
@@ -193,7 +204,7 @@ class OpenVinoEngine(IntegerEngine):
         """
         return 20 if self.missing() is not None or integer_products.exact(self.library) else 5
 
-    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> BuildFacts:
         library = self.backend()
         external_files(onnx)  # links and names that lead elsewhere are refused before the backend follows them
         try:
@@ -228,7 +239,7 @@ class OpenVinoEngine(IntegerEngine):
         path = folder / "model.xml"
         if not path.is_file():
             raise IntegrityError(f"there is no model.xml in {folder}", "build the engine anew with --force")
-        settings: dict[str, Any] = {
+        settings: Settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self._precision(core, core.read_model(str(path)), options),
         }
@@ -250,7 +261,7 @@ class OpenVinoEngine(IntegerEngine):
     def _integers(self, options: BuildOptions) -> str:
         return self._by_processor(options, "integers", where_exact="on", where_not="off")
 
-    def _precision(self, core: Any, model: Any, options: BuildOptions) -> str:
+    def _precision(self, core: openvino.Core, model: openvino.Model, options: BuildOptions) -> str:
         """Return what runs unquantized layers: the flag, or with ``auto`` the 16-bit type that this CPU computes with,
         unless the model writes quantizers out in float arithmetic.
         """

@@ -22,11 +22,11 @@ error 0.02 instead of 0.0 on a unit MatMul). The plan did not say so, hence leve
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qdiff.engines.base import ENGINES, BuildOptions, Runner
+from qdiff.engines.base import ENGINES, BuildFacts, BuildOptions, Runner
 from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.engines.integer_products import IntegerEngine
@@ -36,6 +36,9 @@ from qdiff.files import read_json, write_json
 from qdiff.graphs.walk import graphs, initializers
 
 if TYPE_CHECKING:
+    import numpy
+    import onnx
+    import onnxruntime
     from torch import Tensor
 
 _DTYPES = {
@@ -59,7 +62,7 @@ class OrtRunner(Runner):
         given: what the session computes with and does not own.
     """
 
-    def __init__(self, session: Any, given: Any = None) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, given: Sequence[onnxruntime.OrtValue] = ()) -> None:
         self._session, self._given = session, given
         for node in session.get_inputs():
             if node.type not in _DTYPES:
@@ -83,7 +86,7 @@ class OrtRunner(Runner):
         return [torch.from_numpy(each).to(home, torch.float32) for each in self._session.run(self._outputs, feed)]
 
     def close(self) -> None:
-        self._session = self._given = None
+        self._session, self._given = None, ()
 
 
 @ENGINES.register("onnxruntime")
@@ -122,7 +125,7 @@ class OrtEngine(IntegerEngine):
     def _unsigned_weights(self, options: BuildOptions) -> bool:
         return self._by_processor(options, "unsigned_weights", where_exact="off", where_not="on") == "on"
 
-    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> BuildFacts:
         runner = self._open(onnx, options)  # a graph that does not load is refused here, not at the first picture
         specs = [str(spec) for spec in runner.inputs]
         runner.close()
@@ -159,7 +162,7 @@ class OrtEngine(IntegerEngine):
             settings.enable_cpu_mem_arena = False
         provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         providers = [provider] if device == "cpu" else [provider, "CPUExecutionProvider"]
-        given: list[Any] = []
+        given: list[onnxruntime.OrtValue] = []
         try:
             if device == "cpu":
                 settings.add_session_config_entry(
@@ -196,7 +199,7 @@ def _pairs_of_fp8(path: Path) -> bool:
     return any(node is not None and node.pairs and NUMERICS[node.numerics].coded for node in found)
 
 
-def _prepared(path: Path) -> tuple[bytes, dict[str, Any]]:
+def _prepared(path: Path) -> tuple[bytes, dict[str, numpy.ndarray]]:
     """Return the graph as it is handed over, its weights in their file, and codes that the session has to be given."""
     import onnx
 
@@ -207,7 +210,7 @@ def _prepared(path: Path) -> tuple[bytes, dict[str, Any]]:
     return bytes(model.SerializeToString()), codes
 
 
-def _add_zero_points(model: Any) -> None:
+def _add_zero_points(model: onnx.ModelProto) -> None:
     """Give every INT8 activation quantizer a zero point of 0."""
     import numpy
     import onnx
@@ -229,14 +232,14 @@ def _add_zero_points(model: Any) -> None:
             graph.initializer.append(onnx.numpy_helper.from_array(numpy.zeros((), numpy.int8), zero))
 
 
-def _add_zero_points_of_weights(model: Any) -> None:
+def _add_zero_points_of_weights(model: onnx.ModelProto) -> None:
     """Give every INT8 weight zero points of 0, as many as it has scales."""
     import numpy
     import onnx
 
     stored = {tensor.name: tensor for tensor in initializers(model.graph)}
     for graph in graphs(model.graph):
-        zeros: dict[str, Any] = {}  # beside the node: in a branch the optimizer does not look outside
+        zeros: dict[str, onnx.TensorProto] = {}  # beside the node: in a branch the optimizer does not look outside
         for node in graph.node:
             codes = stored.get(node.input[0]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 else None
             if codes is None or codes.data_type != onnx.TensorProto.INT8:

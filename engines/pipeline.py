@@ -15,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -25,10 +25,28 @@ from qdiff import device
 from qdiff.engines.base import Runner
 from qdiff.errors import InputError
 from qdiff.models.finite import require_finite_step
-from qdiff.models.given import flattened, unknown
+from qdiff.models.given import flattened, tensor_of, unknown
 from qdiff.recording.inputs import InputSpec, latent_of
 
+if TYPE_CHECKING:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
 UNNAMED = "(unnamed)"
+
+
+class Backbone(Protocol):
+    """What is read of the module whose place an engine takes."""
+
+    forward: Callable[..., object]
+
+    @property
+    def config(self) -> Mapping[str, object]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class EngineBackbone(torch.nn.Module):
@@ -47,7 +65,7 @@ class EngineBackbone(torch.nn.Module):
 
     def __init__(
         self,
-        original: Any,
+        original: Backbone,
         runner: Runner,
         inputs: Sequence[InputSpec],
         engine: str = UNNAMED,
@@ -63,8 +81,11 @@ class EngineBackbone(torch.nn.Module):
         if hasattr(original, "add_embedding"):  # of which SDXL's pipelines ask the width, to check their own embeddings
             width = original.add_embedding.linear_1.in_features
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
-        another = isinstance(original, EngineBackbone)
-        self._signature = original._signature if another else inspect.signature(original.forward)
+        self._signature: inspect.Signature
+        if isinstance(original, EngineBackbone):
+            self._signature = original._signature
+        else:
+            self._signature = inspect.signature(original.forward)
         # Follows pipe.to(...) like weights would, so that dtype and device stay true.
         anchor = torch.empty(0, dtype=original.dtype, device=original.device)
         self.register_buffer("_anchor", anchor, persistent=False)
@@ -80,13 +101,13 @@ class EngineBackbone(torch.nn.Module):
         return self._anchor.device  # type: ignore[return-value]
 
     @contextlib.contextmanager
-    def cache_context(self, *_: Any, **__: Any) -> Iterator[None]:
+    def cache_context(self, *_: object, **__: object) -> Iterator[None]:
         """Do nothing for the length of a block: diffusers' feature caches live inside torch blocks, and an engine has
         none.
         """
         yield
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor] | Transformer2DModelOutput:
         """Return what the original's call returns: ``(sample,)`` or an output object with ``sample``, in the latent's
         element type.
 
@@ -110,7 +131,7 @@ class EngineBackbone(torch.nn.Module):
 
         return Transformer2DModelOutput(sample=sample)
 
-    def _inputs(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def _inputs(self, arguments: Mapping[str, object]) -> dict[str, torch.Tensor]:
         given = flattened(arguments)
         for name in unknown(given, (*self.inputs, *self.unread)):
             message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
@@ -118,12 +139,13 @@ class EngineBackbone(torch.nn.Module):
         (latent,) = (name for name, spec in self.inputs.items() if spec.name == self.latent)
         if given.get(latent) is None:
             raise _lacking(latent)
-        return {spec.name: self._tensor(name, spec, given, given[latent]) for name, spec in self.inputs.items()}
+        sample = tensor_of(given, latent)
+        return {spec.name: self._tensor(name, spec, given, sample) for name, spec in self.inputs.items()}
 
-    def _tensor(self, name: str, spec: InputSpec, given: Mapping[str, Any], latent: torch.Tensor) -> torch.Tensor:
+    def _tensor(self, name: str, spec: InputSpec, given: Mapping[str, object], latent: torch.Tensor) -> torch.Tensor:
         value = given.get(name)
         if value is None and name == "encoder_attention_mask" and given.get("encoder_hidden_states") is not None:
-            states = given["encoder_hidden_states"]
+            states = tensor_of(given, "encoder_hidden_states")
             return torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
         if value is None:
             raise _lacking(name)
@@ -137,7 +159,7 @@ def _lacking(name: str) -> InputError:
 
 
 def replace(
-    pipe: Any,
+    pipe: object,
     attribute: str,
     runner: Runner,
     inputs: Sequence[InputSpec],
@@ -161,7 +183,7 @@ def replace(
 
 @contextlib.contextmanager
 def insert(
-    pipe: Any,
+    pipe: object,
     attribute: str,
     runner: Runner,
     inputs: Sequence[InputSpec],

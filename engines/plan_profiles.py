@@ -107,10 +107,14 @@ def with_deltas(plan: Plan, profile: Profile, latent: str) -> Profile:
     ``latent`` makes them.
     """
     from qdiff.models import FAMILIES
+    from qdiff.models.config import integer
     from qdiff.plan.routing_plan import DELTAS
 
     assert plan.routing is not None
-    grid, width = FAMILIES[plan.family].grid, plan.config["num_attention_heads"] * plan.config["attention_head_dim"]
+    grid, width = (
+        FAMILIES[plan.family].grid,
+        integer(plan.config, "num_attention_heads") * integer(plan.config, "attention_head_dim"),
+    )
     count = len(plan.routing.blocks)
     ranges = _triple((count, shape[0], math.prod(grid(plan.config, shape)), width) for shape in profile.ranges[latent])
     return dataclasses.replace(profile, ranges={**profile.ranges, DELTAS: ranges})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdiff.engines.base import Runner
 from qdiff.plan.routing_plan import DELTAS, ROUTES
@@ -17,6 +17,9 @@ from qdiff.routing.router import Router
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qdiff.models.base import Family
+    from qdiff.models.config import Config
+
 
 class RoutedRunner(Runner):
     """A runner with its routes added.
@@ -24,18 +27,18 @@ class RoutedRunner(Runner):
     Args:
         runner: of a graph that takes routes.
         router: of the plan that the graph was made from.
-        family: :class:`qdiff.models.base.Family` of the backbone, of diffusers' ``config``: they say how a latent is cut into
-            tokens.
+        family, config: of the backbone; they say how a latent is cut into tokens.
     """
 
-    def __init__(self, runner: Runner, router: Router, family: Any, config: Mapping[str, Any]) -> None:
+    def __init__(self, runner: Runner, router: Router, family: Family, config: Config) -> None:
         self.runner, self.router = runner, router
         self.inputs = tuple(spec for spec in runner.inputs if spec.name not in (ROUTES, DELTAS))
         self._family, self._config = family, config
+        from qdiff.models.config import integer
         from qdiff.recording.inputs import latent_of
 
         self._latent = latent_of(family.inputs(config)).name
-        self._width = config["num_attention_heads"] * config["attention_head_dim"]
+        self._width = integer(config, "num_attention_heads") * integer(config, "attention_head_dim")
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         if self.router.plan.by_sample and len(inputs["timestep"]) > 1:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from qdiff.engines.base import ENGINES, BuildOptions
 from qdiff.engines.trt_engine import TensorRTEngine
@@ -41,7 +42,7 @@ class DataCentreTensorRTEngine(TensorRTEngine):
             return False
         return numerics_named(plan.attention.numerics).coded
 
-    def _plugins(self, trt: Any, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
+    def _plugins(self, trt: ModuleType, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
         from qdiff.engines import trt_plugin  # it needs torch, which importing engines must not
 
         names = trt_plugin.taken_over(onnx) if self.flag(options, "attention") == "kernel" else ()

@@ -14,12 +14,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
-from qdiff.engines.base import Profile
+from qdiff.engines.base import BuildFacts, Profile
 from qdiff.engines.graph import inlined
 from qdiff.errors import InputError, QdiffError, UsageError
 from qdiff.events import Progress, log
+
+if TYPE_CHECKING:
+    import tensorrt
 
 _NOISE = (
     "catchCudaError",
@@ -28,29 +32,38 @@ _NOISE = (
 )  # said on machines without a GPU, never the cause
 
 
-def make_logger(trt: Any) -> Any:
+class Logger(Protocol):
+    """A logger of TensorRT that remembers the errors."""
+
+    errors: list[str]
+
+    def cause(self) -> str:
+        """Return the errors worth reading, one a line."""
+        ...
+
+
+def make_logger(trt: Any) -> Logger:
     """Return a TensorRT logger that keeps error texts in ``errors`` and sends warnings to qdiff's log."""
 
-    class Logger(trt.ILogger):  # the base class exists once the library is imported
+    class ErrorLogger(trt.ILogger):  # the base class exists once the library is imported
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: tensorrt.ILogger.Severity, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.Severity.WARNING:
                 log.debug("TensorRT: %s", message)
 
         def cause(self) -> str:
-            """Return the errors worth reading, one a line."""
             useful = [text for text in self.errors if not any(word in text for word in _NOISE)] or self.errors
             return "\n  ".join(dict.fromkeys(useful)) or "TensorRT gave no reason"
 
-    return Logger()
+    return ErrorLogger()
 
 
-def _monitor(trt: Any) -> Any:
+def _monitor(trt: Any) -> tensorrt.IProgressMonitor:
     """Report TensorRT's outermost phases as progress. Its calls come from the thread that builds."""
 
     class Monitor(trt.IProgressMonitor):
@@ -74,7 +87,7 @@ def _monitor(trt: Any) -> Any:
     return Monitor()
 
 
-def capability(trt: Any, text: str) -> Any:
+def capability(trt: ModuleType, text: str) -> tensorrt.ComputeCapability:
     """Return TensorRT's constant for a compute capability: ``"12.0"`` gives ``trt.ComputeCapability.SM120``.
 
     Raises:
@@ -92,7 +105,9 @@ def capability(trt: Any, text: str) -> Any:
     return known[text]
 
 
-def _parse(trt: Any, builder: Any, logger: Any, onnx: Path, plugins: Collection[str]) -> Any:
+def _parse(
+    trt: ModuleType, builder: tensorrt.Builder, logger: Logger, onnx: Path, plugins: Collection[str]
+) -> tensorrt.INetworkDefinition:
     wanted = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if plugins else [])]
     known = trt.NetworkDefinitionCreationFlag.__members__  # later releases have no other kind than strongly typed
     flags = sum(1 << int(known[name]) for name in wanted if name in known)
@@ -111,7 +126,12 @@ def _parse(trt: Any, builder: Any, logger: Any, onnx: Path, plugins: Collection[
     raise InputError(f"TensorRT cannot read {onnx}:\n  {text}", "export again for target tensorrt")
 
 
-def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Profile]) -> None:
+def _add_profiles(
+    builder: tensorrt.Builder,
+    config: tensorrt.IBuilderConfig,
+    network: tensorrt.INetworkDefinition,
+    profiles: Sequence[Profile],
+) -> None:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     dynamic = [tensor.name for tensor in inputs if -1 in tuple(tensor.shape)]
     if dynamic and not profiles:
@@ -136,7 +156,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             raise UsageError(f"profile {profile.name!r} does not fit the graph's inputs: {profile.to_json()['ranges']}")
 
 
-def _fix_sizes(network: Any, profile: Profile) -> None:
+def _fix_sizes(network: tensorrt.INetworkDefinition, profile: Profile) -> None:
     """Give the network's inputs the sizes of a profile without ranges: there is nothing dynamic left."""
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         if -1 in tuple(tensor.shape) and tensor.name in profile.ranges:
@@ -144,14 +164,14 @@ def _fix_sizes(network: Any, profile: Profile) -> None:
 
 
 def build_plan(
-    trt: Any,
+    trt: ModuleType,
     onnx: Path,
     profiles: Sequence[Profile],
     target: str | None,
     level: int,
     plugins: Collection[str] = (),
-) -> tuple[Any, dict[str, Any]]:
-    """Parse and compiles.
+) -> tuple[tensorrt.IHostMemory, BuildFacts]:
+    """Parse and compile.
 
     Args:
         trt: the library.

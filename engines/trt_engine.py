@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar
 
-from qdiff.engines.base import BuildOptions, Engine, Profile, Runner
+from qdiff.engines.base import BuildFacts, BuildOptions, Engine, Profile, Runner
 from qdiff.engines.graph import external_files
 from qdiff.engines.trt_build import build_plan, capability
 from qdiff.engines.trt_run import TensorRTRunner
@@ -76,7 +77,7 @@ class TensorRTEngine(Engine):
         """Return whether an engine for ``plan`` is for one size of every input."""
         return False
 
-    def _target(self, trt: Any, wanted: str) -> str | None:
+    def _target(self, trt: ModuleType, wanted: str) -> str | None:
         """Return what the builder is told: the architecture by name; ``None`` when it can only build for the GPU
         here.
         """
@@ -88,11 +89,11 @@ class TensorRTEngine(Engine):
             raise MissingDependencyError(message, "build on the machine that will run the engine")
         return None
 
-    def _plugins(self, trt: Any, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
+    def _plugins(self, trt: ModuleType, onnx: Path, options: BuildOptions, wanted: str) -> tuple[str, ...]:
         """Register plugins for functions of the graph, and return the names of those functions. Here: none."""
         return ()
 
-    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    def build(self, onnx: Path, folder: Path, options: BuildOptions) -> BuildFacts:
         trt = self.backend()
         level = int(self.flag(options, "level"))
         wanted = self._capability(options)

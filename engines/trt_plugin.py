@@ -28,7 +28,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import GenericAlias
+from types import GenericAlias, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qdiff.attention.nodes import DOMAIN, KEYS, PARTS, PRODUCT, QUERIES, VALUES, AttentionNode
@@ -38,6 +38,8 @@ from qdiff.errors import InputError, IntegrityError, MissingDependencyError, Usa
 from qdiff.events import Progress
 
 if TYPE_CHECKING:
+    import tensorrt
+
     from qdiff.attention.kernels.aot import Compiled
     from qdiff.attention.kernels.sparse_attention import Launch
 
@@ -212,7 +214,7 @@ def require_static(profiles: Sequence[Profile]) -> None:
 _REGISTERED: dict[str, int] = {}
 
 
-def register(trt: Any, names: Iterable[str], capability: int) -> None:
+def register(trt: ModuleType, names: Iterable[str], capability: int) -> None:
     """Compile the kernels of these functions and register a plugin for each. Before the graph is parsed: there errors
     of a kernel would be lines in TensorRT's log.
 
@@ -243,7 +245,7 @@ def register(trt: Any, names: Iterable[str], capability: int) -> None:
         _REGISTERED[name] = capability
 
 
-def _interface_of(trt: Any) -> Any:
+def _interface_of(trt: ModuleType) -> ModuleType:
     """Return the module ``tensorrt.plugin``."""
     if hasattr(trt, "QuickPluginCreationRequest"):
         for package in (trt.__name__, f"{trt.__name__}_bindings"):
@@ -257,7 +259,7 @@ def _interface_of(trt: Any) -> Any:
     )
 
 
-def _define(trt: Any, plugins: Any, name: str, node: AttentionNode) -> None:
+def _define(trt: ModuleType, plugins: Any, name: str, node: AttentionNode) -> None:
     """Register one plugin. Signatures are made here, for TensorRT reads them: a tensor for each input and nothing
     else.
     """
@@ -266,18 +268,20 @@ def _define(trt: Any, plugins: Any, name: str, node: AttentionNode) -> None:
     results: Any = GenericAlias(tuple, (tensor,) * len(made.outputs))
     kernel = tuple[str, str, plugins.KernelLaunchParams, plugins.SymIntExprs]
 
-    def describe(*inputs: Any) -> Any:
+    def describe(*inputs: tensorrt.plugin.TensorDesc) -> tuple[tensorrt.plugin.TensorDesc, ...]:
         batch = inputs[0].shape_expr[0]
         return tuple(
             plugins.from_shape_expr((batch, *shape), getattr(trt.DataType, members.get(kind, kind)))
             for _, kind, shape in made.outputs
         )
 
-    def choices(*_: Any) -> Any:
+    def choices(*_: tensorrt.plugin.TensorDesc) -> list[tensorrt.plugin.AutoTuneCombination]:
         tactics = list(range(1, len(compiled(node, _REGISTERED[name])) + 1))
         return [plugins.AutoTuneCombination(made.types, "LINEAR", tactics)]
 
-    def implementation(*given: Any) -> Any:
+    def implementation(
+        *given: Any,
+    ) -> tuple[str, str, tensorrt.plugin.KernelLaunchParams, tensorrt.plugin.SymIntExprs]:
         *inputs, _, tactic = given
         chosen = compiled(node, _REGISTERED[name])[tactic - 1]
         sizes = {"tokens": node.tiling.tokens, "text": node.tiling.text, "pitch": inputs[-1].shape_expr[-1]}
@@ -297,12 +301,12 @@ def _define(trt: Any, plugins: Any, name: str, node: AttentionNode) -> None:
         (choices, [*own, outputs], list[plugins.AutoTuneCombination]),
         (implementation, [*own, outputs, _parameter("tactic", int)], kernel),
     ):
-        function.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+        vars(function)["__signature__"] = inspect.Signature(parameters, return_annotation=returns)
     identifier = f"{DOMAIN}::{name}"
     plugins.register(identifier)(describe)
     plugins.autotune(identifier)(choices)
     plugins.aot_impl(identifier)(implementation)
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+def _parameter(name: str, annotation: type | GenericAlias) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from qdiff.engines import signing
 from qdiff.engines.base import Profile, Runner, Shape
@@ -19,6 +20,7 @@ from qdiff.engines.trt_build import make_logger
 from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError
 
 if TYPE_CHECKING:
+    import tensorrt
     from torch import Tensor
 
 _DTYPES = {
@@ -72,7 +74,9 @@ class TensorRTRunner(Runner):
         graphs: TensorRT-RTX only: replay each step as a CUDA graph.
     """
 
-    def __init__(self, trt: Any, plan: bytes, profiles: Sequence[Profile], kernels: Path | None, graphs: bool) -> None:
+    def __init__(
+        self, trt: ModuleType, plan: bytes, profiles: Sequence[Profile], kernels: Path | None, graphs: bool
+    ) -> None:
         import torch
 
         self._trt, self._profiles, self._kernels = trt, tuple(profiles), kernels
@@ -94,7 +98,7 @@ class TensorRTRunner(Runner):
         # Numbers that shapes of other tensors follow from are read by the host.
         self._on_host = {spec.name for spec in self.inputs if self._engine.is_shape_inference_io(spec.name)}
 
-    def _make_context(self, graphs: bool) -> Any:
+    def _make_context(self, graphs: bool) -> tensorrt.IExecutionContext:
         self._cache = None
         if not hasattr(self._trt, "IRuntimeCache"):
             context = self._engine.create_execution_context()

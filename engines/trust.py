@@ -13,10 +13,10 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from qdiff.engines import signing
-from qdiff.engines.base import Engine
+from qdiff.engines.base import BuildFacts, Engine, OptionsJson
 from qdiff.errors import IntegrityError
 from qdiff.files import read_json, sha256_file, sha256_json
 
@@ -25,7 +25,30 @@ FORMAT = 1  # raised when an engine's files or the manifest change their meaning
 _PURPOSE = "engine manifest"
 
 
-def folder_name(parts: dict[str, Any]) -> str:
+class KeyParts(TypedDict):
+    """Everything that decides an engine's files."""
+
+    format: int
+    onnx: str  # digest of the graph with its weights
+    engine: str
+    version: str
+    device: str
+    options: OptionsJson
+
+
+class EngineManifest(TypedDict):
+    """What ``manifest.json`` of an engine's folder holds: ``changing`` are files that change as the engine runs, ``files`` the
+    sha256 of the others; ``hmac`` signs all the rest.
+    """
+
+    parts: KeyParts
+    facts: BuildFacts
+    changing: list[str]
+    files: dict[str, str]
+    hmac: NotRequired[str]
+
+
+def folder_name(parts: KeyParts) -> str:
     """Return the name of the folder in which the engine with these parts lies."""
     return f"{parts['engine']}-{sha256_json(parts)[:16]}"
 
@@ -48,7 +71,7 @@ def _check_owner(path: Path, folder: Path, kind: str) -> None:
         )
 
 
-def trusted(folder: Path, engine: Engine | None = None) -> dict[str, Any]:
+def trusted(folder: Path, engine: Engine | None = None) -> EngineManifest:
     """Verify an engine folder and return its manifest.
 
     Args:
@@ -60,7 +83,7 @@ def trusted(folder: Path, engine: Engine | None = None) -> dict[str, Any]:
         IntegrityError: any byte, name, owner, permission, signature or version is not as built.
     """
     folder = Path(os.path.abspath(folder))
-    manifest = read_json(folder / MANIFEST, "the engine's manifest")
+    manifest: EngineManifest = read_json(folder / MANIFEST, "the engine's manifest")
     for path in (folder.parent, folder):
         _check_owner(path, folder, "folder")
     _check_owner(folder / MANIFEST, folder, "file")
@@ -83,8 +106,8 @@ def trusted(folder: Path, engine: Engine | None = None) -> dict[str, Any]:
     return manifest
 
 
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    files: dict[str, str] = manifest["files"]
+def _check_files(folder: Path, manifest: EngineManifest) -> None:
+    files = manifest["files"]
     for name in sorted({path.name for path in folder.iterdir()} - {*files, *manifest["changing"], MANIFEST}):
         raise IntegrityError(f"{folder / name} is no part of this engine", _fix(folder))
     for name, digest in files.items():
@@ -95,10 +118,10 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise IntegrityError(f"{folder / name} is not the file that was built (its sha256 differs)", _fix(folder))
 
 
-def _canonical(manifest: dict[str, Any]) -> bytes:
+def _canonical(manifest: EngineManifest) -> bytes:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
 
 
-def signed(manifest: dict[str, Any]) -> dict[str, Any]:
+def signed(manifest: EngineManifest) -> EngineManifest:
     """Return the manifest with the user's signature."""
     return {**manifest, "hmac": signing.sign(_canonical(manifest), _PURPOSE)}

@@ -8,14 +8,18 @@ or two (docs/log).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.graphs.walk import graphs, initializers
+
+if TYPE_CHECKING:
+    import numpy
+    import onnx
 
 _PREFIX = "Unpack_"
 
 
-def take_out_unpacking(model: Any, folder: Path) -> dict[str, Any]:
+def take_out_unpacking(model: onnx.ModelProto, folder: Path) -> dict[str, numpy.ndarray]:
     """Replace what unpacks constants by initializers that the caller has to give to the session.
 
     Args:
@@ -34,7 +38,7 @@ def take_out_unpacking(model: Any, folder: Path) -> dict[str, Any]:
     from qdiff.formats.table import format_named
 
     packed = {tensor.name: tensor for tensor in initializers(model.graph)}
-    found: dict[str, Any] = {}
+    found: dict[str, numpy.ndarray] = {}
     for graph in graphs(model.graph):
         unpacking = [
             node
