@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qdiff.api.progress import Progress
+    from qdiff.api.run import RunOrPath
     from qdiff.runs.run import Run
 
 
 class _CallablePackage(ModuleType):
     """A package that is the function of its name."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Run:
+    def __call__(
+        self,
+        run: RunOrPath,
+        target: str | Sequence[str] = ("onnxruntime", "tensorrt"),
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+        progress: Progress = None,
+    ) -> Run:
         """Export a run; see :func:`qdiff.api.stages.export`."""
         from qdiff.api.stages import export
 
-        return export(*args, **kwargs)
+        return export(run, target, force=force, dry_run=dry_run, progress=progress)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

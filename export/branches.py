@@ -9,14 +9,17 @@ graph's inputs to it: no runtime packs those.)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.export.function_text import DOMAIN
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 CHOOSE = "Choose"
 
 
-def sink_branches(model: Any) -> int:
+def sink_branches(model: onnx_ir.Model) -> int:
     """Replace the choices of a model of ``onnx_ir``, in place, the last first.
 
     Returns:
@@ -29,18 +32,19 @@ def sink_branches(model: Any) -> int:
     return len(choices)
 
 
-def is_choice(node: Any) -> bool:
+def is_choice(node: onnx_ir.Node) -> bool:
     """Return whether a node is one."""
     return node.domain == DOMAIN and node.op_type.startswith(CHOOSE)
 
 
-def _replace(graph: Any, choice: Any, number: int) -> None:
+def _replace(graph: onnx_ir.Graph, choice: onnx_ir.Node, number: int) -> None:
     import onnx_ir
 
-    which, *alternatives = choice.inputs
+    which, *values = choice.inputs
+    alternatives = [value for value in values if value is not None]
     needed = [_only_for(choice, place) for place in range(1, len(choice.inputs))]
     # The branch that is tried first holds the next choice in its other branch, and so on.
-    inner: Any = None
+    inner: onnx_ir.Graph | None = None
     for place in reversed(range(len(alternatives))):
         made = _branch(graph, alternatives[place], needed[place], f"choice_{number}_{place}")
         if inner is None:
@@ -72,11 +76,13 @@ def _replace(graph: Any, choice: Any, number: int) -> None:
     graph.remove(choice, safe=True)
 
 
-def _only_for(choice: Any, place: int) -> list[Any]:
+def _only_for(choice: onnx_ir.Node, place: int) -> list[onnx_ir.Node]:
     """Return the nodes that nothing but input ``place`` of a choice needs, in the graph's order."""
-    found: set[Any] = set()
-    ordered: list[Any] = []
-    waiting = [choice.inputs[place].producer()]
+    found: set[onnx_ir.Node] = set()
+    ordered: list[onnx_ir.Node] = []
+    alternative = choice.inputs[place]
+    assert alternative is not None and choice.graph is not None
+    waiting = [alternative.producer()]
     while waiting:
         node = waiting.pop()
         if node is None or node in found or not all(_inside(value, found, choice, place) for value in node.outputs):
@@ -88,14 +94,14 @@ def _only_for(choice: Any, place: int) -> list[Any]:
     return ordered
 
 
-def _inside(value: Any, found: set[Any], choice: Any, place: int) -> bool:
+def _inside(value: onnx_ir.Value, found: set[onnx_ir.Node], choice: onnx_ir.Node, place: int) -> bool:
     uses = value.uses()
     return not value.is_graph_output() and all(
         use.node in found or (use.node is choice and use.idx == place) for use in uses
     )
 
 
-def _branch(graph: Any, result: Any, nodes: list[Any], name: str) -> Any:
+def _branch(graph: onnx_ir.Graph, result: onnx_ir.Value, nodes: list[onnx_ir.Node], name: str) -> onnx_ir.Graph:
     """Return a graph that computes ``result`` by these nodes of ``graph``, which leave it, with the weights that only
     they use.
     """
@@ -108,6 +114,7 @@ def _branch(graph: Any, result: Any, nodes: list[Any], name: str) -> Any:
         if uses and all(use.node in inside for use in uses):
             own.append(value)
     for value in own:
+        assert value.name is not None
         del graph.initializers[value.name]
     graph.remove(nodes)
     if result.producer() not in inside:

@@ -10,7 +10,7 @@ scales are bytes for every target.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +20,10 @@ from qdiff.export.translations import Target
 from qdiff.formats.table import Format, format_named
 from qdiff.nn.quant_linear import QuantConv2d, QuantLinear
 
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir
+
 
 def bytes_as_codes(module: nn.Module) -> None:
     """View E8M0 scales as bytes, in place; the module is for tracing only afterwards."""
@@ -28,7 +32,7 @@ def bytes_as_codes(module: nn.Module) -> None:
             layer.scale = layer.scale.view(torch.uint8)
 
 
-def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
+def store_codes(graph: onnx_ir.Graph, module: nn.Module, target: Target) -> None:
     """Give the initializers of all quantized layers their element types, and store weights the way products want them.
 
     Args:
@@ -46,7 +50,7 @@ def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
                 )
             format = format_named(layer.config.weights)
             if format.bits == 4:
-                packed = codes.const_value.numpy()
+                packed = _tensor(codes).numpy()
                 _set(codes, packed, (packed.shape[0], 2 * packed.shape[1]), _element_type(format, target))
             if isinstance(layer, QuantConv2d):
                 _as_kernels(graph, codes, format)
@@ -54,7 +58,7 @@ def store_codes(graph: Any, module: nn.Module, target: Target) -> None:
                 _transpose(graph, codes, format)
 
 
-def _element_type(format: Format, target: Target) -> Any:
+def _element_type(format: Format, target: Target) -> onnx_ir.DataType:
     import onnx_ir
 
     if format.kind == "integer":
@@ -62,7 +66,19 @@ def _element_type(format: Format, target: Target) -> Any:
     return onnx_ir.DataType.FLOAT4E2M1 if target.name == "tensorrt" else onnx_ir.DataType.UINT4
 
 
-def _set(value: Any, packed: Any, shape: tuple[int, int], dtype: Any) -> None:
+def _tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol:
+    """Return the data of an initializer."""
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _shape(value: onnx_ir.Value) -> onnx_ir.Shape:
+    """Return the sizes of a value that has them; what the exporter writes has."""
+    assert value.shape is not None
+    return value.shape
+
+
+def _set(value: onnx_ir.Value, packed: np.ndarray, shape: tuple[int, int], dtype: onnx_ir.DataType) -> None:
     """Make packed bytes the initializer's data; ONNX packs a tensor as one row."""
     import onnx_ir
 
@@ -70,7 +86,7 @@ def _set(value: Any, packed: Any, shape: tuple[int, int], dtype: Any) -> None:
     value.shape, value.type = onnx_ir.Shape(shape), onnx_ir.TensorType(dtype)
 
 
-def _transpose(graph: Any, codes: Any, format: Format) -> None:
+def _transpose(graph: onnx_ir.Graph, codes: onnx_ir.Value, format: Format) -> None:
     """Store a weight as ``[in, out]``, so that DequantizeLinear feeds its MatMul without a Transpose between.
 
     A linear layer is traced as MatMul(x, Transpose(DequantizeLinear(codes [out, in]))). ONNX Runtime folds that into a float
@@ -89,30 +105,34 @@ def _transpose(graph: Any, codes: Any, format: Format) -> None:
         return
     if unpacked is not None:
         turn = onnx_ir.node("Transpose", [unpacked], {"perm": [1, 0]}, name=f"{codes.name}.transposed")
-        turn.outputs[0].shape = onnx_ir.Shape([*reversed(dequantize.outputs[0].shape)])
+        turn.outputs[0].shape = onnx_ir.Shape([*reversed(_shape(dequantize.outputs[0]))])
         turn.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT8)
         graph.insert_before(dequantize, turn)
         dequantize.replace_input_with(0, turn.outputs[0])
     elif format.bits == 4:
-        rows, columns = codes.shape.numpy()
-        _set(codes, _transposed(codes.const_value.tobytes(), rows, columns), (columns, rows), codes.dtype)
+        rows, columns = _shape(codes).numpy()
+        data = _tensor(codes)
+        _set(codes, _transposed(data.tobytes(), rows, columns), (columns, rows), data.dtype)
     else:
         _transpose_value(codes)
     if format.block:
         scale = dequantize.inputs[1]
+        assert scale is not None
         if len(scale.uses()) > 1:  # equal scales of small layers are one initializer
             scale = onnx_ir.Value(name=f"{codes.name}.scale", const_value=scale.const_value, type=scale.type)
             graph.register_initializer(scale)
             dequantize.replace_input_with(1, scale)
         _transpose_value(scale)
     dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 0 if format.block else 1)
-    dequantize.outputs[0].shape = onnx_ir.Shape(dequantize.inputs[0].shape)
+    read = dequantize.inputs[0]
+    assert read is not None
+    dequantize.outputs[0].shape = onnx_ir.Shape(_shape(read))
     for user in users:
         user.outputs[0].replace_all_uses_with(dequantize.outputs[0])
         graph.remove(user, safe=True)
 
 
-def _as_kernels(graph: Any, codes: Any, format: Format) -> None:
+def _as_kernels(graph: onnx_ir.Graph, codes: onnx_ir.Value, format: Format) -> None:
     """Store a convolution's weight as ``[out, in, height, width]``, so that DequantizeLinear feeds its Conv without a
     Reshape between: runtimes look for the pair. Packed and blocked codes stay a matrix, whose blocks run over channels
     and taps.
@@ -125,24 +145,24 @@ def _as_kernels(graph: Any, codes: Any, format: Format) -> None:
     users = [use.node for use in dequantize.outputs[0].uses()]
     if dequantize.op_type != "DequantizeLinear" or any(user.op_type != "Reshape" for user in users):
         return
-    shape = users[0].outputs[0].shape.numpy()
-    codes.const_value = onnx_ir.tensor(codes.const_value.numpy().reshape(shape), name=codes.name)
+    shape = _shape(users[0].outputs[0]).numpy()
+    codes.const_value = onnx_ir.tensor(_tensor(codes).numpy().reshape(shape), name=codes.name)
     codes.shape = dequantize.outputs[0].shape = onnx_ir.Shape(shape)
     for user in users:
         user.outputs[0].replace_all_uses_with(dequantize.outputs[0])
         graph.remove(user, safe=True)
 
 
-def _transpose_value(value: Any) -> None:
+def _transpose_value(value: onnx_ir.Value) -> None:
     import numpy
     import onnx_ir
 
-    transposed = numpy.ascontiguousarray(value.const_value.numpy().T)
+    transposed = numpy.ascontiguousarray(_tensor(value).numpy().T)
     value.const_value = onnx_ir.tensor(transposed, name=value.name)
     value.shape = onnx_ir.Shape(transposed.shape)
 
 
-def _transposed(data: bytes, rows: int, columns: int) -> Any:
+def _transposed(data: bytes, rows: int, columns: int) -> np.ndarray:
     """Return codes of 4 bits ``[rows, columns]`` to those of ``[columns, rows]``, both packed."""
     import numpy
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.export.function_text import DOMAIN
 from qdiff.export.functions import function
 from qdiff.files import temporary_beside
 from qdiff.graphs.walk import graphs, initializers, nodes
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 
 @contextlib.contextmanager
@@ -52,6 +55,6 @@ def emulated(path: Path) -> Iterator[Path]:
         yield made
 
 
-def _become(node: Any, name: str) -> None:
+def _become(node: NodeProto, name: str) -> None:
     node.domain, node.op_type = DOMAIN, name
     del node.attribute[:]  # block and axis are constants of the function

@@ -31,7 +31,7 @@ values are torch's, bit for bit (the tests compare them). Two things differ from
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.attention.nodes import AttentionNode
 from qdiff.errors import InputError
@@ -47,6 +47,9 @@ from qdiff.formats.scales import (
     largest_scale,
 )
 from qdiff.formats.table import Element, Format, format_named
+
+if TYPE_CHECKING:
+    from onnx import FunctionProto
 
 _FLOAT, _INT8, _INT32, _INT64, _FLOAT16, _BFLOAT16, _E4M3, _E5M2 = (
     1,
@@ -79,8 +82,8 @@ def text_of(name: str) -> str:
     return made.text(name)
 
 
-def function(name: str) -> Any:
-    """Return the function as an ``onnx.FunctionProto``. Raises as :func:`text_of`."""
+def function(name: str) -> FunctionProto:
+    """Return the function. Raises as :func:`text_of`."""
     import onnx.parser
 
     return onnx.parser.parse_function(text_of(name))

@@ -15,14 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdiff.files import write_atomically
 from qdiff.graphs.parts import PARTS, STEP, axes_of
 from qdiff.graphs.walk import graphs, nodes
 
 if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+
     from qdiff.models.base import Family
+    from qdiff.models.config import Config
 
 HEAVY = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 
@@ -40,7 +43,7 @@ def write_parts(onnx: Path, sources: Mapping[str, Set[str]]) -> list[Path]:
     import onnx as library
 
     model = library.load(onnx, load_external_data=False)
-    found: dict[str, Any] = {}
+    found: dict[str, ModelProto] = {}
     for part, inputs in sources.items():
         made = hoist(model, inputs)
         if made is not None:
@@ -55,7 +58,7 @@ def write_parts(onnx: Path, sources: Mapping[str, Set[str]]) -> list[Path]:
     return files
 
 
-def sources_of(family: Family, config: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+def sources_of(family: Family, config: Config) -> dict[str, frozenset[str]]:
     """Return inputs that each part may read: those that stay the same for a picture, and the timestep."""
     specs = family.inputs(config)
     prompt = frozenset(spec.name for spec in specs if not spec.varies)
@@ -63,7 +66,7 @@ def sources_of(family: Family, config: Mapping[str, Any]) -> dict[str, frozenset
     return dict(zip(PARTS, (prompt, timestep), strict=True))
 
 
-def hoist(model: Any, inputs: Set[str]) -> tuple[Any, Any] | None:
+def hoist(model: ModelProto, inputs: Set[str]) -> tuple[ModelProto, ModelProto] | None:
     """Return what a model computes from ``inputs`` alone.
 
     Returns:
@@ -90,7 +93,7 @@ class _View:
     ``data`` holds the names of values that depend on the data of an input: not those that follow from shapes and constants alone.
     """
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: GraphProto) -> None:
         self.graph = graph
         self.types = {value.name: value for value in [*graph.value_info, *graph.input, *graph.output]}
         self.inputs = {value.name: value for value in graph.input}
@@ -132,7 +135,7 @@ class _View:
             return self._there(node.input[0], inputs, able) or self._sources(node, inputs) is not None
         return all(self._there(each, inputs, able) for each in self.reads[index])
 
-    def _sources(self, node: Any, inputs: Set[str]) -> list[tuple[str, int]] | None:
+    def _sources(self, node: NodeProto, inputs: Set[str]) -> list[tuple[str, int]] | None:
         """Return inputs and axes of them that have the sizes that a ``Shape`` of another input gives."""
         if node.op_type != "Shape" or node.input[0] not in self.inputs:
             return None
@@ -183,7 +186,7 @@ class _View:
         kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
         return value is not None and value.type.tensor_type.elem_type in kinds and None not in axes_of(value)
 
-    def part(self, model: Any, moved: set[int], carried: list[str], inputs: Set[str]) -> Any:
+    def part(self, model: ModelProto, moved: set[int], carried: list[str], inputs: Set[str]) -> ModelProto:
         """Return the model of the moved nodes."""
         needed: set[int] = set()
         waiting = list(moved)
@@ -195,7 +198,7 @@ class _View:
             needed.add(index)
             if node.op_type not in ("Shape", "Size") or self._there(node.input[0], inputs, moved):
                 waiting += [self.producer[name] for name in self.reads[index] if name in self.producer]
-        made: list[Any] = []
+        made: list[NodeProto] = []
         for index in sorted(needed):
             node = self.graph.node[index]
             if node.op_type == "Shape" and not self._there(node.input[0], inputs, moved):
@@ -207,7 +210,7 @@ class _View:
         given = [self.inputs[name] for name in self.inputs if name in read]
         return _model(model, made, given, outputs)
 
-    def rest(self, model: Any, moved: set[int], carried: list[str]) -> Any:
+    def rest(self, model: ModelProto, moved: set[int], carried: list[str]) -> ModelProto:
         """Return the model without the moved nodes, and without what only they needed."""
         alive: set[int] = set()
         waiting = [self.producer[name] for name in self.outputs if name in self.producer]
@@ -219,7 +222,7 @@ class _View:
         nodes_left = [self.graph.node[index] for index in sorted(alive)]
         # an input of which only sizes are asked is not needed where another one has them
         data = {name for node in nodes_left if node.op_type != "Shape" for name in _read_by(node)} & self.inputs.keys()
-        kept: list[Any] = []
+        kept: list[NodeProto] = []
         for node in nodes_left:
             sources = None if node.op_type != "Shape" or node.input[0] in data else self._sources(node, data)
             kept += [node] if sources is None else _shapes(node, sources)
@@ -228,7 +231,7 @@ class _View:
         return _model(model, kept, [*given, *(self.types[name] for name in carried)], list(self.graph.output))
 
 
-def _read_by(node: Any) -> Iterator[str]:
+def _read_by(node: NodeProto) -> Iterator[str]:
     """Yield names that a node reads, those that graphs inside it take from outside included."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
@@ -241,7 +244,7 @@ def _read_by(node: Any) -> Iterator[str]:
             yield from sorted(asked - made)
 
 
-def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
+def _shapes(node: NodeProto, sources: list[tuple[str, int]]) -> list[NodeProto]:
     """Return the ``Shape`` nodes of other inputs that give what ``node`` gives."""
     import onnx
 
@@ -255,7 +258,9 @@ def _shapes(node: Any, sources: list[tuple[str, int]]) -> list[Any]:
     return made if len(sources) == 1 else [*made, onnx.helper.make_node("Concat", pieces, [node.output[0]], axis=0)]
 
 
-def _model(model: Any, kept: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
+def _model(
+    model: ModelProto, kept: list[NodeProto], inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]
+) -> ModelProto:
     """Return a model of these nodes, with the initializers, value descriptions and functions of ``model`` that they
     use.
     """

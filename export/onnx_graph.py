@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,11 @@ from qdiff.export.codes import bytes_as_codes, store_codes
 from qdiff.export.function_text import DOMAIN, OPSET
 from qdiff.export.functions import function
 from qdiff.export.list_inputs import LISTED, fixed_sizes, list_inputs
-from qdiff.export.routes import CELLS, Output, RoutesAsInputs
+from qdiff.export.routes import CELLS, Output, RoutesAsInputs, names_of
 from qdiff.export.translations import Target, table_for
 from qdiff.files import disk_errors
 from qdiff.models.base import Family
+from qdiff.models.config import config_of, integer
 from qdiff.nn.quant_linear import KeptConv2d, KeptLinear, QuantLinear
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 from qdiff.plan.plan import Plan
@@ -43,6 +44,11 @@ from qdiff.quantization.checkpoint import TIMESTEPS
 from qdiff.recording.inputs import InputSpec, latent_of
 from qdiff.routing.blocks import branch_state_of
 
+if TYPE_CHECKING:
+    import onnx_ir
+
+T = TypeVar("T")
+Axes = dict[int, torch.export.Dim]
 # A first token that is computed apart leaves at least two others: with one the tracer would take the axis for a constant.
 SHORTEST_PROMPT, LONGEST_PROMPT, LARGEST_CELLS = 3, 4096, 1024
 MOST_CELLS = 2**24  # tokens of a block
@@ -85,7 +91,8 @@ def export_onnx(
     Raises:
         InputError: an op of the module has no translation for this target.
     """
-    specs = family.inputs(backbone.config)  # type: ignore[arg-type]
+    config = config_of(backbone)
+    specs = family.inputs(config)
     latent = example[latent_of(specs).name].shape
     family.fix_size(backbone, latent)
     named = family.for_export(backbone)
@@ -99,11 +106,12 @@ def export_onnx(
         lists = schedule_state.schedule.widest()
         specs = (*specs, *list_inputs(lists))
         named, values = ListsAsInputs(named, schedule_state), (*values, lists.blocks, lists.bounds)
-    outputs = [Output("prediction", family.output_axes(backbone.config))]  # type: ignore[arg-type]
+    outputs = [Output("prediction", family.output_axes(config))]
     branch_state = branch_state_of(backbone)
     if branch_state is not None:
-        config: Any = backbone.config
-        routes = RoutesAsInputs(named, branch_state, config["num_attention_heads"] * config["attention_head_dim"])
+        routes = RoutesAsInputs(
+            named, branch_state, integer(config, "num_attention_heads") * integer(config, "attention_head_dim")
+        )
         cells = math.prod(family.grid(config, latent))
         added, more = routes.interface(example, cells, fixed=one_size)
         named, specs, outputs = routes, (*specs, *(spec for spec, _ in added)), [*outputs, *more]
@@ -111,8 +119,8 @@ def export_onnx(
     module = InComputeDtype(named, getattr(torch, target.compute)).eval()
     bytes_as_codes(module)
     names = [spec.name for spec in specs]
-    divisor = family.cells_divisor(backbone.config)  # type: ignore[arg-type]
-    largest = min(LARGEST_CELLS // divisor, family.longest_axis(backbone.config) or LARGEST_CELLS)  # type: ignore[arg-type]
+    divisor = family.cells_divisor(config)
+    largest = min(LARGEST_CELLS // divisor, family.longest_axis(config) or LARGEST_CELLS)
     axes = (_dynamic_axes(specs, divisor, family.largest_batch, largest),)
     onnx_program = write_graph(module, values, axes, target, names, [output.name for output in outputs])
     _name_axes(onnx_program.model, specs, outputs)
@@ -134,18 +142,18 @@ def export_onnx(
 def write_graph(
     module: nn.Module,
     values: tuple[Tensor, ...],
-    dynamic_shapes: Any,
+    dynamic_shapes: tuple[tuple[Axes, ...]] | tuple[Axes | None, ...] | None,
     target: Target,
     inputs: list[str],
     outputs: Sequence[str] = ("prediction",),
-) -> Any:
+) -> torch.onnx.ONNXProgram:
     """Trace a module, translate it, and return the ``onnx_ir`` program, with packed weights and with the functions that
     it calls.
 
     Args:
         module: what is traced.
         values: the module's positional arguments, an example of each.
-        dynamic_shapes: as ``torch.export.export`` takes them.
+        dynamic_shapes: symbols of the dynamic axes, as ``torch.export.export`` takes them; ``None``: there are none.
         target: whose runtime reads the graph.
         inputs: names in the graph of what the module is given.
         outputs: names in the graph of what the module returns.
@@ -179,14 +187,14 @@ def write_graph(
     return written
 
 
-def _add_functions(model: Any) -> None:
+def _add_functions(model: onnx_ir.Model) -> None:
     """Put the functions of our domain that the graph calls into the file, and those that they call."""
     import onnx_ir
 
     wanted = {node.op_type for node in model.graph if node.domain == DOMAIN and not is_choice(node)}
     while wanted:
         for name in sorted(wanted):
-            added = onnx_ir.from_proto(function(name))
+            added = onnx_ir.serde.deserialize_function(function(name))
             model.functions[added.identifier()] = added
             model.opset_imports[DOMAIN] = 1
         called = {node.op_type for own in model.functions.values() for node in own if node.domain == DOMAIN}
@@ -200,8 +208,7 @@ class ListsAsInputs(nn.Module):
     def __init__(self, module: nn.Module, schedule_state: ScheduleState) -> None:
         super().__init__()
         self.module, self.schedule_state = module, schedule_state
-        names: Any = module.names
-        self.names = (*names, BLOCKS, BOUNDS)
+        self.names = (*names_of(module), BLOCKS, BOUNDS)
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def forward(self, *values: Tensor) -> Tensor:
@@ -226,13 +233,13 @@ class InComputeDtype(nn.Module):
         self.module, self.dtype = module, dtype
         if dtype is not torch.float32:
             for submodule in module.modules():
-                for own in (submodule._parameters, submodule._buffers):
-                    kept: dict[str, Any] = own
-                    exact = submodule.exact() if isinstance(submodule, QuantLinear) else {TIMESTEPS}
-                    for name, tensor in kept.items():
-                        if tensor is not None and tensor.is_floating_point() and name not in exact:
-                            cast = tensor.detach().to(dtype)
-                            kept[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
+                exact = submodule.exact() if isinstance(submodule, QuantLinear) else {TIMESTEPS}
+                for name, parameter in submodule._parameters.items():
+                    if parameter is not None and parameter.is_floating_point() and name not in exact:
+                        submodule._parameters[name] = nn.Parameter(parameter.detach().to(dtype), False)
+                for name, buffer in submodule._buffers.items():
+                    if buffer is not None and buffer.is_floating_point() and name not in exact:
+                        submodule._buffers[name] = buffer.detach().to(dtype)
                 if isinstance(
                     submodule, KeptLinear | KeptConv2d
                 ):  # in the dtype of its input, whatever its weight's is
@@ -241,8 +248,7 @@ class InComputeDtype(nn.Module):
                     parameter.dtype == dtype for parameter in submodule.parameters(recurse=False)
                 ):
                     submodule.register_forward_pre_hook(lambda module, args: tuple(_cast(arg, dtype) for arg in args))
-        names: Any = module.names
-        self.names: tuple[str, ...] = names
+        self.names = names_of(module)
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -255,7 +261,7 @@ class InComputeDtype(nn.Module):
         return tuple(each.float() for each in found) if isinstance(found, tuple) else found.float()
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: T, dtype: torch.dtype) -> T | Tensor:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -263,7 +269,7 @@ def _at_least_two(tensor: Tensor, axis: int | None) -> Tensor:
     return tensor if axis is None or tensor.shape[axis] > 1 else torch.cat([tensor, tensor], dim=axis)
 
 
-def _dynamic_axes(specs: Any, divisor: int, batch: int, largest: int) -> tuple[dict[int, Any], ...]:
+def _dynamic_axes(specs: Sequence[InputSpec], divisor: int, batch: int, largest: int) -> tuple[Axes, ...]:
     """Return symbols of the named axes; ``largest`` is the greatest number of patches along one."""
     height = torch.export.Dim("height_of_patches", min=2, max=largest)
     width = torch.export.Dim("width_of_patches", min=2, max=largest)
@@ -290,7 +296,7 @@ def _drop_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def _forget_origin(model: Any) -> None:
+def _forget_origin(model: onnx_ir.Model) -> None:
     """Drop the exporter's notes (stack traces with paths of this machine): as many bytes as a small model's weights."""
     model.metadata_props.clear()
     for graph in model.graphs():
@@ -303,7 +309,7 @@ def _forget_origin(model: Any) -> None:
             value.metadata_props.clear()
 
 
-def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]) -> None:
+def _name_axes(model: onnx_ir.Model, specs: Sequence[InputSpec], outputs: Sequence[Output]) -> None:
     """Give dynamic axes the names of :class:`qdiff.recording.inputs.InputSpec` instead of the tracer's symbols, inside
     the graph too.
     """
@@ -312,7 +318,7 @@ def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]
     names = {
         size.value: axis
         for value, spec in zip(model.graph.inputs, specs, strict=True)
-        for size, axis in zip(value.shape, spec.axes, strict=True)
+        for size, axis in zip(value.shape or (), spec.axes, strict=True)
         if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None and isinstance(axis, str)
     }
     for node in model.graph:
@@ -326,7 +332,7 @@ def _name_axes(model: Any, specs: Sequence[InputSpec], outputs: Sequence[Output]
         value.shape = onnx_ir.Shape(list(axes))
 
 
-def _named(size: Any, names: Mapping[str, str]) -> Any:
+def _named(size: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> int | str | onnx_ir.SymbolicDim:
     """Return a size with the tracer's symbols replaced; formulas such as ``6*s48`` have several."""
     text = getattr(size, "value", None)
     return re.sub(r"\b[a-z]\w*\b", lambda found: names.get(found[0], found[0]), text) if text else size

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.errors import IntegrityError
 from qdiff.export.function_text import DOMAIN
 from qdiff.formats.table import FORMATS, format_named
 from qdiff.graphs.walk import initializers, nodes
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
 
 _THROUGH = {"Transpose", "Reshape", "Cast", "CastLike", "Identity"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
@@ -49,16 +52,16 @@ class Graph:
         import onnx
 
         model = onnx.load(str(path), load_external_data=False)
-        self.initializers: dict[str, Any] = {tensor.name: tensor for tensor in initializers(model.graph)}
-        self.constants: dict[str, Any] = {
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in initializers(model.graph)}
+        self.constants: dict[str, TensorProto] = {
             node.output[0]: attribute.t
             for node in nodes(model.graph)
             if node.op_type == "Constant"
             for attribute in node.attribute
             if attribute.name == "value"
         }
-        self.producer: dict[str, Any] = {name: node for node in nodes(model.graph) for name in node.output}
-        self.consumers: dict[str, list[Any]] = {}
+        self.producer: dict[str, NodeProto] = {name: node for node in nodes(model.graph) for name in node.output}
+        self.consumers: dict[str, list[NodeProto]] = {}
         for node in nodes(model.graph):
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
@@ -102,7 +105,7 @@ class Graph:
             found += self._ways(name, node.output[0], form, kind)
         return found
 
-    def _weight_format(self, element: str, node: Any) -> str:
+    def _weight_format(self, element: str, node: NodeProto) -> str:
         """Return the row whose element, block and scale are those of a weight; else a description of what is there."""
         block = _attribute(node, "block_size", 0)
         if node.domain == DOMAIN:
@@ -132,7 +135,7 @@ class Graph:
             return "e8m0"
         return "float16"  # a number on its grid, in float16 or float32
 
-    def _output(self, product: Any) -> str | None:
+    def _output(self, product: NodeProto) -> str | None:
         """Return the format of the quantizer right behind a product, its bias and its division by the timestep's
         factor; the input quantizer of a layer that reads this one is not meant.
         """
@@ -152,7 +155,7 @@ class Graph:
                 return None
             value = node.output[0]
 
-    def _feeds_a_layer(self, quantizer: Any) -> bool:
+    def _feeds_a_layer(self, quantizer: NodeProto) -> bool:
         """Return whether what a quantizer makes goes into a product with a weight."""
         reached = [*quantizer.output]
         while reached:
@@ -173,7 +176,7 @@ class Graph:
             node = self.producer.get(value)
         return value in self.initializers and value.endswith(".codes")
 
-    def _pair(self, quantizer: Any) -> str:
+    def _pair(self, quantizer: NodeProto) -> str:
         """Return the format of a QuantizeLinear with one scale."""
         dtype = _attribute(quantizer, "output_dtype", 0)
         if not dtype and len(quantizer.input) > 2:
@@ -206,5 +209,5 @@ def _type(number: int) -> str:
     return str(onnx.TensorProto.DataType.Name(number))
 
 
-def _attribute(node: Any, name: str, default: int) -> int:
+def _attribute(node: NodeProto, name: str, default: int) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == name), default)

@@ -33,13 +33,19 @@ class Output:
     axes: tuple[Axis, ...]
 
 
+def names_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the inputs that a module takes in order, as :class:`qdiff.models.base.NamedInputs` says them."""
+    names: Any = module.names
+    return tuple(names)
+
+
 class RoutesAsInputs(nn.Module):
     """A backbone that is given its routes, after its own inputs, instead of asking a router."""
 
     def __init__(self, module: nn.Module, branch_state: BranchState, width: int) -> None:
         super().__init__()
         self.module, self.branch_state, self.width = module, branch_state, width
-        names: Any = module.names
+        names = names_of(module)
         self.names = (*names, ROUTES, DELTAS) if branch_state.caching else (*names, ROUTES)
         self.exact: frozenset[str] = getattr(module, "exact", frozenset())
 

@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.formats.table import format_named
 from qdiff.registry import Registry
 
-Translation = Callable[..., Any]
+if TYPE_CHECKING:
+    from onnx_ir import Value
+    from torch.library import CustomOpDef
+
+else:
+
+    class Value:
+        """A value of the graph that is being written. The exporter evaluates the annotations of translations."""
+
+
+Translation = Callable[..., Value]
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def translates(op: str, *targets: str) -> Callable[[Translation], Translation]:
     return add
 
 
-def custom_ops() -> dict[str, Any]:
+def custom_ops() -> dict[str, CustomOpDef]:
     """Return the ops ``qdiff::*`` that quantized graphs consist of, by name; importing them registers them."""
     from qdiff.attention.operator import sparse_attention
     from qdiff.nn.ops import OPS
@@ -125,7 +135,7 @@ def custom_ops() -> dict[str, Any]:
     return {**OPS, **BRANCH_OPS, "sparse_attention": sparse_attention}
 
 
-def table_for(target: Target) -> dict[Any, Translation]:
+def table_for(target: Target) -> dict[Callable[..., object], Translation]:
     """Return the exporter's table of translations by torch op overload."""
     import torch
 

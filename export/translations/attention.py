@@ -11,22 +11,21 @@ keep OpenVINO from multiplying q and k in INT8.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from qdiff.export.translations import translates
+from qdiff.export.translations import Value, translates
 
 
-def _scale(query: Any, scale: float | None) -> float:
+def _scale(query: Value, scale: float | None) -> float:
     return scale if scale is not None else 1 / math.sqrt(query.shape[-1])
 
 
-def _constant(value: float, like: Any) -> Any:
+def _constant(value: float, like: Value) -> Value:
     from onnxscript import opset23 as op
 
     return op.CastLike(op.Constant(value_float=value), like)
 
 
-def _attend(scores: Any, mask: Any, value: Any) -> Any:
+def _attend(scores: Value, mask: Value | None, value: Value) -> Value:
     from onnxscript import opset23 as op
 
     return op.MatMul(op.Softmax(scores if mask is None else op.Add(scores, mask), axis=-1), value)
@@ -39,15 +38,15 @@ def _plain_only(is_causal: bool, enable_gqa: bool, dropout_p: float) -> None:
 
 @translates("aten::scaled_dot_product_attention", "onnxruntime")
 def attention_scaling_scores(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
+) -> Value:
     """Return ``softmax((q kᵀ) * scale + mask) v`` for ``[batch, heads, tokens, size]``; the mask is additive and
     broadcasts.
     """
@@ -60,15 +59,15 @@ def attention_scaling_scores(
 
 @translates("aten::scaled_dot_product_attention", "tensorrt")
 def attention_scaling_inputs(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
+) -> Value:
     """Return ``softmax((q √scale) (k √scale)ᵀ + mask) v``; shapes as above."""
     from onnxscript import opset23 as op
 

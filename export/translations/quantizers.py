@@ -23,10 +23,9 @@ a code's own step is 2^-2): that is where TensorRT looks for its FP4 products. S
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from qdiff.export.function_text import DOMAIN
-from qdiff.export.translations import translates
+from qdiff.export.translations import Value, translates
 from qdiff.formats.table import Format, format_named
 
 TRT = "trt"
@@ -36,8 +35,8 @@ _PAIRS = {"int8": _INT8, "fp8": _FLOAT8E4M3FN}  # formats with a QuantizeLinear 
 
 
 def call(
-    domain: str, name: str, inputs: Sequence[Any], outputs: Sequence[str] = ("tensor(float)",), **attributes: int
-) -> Any:
+    domain: str, name: str, inputs: Sequence[Value], outputs: Sequence[str] = ("tensor(float)",), **attributes: int
+) -> Value:
     """Return a node of another domain than ONNX's own; ``outputs`` names its results' types where they are not the
     first input's.
     """
@@ -58,7 +57,7 @@ def call(
 
 
 @translates("qdiff::quantize_dequantize", "tensorrt")
-def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
+def quantize_dequantize(x: Value, scale: Value, format: str) -> Value:
     """Return the output of Q and DQ nodes with one constant scale."""
     from onnxscript import opset23 as op
 
@@ -66,7 +65,7 @@ def quantize_dequantize(x: Any, scale: Any, format: str) -> Any:
 
 
 @translates("qdiff::quantize_dequantize", "onnxruntime")
-def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
+def quantize_dequantize_on_cpu(x: Value, scale: Value, format: str) -> Value:
     """Return the output of Q and DQ nodes in INT8; of a function in other formats."""
     if format == "int8":
         return quantize_dequantize(x, scale, format)
@@ -74,20 +73,20 @@ def quantize_dequantize_on_cpu(x: Any, scale: Any, format: str) -> Any:
 
 
 @translates("qdiff::token_quantize_dequantize", "onnxruntime")
-def token_quantize_dequantize(x: Any, format: str) -> Any:
+def token_quantize_dequantize(x: Value, format: str) -> Value:
     """Return ``x`` quantized with one scale for each token, from its amax."""
     return call(DOMAIN, f"TokenQuantizeDequantize_{format}", [x], ["same"])
 
 
 @translates("qdiff::block_quantize_dequantize", "onnxruntime")
-def block_quantize_dequantize(x: Any, tensor_scale: Any, format: str) -> Any:
+def block_quantize_dequantize(x: Value, tensor_scale: Value | None, format: str) -> Value:
     """Return one scale for each block, from its amax."""
     inputs = [x] if tensor_scale is None else [x, tensor_scale]
     return call(DOMAIN, f"BlockQuantizeDequantize_{format}", inputs, ["same"])
 
 
 @translates("qdiff::block_quantize_dequantize", "tensorrt")
-def block_quantize_dequantize_by_tensorrt(x: Any, tensor_scale: Any, format: str) -> Any:
+def block_quantize_dequantize_by_tensorrt(x: Value, tensor_scale: Value | None, format: str) -> Value:
     """Return the output of TensorRT's dynamic quantizer: FP4 codes and E4M3 block scales, which two DequantizeLinear
     undo.
     """
@@ -102,7 +101,7 @@ def block_quantize_dequantize_by_tensorrt(x: Any, tensor_scale: Any, format: str
 
 
 @translates("qdiff::dequantize_weight", "onnxruntime")
-def dequantize_weight_on_cpu(codes: Any, scale: Any, tensor_scale: Any, format: str, dtype: int) -> Any:
+def dequantize_weight_on_cpu(codes: Value, scale: Value, tensor_scale: Value | None, format: str, dtype: int) -> Value:
     """Return a weight ``[out, in]``."""
     row = format_named(format)
     scale = _block_scale(row, scale, tensor_scale)
@@ -114,7 +113,7 @@ def dequantize_weight_on_cpu(codes: Any, scale: Any, tensor_scale: Any, format: 
 
 
 @translates("qdiff::dequantize_weight", "tensorrt")
-def dequantize_weight(codes: Any, scale: Any, tensor_scale: Any, format: str, dtype: int) -> Any:
+def dequantize_weight(codes: Value, scale: Value, tensor_scale: Value | None, format: str, dtype: int) -> Value:
     """Return a weight ``[out, in]``."""
     from onnxscript import opset23 as op
 
@@ -123,7 +122,7 @@ def dequantize_weight(codes: Any, scale: Any, tensor_scale: Any, format: str, dt
     return _dequantize(row, codes, scale if tensor_scale is None else op.Cast(scale, to=dtype))
 
 
-def _block_scale(row: Format, scale: Any, tensor_scale: Any) -> Any:
+def _block_scale(row: Format, scale: Value, tensor_scale: Value | None) -> Value:
     """Return what codes are multiplied with: stored scales are numbers, or E4M3 under the tensor's scale, or E8M0 as
     bytes.
     """
@@ -134,7 +133,7 @@ def _block_scale(row: Format, scale: Any, tensor_scale: Any) -> Any:
     return call(DOMAIN, "PowerOfTwo", [scale]) if row.scale == "e8m0" else scale
 
 
-def _dequantize(row: Format, codes: Any, scale: Any) -> Any:
+def _dequantize(row: Format, codes: Value, scale: Value) -> Value:
     from onnxscript import opset23 as op
 
     if row.block:

@@ -7,20 +7,28 @@ The scale of the scores goes into the queries; in 16 bit its root into queries a
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from qdiff.attention.lists import Tiling
 from qdiff.attention.nodes import DOMAIN, WHOLE, AttentionNode
 from qdiff.attention.numerics import numerics_named, require_exported
-from qdiff.export.translations import translates
+from qdiff.export.translations import Value, translates
 from qdiff.export.translations.quantizers import call
 
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
 def _call(
-    q: Any, k: Any, v: Any, order: Any, blocks: Any, bounds: Any, first: int, tiling: Tiling, numerics: str, pairs: bool
-) -> Any:
+    q: Value,
+    k: Value,
+    v: Value,
+    order: Value,
+    blocks: Value,
+    bounds: Value,
+    first: int,
+    tiling: Tiling,
+    numerics: str,
+    pairs: bool,
+) -> Value:
     from onnxscript import opset23 as op
 
     require_exported(numerics_named(numerics))
@@ -32,19 +40,19 @@ def _call(
 
 @translates("qdiff::sparse_attention", "onnxruntime")
 def sparse_attention_on_cpu(
-    q: Any,
-    k: Any,
-    v: Any,
-    order: Any,
-    blocks: Any,
-    bounds: Any,
+    q: Value,
+    k: Value,
+    v: Value,
+    order: Value,
+    blocks: Value,
+    bounds: Value,
     first: int,
     text: int,
     block_q: int,
     block_k: int,
     numerics: str,
     scale: float,
-) -> Any:
+) -> Value:
     """Translate :func:`qdiff.attention.operator.sparse_attention`; the arguments are the same."""
     from onnxscript import opset23 as op
 
@@ -55,19 +63,19 @@ def sparse_attention_on_cpu(
 
 @translates("qdiff::sparse_attention", "tensorrt")
 def sparse_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    order: Any,
-    blocks: Any,
-    bounds: Any,
+    q: Value,
+    k: Value,
+    v: Value,
+    order: Value,
+    blocks: Value,
+    bounds: Value,
     first: int,
     text: int,
     block_q: int,
     block_k: int,
     numerics: str,
     scale: float,
-) -> Any:
+) -> Value:
     """Translate :func:`qdiff.attention.operator.sparse_attention`; the arguments are the same."""
     from onnxscript import opset23 as op
 
