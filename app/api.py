@@ -10,18 +10,30 @@ when the page changes; the page's own events are private.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 from qdiff.app.drawing import Made
 from qdiff.app.follow import alert, client_of, follow
+from qdiff.app.jobs import Job
 from qdiff.app.service import Service
 from qdiff.app.settings import Settings
 from qdiff.errors import InputError
 
+T = TypeVar("T")
 
-def names_of(value: Any) -> list[str]:
+
+class FileAnswer(TypedDict):
+    """A file as Gradio's clients take it."""
+
+    path: str
+    orig_name: str
+    meta: dict[str, str]
+
+
+def names_of(value: object) -> list[str]:
     """Return engines that a caller names.
 
     Raises:
@@ -38,14 +50,14 @@ def add(service: Service) -> None:
     from gradio.processing_utils import save_file_to_cache
     from gradio.utils import get_upload_folder
 
-    def file(path: Path) -> dict[str, Any]:
+    def file(path: Path) -> FileAnswer:
         cached = save_file_to_cache(path, cache_dir=get_upload_folder())
         return {"path": cached, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
 
-    def told(made: Made) -> dict[str, Any]:
+    def told(made: Made) -> dict[str, object]:
         return {**made.facts(), "pictures": [file(path) for path in made.files]}
 
-    async def run(job: Any) -> Any:
+    async def run(job: Job[T]) -> T | None:
         update = job.update
         async with contextlib.aclosing(follow(service, job)) as updates:
             async for last in updates:
@@ -130,6 +142,6 @@ def add(service: Service) -> None:
         """Return the queue and the work in progress."""
         return {"waiting": service.queue_length, "busy": service.busy, "building": service.builds.running}
 
-    endpoints: list[Any] = [generate, compare, models, cancel, build, build_state, stop_build, status]
+    endpoints: list[Callable[..., object]] = [generate, compare, models, cancel, build, build_state, stop_build, status]
     for endpoint in endpoints:
         gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None if endpoint in endpoints[:2] else 8)

@@ -15,14 +15,26 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from qdiff.errors import QdiffError
 from qdiff.events import Event, listening
+from qdiff.files import Json
 from qdiff.runs.run import Run
 
 
-def _say(**line: Any) -> None:
+class BuildWork(TypedDict):
+    """What to build; comes as JSON on stdin."""
+
+    family: str
+    weights: str
+    recipe: str
+    samples: int
+    engines: list[str]
+    folder: str
+
+
+def _say(**line: Json) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
@@ -32,7 +44,7 @@ class _Lines(logging.Handler):
         _say(log=record.getMessage())
 
 
-def build(options: dict[str, Any]) -> None:
+def build(options: BuildWork) -> None:
     """Run all stages for one model. An engine that cannot take the recipe's formats is an error that names the layer."""
     from qdiff.stages.calibrate import CalibrateOptions
     from qdiff.stages.run import run_all
@@ -54,7 +66,7 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Read one line of options, build, and say how it ended."""
-    options = json.loads(sys.stdin.buffer.readline())
+    options: BuildWork = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(10)

@@ -19,14 +19,17 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
+from qdiff.app.build_worker import BuildWork
 from qdiff.app.jobs import BusyError
 from qdiff.app.sources import BUDGETS, Sources, Weights
 from qdiff.errors import InputError, QdiffError, unknown_name
+from qdiff.files import Json
 from qdiff.runs.run import Run
 
 log = logging.getLogger("qdiff.app")
+T = TypeVar("T")
 
 # Seconds on the bundled model with 32 prompts, 2 cores: only their proportions matter.
 _USUAL = {
@@ -111,7 +114,7 @@ class Builds:
                 [sys.executable, "-m", "qdiff.app.build_worker"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
-            options = {
+            options: BuildWork = {
                 "family": weights.family, "weights": weights.weights, "recipe": recipe, "samples": samples,
                 "engines": engines, "folder": str(folder),
             }  # fmt: skip
@@ -154,7 +157,7 @@ class Builds:
         assert build.process.stdout is not None and build.process.stdin is not None
         for line in build.process.stdout:
             try:
-                said: dict[str, Any] = json.loads(line)
+                said: dict[str, Json] = json.loads(line)
             except ValueError:
                 continue  # a library printed something
             if "log" in said:
@@ -166,7 +169,7 @@ class Builds:
                 build.error, build.fix = str(said.get("error", "")), str(said.get("fix") or "")
                 build.error = build.error.replace(str(build.folder), build.folder.name)
                 build.fix = build.fix.replace(str(build.folder), build.folder.name)
-                self._end(build, said["ended"])
+                self._end(build, "done" if said["ended"] == "done" else "failed")
         code = build.process.wait()
         build.process.stdin.close()
         if build.state == "running":
@@ -236,7 +239,7 @@ def buildable_engines() -> dict[str, bool]:
     }
 
 
-def _choice(kind: str, name: Any, known: dict[str, Any]) -> Any:
+def _choice(kind: str, name: object, known: dict[str, T]) -> T:
     if not isinstance(name, str) or name not in known:  # the API gives whatever JSON holds
         raise unknown_name(kind, str(name)[:60], known, InputError)
     return known[name]

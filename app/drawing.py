@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qdiff.app.jobs import Job
+from qdiff.app.jobs import AnyJob, UpdateChanges
 from qdiff.app.limits import Limits
 from qdiff.app.metrics import Metrics
 from qdiff.app.pool import Pool
@@ -25,9 +25,13 @@ from qdiff.evaluation.timing import Load
 from qdiff.resources import release_memory
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
-    from qdiff.models import Model
+    from qdiff.app.previews import Previewer
+    from qdiff.evaluation.video import Clip
+    from qdiff.files import Json
+    from qdiff.models import Model, Request
     from qdiff.stages.generate import Pictures, Session
 
 log = logging.getLogger("qdiff.app")
@@ -50,7 +54,7 @@ class Made:
     psnr_db: float | None = None  # against float, of the first picture
     ssim: float | None = None
     disturbed: bool = False  # a build or another process ran beside it: times are not the engine's own
-    images: tuple[Any, ...] = ()  # of a comparison, until it is judged
+    images: tuple[Image | Clip, ...] = ()  # of a comparison, until it is judged
     warnings: tuple[str, ...] = ()  # of settings that cost nearness to float
     beside: Path | None = None  # MP4 with float's clip on the left: in one file, so that both stay in step
 
@@ -69,7 +73,7 @@ class Made:
             for i, path in enumerate(self.paths)
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Json]:
         """Return the settings and what was measured, as JSON values for the download."""
         names = ("engine", "note", "seconds", "seconds_per_step", "load_seconds", "memory_bytes", "size_bytes")
         facts = {name: getattr(self, name) for name in (*names, "psnr_db", "ssim", "disturbed")}
@@ -89,12 +93,13 @@ class Defaults:
     frames_step: int = 1  # clips have 1 and a multiple of it
 
 
-def _usual(model: Model, source: Source) -> dict[str, Any]:
+def _usual(model: Model) -> dict[str, int]:
     """Return sizes that the pipeline takes when it is given none."""
-    config: Any = model.backbone.config
-    if getattr(config, "sample_size", None):
-        sides = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
-        height, width = (int(side) * model.pixels_per_cell for side in sides)
+    from qdiff.models.config import integers
+
+    if model.config.get("sample_size"):
+        sides = integers(model.config, "sample_size")
+        height, width = (side * model.pixels_per_cell for side in (sides[0], sides[-1]))
         return {"width": width, "height": height}
     known = inspect.signature(model.pipeline.__call__).parameters
     return {name: known[name].default for name in ("width", "height", "num_frames")}
@@ -124,7 +129,7 @@ class Artist:
         """Return the source's own settings; load its model the first time."""
         if source.name not in self.known:
             model = self._pool.model(source)
-            usual = {**_usual(model, source), **model.defaults}
+            usual = {**_usual(model), **model.defaults}
             width, height, video = int(usual["width"]), int(usual["height"]), source.family.media == "video"
             factor = int(model.pipeline.vae_scale_factor_temporal) if video else 1
             inputs = source.run.entry("calibrate")["inputs"] if source.run else {}
@@ -135,9 +140,15 @@ class Artist:
         return self.known[source.name]
 
     def draw(
-        self, job: Job, source: Source, engine: str, settings: Settings, keep: bool = True, share: Any = None
+        self,
+        job: AnyJob,
+        source: Source,
+        engine: str,
+        settings: Settings,
+        keep: bool = True,
+        share: tuple[int, int] | None = None,
     ) -> Made:
-        """Return draws, and once more after everything else was let go when memory ran out."""
+        """Draw, and once more after everything else was let go when memory ran out."""
         try:
             return self._draw_once(job, source, engine, settings, keep, share)
         except BaseException as error:
@@ -158,7 +169,9 @@ class Artist:
                 release_memory()
             raise
 
-    def _draw_once(self, job: Job, source: Source, engine: str, settings: Settings, keep: bool, share: Any) -> Made:
+    def _draw_once(
+        self, job: AnyJob, source: Source, engine: str, settings: Settings, keep: bool, share: tuple[int, int] | None
+    ) -> Made:
         from qdiff.models import Request
         from qdiff.stages.generate import guidance_warning
 
@@ -166,10 +179,11 @@ class Artist:
         session = self._pool.session(source, engine)
         job.checkpoint()
         defaults = self.defaults(source)
+        steps = settings.steps or defaults.steps
         settings = settings.model_copy(
             update={
                 "engine": engine,
-                "steps": settings.steps or defaults.steps,
+                "steps": steps,
                 "guidance": defaults.guidance if settings.guidance is None else settings.guidance,
                 "width": settings.width or defaults.width,
                 "height": settings.height or defaults.height,
@@ -184,15 +198,15 @@ class Artist:
             prompts=[settings.prompt] * settings.pictures,
             seeds=[settings.seed + i for i in range(settings.pictures)],
             negative_prompt=settings.negative_prompt,
-            steps=settings.steps,
+            steps=steps,
             guidance=settings.guidance,
             # A size that is the model's own is left to its pipeline, as the command line does.
             height=None if settings.height == defaults.height and settings.width == defaults.width else settings.height,
             width=None if settings.height == defaults.height and settings.width == defaults.width else settings.width,
             frames=settings.frames,
         )
-        job.publish(task=f"drawing with {engine}", step=0, steps=settings.steps)
-        watch = _Watch(job, self._pool.previewer(source), settings.steps or 1, share)
+        job.publish(task=f"drawing with {engine}", step=0, steps=steps)
+        watch = _Watch(job, self._pool.previewer(source), steps, share)
         load = Load()
         pictures = session.pictures(request, batch=settings.pictures, on_step=watch)
         if not keep:
@@ -211,7 +225,9 @@ class Artist:
             made = made if warning is None else replace(made, warnings=(warning,))
         return made if share is None else replace(made, images=tuple(pictures.images))
 
-    def _save(self, job: Job, source: Source, pictures: Pictures, request: Any, model: Model) -> tuple[Path, ...]:
+    def _save(
+        self, job: AnyJob, source: Source, pictures: Pictures, request: Request, model: Model
+    ) -> tuple[Path, ...]:
         from qdiff.stages.generate import save_pictures
 
         self._sweep()
@@ -233,7 +249,7 @@ class Artist:
                 if path.stem in beside:
                     beside[path.stem].unlink(missing_ok=True)
 
-    def compare(self, job: Job, source: Source, engines: list[str], settings: Settings) -> list[Made]:
+    def compare(self, job: AnyJob, source: Source, engines: list[str], settings: Settings) -> list[Made]:
         from qdiff.evaluation.images import to_pixels
         from qdiff.evaluation.metrics import paired
 
@@ -255,6 +271,7 @@ class Artist:
         from qdiff.evaluation.video import Clip, save_mp4
 
         left, right = reference.images[0], other.images[0]
+        assert isinstance(left, Clip) and isinstance(right, Clip)
         path = other.paths[0].with_name(f"{other.paths[0].stem}-beside-float.mp4")
         both = Clip(np.concatenate([left.frames, right.frames], axis=2), left.fps)
         save_mp4(path, both, PictureInfo(prompt=other.settings.prompt, engine=f"float (left), {other.engine} (right)"))
@@ -264,7 +281,7 @@ class Artist:
 class _Watch:
     """Called after every denoising step: stops what was cancelled, and publishes the step and, not too often, a preview."""
 
-    def __init__(self, job: Job, previewer: Any, steps: int, share: tuple[int, int] | None) -> None:
+    def __init__(self, job: AnyJob, previewer: Previewer, steps: int, share: tuple[int, int] | None) -> None:
         self._job, self._previewer = job, previewer
         self._before, self._of = share or (0, 1)
         self._steps = steps
@@ -275,7 +292,7 @@ class _Watch:
         self._job.checkpoint()
         now = time.monotonic()
         left = (now - self._start) / step * (self._steps * (self._of - self._before) - step)
-        changes: dict[str, Any] = {
+        changes: UpdateChanges[object] = {
             "step": self._steps * self._before + step,
             "steps": self._steps * self._of,
             "seconds_left": left,

@@ -6,16 +6,36 @@ few for the page itself. Looking at the job's state twelve times a second costs 
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 from qdiff.app import views
 from qdiff.app.jobs import Job, Update
 from qdiff.app.service import Service
 
+if TYPE_CHECKING:
+    import gradio as gr
+    from gradio.blocks import Block
+
+    Changes = dict[Block, object]
+else:
+    Changes = dict  # Gradio evaluates the annotations of handlers
+"""What components of the page show from now on: a value or an update, by component."""
+
 _POLL_SECONDS = 0.08
+T = TypeVar("T")
 
 
-async def follow(service: Service, job: Job) -> AsyncGenerator[Update, None]:
+class EventOptions(TypedDict, total=False):
+    """How Gradio treats an event of the page; each field is an argument of its listeners."""
+
+    show_progress: Literal["full", "minimal", "hidden"]
+    queue: bool
+    concurrency_limit: int | None
+    concurrency_id: str
+    api_visibility: Literal["public", "private", "undocumented"]
+
+
+async def follow(service: Service, job: Job[T]) -> AsyncGenerator[Update[T], None]:
     """Yield the job's states, newest only, to the final one. Who stops listening (a closed page) cancels the job."""
     seen = None
     try:
@@ -33,8 +53,8 @@ async def follow(service: Service, job: Job) -> AsyncGenerator[Update, None]:
 
 
 async def drawn(
-    service: Service, job: Job, idle: dict[Any, Any], canvas: Any, result: Callable[[Any], dict[Any, Any]]
-) -> AsyncGenerator[dict[Any, Any], None]:
+    service: Service, job: Job[T], idle: Changes, canvas: "gr.HTML", result: Callable[[T], Changes]
+) -> AsyncGenerator[Changes, None]:
     """Yield what a page shows of a job, update by update, on its ``canvas``.
 
     Args:
@@ -46,6 +66,7 @@ async def drawn(
     """
     async for update in follow(service, job):
         if update.state == "done":
+            assert update.result is not None  # drawings return what they made
             yield {**idle, **result(update.result)}
         elif update.state == "failed":
             yield {**idle, canvas: views.failed(update.error)}
@@ -55,7 +76,7 @@ async def drawn(
             yield {canvas: views.progress(update)}
 
 
-def alert(service: Service, error: BaseException) -> Any:
+def alert(service: Service, error: BaseException) -> "gr.Error":
     """Return a :class:`gradio.Error` with words of ours. Gradio shows its message as HTML, so it is escaped here."""
     import gradio as gr
 
@@ -68,6 +89,6 @@ def alert(service: Service, error: BaseException) -> Any:
     )
 
 
-def client_of(request: Any) -> str:
+def client_of(request: "gr.Request | None") -> str:
     """Return who asks: Gradio's session, one for each open page and for each API client."""
     return str(getattr(request, "session_hash", None) or "unknown")

@@ -6,19 +6,20 @@ A handler returns changes: what each component shows from now on, by component.
 import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.app import views
 from qdiff.app.drawing import Defaults, Made, file_of
-from qdiff.app.follow import alert, drawn
+from qdiff.app.follow import Changes, alert, drawn
 from qdiff.app.service import Service
-from qdiff.app.settings import Settings
+from qdiff.app.settings import PastPicture, Settings
 from qdiff.app.tab_generate import Layout, _engines, _names, _whole
 from qdiff.errors import QdiffError
 
-_HISTORY = 24  # pictures of a visit that are kept
+if TYPE_CHECKING:
+    import gradio as gr
 
-Changes = dict[Any, Any]
+_HISTORY = 24  # pictures of a visit that are kept
 
 
 class GenerateHandlers:
@@ -32,7 +33,7 @@ class GenerateHandlers:
     def __init__(self, service: Service, layout: Layout) -> None:
         self.service, self.layout = service, layout
 
-    async def generate(self, values: dict[Any, Any], client: str) -> AsyncGenerator[Changes, None]:
+    async def generate(self, values: Changes, client: str) -> AsyncGenerator[Changes, None]:
         """Yield what the page shows while a picture is drawn, to the picture or to the error.
 
         Args:
@@ -42,7 +43,7 @@ class GenerateHandlers:
         import gradio as gr
 
         layout, service = self.layout, self.service
-        idle = {layout.go: gr.Button(interactive=True), layout.stop: gr.Button(interactive=False)}
+        idle: Changes = {layout.go: gr.Button(interactive=True), layout.stop: gr.Button(interactive=False)}
         try:
             job = service.generate(self._settings(values), client)
         except QdiffError as error:
@@ -57,7 +58,8 @@ class GenerateHandlers:
             layout.go: gr.Button(interactive=False),
             layout.stop: gr.Button(interactive=True),
         }
-        past = values[layout.history]
+        history = values[layout.history]
+        past: list[PastPicture] = history if isinstance(history, list) else []
         async for changes in drawn(service, job, idle, layout.canvas, lambda made: self._result(made, past)):
             yield changes
 
@@ -71,7 +73,7 @@ class GenerateHandlers:
 
         return (CLIPS if self.service.sources[model].family.media == "video" else EXAMPLES)[name]
 
-    def change_model(self, name: str, engine_now: str) -> tuple[Any, Any, Any, Any, Any, Any]:
+    def change_model(self, name: str, engine_now: str) -> "tuple[gr.Dropdown, int, float, int, int, gr.Slider]":
         """Return the engines of another model, the one that is chosen where the model has it, and the model's own
         settings: steps, guidance, width, height, frames.
         """
@@ -94,15 +96,15 @@ class GenerateHandlers:
         except Exception as error:
             raise alert(self.service, error) from None
 
-    def recall(self, past: list[dict[str, Any]], index: int) -> Changes:
+    def recall(self, past: list[PastPicture], index: int) -> Changes:
         """Return the picture of this visit that was clicked, with its settings; only those when its file is gone."""
         layout = self.layout
         try:
             entry = past[index]
             path = Path(entry["path"])
-            shown = {}
+            shown: Changes = {}
             if path.exists():
-                shown = {layout.canvas: views.past(path, entry["settings"]["prompt"]), **self._downloads(path)}
+                shown = {layout.canvas: views.past(path, str(entry["settings"]["prompt"])), **self._downloads(path)}
             settings = Settings.make(**entry["settings"])
             return {
                 **self._fill(settings),
@@ -113,9 +115,9 @@ class GenerateHandlers:
         except Exception as error:
             raise alert(self.service, error) from None
 
-    def _settings(self, values: dict[Any, Any]) -> Settings:
+    def _settings(self, values: Changes) -> Settings:
         fields = self.layout.fields
-        model, guidance, seed = values[fields.model], values[fields.guidance], values[fields.seed]
+        model, guidance, seed = str(values[fields.model] or ""), values[fields.guidance], values[fields.seed]
         is_video = self.service.sources[model].family.media == "video"
         return Settings.make(
             prompt=values[fields.prompt] or "",
@@ -123,7 +125,7 @@ class GenerateHandlers:
             model=model,
             engine=values[fields.engine],
             steps=_whole(values[fields.steps]),
-            guidance=None if guidance is None else float(guidance),
+            guidance=float(guidance) if isinstance(guidance, int) else guidance,
             seed=None if values[fields.fresh] or seed is None else _whole(seed),
             width=_whole(values[fields.width]),
             height=_whole(values[fields.height]),
@@ -131,10 +133,11 @@ class GenerateHandlers:
             frames=_whole(values[fields.frames]) if is_video else None,
         )
 
-    def _result(self, made: Made, past: list[dict[str, Any]]) -> Changes:
+    def _result(self, made: Made, past: list[PastPicture]) -> Changes:
         import gradio as gr
 
-        layout, new = self.layout, []
+        layout = self.layout
+        new: list[PastPicture] = []
         for path, one in zip(made.paths, made.each(), strict=True):
             file = path.with_suffix(".json")
             file.write_text(json.dumps(one.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -183,7 +186,7 @@ class GenerateHandlers:
         }
 
 
-def _length(own: Defaults, value: int | None) -> Any:
+def _length(own: Defaults, value: int | None) -> "gr.Slider":
     """Return the slider of frames; it is hidden where the model makes pictures."""
     import gradio as gr
 

@@ -18,12 +18,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypedDict, TypeVar, Unpack
 
 from qdiff.errors import InputError, QdiffError
 from qdiff.events import duration
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 log = logging.getLogger("qdiff.app")
+T = TypeVar("T")
+Result = TypeVar("Result", covariant=True)
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -38,8 +43,10 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Update:
-    """What is known about a job. ``place`` counts from 1 in the queue; ``seconds_left`` is an estimate or ``None``."""
+class Update(Generic[Result]):
+    """What is known about a job. ``place`` counts from 1 in the queue; ``seconds_left`` is an estimate or ``None``;
+    ``preview`` is a small picture; ``result`` is there when the job is done.
+    """
 
     state: State
     place: int = 0
@@ -47,8 +54,8 @@ class Update:
     step: int = 0
     steps: int = 0
     seconds_left: float | None = None
-    preview: Any = None  # a small PIL image
-    result: Any = None
+    preview: Image | None = None
+    result: Result | None = None
     error: QdiffError | None = None
 
     @property
@@ -57,13 +64,27 @@ class Update:
         return self.state in ("done", "failed", "cancelled")
 
 
+class UpdateChanges(TypedDict, Generic[T], total=False):
+    """Fields of :class:`Update` that change."""
+
+    state: State
+    place: int
+    task: str
+    step: int
+    steps: int
+    seconds_left: float | None
+    preview: Image | None
+    result: T | None
+    error: QdiffError | None
+
+
 @dataclass(eq=False)
-class Job:
+class Job(Generic[T]):
     """One admitted request. Made by :meth:`Slot.submit`; ``work(job)`` runs in the slot's thread and returns the result."""
 
     client: str
     kind: str
-    work: Callable[[Job], Any]
+    work: Callable[[AnyJob], T]
     most_seconds: float
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     submitted: float = field(default_factory=time.monotonic)
@@ -72,24 +93,24 @@ class Job:
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
-        self._update = Update("queued")
+        self._update: Update[T] = Update("queued")
         self._version = 0
         self._stop: str | None = None
 
     @property
-    def update(self) -> Update:
+    def update(self) -> Update[T]:
         """Return the newest state."""
         return self._update
 
-    def publish(self, **changes: Any) -> None:
-        """Overwrite parts of the state and wakes who waits for it."""
+    def publish(self, **changes: Unpack[UpdateChanges[T]]) -> None:
+        """Overwrite parts of the state and wake who waits for it."""
         with self._changed:
             if not self._update.final:
                 self._update = replace(self._update, **changes)
                 self._version += 1
                 self._changed.notify_all()
 
-    def updates(self, every: float = 0.0) -> Iterator[Update]:
+    def updates(self, every: float = 0.0) -> Iterator[Update[T]]:
         """Yield the state whenever it changed, at most once in ``every`` seconds, until a final one, which always
         comes.
         """
@@ -105,8 +126,8 @@ class Job:
             if every:
                 time.sleep(every)
 
-    def wait(self, timeout: float | None = None) -> Update:
-        """Return blocks until the final state (or for ``timeout`` seconds) and returns the state."""
+    def wait(self, timeout: float | None = None) -> Update[T]:
+        """Wait for the final state (or for ``timeout`` seconds) and return the state."""
         with self._changed:
             self._changed.wait_for(lambda: self._update.final, timeout)
             return self._update
@@ -131,6 +152,10 @@ class Job:
             )
 
 
+AnyJob = Job[Any]
+"""A job, whatever it returns."""
+
+
 class Slot:
     """The thread that computes. ``waiting`` is how many jobs may queue behind the running one.
 
@@ -140,19 +165,19 @@ class Slot:
     """
 
     def __init__(
-        self, waiting: int, guard: Callable[[BaseException], QdiffError], on_end: Callable[[Job, State], None]
+        self, waiting: int, guard: Callable[[BaseException], QdiffError], on_end: Callable[[AnyJob, State], None]
     ) -> None:
         self.most_waiting = waiting
         self._guard, self._on_end = guard, on_end
         self._lock = threading.Condition()
-        self._queue: deque[Job] = deque()
-        self._running: Job | None = None
+        self._queue: deque[AnyJob] = deque()
+        self._running: AnyJob | None = None
         self._closed = False
         self._recent: deque[float] = deque(maxlen=8)  # seconds of the last jobs: what a waiting one is told
         self._thread = threading.Thread(target=self._loop, name="qdiff-slot", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> Job:
+    def submit(self, job: Job[T]) -> Job[T]:
         """Admit a job, or say why not.
 
         Raises:
@@ -171,7 +196,7 @@ class Slot:
             self._lock.notify_all()
         return job
 
-    def cancel(self, job: Job, why: str = "cancelled") -> None:
+    def cancel(self, job: AnyJob, why: str = "cancelled") -> None:
         """End a waiting job at once, a running one at its next step. Twice is once."""
         with self._lock:
             waiting = job in self._queue
@@ -181,7 +206,7 @@ class Slot:
             else:
                 job.stop(why)
         if waiting:
-            self._end(job, "cancelled", error=None)
+            self._end(job, "cancelled")
 
     def cancel_client(self, client: str) -> int:
         """Cancel whatever this client has; return how many jobs that were."""
@@ -216,7 +241,7 @@ class Slot:
         """Return the mean seconds of the last jobs; one second before there was any."""
         return sum(self._recent) / len(self._recent) if self._recent else 1.0
 
-    def _all(self) -> Iterator[Job]:
+    def _all(self) -> Iterator[AnyJob]:
         return itertools.chain([self._running] if self._running else [], list(self._queue))
 
     def _tell_places(self) -> None:
@@ -240,7 +265,7 @@ class Slot:
                     self._recent.append(time.monotonic() - job.started)
             self._end(job, state, error=error, result=result)
 
-    def _run(self, job: Job) -> tuple[State, Any, QdiffError | None]:
+    def _run(self, job: Job[T]) -> tuple[State, T | None, QdiffError | None]:
         job.publish(state="running", place=0, seconds_left=None)
         try:
             job.checkpoint()
@@ -250,15 +275,15 @@ class Slot:
         except BaseException as error:  # the thread must outlive whatever a job does
             return "failed", None, self._guard(error)
 
-    def _end(self, job: Job, state: State, **outcome: Any) -> None:
+    def _end(self, job: Job[T], state: State, result: T | None = None, error: QdiffError | None = None) -> None:
         job.ended = time.monotonic()
         job.work = _no_work  # what the work holds (settings, callbacks) need not live as long as who watches the job
         try:
             self._on_end(job, state)
         except Exception:
             log.exception("counting a job failed")
-        job.publish(state=state, place=0, preview=None, seconds_left=None, **outcome)
+        job.publish(state=state, place=0, preview=None, seconds_left=None, result=result, error=error)
 
 
-def _no_work(job: Job) -> None:
+def _no_work(job: AnyJob) -> NoReturn:
     raise RuntimeError("this job has ended")

@@ -3,10 +3,13 @@
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.app import views
 from qdiff.app.service import Service
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 STYLE = Path(__file__).with_name("style.css")  # goes into the head as it is: Gradio would rewrite its selectors
 EXAMPLES = {
@@ -27,7 +30,7 @@ CLIPS = {
 }  # of the same names, for models that make clips
 
 
-def build_page(service: Service) -> Any:
+def build_page(service: Service) -> "gr.Blocks":
     """Return the :class:`gradio.Blocks` of a service."""
     import gradio as gr
 

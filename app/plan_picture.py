@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import Any
 
 from qdiff.app.sources import Source
 from qdiff.app.views import empty, table, text
 from qdiff.plan.routing_plan import REUSE
-from qdiff.report.data import AttentionResult, LayerResult, RoutingResult, db, megabytes, percent, seconds, times
+from qdiff.report.data import (
+    AttentionResult,
+    EngineResult,
+    LayerResult,
+    ReportData,
+    RoutingResult,
+    db,
+    megabytes,
+    percent,
+    seconds,
+    times,
+)
 from qdiff.runs.run import Run
 
 _BLOCK = re.compile(r"^((?:\w*(?:blocks|layers)\.\d+\.)+)(.+)$")
@@ -62,12 +72,12 @@ def _section(title: str, words: str, inside: str | None) -> str:
     return f"<section><h2>{text(title)}</h2>{f'<p>{text(words)}</p>' if words else ''}{inside}</section>"
 
 
-def _fast(engine: Any) -> str:
+def _fast(engine: EngineResult) -> str:
     words = engine.speed_words if engine.speed_reason else f"{engine.speed_words} as fast"
     return f"{words}, {engine.name}"
 
 
-def _summary(data: Any) -> str:
+def _summary(data: ReportData) -> str:
     chosen = data.chosen
     rows = [
         ("Weights", f"{megabytes(data.sizes.weights_quantized)}", f"{times(data.size_ratio)} smaller than float"),
@@ -150,7 +160,7 @@ def _masks(run: Run, attention: AttentionResult) -> str | None:
     return f'<img class="qd-masks" alt="masks of the heads" src="data:image/png;base64,{data}">'
 
 
-def _realised_words(data: Any) -> str:
+def _realised_words(data: ReportData) -> str:
     targets = sorted({target for layer in data.layers for target in layer.realised})
     if not targets:
         return "Nothing was exported in this run: the plan runs in torch, in exactly the formats above."
@@ -159,7 +169,7 @@ def _realised_words(data: Any) -> str:
     return f"{len(data.mismatches)} of {len(data.layers)} layers run in another precision than was asked for."
 
 
-def _realised(data: Any) -> str:
+def _realised(data: ReportData) -> str:
     shown = data.mismatches or data.layers
     targets = sorted({target for layer in data.layers for target in layer.realised})
     rows = [
@@ -176,7 +186,7 @@ def _realised(data: Any) -> str:
     return f"<details {'open' if data.mismatches else ''}><summary>{len(shown)} layers</summary>{inside}</details>"
 
 
-def _engines(data: Any) -> str:
+def _engines(data: ReportData) -> str:
     rows = [
         [
             engine.name, engine.title, "yes" if engine.available else f"no: {engine.why_not}", seconds(engine.seconds_per_step),

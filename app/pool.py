@@ -13,9 +13,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qdiff.app.sources import Source
+from qdiff.app.sources import Source, Weights
 from qdiff.resources import release_memory, resident_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qdiff.stages.generate import Session
 
 log = logging.getLogger("qdiff.app")
+ModelKey = tuple[Weights, str | None, str | None, int | None]
+"""What decides the float pipeline: weights, their fingerprint, the scheduler, the seed of random weights."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class _LoadedModel:
 @dataclass
 class _LoadedEngine:
     session: Session
-    model_key: Any
+    model_key: ModelKey
     bytes: int
     used: float
 
@@ -52,10 +54,10 @@ class Pool:
         on_load, on_evict: for counting.
     """
 
-    def __init__(self, budget_bytes: int, on_load: Callable[[], Any], on_evict: Callable[[], Any]) -> None:
+    def __init__(self, budget_bytes: int, on_load: Callable[[], object], on_evict: Callable[[], object]) -> None:
         self.budget_bytes = budget_bytes
         self._on_load, self._on_evict = on_load, on_evict
-        self._models: dict[Any, _LoadedModel] = {}
+        self._models: dict[ModelKey, _LoadedModel] = {}
         self._engines: dict[tuple[str, str], _LoadedEngine] = {}
 
     @property
@@ -130,7 +132,7 @@ class Pool:
         return self._models[key]
 
     @staticmethod
-    def _key(source: Source) -> Any:
+    def _key(source: Source) -> ModelKey:
         """Return what decides the float pipeline; weights that were changed since a run are refused when they are
         loaded.
         """

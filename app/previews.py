@@ -11,17 +11,46 @@ arXiv 2211.01095 §4), which looks like the picture from the first step on; else
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from PIL.Image import Image
     from torch import Tensor
 
+    from qdiff.correction.scheduler import Scheduler
     from qdiff.models import Model
 
 _SIDE = 64  # pixels
 _FIELDS, _PATCHES = 8, (1, 2, 4)  # pictures of each kind, and their patches along a side
 _RIDGE = 1e-2
+
+
+class AutoencoderConfig(TypedDict, total=False):
+    """How latents are scaled: by one factor and shift, or by mean and deviation of each channel."""
+
+    scaling_factor: float
+    shift_factor: float | None
+    latents_mean: list[float] | None
+    latents_std: list[float]
+
+
+class EncoderOutput(Protocol):
+    """What an autoencoder returns for pictures."""
+
+    latent_dist: DiagonalGaussianDistribution
+
+
+class Autoencoder(Protocol):
+    """What is asked of an autoencoder of diffusers, for pictures or for clips."""
+
+    @property
+    def config(self) -> AutoencoderConfig: ...
+
+    def encode(self, x: Tensor) -> EncoderOutput: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
 
 
 class Previewer:
@@ -45,7 +74,7 @@ class Previewer:
         return Image.fromarray(colours.reshape(*latent.shape[-2:], 3).numpy(), "RGB")
 
     def _clean_estimate(self, latents: Tensor) -> Tensor:
-        scheduler: Any = self._pipeline.scheduler
+        scheduler: Scheduler = self._pipeline.scheduler
         if "++" in str(scheduler.config.get("algorithm_type", "")):
             newest = (getattr(scheduler, "model_outputs", None) or [None])[-1]
             if newest is not None and newest.shape == latents.shape:
@@ -65,23 +94,22 @@ def _neighbours(latents: Tensor) -> Tensor:
     return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
 
 
-def _scaled_latents(vae: Any, pixels: Tensor) -> Tensor:
+def _scaled_latents(vae: Autoencoder, pixels: Tensor) -> Tensor:
     """Return what a diffusion model sees of pictures ``[N, 3, H, W]``; a video's autoencoder gets clips of one
     frame.
     """
     import torch
 
-    if getattr(vae.config, "latents_mean", None) is None:
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (vae.encode(pixels).latent_dist.mode().float().cpu() - shift) * vae.config.scaling_factor
+    config = vae.config
+    mean = config.get("latents_mean")
+    if mean is None:
+        shift = config.get("shift_factor") or 0.0
+        return (vae.encode(pixels).latent_dist.mode().float().cpu() - shift) * config["scaling_factor"]
     latents = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0].float().cpu()
-    mean, deviation = (
-        torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return (latents - mean) / deviation
+    return (latents - torch.tensor(mean)[:, None, None]) / torch.tensor(config["latents_std"])[:, None, None]
 
 
-def _fit(vae: Any) -> Tensor:
+def _fit(vae: Autoencoder) -> Tensor:
     """Return the least squares fit from latents to RGB in [0, 1]. The generator is our own: no caller's seed is
     touched.
     """

@@ -21,10 +21,10 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from urllib.parse import unquote
 
 from qdiff import device
@@ -32,7 +32,18 @@ from qdiff.app.limits import Limits
 from qdiff.errors import InputError, MissingDependencyError, UsageError
 from qdiff.files import read_user_text
 
+if TYPE_CHECKING:
+    import fastapi
+    import gradio as gr
+    import uvicorn
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from qdiff.app.service import Service
+
 log = logging.getLogger("qdiff.app")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Path prefixes that end in / or = open what is below them; all others are exact.
 OPEN = {
@@ -93,13 +104,26 @@ def read_accounts(path: Path) -> dict[str, str]:
     return accounts
 
 
+def require_accounts(host: str, accounts: Mapping[str, str] | None) -> None:
+    """Refuse to serve other machines without accounts.
+
+    Raises:
+        UsageError: ``host`` is not loopback and there are no accounts.
+    """
+    if not is_loopback(host) and not accounts:
+        raise UsageError(
+            f"--host {host} can be reached from other machines, and there are no accounts",
+            "add --auth FILE (lines name:password), or leave --host out",
+        )
+
+
 class Guard:
     """ASGI middleware: the list of open paths, the size of bodies, and headers that keep the browser from reaching out."""
 
-    def __init__(self, app: Any, files: Path) -> None:
+    def __init__(self, app: ASGIApp, files: Path) -> None:
         self.app, self.files = app, files.resolve()
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -114,7 +138,7 @@ class Guard:
             await send({"type": "http.response.body", "body": words.encode()})
             return
 
-        async def guarded(message: dict[str, Any]) -> None:
+        async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 kept = [
                     (name, value) for name, value in message.get("headers", []) if name.lower().decode() not in _HEADERS
@@ -129,7 +153,7 @@ class Guard:
                 raise
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _refused(self, scope: Mapping[str, Any]) -> tuple[int, str] | None:
+    def _refused(self, scope: Scope) -> tuple[int, str] | None:
         path, method = str(scope["path"]), str(scope["method"])
         allowed = OPEN.get("GET" if method == "HEAD" else method, ())
         if method == "GET" and path.rstrip("/") == "/login":
@@ -165,17 +189,13 @@ class Guard:
         return (Path("/") / name).resolve().is_relative_to(self.files)
 
 
-def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None) -> Any:
+def build_app(service: Service, host: str, accounts: Mapping[str, str] | None = None) -> fastapi.FastAPI:
     """Return the FastAPI application: page, API and ``/metrics`` behind the guard.
 
     Raises:
         UsageError: ``host`` is not loopback and there are no accounts.
     """
-    if not is_loopback(host) and not accounts:
-        raise UsageError(
-            f"--host {host} can be reached from other machines, and there are no accounts",
-            "add --auth FILE (lines name:password), or leave --host out",
-        )
+    require_accounts(host, accounts)
     files = service.folder / "page"
     files.mkdir(exist_ok=True)
     os.environ |= {"GRADIO_TEMP_DIR": str(files), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -195,7 +215,7 @@ def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    def metrics(request: Any) -> Any:
+    def metrics(request: Request) -> fastapi.Response:
         if accounts and not _basic(request.headers.get("authorization", ""), may_enter):
             return fastapi.Response("", 401, {"www-authenticate": 'Basic realm="qdiff"'})
         return fastapi.Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -215,7 +235,7 @@ def build_app(service: Any, host: str, accounts: Mapping[str, str] | None = None
     return app
 
 
-def _answer_unknown_events(app: Any) -> None:
+def _answer_unknown_events(app: fastapi.FastAPI) -> None:
     """Answer a request that names no event of the page with an error of the caller; Gradio would call it one of the
     server.
     """
@@ -223,7 +243,7 @@ def _answer_unknown_events(app: Any) -> None:
     from gradio.route_utils import FnIndexInferError
     from starlette.routing import Mount
 
-    async def answer(request: Any, error: Exception) -> Any:
+    async def answer(request: Request, error: Exception) -> fastapi.Response:
         return fastapi.Response("There is no such event.", 404, media_type="text/plain")
 
     for route in app.routes:
@@ -231,13 +251,16 @@ def _answer_unknown_events(app: Any) -> None:
             route.app.add_exception_handler(FnIndexInferError, answer)
 
 
-def _refuse_quietly(page: Any) -> None:
+def _refuse_quietly(page: gr.Blocks) -> None:
     """Tell the caller when values do not fit an event's components, without a traceback of Gradio's in the log."""
+    vars(page)["preprocess_data"] = _with_our_words(page.preprocess_data)
+
+
+def _with_our_words(preprocess: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """Return Gradio's check of values with an error of ours."""
     import gradio as gr
 
-    preprocess = page.preprocess_data
-
-    async def checked(*arguments: Any, **options: Any) -> Any:
+    async def checked(*arguments: P.args, **options: P.kwargs) -> T:
         try:
             return await preprocess(*arguments, **options)
         except gr.Error as error:
@@ -250,10 +273,10 @@ def _refuse_quietly(page: Any) -> None:
             )
             raise gr.Error(message, print_exception=False) from None
 
-    page.preprocess_data = checked
+    return checked
 
 
-def _basic(header: str, may_enter: Any) -> bool:
+def _basic(header: str, may_enter: Callable[[str, str], bool]) -> bool:
     import base64
     import binascii
 
@@ -265,7 +288,7 @@ def _basic(header: str, may_enter: Any) -> bool:
     return kind.lower() == "basic" and may_enter(name, password)
 
 
-def serve(service: Any, host: str, port: int, accounts: Mapping[str, str] | None = None) -> None:
+def serve(service: Service, host: str, port: int, accounts: Mapping[str, str] | None = None) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
@@ -289,7 +312,7 @@ def _not_about_the_end(record: logging.LogRecord) -> bool:
     return not cut and "timeout graceful shutdown exceeded" not in record.getMessage()
 
 
-def make_server(config: Any, service: Any) -> Any:
+def make_server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
     """Return a uvicorn server that stops the service's work when it is told to end, not when the last connection has
     gone.
     """
@@ -342,8 +365,8 @@ def demo(
         if importlib.util.find_spec(package) is None:
             fix = "pip install 'qdiff-deploy[app]'"
             raise MissingDependencyError(f"the web page needs the package {package}, which is not installed", fix)
-    if not is_loopback(host) and auth is None:
-        build_app(None, host)  # refuses, before anything is loaded
+    if auth is None:
+        require_accounts(host, None)
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file, not a folder", "choose another one with --output")
     accounts = read_accounts(auth) if auth is not None else None

@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from qdiff.app.builds import Builds
-from qdiff.app.drawing import Artist, Defaults
-from qdiff.app.jobs import Job, Slot, State
+from qdiff.app.drawing import Artist, Defaults, Made
+from qdiff.app.jobs import AnyJob, Job, Slot, State
 from qdiff.app.limits import Limits
 from qdiff.app.metrics import Metrics
 from qdiff.app.pool import Pool
@@ -29,6 +29,7 @@ from qdiff.app.sources import Source, Sources
 from qdiff.errors import InputError, MemoryExhaustedError, QdiffError, out_of_memory
 
 log = logging.getLogger("qdiff.app")
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Service:
                 raise update.error
         return self._artist.known[source.name]
 
-    def warm(self, client: str = "warm-up") -> Job:
+    def warm(self, client: str = "warm-up") -> Job[Made]:
         """Load the first source and its fastest engine and draw one step, so that the first visitor does not wait for
         it.
         """
@@ -92,7 +93,7 @@ class Service:
 
     # What it does
 
-    def generate(self, settings: Settings, client: str) -> Job:
+    def generate(self, settings: Settings, client: str) -> Job[Made]:
         """Return pictures from one engine; the job's result is a :class:`Made`.
 
         Raises:
@@ -106,7 +107,7 @@ class Service:
             settings = settings.model_copy(update={"engine": engine})
             return self._submit(client, "generate", lambda job: self._artist.draw(job, source, engine, settings))
 
-    def compare(self, settings: Settings, engines: list[str], client: str) -> Job:
+    def compare(self, settings: Settings, engines: list[str], client: str) -> Job[list[Made]]:
         """Return the same pictures on float and on ``engines``; the result is a list of :class:`Made`, float first.
 
         Raises:
@@ -187,7 +188,7 @@ class Service:
             self.metrics.requests.labels(kind, "refused").inc()
             raise self.shown(error) from None
 
-    def _count(self, job: Job, state: State) -> None:
+    def _count(self, job: AnyJob, state: State) -> None:
         if job.kind == "load":
             return
         self.metrics.requests.labels(job.kind, state).inc()
@@ -197,7 +198,7 @@ class Service:
 
     # How pictures are made, in the slot's thread
 
-    def _submit(self, client: str, kind: str, work: Callable[[Job], Any]) -> Job:
+    def _submit(self, client: str, kind: str, work: Callable[[AnyJob], T]) -> Job[T]:
         return self._slot.submit(Job(client, kind, work, self.limits.seconds))
 
     def _checked(self, settings: Settings, source: Source) -> Settings:

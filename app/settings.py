@@ -8,11 +8,19 @@ Strict on purpose: unknown names and wrong types are refused, so a typing error 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qdiff.errors import InputError
+from qdiff.files import Json
+
+
+class PastPicture(TypedDict):
+    """A picture of a visit: its file and the settings that make it again."""
+
+    path: str
+    settings: dict[str, Json]
 
 
 class Settings(BaseModel):
@@ -32,13 +40,13 @@ class Settings(BaseModel):
     frames: int | None = Field(None, description="of a clip, for models that make videos")
     pictures: int = 1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         """Return the settings as JSON values, in the order of the fields; pictures have no frames."""
         values = self.model_dump(mode="json")
         return {name: value for name, value in values.items() if name != "frames" or value is not None}
 
     @classmethod
-    def make(cls, **values: Any) -> Settings:
+    def make(cls, **values: object) -> Settings:
         """Check the values and return them as settings.
 
         Raises:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdiff.errors import InputError, QdiffError, unknown_name
 from qdiff.runs.run import Run
@@ -203,7 +203,7 @@ def _bundled() -> list[Weights]:
 
 
 def _of_run(run: Run, taken: set[str]) -> Source:
-    inputs: dict[str, Any] = run.entry("calibrate")["inputs"]
+    inputs = run.entry("calibrate")["inputs"]
     weights = Weights(inputs["model"], inputs["weights"])
     recipe = run.entry("quantize")["recipe"] if run.done("quantize") else "calibrated, not quantized"
     name = f"{weights.name} · {recipe}" if run.path.name == weights.name else f"{run.path.name} · {recipe}"

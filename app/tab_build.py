@@ -1,17 +1,20 @@
 """The tab Build: a model, a recipe, a budget, and a build that anyone who opens the page sees."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.app import views
 from qdiff.app.builds import buildable_engines
-from qdiff.app.follow import alert
+from qdiff.app.follow import Changes, EventOptions, alert
 from qdiff.app.service import Service
 from qdiff.app.sources import BUDGETS
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 _WORDS = {"quick": "a first look", "standard": "as the command line", "thorough": "for the last tenth of a dB"}
 
 
-def add(service: Service, page: Any, tab: Any, lists: list[Any]) -> None:
+def add(service: Service, page: "gr.Blocks", tab: "gr.Tab", lists: "list[gr.Dropdown]") -> None:
     """Add the tab's components. ``lists`` are the other tabs' lists of models: a finished build joins them."""
     import gradio as gr
 
@@ -49,10 +52,10 @@ def add(service: Service, page: Any, tab: Any, lists: list[Any]) -> None:
     seen = gr.State(service.sources.version)
     outputs = [shown, go, stop, clock, seen, *lists]
 
-    def state(version: int) -> dict[Any, Any]:
+    def state(version: int) -> Changes:
         now = service.builds.state()
         running = now is not None and now.state == "running"
-        found: dict[Any, Any] = {
+        found: Changes = {
             shown: views.build(now), go: gr.Button(interactive=not running), stop: gr.Button(interactive=running),
             clock: gr.Timer(active=running), seen: service.sources.version,
         }  # fmt: skip
@@ -60,18 +63,18 @@ def add(service: Service, page: Any, tab: Any, lists: list[Any]) -> None:
             found |= {one: gr.Dropdown(choices=_names(service)) for one in lists}
         return found
 
-    def begin(model: str, recipe: str, budget: str, wanted: list[str], version: int) -> dict[Any, Any]:
+    def begin(model: str, recipe: str, budget: str, wanted: list[str], version: int) -> Changes:
         try:
             service.start_build(model or "", recipe or "", budget or "", list(wanted or []))
         except Exception as error:
             raise alert(service, error) from None
         return state(version)
 
-    def end(version: int) -> dict[Any, Any]:
+    def end(version: int) -> Changes:
         service.builds.cancel()
         return state(version)
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    quiet: EventOptions = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     go.click(begin, [model, recipe, budget, wanted, seen], outputs, **quiet)
     stop.click(end, seen, outputs, **quiet)
     clock.tick(state, seen, outputs, **quiet)

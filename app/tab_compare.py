@@ -4,19 +4,39 @@ import functools
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from qdiff.app import views
 from qdiff.app.drawing import Made
-from qdiff.app.follow import client_of, drawn
+from qdiff.app.follow import Changes, EventOptions, client_of, drawn
 from qdiff.app.service import Service
 from qdiff.app.settings import Settings
+from qdiff.app.sources import Source
 from qdiff.errors import QdiffError
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 _SLIDER_SIDE = 512  # smaller pictures are enlarged by whole factors, without smoothing
 
 
-def add(service: Service) -> Any:
+class EnginePicture(TypedDict):
+    """An engine's picture of a comparison; ``beside`` is the clip with float's on the left, or empty."""
+
+    engine: str
+    path: str
+    beside: str
+
+
+class Round(TypedDict):
+    """A question "which one is quantized?": the two pictures as they are shown, and what the answer uncovers."""
+
+    order: list[EnginePicture]
+    cards: str
+    names: list[str]
+
+
+def add(service: Service) -> "gr.Dropdown":
     """Add the tab's components; return the list of models, which a finished build changes."""
     import gradio as gr
 
@@ -73,9 +93,9 @@ def add(service: Service) -> Any:
 
     async def compare(
         prompt: str, model: str, engines: list[str], seed: float | None, steps: float, hide: bool, request: gr.Request
-    ) -> AsyncIterator[dict[Any, Any]]:
-        idle = {go: gr.Button(interactive=True), stop: gr.Button(interactive=False)}
-        clean: dict[Any, Any] = {
+    ) -> AsyncIterator[Changes]:
+        idle: Changes = {go: gr.Button(interactive=True), stop: gr.Button(interactive=False)}
+        clean: Changes = {
             slider: gr.ImageSlider(visible=False), shown: gr.Radio(visible=False), guesses: gr.Row(visible=False), cards: "",
         }  # fmt: skip
         try:
@@ -93,24 +113,26 @@ def add(service: Service) -> Any:
         async for changes in drawn(service, job, idle, canvas, lambda made: _result(made, hide)):
             yield changes
 
-    def _result(rows: list[Made], hide: bool) -> dict[Any, Any]:
+    def _result(rows: list[Made], hide: bool) -> Changes:
         names = [row.engine for row in rows[1:]]
-        state = [{"engine": row.engine, "path": str(row.paths[0]), "beside": str(row.beside or "")} for row in rows]
+        state: list[EnginePicture] = [
+            {"engine": row.engine, "path": str(row.paths[0]), "beside": str(row.beside or "")} for row in rows
+        ]
         titles = {choice.name: choice.title for choice in service.sources[rows[0].settings.model].engines()}
         told = views.comparison(rows, titles)
         if hide:
             order = random.SystemRandom().sample([state[0], state[1]], 2)
             question = views.blind(Path(order[0]["path"]), Path(order[1]["path"]))
+            asked: Round = {"order": order, "cards": told, "names": names}
             return {
-                canvas: gr.HTML(question, visible=True), guesses: gr.Row(visible=True), made_state: state,
-                round_: {"order": order, "cards": told, "names": names},
+                canvas: gr.HTML(question, visible=True), guesses: gr.Row(visible=True), made_state: state, round_: asked,
             }  # fmt: skip
         return {made_state: state, cards: told, **_reveal(state, names[0]), shown: _names_of(names)}
 
-    def _names_of(names: list[str]) -> Any:
+    def _names_of(names: list[str]) -> gr.Radio:
         return gr.Radio(names, value=names[0], visible=len(names) > 1)
 
-    def _reveal(state: list[dict[str, str]], engine: str) -> dict[Any, Any]:
+    def _reveal(state: list[EnginePicture], engine: str) -> Changes:
         """Return the float model's picture and an engine's under a slider, or their clips in step."""
         other = next(row for row in state if row["engine"] == engine)
         if other["beside"]:
@@ -122,13 +144,13 @@ def add(service: Service) -> Any:
         label = f"float (left) and {engine} (right)"
         return {slider: gr.ImageSlider(pair, visible=True, label=label), canvas: gr.HTML(visible=False)}
 
-    def choose(engine: str, state: list[dict[str, str]]) -> Any:
+    def choose(engine: str, state: list[EnginePicture]) -> Changes:
         pair = [row for row in state if row["engine"] in ("float", engine)]
         if len(pair) != 2 or not all(Path(row["path"]).exists() for row in pair):
             return {slider: gr.skip()}
         return _reveal(state, engine)
 
-    def answer(guess: str, asked: Any, state: list[dict[str, str]], tally: tuple[int, int]) -> dict[Any, Any]:
+    def answer(guess: str, asked: Round | None, state: list[EnginePicture], tally: tuple[int, int]) -> Changes:
         if not asked:
             return {guesses: gr.Row(visible=False)}
         order = asked["order"]
@@ -144,7 +166,7 @@ def add(service: Service) -> Any:
             cards: asked["cards"], round_: None, score: (right, total),
         }  # fmt: skip
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+    quiet: EventOptions = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     inputs = [prompt, model, engines, seed, steps, hide]
     gr.on([go.click, prompt.submit], compare, inputs, working, **quiet)
     shown.input(choose, [shown, made_state], [slider, canvas], **quiet)
@@ -157,7 +179,7 @@ def add(service: Service) -> Any:
 
     stop.click(cancel, None, None, queue=False, api_visibility="private")
 
-    def changed(name: str) -> tuple[Any, Any]:
+    def changed(name: str) -> tuple[gr.CheckboxGroup, str]:
         source = service.sources[name]
         names = _quantized(source)
         return gr.CheckboxGroup(names, value=names[:1]), nothing if source.quantized else none_there
@@ -166,7 +188,7 @@ def add(service: Service) -> Any:
     return model
 
 
-def _quantized(source: Any) -> list[str]:
+def _quantized(source: Source) -> list[str]:
     return [choice.name for choice in source.engines() if choice.name != "float" and not choice.why_not]
 
 

@@ -8,13 +8,18 @@ import functools
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdiff.app import views
-from qdiff.app.follow import client_of
+from qdiff.app.follow import Changes, EventOptions, client_of
 from qdiff.app.service import Service
+from qdiff.app.settings import PastPicture
+from qdiff.app.sources import Source
 
 if TYPE_CHECKING:
+    import gradio as gr
+    from gradio.components import Component
+
     from qdiff.app.generate_handlers import GenerateHandlers
 
 
@@ -22,20 +27,20 @@ if TYPE_CHECKING:
 class Fields:
     """Components that a user fills in: the settings of a picture."""
 
-    prompt: Any
-    negative: Any
-    model: Any
-    engine: Any
-    steps: Any
-    guidance: Any
-    width: Any
-    height: Any
-    pictures: Any
-    frames: Any
-    seed: Any
-    fresh: Any
+    prompt: "gr.Textbox"
+    negative: "gr.Textbox"
+    model: "gr.Dropdown"
+    engine: "gr.Dropdown"
+    steps: "gr.Slider"
+    guidance: "gr.Slider"
+    width: "gr.Slider"
+    height: "gr.Slider"
+    pictures: "gr.Slider"
+    frames: "gr.Slider"
+    seed: "gr.Number"
+    fresh: "gr.Checkbox"
 
-    def all(self) -> list[Any]:
+    def all(self) -> "list[Component]":
         """Return the components in order."""
         return [getattr(self, field.name) for field in fields(self)]
 
@@ -61,21 +66,21 @@ class Layout:
     """
 
     fields: Fields
-    examples: dict[str, Any]
-    go: Any
-    stop: Any
-    canvas: Any
-    facts: Any
-    png: Any
-    settings_file: Any
-    pasted: Any
-    apply: Any
-    visit: Any
-    gallery: Any
-    history: Any
+    examples: "dict[str, gr.Button]"
+    go: "gr.Button"
+    stop: "gr.Button"
+    canvas: "gr.HTML"
+    facts: "gr.HTML"
+    png: "gr.DownloadButton"
+    settings_file: "gr.DownloadButton"
+    pasted: "gr.Textbox"
+    apply: "gr.Button"
+    visit: "gr.HTML"
+    gallery: "gr.Gallery"
+    history: "gr.State"
 
 
-def add(service: Service) -> Any:
+def add(service: Service) -> "gr.Dropdown":
     """Add the tab's components.
 
     Returns:
@@ -95,17 +100,18 @@ def lay_out(service: Service) -> Layout:
     history = gr.State([], time_to_live=3600)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            settings, buttons = _settings_column(service)
+            settings, examples, go, stop = _settings_column(service)
         with gr.Column(scale=6, min_width=300):
-            result = _result_column()
-    return Layout(settings, **buttons, **result, **_bottom(service), history=history)
+            canvas, facts, png, settings_file = _result_column()
+    pasted, apply, visit, gallery = _bottom(service)
+    return Layout(
+        settings, examples, go, stop, canvas, facts, png, settings_file, pasted, apply, visit, gallery, history
+    )
 
 
-def _settings_column(service: Service) -> tuple[Fields, dict[str, Any]]:
-    """Add what a user fills in and presses.
-
-    Returns:
-        The fields, and the buttons by their names in :class:`Layout`.
+def _settings_column(service: Service) -> "tuple[Fields, dict[str, gr.Button], gr.Button, gr.Button]":
+    """Add what a user fills in and presses; return the fields, the buttons of the examples, and those that start and
+    cancel a job.
     """
     import gradio as gr
 
@@ -134,13 +140,12 @@ def _settings_column(service: Service) -> tuple[Fields, dict[str, Any]]:
             min_width=150,
         )
     with gr.Accordion("More settings", open=False):
-        more = _more_settings(service)
-    settings = Fields(prompt=prompt, model=model, engine=engine, **more)
-    return settings, {"examples": examples, "go": go, "stop": stop}
+        settings = _more_settings(service, prompt, model, engine)
+    return settings, examples, go, stop
 
 
-def _more_settings(service: Service) -> dict[str, Any]:
-    """Add the fields that have good values already; return them by their names in :class:`Fields`."""
+def _more_settings(service: Service, prompt: "gr.Textbox", model: "gr.Dropdown", engine: "gr.Dropdown") -> Fields:
+    """Add the fields that have good values already; return them with those that are there."""
     import gradio as gr
 
     limits, first = service.limits, service.sources[""]
@@ -170,14 +175,11 @@ def _more_settings(service: Service) -> dict[str, Any]:
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120)
         fresh = gr.Checkbox(True, label="A new seed each time", min_width=160)
-    return {
-        "negative": negative, "steps": steps, "guidance": guidance, "width": width, "height": height,
-        "pictures": pictures, "frames": frames, "seed": seed, "fresh": fresh,
-    }  # fmt: skip
+    return Fields(prompt, negative, model, engine, steps, guidance, width, height, pictures, frames, seed, fresh)
 
 
-def _result_column() -> dict[str, Any]:
-    """Add the picture and what belongs to it; return the components by their names in :class:`Layout`."""
+def _result_column() -> "tuple[gr.HTML, gr.HTML, gr.DownloadButton, gr.DownloadButton]":
+    """Add the picture, its figures, and the downloads of the picture and of its settings."""
     import gradio as gr
 
     ready = views.empty("No picture yet", "Write a prompt and press Generate, or click an example.")
@@ -188,11 +190,11 @@ def _result_column() -> dict[str, Any]:
         settings_file = gr.DownloadButton(
             "Settings (JSON)", size="sm", interactive=False, elem_id="json", min_width=120
         )
-    return {"canvas": canvas, "facts": facts, "png": png, "settings_file": settings_file}
+    return canvas, facts, png, settings_file
 
 
-def _bottom(service: Service) -> dict[str, Any]:
-    """Add pasted settings and the pictures of this visit; return the components by their names in :class:`Layout`."""
+def _bottom(service: Service) -> "tuple[gr.Textbox, gr.Button, gr.HTML, gr.Gallery]":
+    """Add pasted settings with their button, and the pictures of this visit under their line."""
     import gradio as gr
 
     limits = service.limits
@@ -207,7 +209,7 @@ def _bottom(service: Service) -> dict[str, Any]:
         show_label=False, columns=8, fit_columns=False, height=110, object_fit="contain", allow_preview=False, interactive=False,
         visible=False, elem_id="history", buttons=[], format="png",
     )  # fmt: skip
-    return {"pasted": pasted, "apply": apply, "visit": visit, "gallery": gallery}
+    return pasted, apply, visit, gallery
 
 
 def connect(layout: Layout, handlers: "GenerateHandlers") -> None:
@@ -215,16 +217,16 @@ def connect(layout: Layout, handlers: "GenerateHandlers") -> None:
     import gradio as gr
 
     asked = layout.fields
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+    quiet: EventOptions = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+    hidden: EventOptions = {"show_progress": "hidden", "api_visibility": "private"}
+    at_once: EventOptions = {"queue": False, "api_visibility": "private"}
     # A set of inputs: the handler gets one dict of values by component.
     read = {*asked.all(), layout.history}
     result = [layout.canvas, layout.facts, layout.png, layout.settings_file, layout.pasted]
     working = [*result, layout.go, layout.stop, asked.seed, layout.history, layout.gallery, layout.visit]
 
     # Gradio finds out by annotations of its own types who asks and which picture was clicked; they end here.
-    async def generate(values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+    async def generate(values: Changes, request: gr.Request) -> AsyncIterator[Changes]:
         async with aclosing(handlers.generate(values, client_of(request))) as updates:
             async for changes in updates:
                 yield changes
@@ -232,7 +234,7 @@ def connect(layout: Layout, handlers: "GenerateHandlers") -> None:
     def cancel(request: gr.Request) -> None:
         handlers.cancel(client_of(request))
 
-    def recall(past: list[dict[str, Any]], event: gr.SelectData) -> dict[Any, Any]:
+    def recall(past: list[PastPicture], event: gr.SelectData) -> Changes:
         return handlers.recall(past, int(event.index))
 
     gr.on([layout.go.click, asked.prompt.submit], generate, read, working, **quiet)
@@ -250,11 +252,13 @@ def _names(service: Service) -> list[tuple[str, str]]:
     return [(source.title, source.name) for source in service.sources.all()]
 
 
-def _engines(source: Any) -> list[tuple[str, str]]:
+def _engines(source: Source) -> list[tuple[str, str]]:
     """Return engines that can run here; what cannot is shown, with the reason, on the tab Inspect."""
     return [(choice.name, choice.name) for choice in source.engines() if not choice.why_not]
 
 
-def _whole(value: float | None) -> int | float | None:
-    """Return sliders and number fields give floats; a fraction stays one, for the service to refuse."""
-    return int(value) if value is not None and float(value).is_integer() else value
+def _whole(value: object) -> object:
+    """Return the whole number that a slider or number field gives as a float; anything else as it is, for
+    :class:`Settings` to refuse.
+    """
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,12 +1,16 @@
 """The tab Inspect: what a run decided and what came of it. Drawn when it is looked at."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qdiff.app import plan_picture, views
+from qdiff.app.follow import EventOptions
 from qdiff.app.service import Service
 
+if TYPE_CHECKING:
+    import gradio as gr
 
-def add(service: Service, tab: Any) -> Any:
+
+def add(service: Service, tab: "gr.Tab") -> "gr.Dropdown":
     """Add the tab's components; return the list of models, which a finished build changes."""
     import gradio as gr
 
@@ -22,7 +26,7 @@ def add(service: Service, tab: Any) -> Any:
         except Exception as error:
             return views.failed(service.shown(error))
 
-    quiet: dict[str, Any] = {
+    quiet: EventOptions = {
         "show_progress": "hidden",
         "concurrency_limit": 2,
         "concurrency_id": "inspect",

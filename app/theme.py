@@ -1,9 +1,12 @@
 """Colours and type of the page. System fonts only: Gradio's own themes fetch theirs from another host."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradio.themes import Base
 
 
-def theme() -> Any:
+def theme() -> "Base":
     """Return a quiet theme in the report's colours."""
     from gradio.themes import Base
     from gradio.themes.utils import colors, sizes

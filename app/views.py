@@ -11,7 +11,7 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdiff.app.drawing import file_of
 from qdiff.events import duration
@@ -79,7 +79,7 @@ def cancelled() -> str:
     return _canvas("empty", _words("Cancelled", "Nothing was kept. The settings are as they were."))
 
 
-def progress(update: Update) -> str:
+def progress(update: Update[object]) -> str:
     """Return the view of a job that is queued or running, with the newest preview."""
     if update.state == "queued":
         ahead = update.place - 1
@@ -259,7 +259,7 @@ def _stage_title(name: str) -> str:
     return f"{verbs.get(verb, verb)} ({choice})" if choice else verbs.get(verb, verb)
 
 
-def table(header_row: Sequence[str], rows: Sequence[Sequence[Any]], label: str) -> str:
+def table(header_row: Sequence[str], rows: Sequence[Sequence[object]], label: str) -> str:
     """Return a table that scrolls inside itself on a narrow screen."""
     head = "".join(f"<th>{text(cell)}</th>" for cell in header_row)
     body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)

@@ -81,3 +81,12 @@ def test_settings_go_round():
     assert (
         Settings.parse('{"settings": {"prompt": "ä <b>", "seed": 4, "guidance": 2.5}, "seconds": 3}', 8000) == settings
     )
+
+
+@pytest.mark.parametrize("value", ["many", "4", [4], float("nan")])
+def test_a_field_that_gives_no_number_is_refused_by_its_name(value):
+    from qdiff.app.tab_generate import _whole
+
+    assert (_whole(4.0), _whole(4.5), _whole(None)) == (4, 4.5, None)
+    with pytest.raises(InputError, match="'steps'"):
+        Settings.make(prompt="a", steps=_whole(value))
