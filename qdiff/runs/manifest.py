@@ -114,7 +114,7 @@ def _seal_of(path: Path) -> str | None:
     return seal if isinstance(seal, str) else None
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, object]:
     """Return the JSON object in a file, unchecked; an empty one where there is none."""
     try:
         content = json.loads(path.read_bytes())
