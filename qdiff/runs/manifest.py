@@ -59,9 +59,15 @@ def refresh_copy(folder: Path) -> None:
     """Write the copy again where it is not the manifest's text: a process that was killed between the two had left it
     behind.
     """
+    path = folder / NAME
+    if path.is_file() and not has_copy(folder):
+        write_text(folder / COPY, path.read_text(encoding="utf-8"))
+
+
+def has_copy(folder: Path) -> bool:
+    """Return whether the manifest's copy is there and equals it."""
     path, copy = folder / NAME, folder / COPY
-    if path.is_file() and not (copy.is_file() and copy.read_bytes() == path.read_bytes()):
-        write_text(copy, path.read_text(encoding="utf-8"))
+    return path.is_file() and copy.is_file() and copy.read_bytes() == path.read_bytes()
 
 
 def read(folder: Path, stages: Container[str]) -> Manifest:

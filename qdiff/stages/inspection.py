@@ -9,6 +9,7 @@ from typing import Any
 
 from qdiff.errors import QdiffError
 from qdiff.events import log
+from qdiff.runs import manifest
 from qdiff.runs.run import Run
 from qdiff.runs.stages import OPTIONAL, UPSTREAM
 from qdiff.runs.versions import versions
@@ -39,6 +40,8 @@ def inspect(run: Run, *, layers: bool = False, verify: bool = True) -> dict[str,
         result["model"] = {
             key: run.entry("calibrate")["inputs"][key] for key in ("model", "weights", "note", "fingerprint")
         }
+    if verify and not manifest.has_copy(run.path):
+        log.warning("%s does not equal %s: the next stage writes it again", run.file(manifest.COPY), manifest.NAME)
     problems = [row for row in stages.values() if row.get("fix")]
     result["changed"], result["fixes"] = [row["files"] for row in problems], [row["fix"] for row in problems]
     plan = None
