@@ -3,6 +3,7 @@ contract tests run on them there."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -122,13 +123,37 @@ def test_the_page_has_an_example_of_each_kind():
     assert len(examples()) == len(KINDS) + 2, "an observer is added in three places"
 
 
+CONTRACT_TESTS = """
+import contextlib, io, json, sys
+from pathlib import Path
+import pytest
+
+outcomes = {}
+for kind, (path, picked) in json.loads(sys.argv[1]).items():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = pytest.main([path, "-k", picked, "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"])
+    outcomes[kind] = int(code), said.getvalue()
+Path(sys.argv[2]).write_text(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tree: Path) -> dict[str, tuple[int, str]]:
+    """pytest's exit status and output for each kind; one process for all, because each imports torch and diffusers anew."""
+    written = tree / "outcomes.json"
+    done = run(tree, "-c", CONTRACT_TESTS, json.dumps(CONTRACTS), str(written))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found: dict[str, tuple[int, str]] = json.loads(written.read_text())
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTRACTS)
-def test_an_example_passes_the_contract_of_its_kind(tree, kind):
-    path, picked = CONTRACTS[kind]
-    done = run(tree, "-m", "pytest", path, "-k", picked, "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short")
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert re.search(r"^\d+ passed", done.stdout, re.M), done.stdout[-500:]
+def test_an_example_passes_the_contract_of_its_kind(outcomes, kind):
+    code, said = outcomes[kind]
+    assert code == 0, said[-5000:]
+    assert re.search(r"^\d+ passed", said, re.M), said[-500:]
 
 
 TRANSLATE = """
