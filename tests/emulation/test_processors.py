@@ -1,31 +1,40 @@
 """The bundled PixArt's engines on processors that this machine is not: emulated by ``qemu-x86_64`` (Debian: qemu-user).
 
 An emulated process sees another processor by its ``cpuid`` instruction, while ``/proc/cpuinfo`` is still the host's; so what is
-looked up instead of tried goes wrong here. One process a processor denoises the same picture by each engine.
+looked up instead of tried goes wrong here. On each processor one process holds the engines (engine_process.py), and the pipeline
+of this process denoises the same picture with each of them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, save
 
+from qdiff.engines import Runner
+from qdiff.engines.pipeline import insert
+from qdiff.evaluation.images import to_pixels
 from qdiff.evaluation.metrics import psnr
 from qdiff.runs.run import Run
+from qdiff.stages.build import load_runner
 from qdiff.stages.calibrated_model import reload_model
+from qdiff.stages.generate import make_request
 
 QEMU = shutil.which("qemu-x86_64")
 BUILT = ("onnxruntime", "openvino")
 STEPS = 2
+PROMPT, SEED = "a rocket on a blue background", 7
 PROCESSORS = {
     "Haswell": {"onnxruntime": False, "openvino": False},  # AVX2 without VNNI: both libraries add in 16 bits
     "Nehalem": {"onnxruntime": True, "openvino": False},  # no AVX: ONNX Runtime's kernels add in 32 bits
@@ -57,50 +66,80 @@ def built(cli, tmp_path_factory) -> Path:
     return run
 
 
-def denoise(run: Path, folder: Path, *engines: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Starts denoise.py; ``before`` is the emulator's command."""
-    folder.mkdir()
-    script = Path(__file__).with_name("denoise.py")
-    return subprocess.Popen(
-        [*before, sys.executable, str(script), str(run), str(folder), *engines],
-        env={**os.environ, "QEMU_LD_PREFIX": "/"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class EmulatedRunner(Runner):
+    """One engine of an engine_process.py, as a runner."""
+
+    def __init__(self, process: subprocess.Popen[bytes], engine: str) -> None:
+        self.process, self.engine = process, engine
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        data = save({name: value.contiguous() for name, value in inputs.items()})
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{self.engine} {len(data)}\n".encode() + data)
+        self.process.stdin.flush()
+        return load(read(self.process, int(read_line(self.process))))["sample"]
+
+
+def read_line(process: subprocess.Popen[bytes]) -> bytes:
+    """Return the next line that an engine_process.py answers."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, f"the emulated process has ended with {process.wait(60)}: its messages stand above"
+    return line
+
+
+def read(process: subprocess.Popen[bytes], size: int) -> bytes:
+    """Return the next bytes that it answers."""
+    assert process.stdout is not None
+    return process.stdout.read(size)
 
 
 @pytest.fixture(scope="module")
-def denoised(built, tmp_path_factory) -> dict[str, Path]:
-    """Folders of latents: ``native`` by float and both engines, and one for each processor."""
-    root = tmp_path_factory.mktemp("denoised")
+def emulated(built) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """A process with both engines for each processor."""
+    script = Path(__file__).with_name("engine_process.py")
     started = {
-        "native": denoise(built, root / "native", "float", *BUILT),
-        **{name: denoise(built, root / name, *BUILT, before=(str(QEMU), "-cpu", name)) for name in PROCESSORS},
+        name: subprocess.Popen(
+            [str(QEMU), "-cpu", name, sys.executable, str(script), str(built), *BUILT],
+            env={**os.environ, "QEMU_LD_PREFIX": "/"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name in PROCESSORS
     }
     try:
-        for name, process in started.items():
-            output, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, (name, output[-3000:])
+        yield started
     finally:
         for process in started.values():
             process.kill()
-    return {name: root / name for name in started}
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
-def distance(built, denoised) -> Callable[[str, str], float]:
-    """PSNR in dB of a processor's picture by an engine against float's, decoded here: ``distance("Haswell", "openvino")``."""
-    model = reload_model(Run.existing(built))
-    vae = model.pipeline.vae
-    latents = {name: load_file(folder / "latents.safetensors") for name, folder in denoised.items()}
+def facts(emulated) -> dict[str, Any]:
+    """What the engines said of each processor."""
+    return {name: json.loads(read_line(process)) for name, process in emulated.items()}
 
-    def picture(processor: str, engine: str) -> torch.Tensor:
-        with torch.inference_mode():
-            decoded = vae.decode(latents[processor][engine] / vae.config.scaling_factor, return_dict=False)[0]
-        return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
-    return lambda processor, engine: float(psnr(picture("native", "float"), picture(processor, engine))[0])
+@pytest.fixture(scope="module")
+def distance(built, emulated, facts) -> Callable[[str, str], float]:
+    """PSNR in dB of a processor's picture by an engine against float's: ``distance("Haswell", "openvino")``."""
+    run = Run.existing(built)
+    model = reload_model(run)
+    request, specs = make_request(run, [PROMPT], seed=SEED), model.family.inputs(model.backbone.config)
+
+    def picture(runner: Runner) -> torch.Tensor:
+        with insert(model.pipeline, model.family.backbone_attribute, runner, specs):
+            return to_pixels(model.generate(request))
+
+    expected = picture(load_runner(run, "float", model))
+
+    def measured(processor: str, engine: str) -> float:
+        here = processor == "native"
+        runner = load_runner(run, engine, model, threads=1) if here else EmulatedRunner(emulated[processor], engine)
+        return float(psnr(expected, picture(runner))[0])
+
+    return functools.cache(measured)
 
 
 @pytest.mark.parametrize("engine", BUILT)
@@ -111,8 +150,7 @@ def test_pictures_are_as_near_to_float_as_here(distance, processor, engine):
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_each_library_was_asked_on_that_processor(denoised, processor):
-    facts = json.loads((denoised[processor] / "facts.json").read_text())
-    exact = {name: "exact" in said for name, said in facts["integers"].items()}
+def test_each_library_was_asked_on_that_processor(facts, processor):
+    exact = {name: "exact" in said for name, said in facts[processor]["integers"].items()}
     assert exact == PROCESSORS[processor]
-    assert facts["default"] == ("openvino" if exact["openvino"] else "onnxruntime")
+    assert facts[processor]["default"] == ("openvino" if exact["openvino"] else "onnxruntime")
