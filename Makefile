@@ -33,7 +33,7 @@ run: $(RUNTIME) ## the main job: calibrate, quantize, export, build, generate an
 	$(BIN)/qdiff run --model pixart -o $(RUN) $(ARGS)
 
 test: check ## check, then all tests (ARGS='-k name' for some)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
 check: $(DEV) ## ruff and mypy
 	$(BIN)/ruff check .
