@@ -71,11 +71,13 @@ def wheel(root, files, tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_the_wheel_is_one_package(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert tops == {"qdiff", next(top for top in tops if re.fullmatch(r"qdiff_deploy-.*\.dist-info", top))}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel, files):
     expected = {target for name in files if (target := in_wheel(name))}
     found = {name for name in wheel.namelist() if name.startswith("qdiff/")}
@@ -83,12 +85,14 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel, files):
     assert found - expected == set(), "in the wheel but not in the tree"
 
 
+@pytest.mark.slow
 def test_the_wheel_has_its_licence_and_its_command(wheel):
     info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
     assert any(name.startswith(f"{info}/licenses/LICENSE") for name in wheel.namelist())
     assert "qdiff = qdiff.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
+@pytest.mark.slow
 def test_the_wheel_works_by_itself(wheel, tmp_path):
     """Outside the checkout and without the editable install, the sub-packages are real folders of the package."""
     wheel.extractall(tmp_path)
