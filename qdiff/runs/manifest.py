@@ -122,6 +122,8 @@ def _seal_of(path: Path) -> str | None:
 
 def _content(path: Path) -> dict[str, object]:
     """Return the JSON object in a file, unchecked; an empty one where there is none."""
+    if not path.is_file():  # reading a pipe would wait
+        return {}
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

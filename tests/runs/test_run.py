@@ -307,6 +307,15 @@ def test_the_manifest_of_another_run_is_refused(tmp_path):
         Run(run.path)
 
 
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_place_of_the_copy_is_not_waited_for(tmp_path):
+    run = Run(tmp_path / "run")
+    make_stage(run, "calibrate", {})
+    run.file("run.copy.json").unlink()
+    os.mkfifo(run.file("run.copy.json"))
+    assert Run(run.path).done("calibrate") and not manifest.has_copy(run.path)
+
+
 def test_a_kill_between_the_manifest_and_its_copy(tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     make_stage(run, "calibrate", {})
