@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from qdiff.engines.inputs import TensorSpec
-from qdiff.errors import MissingDependencyError, UsageError, unknown_name
+from qdiff.errors import MissingDependencyError, UsageError, command, unknown_name
 from qdiff.registry import Registry
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class Engine(ABC):
         except (ImportError, OSError) as error:  # OSError: a shared library inside the wheel does not load
             absent = isinstance(error, ModuleNotFoundError) and error.name == self.library
             why = "is not installed" if absent else f"cannot be imported: {error}"
-            fix = f"pip install 'qdiff-deploy[{self.extra}]', or choose another engine (qdiff doctor lists them)"
+            fix = f"pip install 'qdiff-deploy[{self.extra}]', or choose another engine ({command('doctor')} lists them)"
             raise MissingDependencyError(
                 f"engine {self.name!r} needs the package {self.library}, which {why}", fix
             ) from error

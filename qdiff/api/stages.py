@@ -162,7 +162,7 @@ def build(
     Args:
         run: with a finished quantization.
         engine: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt_rtx"`` or ``"tensorrt"``; ``None``: the fastest that can be built.
-        profiles: ranges of input sizes of TensorRT engines, as ``--profile`` takes them.
+        profiles: ranges of input sizes of TensorRT engines, such as ``"512"`` or ``"dyn-256-1024"``.
         compute_capability: of the GPU that a TensorRT-RTX engine is for, such as ``"12.0"``.
         flags: settings of the backend by name.
         whole: whether one engine computes everything at every step.

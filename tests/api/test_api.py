@@ -150,3 +150,20 @@ def test_progress_is_a_bar_a_function_or_nothing(capfd):
     with listening(heard.append), reporting(False):
         list(track(range(3), "silent"))
     assert {event.task for event in heard} == {"heard"} and "heard" not in capfd.readouterr().err
+
+
+def test_errors_advise_python_in_python_and_flags_on_the_command_line(tmp_path, fails):
+    for code, call, words, command, flags in (
+        (3, lambda: qdiff.export(tmp_path), 'qdiff.calibrate("pixart", output="RUN")', ["export", tmp_path], "-o RUN"),
+        (
+            2,
+            lambda: qdiff.calibrate("pixart", output=tmp_path / "run", samples=0, progress=False),
+            "samples=0 is not",
+            ["calibrate", "-o", tmp_path / "run", "--samples", "0"],
+            "--samples 0 is not",
+        ),
+    ):
+        with pytest.raises((InputError, UsageError)) as caught:
+            call()
+        assert words in str(caught.value) and "--" not in str(caught.value)
+        fails(code, flags, *command)

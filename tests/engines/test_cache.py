@@ -135,7 +135,9 @@ def test_tampering_is_refused_and_force_is_the_way_out(attack, folder, graph, ro
 
 def test_the_fix_is_a_command(folder, root):
     _flip(folder / "model.bin")
-    with pytest.raises(IntegrityError, match=f"rebuild: qdiff build {root.parent} --engine openvino --force"):
+    with pytest.raises(
+        IntegrityError, match=rf'rebuild: qdiff.build\("{root.parent}", engine="openvino", force=True\)'
+    ):
         trusted(folder)
 
 

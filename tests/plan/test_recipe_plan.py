@@ -129,7 +129,7 @@ def test_set_changes_single_entries():
     assert recipe.methods["smooth"]["strengths"] == [0.5] and recipe.storage_dtype == "bfloat16"
     assert recipe.methods["smooth"]["minimum_gain_db"] == 2 and recipe.methods["timestep_scales"]["minimum_gain_db"]
     for wrong in ("storage_dtype", "=bfloat16", "storage_dtype.deeper=1", "name=[1"):
-        with pytest.raises(UsageError, match="--set"):
+        with pytest.raises(UsageError, match="settings="):
             load_recipe("int8", [wrong])
 
 
