@@ -294,4 +294,7 @@ class Engine(ABC):
         raise UsageError(f"engine {self.name!r} runs built engines, not torch modules", "export and build first")
 
 
-ENGINES: Registry[type[Engine]] = Registry("engine")
+ENGINES: Registry[type[Engine]] = Registry(
+    "engine",
+    meant={"torch": "eager", "pytorch": "eager", "onnx": "onnxruntime", "ort": "onnxruntime", "trt": "tensorrt"},
+)

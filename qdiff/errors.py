@@ -94,12 +94,14 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], error: type[QdiffError] = UsageError) -> QdiffError:
-    """Return an error for a name that is not in a table: names the nearest entries and all of them when they are
-    few.
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], error: type[QdiffError] = UsageError, meant: str | None = None
+) -> QdiffError:
+    """Return an error for a name that is not in a table: names the entry that is ``meant``, or the nearest entries, and all of
+    them when they are few.
     """
     known = sorted(known)
-    close = nearest(name, known)
+    close = nearest(name, known) if meant is None else [meant]
     hint = f"did you mean {', '.join(close)}?" if close else ""
     everything = f"known: {', '.join(known)}" if len(known) <= 20 else f"{len(known)} are known"
     return error(f"unknown {kind} {name!r}", "; ".join(part for part in (hint, everything) if part))

@@ -64,6 +64,11 @@ class Run:
         if manifest.is_there(self.path):
             self._read()
 
+    def __repr__(self) -> str:
+        model = self.manifest["stages"].get("calibrate", {}).get("inputs", {}).get("model")
+        done = ", ".join(stage for stage in self.manifest["stages"] if self.done(stage)) or "nothing"
+        return f"Run({str(self.path)!r}{f', model {model}' if model else ''}, done: {done})"
+
     def _read(self) -> None:
         self.manifest = manifest.read(self.path, UPSTREAM)
 
@@ -75,8 +80,9 @@ class Run:
             InputError: when the folder holds no manifest.
         """
         if not manifest.is_there(Path(path)):
+            why = "it has no run.json" if Path(path).exists() else "there is no such folder"
             raise InputError(
-                f"{path} is not a run folder (it has no run.json)",
+                f"{path} is not a run folder ({why})",
                 f"make one with: {command('calibrate', source='pixart', output='RUN')}",
             )
         return cls(path)
