@@ -278,6 +278,15 @@ class Engine(ABC):
             f"engine {self.name!r} runs the torch module itself: there is nothing to build", "leave the build out"
         )
 
+    def reads(self, folder: Path) -> list[Path]:
+        """Return the files outside of ``folder`` that a built engine reads: they count to its size.
+
+        Raises:
+            InputError: one is missing.
+            IntegrityError: one is not what was built.
+        """
+        return []
+
     def load(self, folder: Path, options: BuildOptions) -> Runner:
         """Load what :meth:`build` wrote. Whether the files may be trusted is not asked here but in :mod:`~.cache`.
 

@@ -133,10 +133,18 @@ class OrtEngine(IntegerEngine):
         write_json(folder / "engine.json", {"onnx": way, "sha256": graph_digest(onnx)})
         return {"bytes": graph_bytes(onnx), "inputs": specs, "device": self.device(options)}
 
-    def load(self, folder: Path, options: BuildOptions) -> OrtRunner:
+    def reads(self, folder: Path) -> list[Path]:
+        onnx, _ = self._graph(folder)
+        return [onnx, *external_files(onnx)]
+
+    def _graph(self, folder: Path) -> tuple[Path, str]:
+        """Return the graph that an engine folder names, and the digest that it had."""
         reference = read_json(folder / "engine.json", "the engine file")
-        onnx = (folder / reference["onnx"]).resolve()
-        if graph_digest(onnx) != reference["sha256"]:
+        return (folder / reference["onnx"]).resolve(), reference["sha256"]
+
+    def load(self, folder: Path, options: BuildOptions) -> OrtRunner:
+        onnx, digest = self._graph(folder)
+        if graph_digest(onnx) != digest:
             message = f"{onnx} is not the graph that this engine was built from (its sha256 differs)"
             raise IntegrityError(
                 message, f"build the engine anew: {command('build', 'RUN', engine='onnxruntime', force=True)}"

@@ -18,6 +18,7 @@ from typing import Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("qdiff")
+ENOUGH = 2  # units from which on the time that is left can be estimated
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class Event:
 
     @property
     def remaining(self) -> float | None:
-        """Return the estimated seconds left, from the mean time of the units done so far in this process."""
-        return self.seconds / self.done * (self.total - self.done) if self.done else None
+        """Return the estimated seconds left, from the mean time of the units done so far in this process; ``None`` before
+        :data:`ENOUGH` are done: the first one warms caches and compiles, and says little about the others.
+        """
+        return self.seconds / self.done * (self.total - self.done) if self.done >= ENOUGH else None
 
 
 class Listener(Protocol):
@@ -68,9 +71,8 @@ class TerminalListener:
         if event.finished:
             text = f"{event.task}: {event.done}/{event.total} in {duration(event.seconds)}"
         else:
-            text = f"{event.task}: {event.done}/{event.total}" + (
-                f", {duration(left)} left" if left is not None else ""
-            )
+            text = f"{event.task}: {event.done}/{event.total}, "
+            text += "estimating" if left is None else f"{duration(left)} left"
         if live:
             width = 24
             filled = width * event.done // max(event.total, 1)

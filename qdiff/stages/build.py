@@ -73,7 +73,7 @@ def build(
     from qdiff.engines.cache import build_cached
     from qdiff.engines.graph import graph_bytes
     from qdiff.engines.parts import options_for
-    from qdiff.engines.trust import MANIFEST, trusted
+    from qdiff.engines.trust import trusted
     from qdiff.graphs.parts import parts_of, read
     from qdiff.resources import require_disk
     from qdiff.stages.disk import engine_bytes
@@ -124,12 +124,7 @@ def build(
                 ],
                 cached=step.was_cached,
                 facts=step.facts,
-                bytes=sum(
-                    file.stat().st_size
-                    for built in (step, *parts)
-                    for file in built.folder.rglob("*")
-                    if file.is_file() and file.name != MANIFEST  # it holds seconds, as long as they are
-                ),
+                bytes=_bytes(engine, [built.folder for built in (step, *parts)]),
                 device=engine.device(options),
                 version=engine.version(),
             )
@@ -144,6 +139,19 @@ def build(
         "runs_here": missing_to_run is None,
         **({"why_not": missing_to_run} if missing_to_run else {}),
     }
+
+
+def _bytes(engine: Engine, folders: Sequence[Path]) -> int:
+    """Return the bytes on disk of a built engine, with the graphs that it reads from elsewhere."""
+    from qdiff.engines.trust import MANIFEST
+
+    files = {
+        file.resolve()
+        for folder in folders
+        for file in [*folder.rglob("*"), *engine.reads(folder)]
+        if file.is_file() and file.name != MANIFEST  # it holds seconds, as long as they are
+    }
+    return sum(file.stat().st_size for file in files)
 
 
 def _folders(entry: Mapping[str, Any]) -> list[str]:

@@ -141,7 +141,7 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
     log.info("compare: %d pictures, float beside %s", len(request.prompts), ", ".join(engines))
     require_disk(run.path, picture_bytes(model, len(request.prompts), len(engines)), "the pictures")
     made: dict[str, Pictures] = {}
-    together = model.calls_per_step(request.guidance)
+    together = model.calls_of_a_step(request.guidance, request.scheduler)
     calls: list[dict[str, Tensor]] = []
     for name in ["float", *engines]:
         session = Session(run, name, model)

@@ -102,7 +102,8 @@ class Session:
         self.model.backbone, self.model.correction = self._stand_in, self.correction
         steps = self.model.steps(request.steps)
         chunks = range(0, len(request.prompts), batch)
-        self._stand_in.seconds.clear()
+        together = self.model.calls_of_a_step(request.guidance, request.scheduler)
+        step_seconds: list[float] = []
         images: list[Image | Clip] = []
         with measure_usage() as usage, Progress(f"generate ({self.engine})", len(chunks) * steps) as progress:
 
@@ -115,11 +116,13 @@ class Session:
                 part = replace(
                     request, prompts=request.prompts[start : start + batch], seeds=request.seeds[start : start + batch]
                 )
+                self._stand_in.seconds.clear()
                 images += self.model.generate(part, on_step=report)
+                step_seconds += _by_step(self._stand_in.seconds, together)
         return Pictures(
             self.engine,
             images,
-            _by_step(self._stand_in.seconds, self.model.calls_per_step(request.guidance)),
+            step_seconds,
             usage.seconds,
             self.load_seconds,
             max(0, usage.peak_bytes - usage.start_bytes),

@@ -55,6 +55,8 @@ def test_a_run_is_quantized_exported_built_and_used(run, cli):
     assert run.results["calibrate"]["prompts"] == 3
     qdiff.build(run, "openvino", progress=False)  # exports the graph that it needs
     assert run.done("export:onnxruntime") and not run.done("export:tensorrt")
+    qdiff.build(run, "onnxruntime", progress=False)
+    assert run.results["build"]["bytes"] > run.results["quantize"]["packed_bytes"], "with the graph that it reads"
     again = qdiff.export(str(run.path), "onnxruntime", progress=False)
     assert [result["target"] for result in again.results["export"]] == ["onnxruntime"]
     (picture,) = qdiff.generate(
@@ -266,3 +268,13 @@ def test_step_callbacks_of_diffusers_work_with_an_engine(tmp_path):
 def test_a_run_says_what_it_holds(run):
     assert re.fullmatch(r"Run\('.*', model pixart, done: calibrate, quantize.*\)", repr(run))
     assert repr(qdiff.Run("nowhere")).endswith("nowhere', done: nothing)")
+
+
+def test_a_step_of_a_scheduler_of_second_order_has_two_calls(run):
+    from qdiff.models.base import Request
+    from qdiff.stages.generate import Session
+
+    session = Session(run, "float")
+    made = session.pictures(Request(["a cat", "cheese"], [0, 1], steps=3, scheduler="heun"), batch=1)
+    assert len(made.step_seconds) == 2 * 3, "five calls each"
+    assert session.model.calls_of_a_step(scheduler="heun") == 2 * session.model.calls_of_a_step()
