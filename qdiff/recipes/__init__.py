@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from qdiff.errors import InputError, UsageError, nearest, option, unknown_name
 from qdiff.files import path_of, read_user_text
+from qdiff.plan.ranges import DOCUMENTED, advice
 from qdiff.plan.recipe import Recipe
 from qdiff.plan.renamed import key_of_today
 
@@ -63,13 +64,15 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        fix = "docs/recipes/index.md says what it takes"
+        fix = DOCUMENTED
         if first["type"] == "missing":
             fix = f"give it, for example with {option('settings', [f'{where}=…'])}"
         elif first["type"] == "extra_forbidden":
             known = _entries(Recipe, first["loc"][:-1])
             close = nearest(str(first["loc"][-1]), known)
             fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
+        elif first["type"] != "value_error":  # a check of our own says it itself
+            fix = advice(Recipe.model_json_schema(), first["loc"])
         raise InputError(": ".join(part for part in (f"recipe {name}", where, message) if part), fix) from None
     from qdiff.methods import check_options, check_reconstruction
 

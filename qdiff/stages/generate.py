@@ -219,6 +219,10 @@ def make_request(
             raise UsageError(f"a prompt has {len(prompt):,} characters", f"at most {LONGEST_PROMPT:,} are taken")
     if len(prompts) > MOST_PICTURES:
         raise UsageError(f"{len(prompts)} pictures were asked for", f"at most {MOST_PICTURES} in one call")
+    empty = sum(not prompt.strip() for prompt in prompts)
+    if empty:
+        which = "the prompt is" if len(prompts) == 1 else f"{empty} of {len(prompts)} prompts are"
+        log.warning("%s empty: nothing says what such a picture shows", which)
     check_sampling(steps, guidance)
     check_frames(FAMILIES[calibrated.model], frames)
     if not 0 <= seed < 2**63 - MOST_PICTURES:

@@ -278,3 +278,13 @@ def test_a_step_of_a_scheduler_of_second_order_has_two_calls(run):
     made = session.pictures(Request(["a cat", "cheese"], [0, 1], steps=3, scheduler="heun"), batch=1)
     assert len(made.step_seconds) == 2 * 3, "five calls each"
     assert session.model.calls_of_a_step(scheduler="heun") == 2 * session.model.calls_of_a_step()
+
+
+def test_an_empty_prompt_is_warned_about_and_made(run, tmp_path, caplog):
+    made = qdiff.generate(
+        run, ["", "cheese", " "], output=tmp_path / "x.png", engine="float", steps=1, batch=4, progress=False
+    )
+    assert len(made) == 3
+    assert [record.message for record in caplog.records if "empty" in record.message] == [
+        "2 of 3 prompts are empty: nothing says what such a picture shows"
+    ]
