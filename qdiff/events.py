@@ -85,7 +85,7 @@ class TerminalListener:
         self._stream.flush()
 
 
-_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("qdiff_listener", default=None)
+_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("qdiff_listener")
 
 
 @contextlib.contextmanager
@@ -99,8 +99,8 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 def listened_to() -> bool:
-    """Return whether somebody listens already to the work of this context."""
-    return _listener.get() is not None
+    """Return whether it was said already who listens to the work of this context, be it nobody."""
+    return _listener in contextvars.copy_context()
 
 
 class Progress:
@@ -134,7 +134,7 @@ class Progress:
         self._tell()
 
     def _tell(self, finished: bool = False) -> None:
-        listener = _listener.get()
+        listener = _listener.get(None)
         if listener is not None:
             listener(Event(self.task, self.done, self.total, time.monotonic() - self._start, finished))
 

@@ -288,3 +288,10 @@ def test_an_empty_prompt_is_warned_about_and_made(run, tmp_path, caplog):
     assert [record.message for record in caplog.records if "empty" in record.message] == [
         "2 of 3 prompts are empty: nothing says what such a picture shows"
     ]
+
+
+def test_a_quiet_command_shows_no_bar(run, cli, tmp_path):
+    done = cli(
+        "-q", "generate", run.path, "--prompt", "a cat", "--engine", "float", "--steps", "1", "-o", tmp_path / "x.png"
+    )
+    assert done.code == 0 and done.err == ""
