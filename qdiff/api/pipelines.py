@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdiff.api.arguments import checked, require, unknown_argument
-from qdiff.errors import UsageError, command
+from qdiff.errors import UsageError
 from qdiff.runs.run import Run
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _with_defaults(own: Any, defaults: dict[str, Any], run: Run) -> Any:
         """Refuse to save: a diffusers folder cannot hold an engine."""
         raise UsageError(
             f"this {own.__name__} has an engine in its backbone's place, which a diffusers folder cannot hold",
-            f"keep the run folder, which is whole, and load it with {command('load_pipeline', run.path)}",
+            f"keep the run folder {run.path}, which is whole, and load it with qdiff.load_pipeline",
         )
 
     members = {"__call__": call, "save_pretrained": save_pretrained, "__module__": own.__module__}
