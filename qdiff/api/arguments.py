@@ -9,13 +9,13 @@ import numbers
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Literal, ParamSpec, TypeVar, Union, Unpack, cast, get_args, get_origin, get_type_hints
 
 from qdiff.errors import UsageError, nearest, option
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_WORDS = {
+_WORDS: dict[object, str] = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
@@ -23,8 +23,8 @@ _WORDS = {
     Path: "a path",
     type(None): "None",
 }
-_PLURALS: dict[Any, str] = {float: "numbers", str: "texts"}
-_NUMBERS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}
+_PLURALS: dict[object, str] = {float: "numbers", str: "texts"}
+_NUMBERS: dict[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -52,7 +52,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def require(called: str, name: str, value: Any, hint: Any) -> None:
+def require(called: str, name: str, value: object, hint: object) -> None:
     """Refuse a value of another type than ``hint`` for the argument ``name`` of ``called``.
 
     Raises:
@@ -64,7 +64,7 @@ def require(called: str, name: str, value: Any, hint: Any) -> None:
         raise UsageError(f"{called} was given {name}={shown}", f"{option(name)} takes {_said(hint)}")
 
 
-def _misfit(called: str, signature: inspect.Signature, kwargs: dict[str, Any], error: TypeError) -> UsageError:
+def _misfit(called: str, signature: inspect.Signature, kwargs: dict[str, object], error: TypeError) -> UsageError:
     unknown = [name for name in kwargs if name not in signature.parameters]
     return unknown_argument(called, unknown[0], signature.parameters) if unknown else UsageError(f"{called}: {error}")
 
@@ -79,19 +79,17 @@ def unknown_argument(
 
 
 @functools.cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def _hints(function: Callable[..., object]) -> dict[str, object]:
     """Return the types of a function's arguments by name, of those in ``**options`` too."""
-    hints = get_type_hints(function, localns={"DiffusionPipeline": Any})
+    hints = get_type_hints(function, localns={"DiffusionPipeline": object})
     for name in ("return", "module", "calls"):
         hints.pop(name, None)
     options = hints.pop("options", None)
     return hints | (get_type_hints(get_args(options)[0]) if get_origin(options) is Unpack else {})
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
@@ -110,10 +108,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
     if getattr(hint, "_is_protocol", False):
         return callable(value)
-    return isinstance(value, hint)
+    return isinstance(value, cast("type", hint))
 
 
-def _said(hint: Any) -> str:
+def _said(hint: object) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         words = list(dict.fromkeys(_said(one) for one in inner))

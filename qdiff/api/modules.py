@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,8 +117,8 @@ def _require_call(family: ModuleFamily, module: nn.Module, number: int, call: Ma
     """
     entered: list[tuple[str, list[int] | None]] = []
 
-    def enter(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def hook(_: nn.Module, args: tuple[object, ...]) -> None:
             entered.append((name, list(args[0].shape) if args and isinstance(args[0], Tensor) else None))
 
         return hook

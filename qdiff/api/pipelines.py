@@ -81,7 +81,7 @@ def _with_defaults(own: Any, defaults: dict[str, Any], run: Run) -> Any:
     known, read = _arguments(own.__call__)
 
     @functools.wraps(own.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: object, *args: object, **kwargs: object) -> object:
         for name, value in kwargs.items():
             if name not in read:
                 raise unknown_argument(own.__name__, name, known, _OURS.get(name))
@@ -89,7 +89,7 @@ def _with_defaults(own: Any, defaults: dict[str, Any], run: Run) -> Any:
                 require(own.__name__, name, value, _TYPES[name])
         return own.__call__(self, *args, **{**defaults, **kwargs})
 
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self: object, *args: object, **kwargs: object) -> None:
         """Refuse to save: a diffusers folder cannot hold an engine."""
         raise UsageError(
             f"this {own.__name__} has an engine in its backbone's place, which a diffusers folder cannot hold",
@@ -100,7 +100,7 @@ def _with_defaults(own: Any, defaults: dict[str, Any], run: Run) -> Any:
     return type(own.__name__, (own,), members)
 
 
-def _arguments(call: Callable[..., Any]) -> tuple[list[str], Collection[str]]:
+def _arguments(call: Callable[..., object]) -> tuple[list[str], Collection[str]]:
     """Return the arguments of a pipeline's call, and with them those that it looks up among its ``**kwargs`` (names of an earlier
     diffusers). What else is given there, diffusers ignores.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def source_of(
     return Source(_family_of_weights(str(source), revision), str(source))
 
 
-def _of_pipeline(pipe: Any, output: Path | str | None, weights: Path | str | None, force: bool) -> Source:
+def _of_pipeline(pipe: object, output: Path | str | None, weights: Path | str | None, force: bool) -> Source:
     from diffusers import DiffusionPipeline
 
     if not isinstance(pipe, DiffusionPipeline):
@@ -148,7 +149,7 @@ def _fingerprint(pipe: Any) -> str:
     return digest.hexdigest()
 
 
-def _settings(config: Any) -> str:
+def _settings(config: Mapping[str, object]) -> str:
     """Return a configuration as text, without what changes when it is saved or loaded (where it lay, which code wrote it)."""
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     passing = ("architectures", "dtype", "torch_dtype", "name_or_path", "is_local", "local_files_only")

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -101,7 +101,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
-CALIBRATION: dict[str, tuple[Any, Any]] = {
+CALIBRATION: dict[str, tuple[object, object]] = {
     "revision": (RevisionOption, None),
     "samples": (SamplesOption, None),
     "steps": (StepsOption, None),
@@ -130,10 +130,10 @@ def with_calibration(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
+    def run(**given: object) -> None:
         options = {name: given.pop(name) for name in CALIBRATION}
         if options["guidance"] is not None:
-            options["guidance"] = scales_of(options["guidance"])
+            options["guidance"] = scales_of(str(options["guidance"]))
         command(**given, calibration=options)
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

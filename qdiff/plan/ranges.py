@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from pydantic.json_schema import JsonSchemaValue as Schema
 
 DOCUMENTED = "docs/recipes/index.md says what it takes"
 _SIMPLE = {"boolean": "true or false", "string": "a text", "null": "null"}
 
 
-def advice(schema: Mapping[str, Any], path: Sequence[int | str] = ()) -> str:
+def advice(schema: Schema, path: Sequence[int | str] = ()) -> str:
     """Return what to say about a value that was refused: what is taken there, and where more is told.
 
     Args:
@@ -23,22 +24,22 @@ def advice(schema: Mapping[str, Any], path: Sequence[int | str] = ()) -> str:
     return f"it takes {' or '.join(words)}; docs/recipes/index.md says more" if words else DOCUMENTED
 
 
-def _alternatives(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _alternatives(schema: Schema, definitions: Schema) -> list[Schema]:
     if "$ref" in schema:
         return _alternatives(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     return [one for inner in schema.get("anyOf", ()) for one in _alternatives(inner, definitions)] or [schema]
 
 
-def _inside(schema: Mapping[str, Any], name: int | str, definitions: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _inside(schema: Schema, name: int | str, definitions: Schema) -> list[Schema]:
     found = []
     for one in _alternatives(schema, definitions):
         inner = one.get("items") if isinstance(name, int) else one.get("properties", {}).get(name)
         inner = inner or one.get("additionalProperties")
-        found += [inner] if isinstance(inner, Mapping) else []
+        found += [inner] if isinstance(inner, dict) else []
     return found
 
 
-def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[str]:
+def _words(schema: Schema, definitions: Schema) -> list[str]:
     found = []
     for one in _alternatives(schema, definitions):
         kind = one.get("type")
@@ -46,7 +47,7 @@ def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[st
             found += [repr(value) for value in one.get("enum", [one.get("const")])]
         elif kind in ("number", "integer"):
             found.append(("a whole number" if kind == "integer" else "a number") + _range(one))
-        elif kind == "array" and isinstance(one.get("items"), Mapping):
+        elif kind == "array" and isinstance(one.get("items"), dict):
             found.append(f"a list, each entry {' or '.join(_words(one['items'], definitions))}")
         elif kind == "object":
             found.append("a group of settings")
@@ -55,7 +56,7 @@ def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[st
     return found
 
 
-def _range(schema: Mapping[str, Any]) -> str:
+def _range(schema: Schema) -> str:
     if "minimum" in schema and "maximum" in schema:
         return f" from {_number(schema['minimum'])} to {_number(schema['maximum'])}"
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
