@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import TypedDict
 
-from qdiff.errors import QdiffError
+from qdiff.errors import QdiffError, command_line
 from qdiff.events import Event, listening
 from qdiff.files import Json
 from qdiff.runs.run import Run
@@ -79,7 +79,7 @@ def main() -> None:
 
     Path(options["folder"]).parent.mkdir(parents=True, exist_ok=True)
     try:
-        with listening(tell):
+        with command_line(), listening(tell):
             build(options)
         _say(ended="done")
     except QdiffError as error:

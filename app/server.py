@@ -307,7 +307,9 @@ def serve(service: Service, host: str, port: int, accounts: Mapping[str, str] | 
 
 
 def _not_about_the_end(record: logging.LogRecord) -> bool:
-    """Stream to open pages are cut off when the server ends; uvicorn would print each as an error."""
+    """Return whether a record is worth printing: streams to open pages are cut off when the server ends, and uvicorn would print
+    each as an error.
+    """
     cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
     return not cut and "timeout graceful shutdown exceeded" not in record.getMessage()
 

@@ -103,7 +103,7 @@ def write(path: Path, command: list[str], note: str) -> None:
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Parse the command line and run; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, help="measure the command of this record anew and write it")
     parser.add_argument("--note", default="", help="with --record: what else the machine did")

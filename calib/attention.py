@@ -34,7 +34,7 @@ from qdiff.attention.orders import Grid, candidates, order_named
 from qdiff.attention.packing import at_places
 from qdiff.attention.schedule import Schedule, edges_of
 from qdiff.attention.statistics import AttentionStatistics
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.events import Progress
 from qdiff.models.model import Model
 from qdiff.recording.inputs import latent_of
@@ -97,7 +97,8 @@ class AttentionCalibration:
         names = model.family.self_attentions(model.backbone)
         if not names:
             raise InputError(
-                f"no self-attentions of {model.family.title} are known", "leave --attention out: this family runs dense"
+                f"no self-attentions of {model.family.title} are known",
+                f"leave {option('attention')} out: this family runs dense",
             )
         self.layers = names[1:-1] if len(names) >= FEWEST_PROTECTED else names
         steps = list(trajectory.steps(0, once=True))

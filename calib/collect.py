@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qdiff.calib.first_token import FirstToken
 from qdiff.calib.observers import OBSERVERS, Observer, RowSample
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, option
 from qdiff.events import Progress, log
 from qdiff.files import open_tensors, save_tensors
 from qdiff.models.layers import quantizable_layers
@@ -215,7 +215,8 @@ class Collector:
             header = json.loads((file.metadata() or {}).get("qdiff", "{}"))
             if header.get("fingerprint") != self.fingerprint:
                 raise IntegrityError(
-                    f"{partial} belongs to another calibration", "calibrate with --force or into another folder"
+                    f"{partial} belongs to another calibration",
+                    f"calibrate with {option('force', True)} or into another folder",
                 )
             device = self.model.device
             state: dict[str, dict[str, Tensor]] = {group: {} for group in self.groups}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.files import read_user_text
 
 LONGEST = 2_000  # characters; text encoders keep some hundred tokens and cut the rest
@@ -67,6 +67,7 @@ def choose_prompts(prompts: list[str], samples: int | None) -> list[str]:
         return prompts
     if samples > len(prompts):
         raise InputError(
-            f"{samples} samples were asked of {len(prompts)} prompts", f"give more prompts or --samples {len(prompts)}"
+            f"{samples} samples were asked of {len(prompts)} prompts",
+            f"give more prompts or {option('samples', len(prompts))}",
         )
     return prompts[:samples]

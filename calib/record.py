@@ -18,7 +18,7 @@ from torch import nn
 
 from qdiff import device
 from qdiff.calib.timesteps import STRATEGIES
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.events import Progress
 from qdiff.models.model import Model, Request
 from qdiff.models.parts import captured
@@ -139,7 +139,8 @@ def joined(
     groups = [slice(start, start + branches) for start in range(0, len(calls), branches)]
     if any(len(set(timesteps[group])) != 1 or len(timesteps[group]) != branches for group in groups):
         raise InputError(
-            f"the pipeline does not call its backbone {branches} times for each timestep", "use another --guidance"
+            f"the pipeline does not call its backbone {branches} times for each timestep",
+            f"use another {option('guidance')}",
         )
     together = [
         {name: torch.cat([call[name] for call in reversed(calls[group])]) for name in calls[group][0]}
@@ -169,7 +170,7 @@ def _record_shard(model: Model, recording: Recording, index: int, folder: Path, 
     if len({len(call["timestep"]) for call in calls}) != 1:
         raise InputError(
             "the pipeline calls its backbone with batches of different sizes in one trajectory",
-            "calibrate without guidance (--guidance 1)",
+            f"calibrate without guidance ({option('guidance', 1)})",
         )
     generator = torch.Generator().manual_seed(recording.seed * 1_000_003 + index)
     kept = STRATEGIES[recording.strategy](timesteps, recording.keep, generator)
@@ -192,4 +193,4 @@ def _require_steps(timesteps: Sequence[float]) -> None:
         InputError: the pipeline never called it.
     """
     if not timesteps:
-        raise InputError("the pipeline never called its backbone", "check --steps and the scheduler")
+        raise InputError("the pipeline never called its backbone", f"check {option('steps')} and the scheduler")

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from qdiff.engines.inputs import TensorSpec
-from qdiff.errors import MissingDependencyError, UsageError, unknown_name
+from qdiff.errors import MissingDependencyError, UsageError, command, unknown_name
 from qdiff.registry import Registry
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class Engine(ABC):
         except (ImportError, OSError) as error:  # OSError: a shared library inside the wheel does not load
             absent = isinstance(error, ModuleNotFoundError) and error.name == self.library
             why = "is not installed" if absent else f"cannot be imported: {error}"
-            fix = f"pip install 'qdiff-deploy[{self.extra}]', or choose another engine (qdiff doctor lists them)"
+            fix = f"pip install 'qdiff-deploy[{self.extra}]', or choose another engine ({command('doctor')} lists them)"
             raise MissingDependencyError(
                 f"engine {self.name!r} needs the package {self.library}, which {why}", fix
             ) from error
@@ -278,6 +278,15 @@ class Engine(ABC):
             f"engine {self.name!r} runs the torch module itself: there is nothing to build", "leave the build out"
         )
 
+    def reads(self, folder: Path) -> list[Path]:
+        """Return the files outside of ``folder`` that a built engine reads: they count to its size.
+
+        Raises:
+            InputError: one is missing.
+            IntegrityError: one is not what was built.
+        """
+        return []
+
     def load(self, folder: Path, options: BuildOptions) -> Runner:
         """Load what :meth:`build` wrote. Whether the files may be trusted is not asked here but in :mod:`~.cache`.
 
@@ -294,4 +303,7 @@ class Engine(ABC):
         raise UsageError(f"engine {self.name!r} runs built engines, not torch modules", "export and build first")
 
 
-ENGINES: Registry[type[Engine]] = Registry("engine")
+ENGINES: Registry[type[Engine]] = Registry(
+    "engine",
+    meant={"torch": "eager", "pytorch": "eager", "onnx": "onnxruntime", "ort": "onnxruntime", "trt": "tensorrt"},
+)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qdiff.engines.base import BuildFacts, BuildOptions, Engine, Runner
+from qdiff.engines.base import ENGINES, BuildFacts, BuildOptions, Engine, Runner
 from qdiff.engines.graph import graph_digest
 from qdiff.engines.trust import FORMAT, MANIFEST, EngineManifest, KeyParts, folder_name, signed, trusted
 from qdiff.errors import QdiffError
@@ -137,6 +137,7 @@ def list_engines(root: Path) -> list[Entry]:
         size = sum(path.lstat().st_size for path in folder.iterdir())
         try:
             parts = trusted(folder)["parts"]
+            size += sum(path.stat().st_size for path in ENGINES[parts["engine"]]().reads(folder))
             entries.append(Entry(folder, parts["engine"], parts["device"], parts["version"], size, None))
         except QdiffError as error:  # a listing shows what is broken, whatever it is
             entries.append(Entry(folder, folder.name.rpartition("-")[0], "?", "?", size, error.message))

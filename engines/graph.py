@@ -16,7 +16,7 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from qdiff.errors import InputError, IntegrityError
+from qdiff.errors import InputError, IntegrityError, command
 from qdiff.files import safe_child, sha256_file, temporary_beside
 from qdiff.graphs.walk import nodes, tensors
 
@@ -32,11 +32,13 @@ def external_files(onnx: Path) -> list[Path]:
     from google.protobuf.message import DecodeError
 
     if not onnx.is_file():
-        raise InputError(f"there is no ONNX graph at {onnx}", "run: qdiff export RUN")
+        raise InputError(f"there is no ONNX graph at {onnx}", f"run: {command('export', 'RUN')}")
     try:
         model = library.load(onnx, load_external_data=False)
     except DecodeError as error:
-        raise IntegrityError(f"{onnx} is not an ONNX file: {error}", "run: qdiff export RUN --force") from error
+        raise IntegrityError(
+            f"{onnx} is not an ONNX file: {error}", f"run: {command('export', 'RUN', force=True)}"
+        ) from error
     names = set()
     for part in [model.graph, *model.functions]:
         for tensor in tensors(part):
@@ -48,12 +50,18 @@ def external_files(onnx: Path) -> list[Path]:
 def _external(onnx: Path, name: str) -> Path:
     path = safe_child(onnx.parent, name)
     if "\\" in name or path != onnx.parent.resolve() / name:
-        raise IntegrityError(f"{onnx} names its weights {name!r}: not a plain path", "run: qdiff export RUN --force")
+        raise IntegrityError(
+            f"{onnx} names its weights {name!r}: not a plain path", f"run: {command('export', 'RUN', force=True)}"
+        )
     if not path.exists():
-        raise InputError(f"{onnx} names the weights file {name!r}, which is missing", "run: qdiff export RUN --force")
+        raise InputError(
+            f"{onnx} names the weights file {name!r}, which is missing", f"run: {command('export', 'RUN', force=True)}"
+        )
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise IntegrityError(f"{path} is a link or not a plain file", "export the graph anew: qdiff export RUN --force")
+        raise IntegrityError(
+            f"{path} is a link or not a plain file", f"export the graph anew: {command('export', 'RUN', force=True)}"
+        )
     if status.st_nlink != 1:
         fix = "let qdiff write in the folder, or copy the run without hard links: cp -a, or rsync without --link-dest"
         raise IntegrityError(f"{path} has other names (hard links), which onnx refuses to read", fix)

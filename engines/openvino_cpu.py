@@ -39,7 +39,7 @@ from qdiff.engines.base import ENGINES, BuildFacts, BuildOptions, Runner
 from qdiff.engines.graph import external_files, inlined, multiplies_integers, simulates
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.engines.integer_products import IntegerEngine
-from qdiff.errors import InputError, IntegrityError
+from qdiff.errors import InputError, IntegrityError, option
 from qdiff.events import log
 from qdiff.plan.attention_plan import BLOCKS, BOUNDS
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 VARIANTS = 2
 IN_FLOAT = (
     "openvino: on this processor products of INT8 are added in 16 bits, which overflow now and then, so they are computed in "
-    "float: the plan's pictures, but not its speed. --flag integers=on takes the overflow"
+    "float: the plan's pictures, but not its speed. %s takes the overflow"
 )
 _SIMULATED = ("qdiff", "simulated_quantizers")  # a note in the IR, see OpenVinoEngine._precision
 _DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -213,7 +213,7 @@ class OpenVinoEngine(IntegerEngine):
                 _fold_codes(library, model)
                 model.set_rt_info("yes" if simulates(onnx) else "no", list(_SIMULATED))
                 if self._integers(options) == "off" and multiplies_integers(onnx):
-                    log.warning(IN_FLOAT)
+                    log.warning(IN_FLOAT, option("flags", {"integers": "on"}))
                 _name_by_place(model)
                 library.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
             if not options.profiles:
@@ -238,7 +238,9 @@ class OpenVinoEngine(IntegerEngine):
         core = library.Core()
         path = folder / "model.xml"
         if not path.is_file():
-            raise IntegrityError(f"there is no model.xml in {folder}", "build the engine anew with --force")
+            raise IntegrityError(
+                f"there is no model.xml in {folder}", f"build the engine anew with {option('force', True)}"
+            )
         settings: Settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self._precision(core, core.read_model(str(path)), options),

@@ -31,7 +31,7 @@ from qdiff.engines.graph import external_files, graph_bytes, graph_digest
 from qdiff.engines.inputs import TensorSpec, conform
 from qdiff.engines.integer_products import IntegerEngine
 from qdiff.engines.unpacked import take_out_unpacking
-from qdiff.errors import InputError, IntegrityError, MissingDependencyError
+from qdiff.errors import InputError, IntegrityError, MissingDependencyError, command, option
 from qdiff.files import read_json, write_json
 from qdiff.graphs.walk import graphs, initializers
 
@@ -133,12 +133,22 @@ class OrtEngine(IntegerEngine):
         write_json(folder / "engine.json", {"onnx": way, "sha256": graph_digest(onnx)})
         return {"bytes": graph_bytes(onnx), "inputs": specs, "device": self.device(options)}
 
-    def load(self, folder: Path, options: BuildOptions) -> OrtRunner:
+    def reads(self, folder: Path) -> list[Path]:
+        onnx, _ = self._graph(folder)
+        return [onnx, *external_files(onnx)]
+
+    def _graph(self, folder: Path) -> tuple[Path, str]:
+        """Return the graph that an engine folder names, and the digest that it had."""
         reference = read_json(folder / "engine.json", "the engine file")
-        onnx = (folder / reference["onnx"]).resolve()
-        if graph_digest(onnx) != reference["sha256"]:
+        return (folder / reference["onnx"]).resolve(), reference["sha256"]
+
+    def load(self, folder: Path, options: BuildOptions) -> OrtRunner:
+        onnx, digest = self._graph(folder)
+        if graph_digest(onnx) != digest:
             message = f"{onnx} is not the graph that this engine was built from (its sha256 differs)"
-            raise IntegrityError(message, "build the engine anew: qdiff build RUN --engine onnxruntime --force")
+            raise IntegrityError(
+                message, f"build the engine anew: {command('build', 'RUN', engine='onnxruntime', force=True)}"
+            )
         return self._open(onnx, options)
 
     def _open(self, onnx: Path, options: BuildOptions) -> OrtRunner:
@@ -180,7 +190,9 @@ class OrtEngine(IntegerEngine):
             raise InputError(f"ONNX Runtime refuses {onnx}: {error}", "export again for target onnxruntime") from error
         if session.get_providers()[0] != provider:
             message = f"ONNX Runtime could not start {provider} (CUDA or cuDNN libraries are missing)"
-            raise MissingDependencyError(message, "install CUDA 13 and cuDNN 9, or use --flag provider=cpu")
+            raise MissingDependencyError(
+                message, f"install CUDA 13 and cuDNN 9, or use {option('flags', {'provider': 'cpu'})}"
+            )
         return OrtRunner(session, given)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from qdiff.engines.base import BuildOptions, Engine, Profile
-from qdiff.errors import UsageError
+from qdiff.errors import UsageError, option
 from qdiff.graphs.parts import PARTS, Axes, GraphFile
 
 
@@ -50,7 +50,9 @@ def _size(axis: int | str | None, sizes: Mapping[str, int]) -> int:
     try:
         return _value(ast.parse(str(axis), mode="eval").body, sizes)
     except (KeyError, SyntaxError, TypeError) as error:
-        raise UsageError(f"the profile says nothing about the axis {axis!r}", "build with --whole") from error
+        raise UsageError(
+            f"the profile says nothing about the axis {axis!r}", f"build with {option('whole', True)}"
+        ) from error
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:

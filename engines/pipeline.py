@@ -23,7 +23,7 @@ import torch
 
 from qdiff import device
 from qdiff.engines.base import Runner
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.models.finite import require_finite_step
 from qdiff.models.given import flattened, tensor_of, unknown
 from qdiff.recording.inputs import InputSpec, latent_of
@@ -135,7 +135,7 @@ class EngineBackbone(torch.nn.Module):
         given = flattened(arguments)
         for name in unknown(given, (*self.inputs, *self.unread)):
             message = f"the pipeline gives {name!r} to its backbone, and this engine's graph has no such input"
-            raise InputError(message, f"leave {name!r} out, or run with --engine float")
+            raise InputError(message, f"leave {name!r} out, or run with {option('engine', 'float')}")
         (latent,) = (name for name, spec in self.inputs.items() if spec.name == self.latent)
         if given.get(latent) is None:
             raise _lacking(latent)

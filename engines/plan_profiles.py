@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qdiff.engines.base import Profile, Shape
 from qdiff.engines.profiles import make_profile, parse_profile
-from qdiff.errors import UsageError
+from qdiff.errors import UsageError, option
 
 if TYPE_CHECKING:
     from qdiff.plan.attention_plan import AttentionPlan
@@ -76,7 +76,7 @@ def plan_profile(
         what = "the lists of sparse attention are" if plan.attention else f"a graph of {family.title} is"
         raise UsageError(
             f"profile {text!r}: {what} for the size that was calibrated",
-            "leave the size out of the profile, or calibrate with --height, --width or --frames",
+            f"leave the size out of the profile, or calibrate with {option('height')}, {option('width')} or {option('frames')}",
         )
     profile = make_profile(text or "default", axes, ranges)
     if plan.attention is not None:

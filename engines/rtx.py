@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qdiff.engines.base import ENGINES
 from qdiff.engines.trt_engine import TensorRTEngine
-from qdiff.errors import UsageError
+from qdiff.errors import UsageError, option
 
 if TYPE_CHECKING:
     from qdiff.plan.plan import Plan
@@ -33,5 +33,5 @@ class TensorRTRTXEngine(TensorRTEngine):
             return None
         return UsageError(
             "TensorRT-RTX 1.7 crashes on sparse attention inside an If, so it builds no blocks with branches that follow lists",
-            "quantize without --density or without routing, or build for onnxruntime or openvino",
+            f"quantize without {option('density')} or without routing, or build for onnxruntime or openvino",
         )

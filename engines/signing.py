@@ -16,7 +16,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, option
 from qdiff.files import write_atomically
 
 _KEY_BYTES = 32
@@ -48,7 +48,7 @@ def _key() -> bytes:
     key = path.read_bytes() if private else b""
     if len(key) != _KEY_BYTES:
         message = f"the key {path} is not a private file of {_KEY_BYTES} bytes that you own: others may know it"
-        raise IntegrityError(message, f"delete it (rm {path}) and build your engines anew with --force")
+        raise IntegrityError(message, f"delete it (rm {path}) and build your engines anew with {option('force', True)}")
     return key
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qdiff.engines.base import BuildFacts, Profile
 from qdiff.engines.graph import inlined
-from qdiff.errors import InputError, QdiffError, UsageError
+from qdiff.errors import InputError, QdiffError, UsageError, option
 from qdiff.events import Progress, log
 
 if TYPE_CHECKING:
@@ -135,7 +135,10 @@ def _add_profiles(
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     dynamic = [tensor.name for tensor in inputs if -1 in tuple(tensor.shape)]
     if dynamic and not profiles:
-        raise UsageError(f"the graph's inputs {', '.join(dynamic)} have dynamic sizes", "name a profile: --profile 512")
+        raise UsageError(
+            f"the graph's inputs {', '.join(dynamic)} have dynamic sizes",
+            f"name a profile: {option('profiles', ['512'])}",
+        )
     for profile in profiles:
         lacking = [name for name in dynamic if name not in profile.ranges]
         if lacking:

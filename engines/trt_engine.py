@@ -11,7 +11,7 @@ from qdiff.engines.base import BuildFacts, BuildOptions, Engine, Profile, Runner
 from qdiff.engines.graph import external_files
 from qdiff.engines.trt_build import build_plan, capability
 from qdiff.engines.trt_run import TensorRTRunner
-from qdiff.errors import IntegrityError, MissingDependencyError, UsageError
+from qdiff.errors import IntegrityError, MissingDependencyError, UsageError, command, option
 from qdiff.files import disk_errors, read_json, write_json
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ class TensorRTEngine(Engine):
         wanted = options.compute_capability or here
         if wanted is None:
             message = f"engine {self.name!r}: there is no GPU here to build for"
-            raise MissingDependencyError(message, "name one, e.g. --compute-capability 8.9 (RTX 40) or 12.0 (RTX 50)")
+            raise MissingDependencyError(
+                message, f"name one, e.g. {option('compute_capability', '8.9')} (RTX 40) or 12.0 (RTX 50)"
+            )
         return wanted
 
     def device(self, options: BuildOptions) -> str:
@@ -115,14 +117,17 @@ class TensorRTEngine(Engine):
             message = f"the engine is built; running it needs an NVIDIA GPU with compute capability {wanted}, and none is here"
             raise MissingDependencyError(
                 message,
-                "run it on a machine with that GPU, or build an engine for this one: qdiff build RUN --engine openvino",
+                "run it on a machine with that GPU, or build an engine for this one: "
+                + command("build", "RUN", engine="openvino"),
             )
         if here != wanted:
             message = f"the engine is built for compute capability {wanted}, the GPU here has {here}"
-            raise MissingDependencyError(message, f"build one for it: --compute-capability {here}")
+            raise MissingDependencyError(message, f"build one for it: {option('compute_capability', here)}")
         path = folder / "model.plan"
         if not path.is_file():
-            raise IntegrityError(f"there is no model.plan in {folder}", "build the engine anew with --force")
+            raise IntegrityError(
+                f"there is no model.plan in {folder}", f"build the engine anew with {option('force', True)}"
+            )
         profiles = [Profile.from_json(profile) for profile in made["profiles"]]
         kernels = folder / self.kernel_cache if self.kernel_cache else None
         graphs = "cuda_graph" in self.known_flags and self.flag(options, "cuda_graph") == "on"
@@ -148,5 +153,5 @@ def _require_one_batch(profile: Profile) -> None:
         raise UsageError(
             f"profile {profile.name!r}: where blocks switch to NVFP4, TensorRT-RTX builds for one batch size, not for "
             f"{low[0]} to {high[0]}",
-            "give one, such as --profile batch=1, or several profiles of one each",
+            f"give one, such as {option('profiles', ['batch=1'])}, or several profiles of one each",
         )

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from qdiff.attention.nodes import DOMAIN, KEYS, PARTS, PRODUCT, QUERIES, VALUES, AttentionNode
 from qdiff.attention.numerics import NUMERICS
 from qdiff.engines.base import Profile
-from qdiff.errors import InputError, IntegrityError, MissingDependencyError, UsageError
+from qdiff.errors import InputError, IntegrityError, MissingDependencyError, UsageError, option
 from qdiff.events import Progress
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from qdiff.attention.kernels.aot import Compiled
     from qdiff.attention.kernels.sparse_attention import Launch
 
-PLAIN = "--flag attention=plain builds it from plain operators"
 # The oldest PTX that the kernels assemble in, so that an older driver still takes them.
 PTX_VERSIONS = {89: 85, 90: 85, 120: 87}
 PLAIN_LAUNCH = 48 * 1024  # bytes of shared memory that every launch has
@@ -166,13 +165,13 @@ def compiled(node: AttentionNode, capability: int) -> tuple[Compiled, ...]:
     if capability not in PTX_VERSIONS:
         known = ", ".join(f"{number / 10:.1f}" for number in sorted(PTX_VERSIONS))
         raise InputError(
-            f"there is no attention kernel for compute capability {capability / 10:.1f} (for {known})", PLAIN
+            f"there is no attention kernel for compute capability {capability / 10:.1f} (for {known})", _plain()
         )
     if node.kind == PRODUCT:
         try:
             made = tuple(_attention(one, capability, node.dtype) for one in launches(node, capability))
         except InputError as error:
-            raise InputError(str(error.args[0]), PLAIN) from error
+            raise InputError(str(error.args[0]), _plain()) from error
     else:
         made = (_packing(node, capability),)
     wanted = interface(node).arguments
@@ -193,13 +192,17 @@ def taken_over(onnx: Path) -> tuple[str, ...]:
     return tuple(name for name in names if (node := AttentionNode.named(name)) and node.kind in PARTS)
 
 
+def _plain() -> str:
+    return f"{option('flags', {'attention': 'plain'})} builds it from plain operators"
+
+
 def require_static(profiles: Sequence[Profile]) -> None:
     """Refuse profiles with ranges: every change of a shape would cost memory for good.
 
     Raises:
         UsageError: several profiles, or one with a range.
     """
-    fix = f"give one --profile with one size for each axis, such as --profile batch=2; {PLAIN} for any sizes"
+    fix = f"give one profile with one size for each axis, such as {option('profiles', ['batch=2'])}; {_plain()} for any sizes"
     why = "an engine with the attention kernel is for one size (TensorRT 11 leaks memory whenever a plugin's shape changes)"
     if len(profiles) != 1:
         raise UsageError(f"{why}, and {len(profiles)} profiles were given", fix)
@@ -237,7 +240,7 @@ def register(trt: ModuleType, names: Iterable[str], capability: int) -> None:
                 if (error.name or "").split(".")[0] != "triton":
                     raise
                 message = "the attention kernel in an engine needs triton"
-                raise MissingDependencyError(message, f"pip install 'qdiff-deploy[tensorrt]', or {PLAIN}") from None
+                raise MissingDependencyError(message, f"pip install 'qdiff-deploy[tensorrt]', or {_plain()}") from None
             progress.advance()
     for name, node in nodes.items():
         if name not in _REGISTERED:
@@ -255,7 +258,7 @@ def _interface_of(trt: ModuleType) -> ModuleType:
                 if not (error.name or "").startswith(package):
                     raise
     raise MissingDependencyError(
-        f"{trt.__name__} {trt.__version__} has no ahead-of-time plugins", f"install 11.1, or {PLAIN}"
+        f"{trt.__name__} {trt.__version__} has no ahead-of-time plugins", f"install 11.1, or {_plain()}"
     )
 
 

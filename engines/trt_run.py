@@ -17,7 +17,7 @@ from qdiff.engines import signing
 from qdiff.engines.base import Profile, Runner, Shape
 from qdiff.engines.inputs import Copies, TensorSpec, conform
 from qdiff.engines.trt_build import make_logger
-from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError
+from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, option
 
 if TYPE_CHECKING:
     import tensorrt
@@ -55,7 +55,8 @@ def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> 
     )
     given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     raise InputError(
-        f"no profile of this engine takes {given} (it has {known})", "build with a --profile that covers this size"
+        f"no profile of this engine takes {given} (it has {known})",
+        f"build with {option('profiles')} that cover this size",
     )
 
 
@@ -85,7 +86,8 @@ class TensorRTRunner(Runner):
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise IntegrityError(
-                f"TensorRT cannot load the engine:\n  {self._logger.cause()}", "build it here with --force"
+                f"TensorRT cannot load the engine:\n  {self._logger.cause()}",
+                f"build it here with {option('force', True)}",
             )
         self._stream = torch.cuda.Stream()
         self._context = self._make_context(graphs)

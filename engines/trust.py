@@ -17,7 +17,7 @@ from typing import NotRequired, TypedDict
 
 from qdiff.engines import signing
 from qdiff.engines.base import BuildFacts, Engine, OptionsJson
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, command
 from qdiff.files import read_json, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"  # of an engine's folder
@@ -55,7 +55,7 @@ def folder_name(parts: KeyParts) -> str:
 
 def _fix(folder: Path) -> str:
     name = folder.name.rpartition("-")[0]
-    return f"rebuild: qdiff build {folder.parent.parent} --engine {name} --force"
+    return f"rebuild: {command('build', folder.parent.parent, engine=name, force=True)}"
 
 
 def _check_owner(path: Path, folder: Path, kind: str) -> None:

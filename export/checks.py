@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, option
 from qdiff.export.reading import Graph, Realised
 from qdiff.formats.table import format_named
 from qdiff.graphs.walk import nodes
@@ -30,7 +30,7 @@ def check_file(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
         raise IntegrityError(
-            f"{path} is not valid ONNX: {str(error).splitlines()[0]}", "export again with --force"
+            f"{path} is not valid ONNX: {str(error).splitlines()[0]}", f"export again with {option('force', True)}"
         ) from None
 
 

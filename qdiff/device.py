@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from qdiff.errors import MissingDependencyError, UsageError
+from qdiff.errors import MissingDependencyError, UsageError, command, option
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +45,12 @@ def require(name: str) -> None:
 
     number = re.fullmatch(r"cuda(?::(\d+))?", name)
     if number is None:
-        raise UsageError(f"--device {name}: qdiff computes on cpu and cuda", "use cpu, cuda or cuda:NUMBER")
+        raise UsageError(f"{option('device', name)}: qdiff computes on cpu and cuda", "use cpu, cuda or cuda:NUMBER")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number[1] or 0) >= there:
         raise MissingDependencyError(
-            f"--device {name}: torch sees {f'{there} GPUs' if there > 1 else 'one GPU' if there else 'no GPU'}",
-            "use another, or install torch for CUDA and its driver (qdiff doctor shows what is there)",
+            f"{option('device', name)}: torch sees {f'{there} GPUs' if there > 1 else 'one GPU' if there else 'no GPU'}",
+            f"use another, or install torch for CUDA and its driver ({command('doctor')} shows what is there)",
         )
 
 

@@ -1,12 +1,18 @@
 """Every error that qdiff raises on purpose, with the exit code that the command line gives it.
 
 An error says what is wrong, which value, and the fix. What is not a :class:`QdiffError` is a bug of ours (exit code 1).
+
+The fix names what the caller can write: :func:`option` and :func:`command` give a flag to who wrote a command, and an argument to
+who called Python. So the text of an error exists once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 
 _MEMORY_WORDS = (
     "out of memory",
@@ -88,12 +94,103 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], error: type[QdiffError] = UsageError) -> QdiffError:
-    """Return an error for a name that is not in a table: names the nearest entries and all of them when they are
-    few.
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], error: type[QdiffError] = UsageError, meant: str | None = None
+) -> QdiffError:
+    """Return an error for a name that is not in a table: names the entry that is ``meant``, or the nearest entries, and all of
+    them when they are few.
     """
     known = sorted(known)
-    close = nearest(name, known)
+    close = nearest(name, known) if meant is None else [meant]
     hint = f"did you mean {', '.join(close)}?" if close else ""
     everything = f"known: {', '.join(known)}" if len(known) <= 20 else f"{len(known)} are known"
     return error(f"unknown {kind} {name!r}", "; ".join(part for part in (hint, everything) if part))
+
+
+_on_command_line = False
+_FLAGS = {
+    "engines": "--engine",
+    "flags": "--flag",
+    "methods": "--method",
+    "minimum_psnr": "--min-psnr",
+    "output": "-o",
+    "profiles": "--profile",
+    "settings": "--set",
+    "source": "--model",
+}  # of the API's arguments that the command line calls something else
+_COMMANDS = {"list_models": "models", "run_all": "run", "write_report": "report"}
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Let the errors inside the block advise flags and commands; elsewhere they advise arguments and functions of Python."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+def on_command_line() -> bool:
+    """Return whether who reads the errors wrote a command."""
+    return _on_command_line
+
+
+def option(name: str, value: object = None) -> str:
+    """Return an argument of the API as the caller would write it.
+
+    >>> option("force", True), option("profiles", ["512"]), option("output")
+    ('force=True', 'profiles=["512"]', 'output=')
+    >>> with command_line():
+    ...     option("force", True), option("profiles", ["512"]), option("output")
+    ('--force', '--profile 512', '-o')
+
+    Args:
+        name: of the argument in Python.
+        value: ``None``: the argument alone is named.
+    """
+    if not _on_command_line:
+        return f"{name}={'' if value is None else _literal(value)}"
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    if value is None or value is True:
+        return flag
+    if isinstance(value, Mapping):
+        return " ".join(f"{flag} {key}={setting}" for key, setting in value.items())
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        return " ".join(f"{flag} {part}" for part in value)
+    return f"{flag} {','.join(map(_number, value)) if isinstance(value, list | tuple) else _number(value)}"
+
+
+def command(name: str, *arguments: object, **options: object) -> str:
+    """Return a call of the API as the caller would write it.
+
+    >>> command("quantize", "runs/mine", force=True)
+    'qdiff.quantize("runs/mine", force=True)'
+    >>> with command_line():
+    ...     command("quantize", "runs/mine", force=True)
+    'qdiff quantize runs/mine --force'
+
+    Args:
+        name: of the function in Python.
+        arguments: its run, or ``RUN`` for one that the reader has to name; ``…`` stands for what the reader gave before.
+        options: see :func:`option`.
+    """
+    if _on_command_line:
+        words = [*map(str, arguments), *(option(key, value) for key, value in options.items())]
+        return " ".join(["qdiff", _COMMANDS.get(name, name), *words])
+    given = [str(one).lower() if one in ("RUN", "…") else _literal(one) for one in arguments]
+    named = [_literal(value) if key == "source" else option(key, value) for key, value in options.items()]
+    return f"qdiff.{name}({', '.join([*given, *named])})"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(str(value), ensure_ascii=False) if isinstance(value, str | PurePath) else _number(value)
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -18,6 +18,7 @@ from typing import Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("qdiff")
+ENOUGH = 2  # units from which on the time that is left can be estimated
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class Event:
 
     @property
     def remaining(self) -> float | None:
-        """Return the estimated seconds left, from the mean time of the units done so far in this process."""
-        return self.seconds / self.done * (self.total - self.done) if self.done else None
+        """Return the estimated seconds left, from the mean time of the units done so far in this process; ``None`` before
+        :data:`ENOUGH` are done: the first one warms caches and compiles, and says little about the others.
+        """
+        return self.seconds / self.done * (self.total - self.done) if self.done >= ENOUGH else None
 
 
 class Listener(Protocol):
@@ -68,9 +71,8 @@ class TerminalListener:
         if event.finished:
             text = f"{event.task}: {event.done}/{event.total} in {duration(event.seconds)}"
         else:
-            text = f"{event.task}: {event.done}/{event.total}" + (
-                f", {duration(left)} left" if left is not None else ""
-            )
+            text = f"{event.task}: {event.done}/{event.total}, "
+            text += "estimating" if left is None else f"{duration(left)} left"
         if live:
             width = 24
             filled = width * event.done // max(event.total, 1)
@@ -83,7 +85,7 @@ class TerminalListener:
         self._stream.flush()
 
 
-_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("qdiff_listener", default=None)
+_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("qdiff_listener")
 
 
 @contextlib.contextmanager
@@ -97,8 +99,8 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 def listened_to() -> bool:
-    """Return whether somebody listens already to the work of this context."""
-    return _listener.get() is not None
+    """Return whether it was said already who listens to the work of this context, be it nobody."""
+    return _listener in contextvars.copy_context()
 
 
 class Progress:
@@ -132,7 +134,7 @@ class Progress:
         self._tell()
 
     def _tell(self, finished: bool = False) -> None:
-        listener = _listener.get()
+        listener = _listener.get(None)
         if listener is not None:
             listener(Event(self.task, self.done, self.total, time.monotonic() - self._start, finished))
 

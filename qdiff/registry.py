@@ -7,7 +7,7 @@ an import error is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from qdiff.errors import QdiffError, UsageError, unknown_name
@@ -16,10 +16,16 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Entries of one kind by name. Registering a name twice is an error: it means a module was imported twice."""
+    """Entries of one kind by name. Registering a name twice is an error: it means a module was imported twice.
 
-    def __init__(self, kind: str, error: type[QdiffError] = UsageError) -> None:
-        self.kind = kind
+    Args:
+        kind: what the entries are, for messages.
+        error: raised for a name that there is not.
+        meant: names that people write for an entry that is called something else; they are not taken, but answered with its name.
+    """
+
+    def __init__(self, kind: str, error: type[QdiffError] = UsageError, meant: Mapping[str, str] | None = None) -> None:
+        self.kind, self.meant = kind, meant or {}
         self._error = error
         self._entries: dict[str, T] = {}
 
@@ -41,7 +47,7 @@ class Registry(Generic[T]):
             UsageError: (or the error class of this registry) with the nearest names when there is none.
         """
         if name not in self._entries:
-            raise unknown_name(self.kind, name, self._entries, self._error)
+            raise unknown_name(self.kind, name, self._entries, self._error, self.meant.get(name))
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

@@ -26,6 +26,7 @@ from qdiff.evaluation.prompt_accuracy import load_vocabulary, parse_prompt, prom
 from zoo.captions import caption
 from zoo.data import held_out
 from zoo.emoji import PALETTE, load_table
+from zoo.finite import in_bytes
 
 SHEET_COLUMNS = 16
 
@@ -46,7 +47,11 @@ def pair_prompts(n: int, unseen: bool, seed: int) -> list[str]:
 def generate(
     pipeline: Any, prompts: Sequence[str], guidance: float, steps: int = 20, seed: int = 0, batch: int = 50
 ) -> np.ndarray:
-    """Return pictures of the stock pipeline, uint8 [N, 64, 64, 3]."""
+    """Return pictures of the stock pipeline, uint8 [N, 64, 64, 3].
+
+    Raises:
+        InputError: the model makes NaN or infinity.
+    """
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), batch):
@@ -58,7 +63,7 @@ def generate(
             part, num_inference_steps=steps, guidance_scale=guidance, height=64, width=64, generator=generators,
             output_type="np", **{name: value for name, value in own.items() if name in known},
         ).images  # fmt: skip
-        images.append(np.rint(made * 255).astype(np.uint8))
+        images.append(in_bytes(made, part))
     return np.concatenate(images)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from qdiff.evaluation.motion import motion_accuracy
 from zoo.clips import all_clips, caption_of
+from zoo.finite import in_bytes
 
 SHOWN = range(0, 33, 4)
 
@@ -26,7 +27,11 @@ SHOWN = range(0, 33, 4)
 def generate(
     pipeline: Any, prompts: Sequence[str], guidance: float, steps: int, seed: int = 0, batch: int = 4
 ) -> np.ndarray:
-    """Return clips of the stock pipeline, uint8 [N, T, 64, 64, 3]; every prompt has its own seed."""
+    """Return clips of the stock pipeline, uint8 [N, T, 64, 64, 3]; every prompt has its own seed.
+
+    Raises:
+        InputError: the model makes NaN or infinity.
+    """
     pipeline.set_progress_bar_config(disable=True)
     found = []
     for start in range(0, len(prompts), batch):
@@ -36,7 +41,7 @@ def generate(
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
             max_sequence_length=32, output_type="np",
         ).frames  # fmt: skip
-        found.append(np.rint(np.asarray(made) * 255).astype(np.uint8))
+        found.append(in_bytes(np.asarray(made), part))
     return np.concatenate(found)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.events import Progress
 from qdiff.models.model import Model
 from qdiff.recording.trajectory import Step, Trajectory
@@ -83,7 +83,7 @@ def measure_block_errors(
     if any(list(dict.fromkeys(trajectory.timesteps(shard))) != timesteps for shard in range(len(trajectory.paths))):
         raise InputError(
             "the recorded trajectories have different timesteps, and changes from step to step cannot be compared",
-            "calibrate with --timesteps uniform",
+            f"calibrate with {option('timesteps', 'uniform')}",
         )
     with torch.inference_mode():
         nothing = torch.zeros(len(blocks), len(timesteps), 0, dtype=torch.float64)

@@ -49,7 +49,7 @@ class ScoredPlan:
 
 @dataclass
 class Decision:
-    """What was scored, as JSON values.
+    """Hold the routes that were scored and those that were taken, as JSON values.
 
     Args:
         recipes: of the branches.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from qdiff.api.arguments import checked, unknown_argument
 from qdiff.api.progress import Progress
 from qdiff.api.run import working
 from qdiff.api.source import begin
-from qdiff.errors import UsageError
 from qdiff.runs.run import Run
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Calibration(TypedDict, total=False):
     seed: int
 
 
+@checked
 def calibrate(
     source: DiffusionPipeline | Path | str = "pixart",
     *,
@@ -87,7 +88,7 @@ def calibrate(
     from qdiff.stages import calibrate as stage
 
     with working(device, progress):
-        chosen, run = begin(source, output, revision=options.get("revision"), weights=weights)
+        chosen, run = begin(source, output, revision=options.get("revision"), weights=weights, force=force)
         if attention:
             from qdiff.stages.attention import require_sparse
 
@@ -117,9 +118,7 @@ def calibration_options(
 
     unknown = set(options) - {field.name for field in fields(CalibrateOptions)}
     if unknown:
-        raise UsageError(
-            f"calibration has no option {min(unknown)!r}", f"known: {', '.join(Calibration.__annotations__)}"
-        )
+        raise unknown_argument("a calibration", min(unknown), Calibration.__annotations__)
     guidance = options.get("guidance")
     first, *others = guidance if isinstance(guidance, Sequence) else [guidance]
     settings: dict[str, Any] = {**options, "guidance": first, "other_guidance": tuple(others)}

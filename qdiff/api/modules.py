@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.api.arguments import checked
 from qdiff.api.progress import Progress, reporting
-from qdiff.errors import InputError, QualityGateError, UsageError
+from qdiff.errors import InputError, QualityGateError, UsageError, out_of_memory
 from qdiff.events import log
 from qdiff.models.base import Family
 from qdiff.models.layers import quantizable_layers
@@ -28,10 +30,11 @@ Call = Tensor | Sequence[Any] | Mapping[str, Any]
 TIMESTEP = "timestep"
 
 
+@checked
 def quantize_module(
     module: nn.Module,
     calls: Sequence[Call],
-    recipe: str = "int8",
+    recipe: Path | str = "int8",
     *,
     settings: Sequence[str] = (),
     progress: Progress = None,
@@ -66,7 +69,7 @@ def quantize_module(
         raise UsageError("calls is one tensor", "give a list of calls: [x1, x2, …]")
     if not quantizable_layers(module):
         raise InputError(f"{type(module).__name__} has no linear layer or convolution", "there is nothing to quantize")
-    wanted = load_recipe(recipe, list(settings) or None)
+    wanted = load_recipe(str(recipe), list(settings) or None)
     if wanted.scheme is None:
         raise InputError(
             f"recipe {wanted.name!r} chooses by pictures, and a module makes none", "take int8, w4a8 or nvfp4"
@@ -85,12 +88,59 @@ def quantize_module(
             timestep = float(call[TIMESTEP].reshape(-1)[0]) if TIMESTEP in call else 0.0
             save_shard(Path(folder), number, [timestep], {name: value[None] for name, value in call.items()}, {})
         trajectory = Trajectory(Path(folder), model.device)
-        statistics = Collector(model, trajectory, "").collect(Path(folder) / "statistics.partial.safetensors")
-        plan: Plan = quantize(model, wanted, statistics, trajectory)
+        with _calls_that_fit(family, module, given):
+            statistics = Collector(model, trajectory, "").collect(Path(folder) / "statistics.partial.safetensors")
+            plan: Plan = quantize(model, wanted, statistics, trajectory)
     made = model.backbone
     _check(family, module, made, given[0])
     made.qdiff_plan = plan  # type: ignore[assignment]
     return made
+
+
+@contextlib.contextmanager
+def _calls_that_fit(family: ModuleFamily, module: nn.Module, calls: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
+    """Turn an error of torch inside the block into one about the call that is its cause, where one is."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if not out_of_memory(error):
+            for number, call in enumerate(calls):
+                _require_call(family, module, number, call)
+        raise
+
+
+def _require_call(family: ModuleFamily, module: nn.Module, number: int, call: Mapping[str, Tensor]) -> None:
+    """Refuse a call that the float module fails on, or answers with NaN or infinity.
+
+    Raises:
+        InputError: names the call; of a failure the layer, and the shape that it was given.
+    """
+    entered: list[tuple[str, list[int] | None]] = []
+
+    def enter(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def hook(_: nn.Module, args: tuple[object, ...]) -> None:
+            entered.append((name, list(args[0].shape) if args and isinstance(args[0], Tensor) else None))
+
+        return hook
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, part in module.named_modules():
+            stack.callback(part.register_forward_pre_hook(enter(name)).remove)
+            stack.callback(part.register_forward_hook(lambda *_: entered.pop() and None).remove)
+        try:
+            finite = bool(family.call(module, call).isfinite().all())
+        except Exception as error:  # whatever the module raises
+            name, shape = entered[-1] if entered else ("", None)
+            where = f"layer {name!r}" if name else f"{type(module).__name__}.forward"
+            given = ", ".join(f"{key} {list(value.shape)}" for key, value in call.items())
+            raise InputError(
+                f"call {number} ({given}) fails in {where}{f', which is given {shape}' if shape else ''}: {str(error)[:200]}",
+                "give the shapes that the module takes; calls may differ in batch and length, not in channels",
+            ) from error
+    if not finite:
+        raise InputError(
+            f"call {number}: the float module itself makes NaN or infinity", "check its weights and its inputs"
+        )
 
 
 def _check(family: ModuleFamily, module: nn.Module, quantized: nn.Module, call: Mapping[str, Tensor]) -> None:
@@ -189,6 +239,10 @@ def _arguments(module: nn.Module, calls: Sequence[Call]) -> tuple[list[dict[str,
         plain = {name: value for name, value in named.items() if not isinstance(value, Tensor)}
         if given and (tensors.keys() != given[0].keys() or plain != constants):
             raise InputError(f"call {number} has other arguments than the first", "give every call the same arguments")
+        for name, value in tensors.items():
+            if not value.numel() or value.isnan().any():  # infinity is usual in masks
+                what = "NaN" if value.numel() else "no value"
+                raise InputError(f"call {number}: {name!r} holds {what}", "leave the call out")
         constants = plain
         given.append(tensors)
     return given, constants

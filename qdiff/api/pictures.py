@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from qdiff.api.arguments import checked
 from qdiff.api.progress import Progress
 from qdiff.api.run import RunOrPath, open_run, working
 from qdiff.runs.run import Run
 
 
+@checked
 def generate(
     run: RunOrPath,
     prompt: str | Sequence[str],
@@ -77,6 +79,7 @@ def generate(
     return [Path(name) for name in run.results["generate"]["images"]]
 
 
+@checked
 def compare(
     run: RunOrPath,
     engines: Sequence[str] | None = None,
@@ -129,6 +132,7 @@ def compare(
     return run
 
 
+@checked
 def correct(
     run: RunOrPath,
     methods: Sequence[str] | None = None,
@@ -165,6 +169,7 @@ def correct(
     return run
 
 
+@checked
 def write_report(run: RunOrPath) -> Path:
     """Write ``report.html`` and ``report.json`` from what the run folder holds; return the path of the page."""
     from qdiff.stages import report as stage

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qdiff.api.arguments import checked
 from qdiff.api.progress import Progress, reporting
 from qdiff.runs.run import Run
 
 RunOrPath = Run | Path | str
 
 
+@checked
 def open_run(run: RunOrPath) -> Run:
     """Return the run of a folder that has to be there; a :class:`~qdiff.runs.run.Run` is returned as it is.
 

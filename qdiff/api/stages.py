@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from qdiff.api.arguments import checked
 from qdiff.api.calibration import Calibration, calibrate, calibration_options
 from qdiff.api.progress import Progress, reporting
 from qdiff.api.run import RunOrPath, open_run, working
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 TARGETS = ("onnxruntime", "tensorrt")
 
 
+@checked
 def quantize(
     source: RunOrPath | DiffusionPipeline,
-    recipe: str = "int8",
+    recipe: Path | str = "int8",
     *,
     prompts: Sequence[str] | Path | None = None,
     output: Path | str | None = None,
@@ -84,7 +86,7 @@ def quantize(
         run = open_run(source)
     else:
         if plan is None:
-            read_recipe(recipe, overrides)  # refuses a wrong one before anything is calibrated
+            read_recipe(str(recipe), overrides)  # refuses a wrong one before anything is calibrated
         run = calibrate(
             source,
             output=output,
@@ -101,7 +103,7 @@ def quantize(
     with working(device, progress):
         run.results["quantize"] = stage.quantize(
             run,
-            recipe,
+            str(recipe),
             overrides,
             plan_file=None if plan is None else Path(plan),
             force=force,
@@ -111,6 +113,7 @@ def quantize(
     return run
 
 
+@checked
 def export(
     run: RunOrPath,
     target: str | Sequence[str] = TARGETS,
@@ -144,6 +147,7 @@ def export(
     return run
 
 
+@checked
 def build(
     run: RunOrPath,
     engine: str | None = None,
@@ -162,7 +166,7 @@ def build(
     Args:
         run: with a finished quantization.
         engine: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt_rtx"`` or ``"tensorrt"``; ``None``: the fastest that can be built.
-        profiles: ranges of input sizes of TensorRT engines, as ``--profile`` takes them.
+        profiles: ranges of input sizes of TensorRT engines, such as ``"512"`` or ``"dyn-256-1024"``.
         compute_capability: of the GPU that a TensorRT-RTX engine is for, such as ``"12.0"``.
         flags: settings of the backend by name.
         whole: whether one engine computes everything at every step.
@@ -199,9 +203,10 @@ def build(
     return run
 
 
+@checked
 def run_all(
     source: DiffusionPipeline | Path | str = "pixart",
-    recipe: str = "int8",
+    recipe: Path | str = "int8",
     *,
     output: Path | str | None = None,
     prompts: Sequence[str] | Path | None = None,
@@ -249,11 +254,11 @@ def run_all(
 
     overrides = recipe_changes(settings, budget, density)
     with working(device, progress):
-        chosen, run = begin(source, output, revision=options.get("revision"), weights=weights)
+        chosen, run = begin(source, output, revision=options.get("revision"), weights=weights, force=force)
         run.results["run"] = stage.run_all(
             run,
             calibration_options(chosen.model, chosen.weights, prompts, options),
-            recipe,
+            str(recipe),
             overrides,
             None if engines is None else list(engines),
             compute_capability=compute_capability,
@@ -266,6 +271,7 @@ def run_all(
     return run
 
 
+@checked
 def inspect(run: RunOrPath, *, layers: bool = False) -> dict[str, Any]:
     """Return what a run folder holds, as JSON values, and whether its files are unchanged.
 

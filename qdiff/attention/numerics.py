@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdiff.errors import InputError, unknown_name
+from qdiff.errors import InputError, option, unknown_name
 
 PROBABILITY_SCALE = 256.0
 
@@ -65,7 +65,7 @@ def require_exported(numerics: Numerics) -> None:
         known = ", ".join(row.name for row in NUMERICS.values() if row.exported)
         raise InputError(
             f"attention in {numerics.name} has no ONNX form, so no engine runs it",
-            f"quantize with --set attention.numerics of {known}; the engine `eager` runs it in torch",
+            f"quantize with {option('settings', ['attention.numerics=…'])}, one of {known}; the engine `eager` runs it in torch",
         )
 
 

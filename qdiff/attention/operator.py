@@ -22,7 +22,7 @@ from qdiff.attention import gathered
 from qdiff.attention.gradient import gradients
 from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.numerics import numerics_named
-from qdiff.errors import InputError, MissingDependencyError
+from qdiff.errors import InputError, MissingDependencyError, option
 
 
 class AttentionCall(NamedTuple):
@@ -66,7 +66,8 @@ class AttentionCall(NamedTuple):
         if self.q.shape[2] != tokens:
             raise InputError(
                 f"sparse attention was calibrated for {tokens:,} tokens and is given {self.q.shape[2]:,}",
-                "leave the size as it was calibrated, or calibrate with --height, --width or --frames",
+                "leave the size as it was calibrated, or calibrate "
+                f"with {option('height')}, {option('width')} or {option('frames')}",
             )
         return Tiling(tokens, self.text, self.block_q, self.block_k)
 

@@ -80,7 +80,7 @@ class ScheduleState:
         self.now = self._of(0.0)
 
     def set(self, timestep: float) -> None:
-        """Hang out the lists of a timestep."""
+        """Take the lists of a timestep for the calls that follow."""
         self.now = self._of(timestep)
 
     def read(self) -> tuple[Tensor, Tensor]:

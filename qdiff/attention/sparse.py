@@ -19,7 +19,7 @@ from qdiff.attention.lists import BlockLists, Tiling
 from qdiff.attention.operator import sparse_attention
 from qdiff.attention.orders import order_named
 from qdiff.attention.schedule import Schedule, ScheduleState, one_timestep
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, option
 from qdiff.files import open_tensors, save_tensors
 from qdiff.plan.attention_plan import AttentionPlan
 from qdiff.routing.blocks import branches_of, in_branches
@@ -57,12 +57,12 @@ def load_masks(plan: AttentionPlan, path: Path) -> Tensor:
     if list(bits.shape) != wanted or bits.dtype != torch.uint8:
         raise IntegrityError(
             f"{path} holds masks of the shape {list(bits.shape)}, the plan wants {wanted}",
-            "quantize again with --force",
+            f"quantize again with {option('force', True)}",
         )
     shifts = torch.arange(8, dtype=torch.uint8)
     chosen = (bits[..., None] >> shifts & 1).flatten(-2)[..., : tiling.columns].bool()
     if not bool(chosen.any(dim=-1).all()):
-        raise IntegrityError(f"{path} holds rows that read nothing", "quantize again with --force")
+        raise IntegrityError(f"{path} holds rows that read nothing", f"quantize again with {option('force', True)}")
     return chosen
 
 
@@ -128,7 +128,7 @@ def install(family: Family, backbone: nn.Module, plan: AttentionPlan, schedule: 
         if layer.name not in known:
             raise IntegrityError(
                 f"the plan names the attention {layer.name!r}, which the model does not have",
-                "quantize again with --force",
+                f"quantize again with {option('force', True)}",
             )
         orders = torch.stack([order_named(head.order, plan.grid) for head in layer.heads]).to(device.of(backbone))
         for name in in_branches(layer.name, branches):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qdiff.attention.lists import Tiling
 from qdiff.attention.orders import Grid
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, command
 from qdiff.files import open_tensors, save_tensors
 
 
@@ -76,5 +76,5 @@ class AttentionStatistics:
             except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise IntegrityError(
                     f"{path} holds no statistics of attention ({error})",
-                    "run the same qdiff calibrate again, with --attention --force",
+                    f"run: {command('calibrate', '…', attention=True, force=True)}",
                 ) from None

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from qdiff.errors import QdiffError, out_of_memory
+from qdiff.errors import QdiffError, command_line, out_of_memory
 
 # Typer brings its own copy of click, whose exceptions are not those of the package click.
 _UsageError: Any = typer.BadParameter.__base__
@@ -54,7 +54,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
             return 2
     quiet = any(argument in ("-q", "--quiet") for argument in arguments)
     try:
-        with listening(None if quiet else TerminalListener()):
+        with command_line(), listening(None if quiet else TerminalListener()):
             code = app(list(arguments), prog_name="qdiff", standalone_mode=False)
         return _interrupted() if code == 130 else code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):

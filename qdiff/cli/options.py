@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -98,6 +101,46 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
+CALIBRATION: dict[str, tuple[object, object]] = {
+    "revision": (RevisionOption, None),
+    "samples": (SamplesOption, None),
+    "steps": (StepsOption, None),
+    "guidance": (GuidanceScalesOption, None),
+    "scheduler": (SchedulerOption, None),
+    "height": (HeightOption, None),
+    "width": (WidthOption, None),
+    "frames": (FramesOption, None),
+    "timesteps": (TimestepsOption, "uniform"),
+    "keep": (KeepOption, 25),
+    "batch": (BatchOption, 4),
+    "seed": (SeedOption, 0),
+}  # of :class:`qdiff.api.calibration.Calibration`, each with its default
+
+
+def with_calibration(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a calibration in the place of its argument ``calibration``, which gets them as the API takes
+    them.
+    """
+    own = inspect.signature(command, eval_str=True)  # what is put together is not evaluated later
+    parameters = [parameter for name, parameter in own.parameters.items() if name != "calibration"]
+    place = list(own.parameters).index("calibration")
+    parameters[place:place] = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in CALIBRATION.items()
+    ]
+
+    @functools.wraps(command)
+    def run(**given: object) -> None:
+        options = {name: given.pop(name) for name in CALIBRATION}
+        if options["guidance"] is not None:
+            options["guidance"] = scales_of(str(options["guidance"]))
+        command(**given, calibration=options)
+
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
 def scales_of(text: str) -> list[float]:
     """Return the guidance scales of ``--guidance``: numbers with commas between.
 
@@ -108,3 +151,18 @@ def scales_of(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--guidance {text!r} is no number, and no numbers with commas", "example: 2,7.5") from None
+
+
+def pairs_of(values: list[str] | None, option: str) -> dict[str, str]:
+    """Return the settings of an option that is given several times, each ``name=value``.
+
+    Raises:
+        UsageError: another form.
+    """
+    pairs = {}
+    for value in values or []:
+        name, equals, setting = value.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{option} {value!r} is not of the form name=value")
+        pairs[name] = setting
+    return pairs

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from qdiff.correction.moments import PairMoments
-from qdiff.errors import InputError, IntegrityError
+from qdiff.errors import InputError, IntegrityError, command
 from qdiff.registry import Registry
 
 Predicts = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -90,7 +90,9 @@ def load_correction(value: object) -> Correction:
             raise InputError("no group of settings")
         return CORRECTIONS[str(value.get("method"))].model_validate(value)
     except (ValidationError, InputError) as error:
-        raise IntegrityError(f"not a correction: {str(error)[:200]}", "run: qdiff correct RUN --force") from None
+        raise IntegrityError(
+            f"not a correction: {str(error)[:200]}", f"run: {command('correct', 'RUN', force=True)}"
+        ) from None
 
 
 def between(timesteps: list[float], values: list[float], timestep: float) -> float:

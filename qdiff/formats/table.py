@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from qdiff.errors import InputError, unknown_name
+from qdiff.errors import InputError, option, unknown_name
 
 # Of a stored scale: its bits, and the torch dtype that holds it. Scales on the float16 grid are kept in float32, so that the
 # same number is used in whatever precision an engine computes.
@@ -233,7 +233,7 @@ class Format:
             raise InputError(
                 f"{self.name} has blocks of {self.block}, and {columns} columns do not divide into them",
                 "keep this layer in another format (recipe: ignore)"
-                + (f", or take {fitting} (--set scheme.weights=…)" if fitting else ""),
+                + (f", or take {fitting} ({option('settings', ['scheme.weights=…'])})" if fitting else ""),
             )
 
     def _fitting(self, columns: int) -> list[str]:

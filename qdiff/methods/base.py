@@ -30,6 +30,7 @@ from qdiff.formats.table import Format
 from qdiff.formats.weight import QuantizedWeight
 from qdiff.nn.rotations import Rotation
 from qdiff.nn.transform import CHANGES_WEIGHTS, Transform
+from qdiff.plan.ranges import advice
 from qdiff.recording.activation_statistics import InputStatistics
 from qdiff.registry import Registry
 
@@ -353,7 +354,7 @@ def check_keywords(
             checked[option] = TypeAdapter(types[option]).validate_python(value)
         except ValidationError as error:
             message = f"{what}: {option} = {value!r}: {error.errors()[0]['msg']}"
-            raise InputError(message, "docs/recipes/index.md says what it takes") from None
+            raise InputError(message, advice(TypeAdapter(types[option]).json_schema())) from None
     return checked
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import InputError, QdiffError, QualityGateError
+from qdiff.errors import InputError, QdiffError, QualityGateError, option
 
 if TYPE_CHECKING:
     from qdiff.models.model import Model
@@ -44,7 +44,7 @@ def not_finite(what: str, engine: str, where: str) -> QdiffError:
     if engine == FLOAT:
         return InputError(
             f"the float model itself makes NaN or infinity: {what} {where}",
-            "its weights are damaged, or it needs another scheduler (--scheduler) or more --steps",
+            f"its weights are damaged, or it needs another scheduler ({option('scheduler')}) or more steps ({option('steps')})",
         )
     return QualityGateError(
         f"engine {engine} makes NaN or infinity: {what} {where}",

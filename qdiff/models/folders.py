@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qdiff.errors import InputError, IntegrityError
+from qdiff.errors import InputError, IntegrityError, option
 from qdiff.events import log
 from qdiff.files import read_json
 from qdiff.formats.scales import require_finite
@@ -294,5 +294,5 @@ def _no_safetensors(folder: Path, name: str, names: list[str]) -> InputError:
         f"cannot load {folder}: its {name} has no safetensors but {others[0]}, which can hold code",
         "if you trust its author, save it anew in Python: import torch, diffusers; "
         f"diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})"
-        ".save_pretrained('NEW', safe_serialization=True); then use --weights NEW",
+        f".save_pretrained('NEW', safe_serialization=True); then use {option('weights', 'NEW')}",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.models.folders import files_that_count
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")  # ./x and ../x are paths
@@ -36,7 +36,7 @@ def download(hub_id: str, revision: str | None) -> tuple[Path, str]:
     try:
         info = HfApi().model_info(hub_id, revision=revision)
         if info.sha is None:
-            raise InputError(f"the Hub names no commit for {hub_id}", "give one with --revision")
+            raise InputError(f"the Hub names no commit for {hub_id}", f"give one with {option('revision')}")
         files = files_that_count(file.rfilename for file in info.siblings or [])
         return Path(snapshot_download(hub_id, revision=info.sha, allow_patterns=files or _FILES)), info.sha
     except InputError:
@@ -49,5 +49,5 @@ def download(hub_id: str, revision: str | None) -> tuple[Path, str]:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
                 f"cannot load {hub_id}{f' at {revision}' if revision else ''} from the Hub: {reason[:200]}",
-                "check the id, --revision and the network, or copy the model here and name it with --weights FOLDER",
+                f"check the id, {option('revision')} and the network, or copy the model here and give {option('weights')}",
             ) from None

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError, IntegrityError, UsageError, unknown_name
+from qdiff.errors import InputError, IntegrityError, UsageError, option, unknown_name
 from qdiff.events import log
 from qdiff.files import path_of, read_json, sha256_json
 from qdiff.models.folders import absent, cannot_load, components, files_that_count, load_component, read_index
@@ -126,14 +126,17 @@ def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Mo
     local = path_of(weights)
     if revision is not None and (weights == "bundled" or weights.startswith("random:") or local.is_dir()):
         raise UsageError(
-            f"--revision {revision}: {weights} weights have no revisions", "leave --revision out, or name a Hub id"
+            f"{option('revision', revision)}: {weights} weights have no revisions",
+            f"leave {option('revision')} out, or name a Hub id",
         )
     if weights.startswith("random:"):
         return _random(family, weights.removeprefix("random:"), seed)
     if weights == "bundled":
         folder, note = bundled_folder(family.name), f"the small {family.name} model that comes with qdiff"
         if not folder.is_dir():
-            raise InputError(f"no bundled weights for {family.name}", "name a folder or a Hub id with --weights")
+            raise InputError(
+                f"no bundled weights for {family.name}", f"name a folder or a Hub id with {option('weights')}"
+            )
         return _from_folder(family, folder, weights, note)
     if local.is_dir():
         # Later stages may be started in another folder, where the same relative path is something else.
@@ -143,7 +146,8 @@ def load(family: Family, weights: str, *, revision: str | None, seed: int) -> Mo
         return _from_hub(family, weights, revision)
     if local.is_absolute():
         raise InputError(
-            f"no weights {weights!r}: there is no such folder (any more)", "put it back, or name another with --weights"
+            f"no weights {weights!r}: there is no such folder (any more)",
+            f"put it back, or name another with {option('weights')}",
         )
     raise InputError(
         f"no weights {weights!r}",
@@ -203,7 +207,7 @@ def _another_family(family: Family, folder: Path, class_name: str) -> InputError
     takers = [name for name in FAMILIES if class_name in FAMILIES[name].pipelines]
     fix = f"{family.name} loads {', '.join(family.pipelines)}"
     if takers:
-        fix = f"use --model {takers[0]}, which loads a {class_name}"
+        fix = f"use {option('source', takers[0])}, which loads a {class_name}"
     return InputError(f"{folder} holds a {class_name}, not one of {family.name}", fix)
 
 

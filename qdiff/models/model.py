@@ -121,6 +121,17 @@ class Model:
         finally:
             self.pipeline.scheduler = before
 
+    def calls_of_a_step(self, guidance: float | None = None, scheduler: str | None = None) -> int:
+        """Return how often the backbone is called in one step: for each branch of guidance that is apart, as often as the order
+        of the scheduler says (Heun's method is of second order; its last step is of first). Arguments as in :class:`Request`.
+        """
+        before = self.pipeline.scheduler
+        try:
+            self.use_scheduler(scheduler)
+            return int(getattr(self.pipeline.scheduler, "order", 1)) * self.calls_per_step(guidance)
+        finally:
+            self.pipeline.scheduler = before
+
     def use_scheduler(self, name: str | None) -> None:
         """Replace the pipeline's scheduler by a compatible one (``dpmsolver++`` … or a diffusers class name).
 
@@ -169,9 +180,10 @@ class Model:
             self.use_scheduler(request.scheduler)
             steps = self.steps(request.steps)
             check_steps(self.pipeline.scheduler, steps)
+            calls = count_calls(self.pipeline.scheduler, steps)
             if self.correction is not None:
                 self.pipeline.scheduler = CorrectedScheduler(self.pipeline.scheduler, self.correction)
-            with finite_pictures(self, steps, self.calls_per_step(request.guidance)):
+            with finite_pictures(self, calls, self.calls_per_step(request.guidance)):
                 return self.family.generate(self, request, on_step)
         finally:
             self.pipeline.scheduler = before

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qdiff.correction.scheduler import Scheduler
-from qdiff.errors import UsageError, nearest
+from qdiff.errors import UsageError, nearest, option
 from qdiff.events import log
 from qdiff.models.quiet import quiet
 
@@ -133,7 +133,7 @@ def check_steps(scheduler: Scheduler, steps: int) -> None:
     limit = f"at most {fewer}" if fewer is not None else f"at least {more}"
     raise UsageError(
         f"{type(scheduler).__name__} does not take {steps} steps: {refusal[:200]}",
-        f"it takes {limit}: --steps {fewer if fewer is not None else more}, or choose another with --scheduler",
+        f"it takes {limit}: {option('steps', fewer or more)}, or choose another with {option('scheduler')}",
     )
 
 

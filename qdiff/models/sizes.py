@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qdiff.errors import UsageError
+from qdiff.errors import UsageError, option
 
 if TYPE_CHECKING:
     from qdiff.models.base import Family
@@ -45,6 +45,6 @@ def check_frames(family: Family, frames: int | None) -> None:
     if frames is None:
         return
     if family.media != "video":
-        raise UsageError(f"--frames {frames}: {family.title} makes pictures", "leave --frames out")
+        raise UsageError(f"{option('frames', frames)}: {family.title} makes pictures", f"leave {option('frames')} out")
     if not 2 <= frames <= MOST_FRAMES:
-        raise UsageError(f"--frames {frames} is not between 2 and {MOST_FRAMES}", "81 are usual")
+        raise UsageError(f"{option('frames', frames)} is not between 2 and {MOST_FRAMES}", "81 are usual")

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.plan.plan import Structure
 from qdiff.recording.activation_statistics import Statistics
 
@@ -152,7 +152,9 @@ def _layer(backbone: nn.Module, name: str, kind: type[_Layer]) -> _Layer:
     try:
         layer = backbone.get_submodule(name)
     except AttributeError:
-        raise InputError(f"the model has no layer {name!r} to restructure", "quantize again with --force") from None
+        raise InputError(
+            f"the model has no layer {name!r} to restructure", f"quantize again with {option('force', True)}"
+        ) from None
     if not isinstance(layer, kind):
         raise InputError(f"layer {name!r} is a {type(layer).__name__}, not a {kind.__name__}")
     return layer

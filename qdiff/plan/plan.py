@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, command
 from qdiff.files import read_json, write_json
 from qdiff.formats.table import FORMATS, low_rank_bits, rotation_bits
 from qdiff.plan import renamed
@@ -166,7 +166,7 @@ class Plan(BaseModel):
             where = _place(value, first["loc"])
             raise IntegrityError(
                 f"{path} is not a plan: {where}: {first['msg']} ({error.error_count()} problems)",
-                "correct it by hand, or run: qdiff quantize RUN --force",
+                f"correct it by hand, or run: {command('quantize', 'RUN', force=True)}",
             ) from None
         for layer in plan.layers:
             for format in (layer.weights, layer.activations):
@@ -177,7 +177,7 @@ class Plan(BaseModel):
         names = [layer.name for layer in plan.layers]
         if len(set(names)) != len(names):
             raise IntegrityError(
-                f"{path} names a layer twice", "correct it by hand, or run: qdiff quantize RUN --force"
+                f"{path} names a layer twice", f"correct it by hand, or run: {command('quantize', 'RUN', force=True)}"
             )
         return plan
 

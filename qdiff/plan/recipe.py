@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qdiff.errors import InputError, nearest, unknown_name
+from qdiff.errors import InputError, command, nearest, unknown_name
 from qdiff.formats.table import FORMATS
 from qdiff.plan import renamed
 from qdiff.plan.devices import DEVICES
@@ -354,7 +354,9 @@ def match(what: str, patterns: list[str], family: str, names: list[str]) -> dict
             close = nearest(pattern, names)
             raise InputError(
                 f"{what} pattern {pattern!r} matches no layer of {family}",
-                f"nearest layers: {', '.join(close)}" if close else "see the layers with: qdiff quantize RUN --dry-run",
+                f"nearest layers: {', '.join(close)}"
+                if close
+                else f"see the layers with: {command('quantize', 'RUN', dry_run=True)}",
             )
         for name in hits:
             matched.setdefault(name, pattern)

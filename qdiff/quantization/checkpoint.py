@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import device
-from qdiff.errors import InputError, IntegrityError
+from qdiff.errors import InputError, IntegrityError, option
 from qdiff.files import open_tensors, save_tensors
 from qdiff.formats.scales import to_storage
 from qdiff.nn.conv import Window
@@ -71,7 +71,7 @@ def _window(plan: LayerPlan, replaced: nn.Module) -> Window | None:
     else:
         raise IntegrityError(
             f"the plan calls layer {plan.name} a convolution, the model has a {type(replaced).__name__}",
-            "quantize again with --force",
+            f"quantize again with {option('force', True)}",
         )
     if tuple(plan.shape[2:]) != window.kernel:
         raise IntegrityError(
@@ -147,7 +147,7 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
     except Exception as error:  # whatever diffusers and torch say about a config that is none
         raise IntegrityError(
             f"the plan's config does not make a {plan.backbone_class}: {str(error)[:200]}",
-            "quantize again with --force",
+            f"quantize again with {option('force', True)}",
         ) from error
     timestep_index = TimestepIndex()
     install_timestep_index(backbone, timestep_index, torch.tensor(plan.timesteps))
@@ -157,7 +157,7 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
             install_branches(backbone, plan.structure.branches)
     except InputError as error:
         raise IntegrityError(
-            f"the plan does not fit its model: {error.message}", "quantize again with --force"
+            f"the plan does not fit its model: {error.message}", f"quantize again with {option('force', True)}"
         ) from None
     for layer in plan.layers:
         try:
@@ -167,7 +167,8 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
             backbone.set_submodule(layer.name, made, strict=True)
         except AttributeError:
             raise IntegrityError(
-                f"the plan names the layer {layer.name!r}, which the model does not have", "quantize again with --force"
+                f"the plan names the layer {layer.name!r}, which the model does not have",
+                f"quantize again with {option('force', True)}",
             ) from None
     parameters = {name for name, _ in backbone.named_parameters()}
     with open_tensors(path, "the quantized checkpoint") as file:
@@ -182,7 +183,9 @@ def load_quantized(plan: Plan, path: Path, *, outputs: bool = True) -> nn.Module
         backbone.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise IntegrityError(f"{path} does not fit the plan: {reason[:200]}", "quantize again with --force") from None
+        raise IntegrityError(
+            f"{path} does not fit the plan: {reason[:200]}", f"quantize again with {option('force', True)}"
+        ) from None
     if plan.attention is not None:
         from qdiff.attention.sparse import install, load_schedule
         from qdiff.models import FAMILIES

@@ -54,7 +54,7 @@ def read(path: Path) -> Plan:
     try:
         return Plan.load(path)
     except IntegrityError as error:
-        fix = "correct the file, or begin from the plan.json that qdiff quantize wrote"
+        fix = "correct the file, or begin from the plan.json that the quantization wrote"
         raise InputError(error.message, fix) from None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, command
 from qdiff.events import log
 from qdiff.formats.scales import fits_float16
 from qdiff.formats.table import format_named
@@ -63,7 +63,7 @@ def groups_of(model: Model, statistics: Statistics) -> dict[str, str]:
     if statistics.outputs.keys() != layers.keys() or not groups.keys() <= layers.keys():
         raise InputError(
             f"the statistics are of another model: {len(statistics.outputs)} layers there, {len(layers)} here",
-            "calibrate this model: qdiff calibrate … --force",
+            f"calibrate this model: {command('calibrate', '…', force=True)}",
         )
     return {name: groups[name] for name in layers if name in groups}
 

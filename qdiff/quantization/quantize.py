@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import InputError, QualityGateError
+from qdiff.errors import InputError, QualityGateError, option
 from qdiff.events import Progress, log
 from qdiff.formats import scales
 from qdiff.formats.table import format_named
@@ -112,7 +112,7 @@ def quantize_from_draft(
     if not plan.quantized:
         raise QualityGateError(
             f"recipe {recipe.name!r}: the output of every layer is below {recipe.floors.layer:g} dB, so none is quantized",
-            "take formats of more bits, or lower the floor (--set floors.layer=…)",
+            f"take formats of more bits, or lower the floor ({option('settings', ['floors.layer=…'])})",
         )
     complete()
     if recipe.distil is None or trajectory is None:

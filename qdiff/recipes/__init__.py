@@ -13,8 +13,9 @@ from typing import get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qdiff.errors import InputError, UsageError, nearest, unknown_name
+from qdiff.errors import InputError, UsageError, nearest, option, unknown_name
 from qdiff.files import path_of, read_user_text
+from qdiff.plan.ranges import DOCUMENTED, advice
 from qdiff.plan.recipe import Recipe
 from qdiff.plan.renamed import key_of_today
 
@@ -53,7 +54,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
             if chooser is None or not assignment.startswith(("budget=", f"{chooser}.")):
                 raise UsageError(
                     f"recipe {name!r} chooses no formats that way, so it has no budget for {assignment.partition('=')[0]!r}",
-                    "use --recipe mixed, or --recipe routed",
+                    f"use {option('recipe', 'mixed')}, or {option('recipe', 'routed')}",
                 )
             assignment = f"{chooser}.{assignment}" if assignment.startswith("budget=") else assignment
         _override(value, assignment)
@@ -63,13 +64,15 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        fix = "docs/recipes/index.md says what it takes"
+        fix = DOCUMENTED
         if first["type"] == "missing":
-            fix = f"give it, for example with --set {where}=…"
+            fix = f"give it, for example with {option('settings', [f'{where}=…'])}"
         elif first["type"] == "extra_forbidden":
             known = _entries(Recipe, first["loc"][:-1])
             close = nearest(str(first["loc"][-1]), known)
             fix = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
+        elif first["type"] != "value_error":  # a check of our own says it itself
+            fix = advice(Recipe.model_json_schema(), first["loc"])
         raise InputError(": ".join(part for part in (f"recipe {name}", where, message) if part), fix) from None
     from qdiff.methods import check_options, check_reconstruction
 
@@ -128,7 +131,7 @@ def _member(recipe: Recipe, name: str) -> Recipe:
 
 
 def budget_override(text: str) -> str:
-    """Return the override of ``--budget``, such as ``bits=5.5``.
+    """Return the override of a budget, such as ``bits=5.5``.
 
     Raises:
         UsageError: another form, measure, or no number.
@@ -140,21 +143,21 @@ def budget_override(text: str) -> str:
         number = -1.0
     if measure not in ("bits", "bytes", "latency") or not 0 < number < float("inf"):
         raise UsageError(
-            f"--budget {text!r} is not bits=NUMBER, bytes=NUMBER or latency=MILLISECONDS",
-            "example: --recipe mixed --budget bits=5.5",
+            f"{option('budget')} {text!r} is not bits=NUMBER, bytes=NUMBER or latency=MILLISECONDS",
+            f"example: {option('recipe', 'mixed')} with {option('budget', 'bits=5.5')}",
         )
     return f"budget={{{measure}: {number!r}}}"
 
 
 def density_override(density: float) -> str:
-    """Return the override of ``--density``.
+    """Return the override of a density.
 
     Raises:
         UsageError: not above 0 and at most 1.
     """
     if not 0 < density <= 1:
         raise UsageError(
-            f"--density {density:g} is not above 0 and at most 1", "1 reads everything, 0.3 three blocks of ten"
+            f"{option('density', density)} is not above 0 and at most 1", "1 reads everything, 0.3 three blocks of ten"
         )
     return f"attention.density={density!r}"
 
@@ -163,7 +166,8 @@ def _override(value: dict[str, object], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise UsageError(
-            f"--set {assignment!r} is not of the form a.b=value", "example: --set methods.smooth.strengths=[0.5]"
+            f"{option('settings')} {assignment!r} is not of the form a.b=value",
+            f"example: {option('settings', ['methods.smooth.strengths=[0.5]'])}",
         )
     *parents, last = key_of_today(path).split(".")
     for parent in parents:
@@ -171,12 +175,14 @@ def _override(value: dict[str, object], assignment: str) -> None:
             value[parent] = {}
         inner = value[parent]
         if not isinstance(inner, dict):
-            raise UsageError(f"--set {assignment!r}: {parent!r} is not a group of settings")
+            raise UsageError(f"{option('settings')} {assignment!r}: {parent!r} is not a group of settings")
         value = inner
     try:
         value[last] = _read_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"--set {assignment[:200]!r}: the value is not YAML ({str(error)[:200]})") from None
+        raise UsageError(
+            f"{option('settings')} {assignment[:200]!r}: the value is not YAML ({str(error)[:200]})"
+        ) from None
 
 
 def _read_yaml(text: str) -> object:

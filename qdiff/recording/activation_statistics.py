@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, option
 from qdiff.files import open_tensors, save_tensors
 
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_STEP = -24.0, 16.0, 0.125
@@ -155,5 +155,6 @@ class Statistics:
                 return cls([float(timestep) for timestep in header["timesteps"]], inputs, outputs)
             except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise IntegrityError(
-                    f"{path} is not a statistics file of qdiff ({error})", "calibrate again with --force"
+                    f"{path} is not a statistics file of qdiff ({error})",
+                    f"calibrate again with {option('force', True)}",
                 ) from None

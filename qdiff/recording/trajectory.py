@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdiff.errors import InputError, IntegrityError
+from qdiff.errors import InputError, IntegrityError, command, option
 from qdiff.files import TensorFile, open_tensors, save_tensors
 
 SHARD = "trajectory-{:05d}.safetensors"
@@ -50,7 +50,7 @@ class Trajectory:
         self.folder, self.device = folder, device
         self.paths = sorted(folder.glob("trajectory-*.safetensors"))
         if not self.paths:
-            raise InputError(f"no trajectory in {folder}", "run: qdiff calibrate -o RUN")
+            raise InputError(f"no trajectory in {folder}", f"run: {command('calibrate', output='RUN')}")
 
     def timesteps(self, shard: int) -> list[float]:
         """Return the timesteps of the recorded calls of one shard, in sampling order.
@@ -91,7 +91,8 @@ class Trajectory:
             return timesteps, varying
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise IntegrityError(
-                f"{self.paths[shard]} is not a trajectory of qdiff ({error})", "calibrate again with --force"
+                f"{self.paths[shard]} is not a trajectory of qdiff ({error})",
+                f"calibrate again with {option('force', True)}",
             ) from None
 
     def __iter__(self) -> Iterator[Step]:
@@ -117,7 +118,7 @@ def require_shard(path: Path, owner: str) -> None:
     if found != owner:
         raise IntegrityError(
             f"{path} was recorded by another calibration (another model, seed or prompts)",
-            "delete it, or calibrate with --force or into another folder",
+            f"delete it, or calibrate with {option('force', True)} or into another folder",
         )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.routing import ops
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ def install_branches(backbone: nn.Module, branches: dict[str, int]) -> BranchSta
             block = backbone.get_submodule(name)
         except AttributeError:
             raise InputError(
-                f"the model has no block {name!r} to route", "the plan is of another model: quantize again with --force"
+                f"the model has no block {name!r} to route",
+                f"the plan is of another model: quantize again with {option('force', True)}",
             ) from None
         copies = [block, *(copy.deepcopy(block) for _ in range(count - 1))]
         backbone.set_submodule(name, BranchedBlock(copies, index, branch_state))

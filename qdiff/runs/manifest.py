@@ -20,7 +20,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, Final, NotRequired, TypedDict
 
-from qdiff.errors import IntegrityError, QdiffError
+from qdiff.errors import IntegrityError, QdiffError, command
 from qdiff.events import log
 from qdiff.files import read_json, require_plain, sha256_json, write_json, write_text
 
@@ -134,11 +134,13 @@ def _content(path: Path) -> dict[str, object]:
 def _read(path: Path, stages: Container[str]) -> Manifest:
     manifest: Manifest = read_json(path, "the manifest")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-        raise IntegrityError(f"{path} is not a manifest of qdiff", "start a new run folder: qdiff calibrate -o NEW")
+        raise IntegrityError(
+            f"{path} is not a manifest of qdiff", f"start a new run folder: {command('calibrate', output='NEW')}"
+        )
     if manifest.get("version") != VERSION:
         raise IntegrityError(
             f"{path} has version {manifest.get('version')!r}, this qdiff reads {VERSION}",
-            "use the qdiff that made it, or start a new run folder: qdiff calibrate -o NEW",
+            f"use the qdiff that made it, or start a new run folder: {command('calibrate', output='NEW')}",
         )
     seal = manifest.pop(_SEAL, None)
     if seal != sha256_json(manifest) or not all(
@@ -148,7 +150,7 @@ def _read(path: Path, stages: Container[str]) -> Manifest:
         back = f"cp {copy} {path}" if copy.is_file() and copy != path else "put the old file back"
         raise IntegrityError(
             f"{path} was changed by hand or by another program (its seal does not fit)",
-            f"{back}, or start a new run folder: qdiff calibrate -o NEW",
+            f"{back}, or start a new run folder: {command('calibrate', output='NEW')}",
         )
     manifest.pop(_BEFORE, None)
     return manifest

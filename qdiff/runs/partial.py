@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.errors import IntegrityError
+from qdiff.errors import IntegrityError, option
 from qdiff.files import open_tensors, save_tensors
 
 
@@ -62,7 +62,9 @@ class Scratch:
         with open_tensors(path, "a finished part") as file:
             notes = file.metadata() or {}
             if notes.get("owner") != self.owner:
-                raise IntegrityError(f"{path} is a part of other work", "begin the stage anew with --force")
+                raise IntegrityError(
+                    f"{path} is a part of other work", f"begin the stage anew with {option('force', True)}"
+                )
             digest = notes.pop("sha256", None)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if digest != sha256_tensors(tensors, notes):

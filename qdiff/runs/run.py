@@ -21,7 +21,16 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, QdiffError, UsageError, out_of_memory
+from qdiff.errors import (
+    InputError,
+    IntegrityError,
+    MemoryExhaustedError,
+    QdiffError,
+    UsageError,
+    command,
+    option,
+    out_of_memory,
+)
 from qdiff.events import log
 from qdiff.files import break_links, require_writable, safe_child, sha256_file, sha256_json
 from qdiff.resources import measure_usage, release_memory
@@ -55,6 +64,11 @@ class Run:
         if manifest.is_there(self.path):
             self._read()
 
+    def __repr__(self) -> str:
+        model = self.manifest["stages"].get("calibrate", {}).get("inputs", {}).get("model")
+        done = ", ".join(stage for stage in self.manifest["stages"] if self.done(stage)) or "nothing"
+        return f"Run({str(self.path)!r}{f', model {model}' if model else ''}, done: {done})"
+
     def _read(self) -> None:
         self.manifest = manifest.read(self.path, UPSTREAM)
 
@@ -66,9 +80,10 @@ class Run:
             InputError: when the folder holds no manifest.
         """
         if not manifest.is_there(Path(path)):
+            why = "it has no run.json" if Path(path).exists() else "there is no such folder"
             raise InputError(
-                f"{path} is not a run folder (it has no run.json)",
-                "make one with: qdiff calibrate --model pixart -o RUN",
+                f"{path} is not a run folder ({why})",
+                f"make one with: {command('calibrate', source='pixart', output='RUN')}",
             )
         return cls(path)
 
@@ -143,7 +158,7 @@ class Run:
                     f"run: {command_anew(entry, stage, self.path)}",
                 )
             if sha256_file(path) != digest:
-                plan = f"{command_of(stage, self.path)} --plan {path} --force"
+                plan = command_of(stage, self.path, plan=path, force=True)
                 raise IntegrityError(
                     f"{name} is not the file that stage {stage!r} wrote (its sha256 differs)",
                     f"put the old file back, or run: {plan if name == EDITABLE else command_anew(entry, stage, self.path)}",
@@ -180,11 +195,12 @@ class Run:
     def _fix(self, stage: str) -> str:
         """Return what to do about a stage that was made from other inputs, and what that costs."""
         later = self._made_from(stage)
-        fix = f"add --force to make {stage} anew"
+        fix = f"add {option('force', True)} to make {stage} anew"
         fix += f", which forgets what was made from it: {', '.join(later)}" if later else ""
         if not UPSTREAM[stage.partition(":")[0]]:
-            return f"choose another folder with -o, or {fix}"
-        return f"{fix}; `{command_of(stage, self.path)} … --force` keeps the stages before it, `qdiff run --force` none"
+            return f"choose another folder with {option('output')}, or {fix}"
+        alone = command_of(stage, self.path, "…", force=True)
+        return f"{fix}; `{alone}` keeps the stages before it, `{command('run_all', '…', force=True)}` none"
 
     def _made_from(self, name: str) -> list[str]:
         """Return the recorded stages that were made from ``name``, directly or not."""

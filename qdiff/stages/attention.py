@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, command, option
 from qdiff.events import log
 from qdiff.runs.run import Run
 from qdiff.stages.calibrated_model import ATTENTION_STATISTICS, CalibratedModel, calibrated_model, options_of
@@ -57,7 +57,8 @@ def require_sparse(model: str) -> None:
     family = FAMILIES[model]
     if not family.can_be_sparse:
         raise InputError(
-            f"attentions of {family.title} cannot follow block lists", "leave --density and --attention out"
+            f"attentions of {family.title} cannot follow block lists",
+            f"leave {option('density')} and {option('attention')} out",
         )
 
 
@@ -72,7 +73,7 @@ def require_statistics(run: Run) -> None:
     if not run.done(STAGE):
         raise InputError(
             f"sparse attention needs to know what {run.path} looks at, which was not calibrated",
-            f"run the same calibration with --attention: qdiff calibrate … --attention -o {run.path}",
+            f"run the same calibration, with attention: {command('calibrate', '…', attention=True, output=run.path)}",
         )
     run.verify(STAGE)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError, MissingDependencyError
+from qdiff.errors import InputError, MissingDependencyError, command, option
 from qdiff.runs.run import Run
 from qdiff.runs.stages import EDITABLE
 
@@ -57,7 +57,7 @@ def build(
     Args:
         run: with an exported graph.
         engine_name: of the backend.
-        profiles: ranges of input sizes, as ``--profile`` takes them.
+        profiles: ranges of input sizes, such as ``512`` or ``dyn-256-1024``.
         compute_capability: of the GPU that a TensorRT-RTX engine is for.
         flags: settings of the backend by name.
         whole: one engine that computes everything at every step, where the graph could be cut (:mod:`qdiff.export.hoist`).
@@ -73,7 +73,7 @@ def build(
     from qdiff.engines.cache import build_cached
     from qdiff.engines.graph import graph_bytes
     from qdiff.engines.parts import options_for
-    from qdiff.engines.trust import MANIFEST, trusted
+    from qdiff.engines.trust import trusted
     from qdiff.graphs.parts import parts_of, read
     from qdiff.resources import require_disk
     from qdiff.stages.disk import engine_bytes
@@ -83,7 +83,9 @@ def build(
         return {"run": str(run.path), "engine": engine.name, "note": "runs the torch module: nothing to build"}
     missing = engine.missing_for_build()
     if missing:
-        raise MissingDependencyError(f"engine {engine.name!r} cannot be built here: {missing}", "see: qdiff doctor")
+        raise MissingDependencyError(
+            f"engine {engine.name!r} cannot be built here: {missing}", f"see: {command('doctor')}"
+        )
     onnx = exported_graph(run, engine)
     options = make_options(run, engine, profiles or [], compute_capability, flags or {})
     inputs = {"export": run.outputs_hash(f"export:{engine.target}"), "options": options.to_json(), "whole": whole}
@@ -122,12 +124,7 @@ def build(
                 ],
                 cached=step.was_cached,
                 facts=step.facts,
-                bytes=sum(
-                    file.stat().st_size
-                    for built in (step, *parts)
-                    for file in built.folder.rglob("*")
-                    if file.is_file() and file.name != MANIFEST  # it holds seconds, as long as they are
-                ),
+                bytes=_bytes(engine, [built.folder for built in (step, *parts)]),
                 device=engine.device(options),
                 version=engine.version(),
             )
@@ -142,6 +139,19 @@ def build(
         "runs_here": missing_to_run is None,
         **({"why_not": missing_to_run} if missing_to_run else {}),
     }
+
+
+def _bytes(engine: Engine, folders: Sequence[Path]) -> int:
+    """Return the bytes on disk of a built engine, with the graphs that it reads from elsewhere."""
+    from qdiff.engines.trust import MANIFEST
+
+    files = {
+        file.resolve()
+        for folder in folders
+        for file in [*folder.rglob("*"), *engine.reads(folder)]
+        if file.is_file() and file.name != MANIFEST  # it holds seconds, as long as they are
+    }
+    return sum(file.stat().st_size for file in files)
 
 
 def _folders(entry: Mapping[str, Any]) -> list[str]:
@@ -165,7 +175,7 @@ def exported_graph(run: Run, engine: Engine) -> Path:
     if not run.done(stage):
         raise InputError(
             f"engine {engine.name!r} needs the graph for target {engine.target!r}, which {run.path} does not hold",
-            f"run: qdiff export {run.path} --target {engine.target}",
+            f"run: {command('export', run.path, target=engine.target)}",
         )
     return run.file("onnx", str(engine.target), "model.onnx")
 
@@ -187,13 +197,14 @@ def require_runner(run: Run, engine_name: str) -> None:
         return
     if not run.done(f"build:{engine.name}"):
         raise InputError(
-            f"engine {engine.name!r} was not built in {run.path}", f"run: qdiff build {run.path} --engine {engine.name}"
+            f"engine {engine.name!r} was not built in {run.path}",
+            f"run: {command('build', run.path, engine=engine.name)}",
         )
     missing = engine.missing()
     if missing:
         raise MissingDependencyError(
             f"engine {engine.name!r} is built, but cannot run here: {missing}",
-            "carry the run folder to a machine that has it, or choose another --engine",
+            f"carry the run folder to a machine that has it, or choose another with {option('engine')}",
         )
 
 

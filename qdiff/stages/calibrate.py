@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError, UsageError
+from qdiff.errors import InputError, UsageError, option
 from qdiff.events import duration, log
 from qdiff.files import sha256_json, write_text
 from qdiff.runs.run import Run
@@ -52,7 +52,9 @@ def load_prompts(options: CalibrateOptions) -> list[str]:
     from qdiff.models.model import default_prompts
 
     if options.samples is not None and not 1 <= options.samples <= MOST_SAMPLES:
-        raise UsageError(f"--samples {options.samples} is not between 1 and {MOST_SAMPLES}", "16 to 128 are usual")
+        raise UsageError(
+            f"{option('samples', options.samples)} is not between 1 and {MOST_SAMPLES}", "16 to 128 are usual"
+        )
     if options.prompts is None:
         return default_prompts(options.samples or DEFAULT_SAMPLES, options.seed, FAMILIES[options.model].media)
     texts = read_prompts(options.prompts) if isinstance(options.prompts, Path) else check_prompts(options.prompts)
@@ -76,9 +78,9 @@ def check_sampling(steps: int | None, guidance: float | None) -> None:
         UsageError: with the range.
     """
     if steps is not None and not 1 <= steps <= 1000:
-        raise UsageError(f"--steps {steps} is not between 1 and 1000")
+        raise UsageError(f"{option('steps', steps)} is not between 1 and 1000")
     if guidance is not None and not 0 <= guidance <= 100:  # NaN is not either
-        raise UsageError(f"--guidance {guidance} is not between 0 and 100")
+        raise UsageError(f"{option('guidance', guidance)} is not between 0 and 100")
 
 
 def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
@@ -95,19 +97,19 @@ def recording_of(options: CalibrateOptions, prompts: list[str]) -> Recording:
         check_sampling(options.steps, guidance)
     if len({guidance > 1 for guidance in scales}) > 1 or len(set(scales)) < len(scales):
         raise UsageError(
-            f"--guidance {','.join(f'{guidance:g}' for guidance in scales)} does not name a range of guidance scales",
+            f"{option('guidance', scales)} does not name a range of guidance scales",
             "name different ones, all above 1 (guided, two branches) or all at most 1 (not guided)",
         )
-    for name, value in (("--keep", options.keep), ("--batch", options.batch)):
+    for name, value in (("keep", options.keep), ("batch", options.batch)):
         if not 1 <= value <= 1000:
-            raise UsageError(f"{name} {value} is not between 1 and 1000")
+            raise UsageError(f"{option(name, value)} is not between 1 and 1000")
     if not 0 <= options.seed < 2**32:
-        raise UsageError(f"--seed {options.seed} is not between 0 and 2^32")
+        raise UsageError(f"{option('seed', options.seed)} is not between 0 and 2^32")
     STRATEGIES[options.timesteps]
     if -(-len(prompts) // options.batch) < len(scales):
         raise UsageError(
             f"{len(prompts)} prompts in batches of {options.batch} are fewer batches than guidance scales ({len(scales)})",
-            "a batch has one guidance scale: take more --samples, or a smaller --batch",
+            f"a batch has one guidance scale: take more prompts ({option('samples')}), or smaller batches ({option('batch')})",
         )
     return Recording(
         prompts,
@@ -174,7 +176,8 @@ def calibrate(
         return {"dry_run": True, "run": str(run.path), **inputs, **_estimate(model, recording)}
     if "calibrate" not in run.manifest["stages"] and folder.exists() and any(folder.iterdir()):
         raise InputError(
-            f"{folder} holds files that this run did not make", "choose another folder with -o, or move them away"
+            f"{folder} holds files that this run did not make",
+            f"choose another folder with {option('output')}, or move them away",
         )
     with run.stage("calibrate", inputs, force=force, leftovers=["calibration"]) as work:
         if work is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qdiff.errors import InputError
+from qdiff.errors import InputError, option
 from qdiff.runs.run import Run
 from qdiff.stages.calibrate import CalibrateOptions, load_model
 
@@ -133,6 +133,6 @@ def reload_model(run: Run) -> Model:
     if model.fingerprint != recorded:
         raise InputError(
             f"the weights {model.weights} are not those that {run.path} was calibrated with (their sha256 changed)",
-            "calibrate again with --force, or put the old weights back",
+            f"calibrate again with {option('force', True)}, or put the old weights back",
         )
     return model

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import QualityGateError, UsageError
+from qdiff.errors import QualityGateError, UsageError, command, option
 from qdiff.events import log
 from qdiff.files import write_json
 from qdiff.resources import require_disk
@@ -109,7 +109,7 @@ def _require_quality(run: Run, engines: list[dict[str, Any]]) -> None:
                 f"the pictures of {row['name']} have a mean PSNR of {row['psnr_db_mean']:.2f} dB against float, the floor is "
                 f"{floor:g} dB; the worst is picture {worst:03d} with {psnrs[worst]:.2f} dB",
                 f"see {run.file('images')}; keep more layers in 16 bit (ignore), or take a recipe of more bits; or take the "
-                "pictures as they are with --accept-quality",
+                f"pictures as they are with {option('accept_quality', True)}",
             )
 
 
@@ -120,7 +120,7 @@ def check_gate(minimum_psnr: float | None) -> None:
         UsageError: NaN, infinity or a negative number.
     """
     if minimum_psnr is not None and not 0 <= minimum_psnr < math.inf:
-        raise UsageError(f"--min-psnr {minimum_psnr:g} is no number of dB from 0 on", "30 is usual")
+        raise UsageError(f"{option('minimum_psnr', minimum_psnr)} is no number of dB from 0 on", "30 is usual")
 
 
 def require_comparable(engines: list[str]) -> None:
@@ -131,7 +131,8 @@ def require_comparable(engines: list[str]) -> None:
     """
     if "float" in engines:
         raise UsageError(
-            "float is what engines are compared with", "name an engine (qdiff doctor lists them), or eager for torch"
+            "float is what engines are compared with",
+            f"name an engine ({command('doctor')} lists them), or eager for torch",
         )
 
 
@@ -140,7 +141,7 @@ def _work(run: Run, request: Request, engines: list[str], work: Any) -> None:
     log.info("compare: %d pictures, float beside %s", len(request.prompts), ", ".join(engines))
     require_disk(run.path, picture_bytes(model, len(request.prompts), len(engines)), "the pictures")
     made: dict[str, Pictures] = {}
-    together = model.calls_per_step(request.guidance)
+    together = model.calls_of_a_step(request.guidance, request.scheduler)
     calls: list[dict[str, Tensor]] = []
     for name in ["float", *engines]:
         session = Session(run, name, model)

@@ -19,7 +19,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from qdiff.errors import InputError, UsageError
+from qdiff.errors import InputError, UsageError, option
 from qdiff.events import Progress, log
 from qdiff.files import read_json, sha256_json, write_json
 from qdiff.runs.partial import Scratch
@@ -83,14 +83,17 @@ def correct(
     name = choose_engine(engine or default_engine(run)).name
     if name == "float":
         raise UsageError(
-            "--engine float is the model that a correction aims at", "name an engine of the quantized model"
+            f"{option('engine', 'float')} is the model that a correction aims at",
+            "name an engine of the quantized model",
         )
     check_pictures(pictures)
     if run.file(CORRECTION).is_dir():
         raise InputError(f"{run.file(CORRECTION)} is a folder, and the correction has to be written there", "remove it")
     require_runner(run, name)
     if goal == "prompt" and (calibrated.weights != "bundled" or FAMILIES[calibrated.model].media == "video"):
-        raise UsageError("--goal prompt judges pictures of the bundled models alone", "use --goal float")
+        raise UsageError(
+            f"{option('goal', 'prompt')} judges pictures of the bundled models alone", f"use {option('goal', 'float')}"
+        )
     inputs = {
         "quantize": run.outputs_hash("quantize"),
         "methods": chosen,

@@ -161,14 +161,15 @@ class ByPlan:
         return {"plan": decisions(self.plan)}
 
     def draft(self, calibrated: CalibratedModel) -> Draft:
-        from qdiff.errors import InputError
+        from qdiff.errors import InputError, command
         from qdiff.quantization.edited_plan import settle
         from qdiff.quantization.layer_plans import Draft, change
 
         if self.plan.structure.branches:
             raise InputError(
                 f"{self.source} has blocks with several branches, and no plan by hand can",
-                "change the routing of the recipe: qdiff quantize RUN --recipe routed --set routing.…",
+                "change the routing of the recipe: "
+                + command("quantize", "RUN", recipe="routed", settings=["routing.…"]),
             )
         statistics = change(calibrated.model, self.plan.structure, calibrated.statistics)
         settled = settle(self.plan, calibrated.model, statistics, self.before, self.source)
@@ -280,14 +281,14 @@ class ByRouting(_OfRecipe):
         return {"recipe": self.recipe.model_dump(mode="json"), "versions": versions}
 
     def draft(self, calibrated: CalibratedModel) -> Draft:
-        from qdiff.errors import InputError
+        from qdiff.errors import InputError, option
         from qdiff.quantization.layer_plans import draft_plan
 
         model = calibrated.model
         if not model.family.chain or not model.family.blocks(model.backbone):
             raise InputError(
                 f"recipe {self.name!r} routes the blocks of a chain, and {model.family.title} is none",
-                "use --recipe mixed, which chooses once for each layer",
+                f"use {option('recipe', 'mixed')}, which chooses once for each layer",
             )
         return [draft_plan(model, version, calibrated.statistics) for version in versions_of(self.recipe)][0]
 

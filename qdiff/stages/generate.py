@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import UsageError
+from qdiff.errors import UsageError, command, option
 from qdiff.events import Progress, log
 from qdiff.files import require_writable
 from qdiff.resources import measure_usage, release_memory
@@ -102,7 +102,8 @@ class Session:
         self.model.backbone, self.model.correction = self._stand_in, self.correction
         steps = self.model.steps(request.steps)
         chunks = range(0, len(request.prompts), batch)
-        self._stand_in.seconds.clear()
+        together = self.model.calls_of_a_step(request.guidance, request.scheduler)
+        step_seconds: list[float] = []
         images: list[Image | Clip] = []
         with measure_usage() as usage, Progress(f"generate ({self.engine})", len(chunks) * steps) as progress:
 
@@ -115,11 +116,13 @@ class Session:
                 part = replace(
                     request, prompts=request.prompts[start : start + batch], seeds=request.seeds[start : start + batch]
                 )
+                self._stand_in.seconds.clear()
                 images += self.model.generate(part, on_step=report)
+                step_seconds += _by_step(self._stand_in.seconds, together)
         return Pictures(
             self.engine,
             images,
-            _by_step(self._stand_in.seconds, self.model.calls_per_step(request.guidance)),
+            step_seconds,
             usage.seconds,
             self.load_seconds,
             max(0, usage.peak_bytes - usage.start_bytes),
@@ -181,7 +184,9 @@ def check_pictures(count: int) -> None:
         UsageError: with the range.
     """
     if not 1 <= count <= MOST_PICTURES:
-        raise UsageError(f"--pictures {count} is not between 1 and {MOST_PICTURES}", "16 judge well, 48 better")
+        raise UsageError(
+            f"{option('pictures', count)} is not between 1 and {MOST_PICTURES}", "16 judge well, 48 better"
+        )
 
 
 def make_request(
@@ -208,16 +213,20 @@ def make_request(
 
     calibrated = options_of(run)
     if not prompts:
-        raise UsageError("there is no prompt", 'give one with --prompt "…"')
+        raise UsageError("there is no prompt", f"give one with {option('prompt')}")
     for prompt in [*prompts, negative_prompt]:
         if len(prompt) > LONGEST_PROMPT:
             raise UsageError(f"a prompt has {len(prompt):,} characters", f"at most {LONGEST_PROMPT:,} are taken")
     if len(prompts) > MOST_PICTURES:
         raise UsageError(f"{len(prompts)} pictures were asked for", f"at most {MOST_PICTURES} in one call")
+    empty = sum(not prompt.strip() for prompt in prompts)
+    if empty:
+        which = "the prompt is" if len(prompts) == 1 else f"{empty} of {len(prompts)} prompts are"
+        log.warning("%s empty: nothing says what such a picture shows", which)
     check_sampling(steps, guidance)
     check_frames(FAMILIES[calibrated.model], frames)
     if not 0 <= seed < 2**63 - MOST_PICTURES:
-        raise UsageError(f"--seed {seed} is not between 0 and 2^63")
+        raise UsageError(f"{option('seed', seed)} is not between 0 and 2^63")
     return Request(
         prompts=prompts,
         seeds=[seed + i for i in range(len(prompts))],
@@ -244,8 +253,7 @@ def guidance_warning(run: Run, model: Model, guidance: float | None) -> str | No
     scales = [scale for scale in (min(least, wanted), max(largest, wanted)) if (scale > 1) == (wanted > 1)]
     return (
         f"guidance {wanted:g} is outside what this run was calibrated with ({calibrated}): how near to float its pictures are "
-        "was not seen, and errors grow with the scale; to cover it: qdiff calibrate --guidance "
-        f"{','.join(f'{scale:g}' for scale in scales)}"
+        f"was not seen, and errors grow with the scale; to cover it: {command('calibrate', guidance=scales)}"
     )
 
 
@@ -298,7 +306,7 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
     from qdiff.models import FAMILIES
 
     if not 1 <= batch <= MOST_PICTURES:
-        raise UsageError(f"--batch {batch} is not between 1 and {MOST_PICTURES}")
+        raise UsageError(f"{option('batch', batch)} is not between 1 and {MOST_PICTURES}")
     family = FAMILIES[options_of(run).model]
     suffix, what = (
         (".mp4", "clips are written as MP4") if family.media == "video" else (".png", "pictures are written as PNG")
@@ -306,9 +314,11 @@ def generate(run: Run, request: Request, engine: str | None, output: Path, batch
     if output.suffix.lower() != suffix:
         raise UsageError(f"{output} does not end in {suffix}", f"{what}, with their settings inside")
     if not output.parent.is_dir():
-        raise UsageError(f"the folder {output.parent} does not exist", "make it, or choose another path with -o")
+        raise UsageError(
+            f"the folder {output.parent} does not exist", f"make it, or choose another path with {option('output')}"
+        )
     if output.is_dir():
-        raise UsageError(f"{output} is a folder", "choose another path with -o")
+        raise UsageError(f"{output} is a folder", f"choose another path with {option('output')}")
     require_writable(output.parent)
     with beside(run, [engine or default_engine(run)]):
         session = Session(run, engine)

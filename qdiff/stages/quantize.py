@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError, QualityGateError, UsageError
+from qdiff.errors import InputError, QualityGateError, UsageError, option
 from qdiff.files import read_json, save_tensors, write_json
 from qdiff.runs.run import Run
 from qdiff.stages.attention import STAGE as ATTENTION
@@ -84,7 +84,8 @@ def _source(run: Run, recipe_name: str, overrides: list[str] | None, plan_file: 
         return ByRecipe(recipe) if recipe.mixed is None else ByBudget(recipe)
     if overrides or recipe_name != DEFAULT_RECIPE:
         raise UsageError(
-            "--plan holds every decision already: --recipe and --set have nothing to decide beside it",
+            f"{option('plan')} holds every decision already: {option('recipe')} and {option('settings')} have nothing to decide "
+            "beside it",
             "give either a plan, or a recipe",
         )
     from qdiff.plan.plan import Plan
@@ -230,7 +231,7 @@ def _require_quality(run: Run) -> None:
             f"the quantized model's prediction at timestep {worst['timestep']:g} is {worst['sqnr_db']:.1f} dB from float "
             f"({len(below)} of {len(steps)} recorded calls are below the floor of {floor:g} dB)",
             f"see the layers' sqnr_db in {run.file('plan.json')}, and keep the worst (recipe: ignore) or give them more bits; "
-            "or take it as it is with --accept-quality",
+            f"or take it as it is with {option('accept_quality', True)}",
         )
 
 

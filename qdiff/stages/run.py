@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qdiff.errors import InputError, MissingDependencyError
+from qdiff.errors import InputError, MissingDependencyError, command
 from qdiff.events import duration, log
 from qdiff.runs.run import Run
 from qdiff.stages.attention import calibrate_attention, require_sparse
@@ -72,7 +72,9 @@ def run_all(
         if missing is None:
             buildable.append(engine)
         elif engines:
-            raise MissingDependencyError(f"engine {engine.name!r} cannot be built here: {missing}", "see: qdiff doctor")
+            raise MissingDependencyError(
+                f"engine {engine.name!r} cannot be built here: {missing}", f"see: {command('doctor')}"
+            )
         else:
             skipped[engine.name] = missing
             log.info("build:%s: left out, %s", engine.name, missing)

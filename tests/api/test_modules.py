@@ -70,6 +70,14 @@ def test_a_module_without_a_timestep_has_one(denoiser):
         ([{"y": torch.zeros(1, 2, 32)}], "does not fit"),
         ([{"x": [torch.zeros(1)], "timestep": torch.zeros(1)}], "as a list"),
         ([{"x": torch.zeros(1, 2, 32), "timestep": torch.zeros(1), "gain": gain} for gain in (1.0, 2.0)], "call 1"),
+        (
+            [{"x": torch.ones(1, 2, size), "timestep": torch.zeros(1)} for size in (32, 31)],
+            "call 1 .*layer 'first'.* 31",
+        ),
+        ([{"x": torch.ones(2, 2, 32), "timestep": torch.zeros(3)}], "call 0 .*Denoiser.forward"),
+        ([{"x": torch.full((1, 2, 32), float("nan")), "timestep": torch.zeros(1)}], "call 0: 'x' holds NaN"),
+        ([{"x": torch.full((1, 2, 32), float("inf")), "timestep": torch.zeros(1)}], "call 0: the float module itself"),
+        ([{"x": torch.ones(1, 2, 32), "timestep": torch.zeros(0)}], "call 0: 'timestep' holds no value"),
     ],
 )
 def test_calls_that_are_none_are_refused(denoiser, calls, words):

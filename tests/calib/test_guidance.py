@@ -53,7 +53,9 @@ def test_the_scales_are_in_the_manifest_and_later_stages_restore_them(ranged):
     )
     above, below = (str(guidance_warning(run, model, scale)) for scale in (15, 1))
     assert (
-        "calibrated with (2 to 7.5)" in above and above.endswith("--guidance 2,15") and below.endswith("--guidance 1")
+        "calibrated with (2 to 7.5)" in above
+        and above.endswith("(guidance=[2, 15])")
+        and below.endswith("(guidance=[1])")
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from qdiff.engines import BuildOptions, Profile, choose_engine
 from qdiff.engines.cache import build_cached, folder_name, key_parts, list_engines, load_trusted, trusted
+from qdiff.engines.graph import graph_bytes
 from qdiff.errors import IntegrityError
 
 engine = choose_engine("openvino")
@@ -135,7 +136,9 @@ def test_tampering_is_refused_and_force_is_the_way_out(attack, folder, graph, ro
 
 def test_the_fix_is_a_command(folder, root):
     _flip(folder / "model.bin")
-    with pytest.raises(IntegrityError, match=f"rebuild: qdiff build {root.parent} --engine openvino --force"):
+    with pytest.raises(
+        IntegrityError, match=rf'rebuild: qdiff.build\("{root.parent}", engine="openvino", force=True\)'
+    ):
         trusted(folder)
 
 
@@ -184,6 +187,7 @@ def test_list_engines(folder, graph, root, profile):
     entries = list_engines(root)
     assert [entry.engine for entry in entries] == ["onnxruntime", "openvino"]
     assert all(entry.problem is None and entry.bytes > 0 and entry.device == "cpu" for entry in entries)
+    assert entries[0].bytes > graph_bytes(graph.path), "the graph that it reads counts too"
 
 
 def test_an_onnxruntime_engine_follows_its_graph(graph, root, profile, tmp_path, inputs, write_graph):

@@ -70,7 +70,7 @@ def test_links(attack, graph, tmp_path):
 
 
 def test_missing_files(graph, tmp_path):
-    with pytest.raises(InputError, match="qdiff export"):
+    with pytest.raises(InputError, match="qdiff.export"):
         graph_digest(tmp_path / "model.onnx")
     graph.path.with_name("model.onnx.data").unlink()
     with pytest.raises(InputError, match=r"'model\.onnx\.data', which is missing"):

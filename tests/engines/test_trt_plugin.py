@@ -253,7 +253,7 @@ def test_one_size_is_demanded():
     for profiles, part in (([fixed, fixed], "2 profiles"), ([ranged], "x from"), ([], "0 profiles")):
         with pytest.raises(UsageError, match=part) as caught:
             trt_plugin.require_static(profiles)
-        assert "--profile" in str(caught.value.fix)
+        assert "profiles=" in str(caught.value.fix)
 
 
 class Attention(torch.nn.Module):

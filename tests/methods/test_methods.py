@@ -139,6 +139,14 @@ TROUBLES = {
     "scales": coarse_blocks,
     "low_rank": few_directions,
 }
+
+
+def trouble_of(method: str) -> LayerGroup:
+    """The layer group that a method is for."""
+    assert method in TROUBLES, f"{method} has no row in TROUBLES: name the layer group that it is for (CONTRIBUTING.md)"
+    return TROUBLES[method]()
+
+
 OPTIONS: dict[str, dict] = {"clip": {"ratios": (1.0, 0.8, 0.6, 0.4, 0.3)}, "low_rank": {"rank": 4}}
 # What a method has to win where its trouble is. Of the scale search it is known: 6.67e-3 for 9.03e-3 on Gaussian weights, 1.3 dB.
 GAINS_DB = {"scales": 1.0}
@@ -171,7 +179,7 @@ def test_an_unknown_method_is_refused_with_the_nearest():
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_wins_where_its_trouble_is(name):
     """By 3 dB at least, which is half a bit, or what it can (GAINS_DB), and on tokens that it did not see."""
-    given = TROUBLES[name]()
+    given = trouble_of(name)
     found = apply_method(name, OPTIONS.get(name, {}), given, Decisions())
     before, after = given.errors(Decisions(), held_out=True), given.errors(found, held_out=True)
     assert sum(after) < sum(before) / 10 ** (GAINS_DB.get(name, 3.0) / 10), found.notes
@@ -188,7 +196,7 @@ def made_to_act(method: str) -> dict:
 def test_every_method_gives_another_result_than_every_other(name):
     """A method that does nothing, or what another does, is a bug. Where a method's trouble is, each of the others, made to act,
     gives another error than it, and so does no method at all."""
-    given = TROUBLES[name]()
+    given = trouble_of(name)
     errors = {"none": given.error(Decisions())}
     for method in METHODS:
         errors[method] = given.error(apply_method(method, made_to_act(method), given, Decisions()))

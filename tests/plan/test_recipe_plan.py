@@ -129,7 +129,7 @@ def test_set_changes_single_entries():
     assert recipe.methods["smooth"]["strengths"] == [0.5] and recipe.storage_dtype == "bfloat16"
     assert recipe.methods["smooth"]["minimum_gain_db"] == 2 and recipe.methods["timestep_scales"]["minimum_gain_db"]
     for wrong in ("storage_dtype", "=bfloat16", "storage_dtype.deeper=1", "name=[1"):
-        with pytest.raises(UsageError, match="--set"):
+        with pytest.raises(UsageError, match="settings="):
             load_recipe("int8", [wrong])
 
 
@@ -274,3 +274,24 @@ def test_bytes_of_the_67m_model_fit_the_bound_before_it_is_ever_exported():
             )
             packed += plan.weight_bytes() - 2 * module.weight.numel()
     assert 0.25 < packed / float_bytes <= 0.30
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "words"),
+    [
+        ("int8", "floors.layer=.nan", "a number from -100 to 100"),
+        ("int8", "attention.density=nan", "a number above 0 and at most 1"),
+        ("int8-gptq", "sequential.tokens=3", "a whole number from 16 to 1,000,000"),
+        ("int8", "storage_dtype=nan", "'float16' or 'bfloat16'"),
+        ("int8", "methods.smooth.strengths=[2]", "a list, each entry a number above 0 and at most 1"),
+        ("int8", "methods.low_rank.rank=x", "a whole number at least 1"),
+        ("int8", "targets=[x]", "'Linear' or 'Conv2d'"),
+        ("int8", "scheme=3", "a group of settings or null"),
+        ("int8", "first_token=2", "true or false"),
+        ("mixed", "budget={bits: .nan}", "no positive number"),
+    ],
+)
+def test_a_value_out_of_range_is_answered_with_the_range(recipe, setting, words):
+    with pytest.raises(InputError) as caught:
+        load_recipe(recipe, [setting])
+    assert words in str(caught.value) and "docs/recipes/index.md" in str(caught.value)

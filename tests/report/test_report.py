@@ -304,3 +304,28 @@ def test_a_browser_runs_our_script_and_no_other(tmp_path: Path, data: ReportData
     done = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.count('type="range"') == 2
     assert "<title>PixArt · w8a8 · qdiff report</title>" in done.stdout
+
+
+def test_the_engine_table_needs_no_scrolling_on_a_laptop(tmp_path: Path, data: ReportData) -> None:
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    usual = {"seconds_per_step": 0.0254, "peak_memory_bytes": 43_800_000, "file_bytes": 4_900_000, "psnr_db_mean": 52.8}
+    busy = {"speedup": 1.1, "speedup_low": 0.64, "speedup_high": 2.4, "speed_reason": "two other processes"}
+    data.engines = [
+        EngineResult("ov", "OpenVINO (CPU)", note="built for cpu", **usual, **busy),
+        EngineResult("fp32", "float model in torch (the reference)", **usual, **busy),
+        EngineResult(
+            "rtx", "TensorRT-RTX (GeForce and RTX PRO GPUs)", False, "engine 'tensorrt_rtx' needs an NVIDIA GPU"
+        ),
+    ]
+    write_report(tmp_path, data)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto((tmp_path / "report.html").as_uri())
+        table = page.get_by_role("region", name="Table of engines")
+        assert table.evaluate("one => one.scrollWidth <= one.clientWidth")
+        browser.close()

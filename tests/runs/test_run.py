@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qdiff import files
-from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, UsageError
+from qdiff.errors import InputError, IntegrityError, MemoryExhaustedError, UsageError, command_line
 from qdiff.files import open_tensors, read_json, safe_child, save_tensors, write_json, write_text
 from qdiff.runs import manifest
 from qdiff.runs.lock import RunLockedError
@@ -157,7 +157,7 @@ def test_making_a_stage_anew_forgets_what_was_made_from_it(tmp_path):
     assert [name for name in stages if Run(run.path).done(name)] == ["calibrate", "quantize"]
     with pytest.raises(InputError, match="has not been done") as caught:
         run.entry("export:tensorrt")
-    assert f"qdiff export {run.path} --target tensorrt" in str(caught.value)
+    assert f'qdiff.export("{run.path}", target="tensorrt")' in str(caught.value)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -189,11 +189,25 @@ def test_nothing_is_deleted_for_a_stage_whose_sources_were_changed(tmp_path, for
 def test_the_way_on_is_the_command_that_was_cut_off(tmp_path, monkeypatch, given, again):
     run = Run(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["/bin/qdiff", *given])
-    with pytest.raises(KeyboardInterrupt), run.stage("quantize", {}):
-        raise KeyboardInterrupt
+    with command_line():
+        with pytest.raises(KeyboardInterrupt), run.stage("quantize", {}):
+            raise KeyboardInterrupt
+        with pytest.raises(InputError) as caught:
+            Run(run.path).entry("quantize")
+    assert caught.value.fix == f"run: {again.format(path=run.path)}"
     with pytest.raises(InputError) as caught:
         Run(run.path).entry("quantize")
-    assert caught.value.fix == f"run: {again.format(path=run.path)}"
+    assert caught.value.fix == f'run: qdiff.quantize("{run.path}")'
+
+
+def test_the_manifest_says_what_was_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--fast"])
+    run = Run(tmp_path / "run")
+    make_stage(run, "calibrate", {})
+    assert run.entry("calibrate")["command"] == "python mine.py --fast"
+    with command_line():
+        make_stage(run, "quantize", {})
+    assert run.entry("quantize")["command"] == "qdiff --fast"
 
 
 def test_a_stage_that_was_cut_off_goes_on_and_refuses_others(tmp_path):
@@ -259,7 +273,7 @@ def test_changed_and_missing_outputs(tmp_path, change, error):
     path.write_text(change) if change else path.unlink()
     with pytest.raises(error, match="calibrate.txt") as caught:
         make_stage(run, "calibrate", {})
-    assert "qdiff calibrate -o" in str(caught.value) and "--force" in str(caught.value)
+    assert f'qdiff.calibrate(…, output="{run.path}", force=True)' in str(caught.value)
     assert make_stage(run, "calibrate", {}, force=True) == "made"
 
 
@@ -348,7 +362,7 @@ def test_what_is_no_run_folder(tmp_path):
         Run(tmp_path / "file")
     with pytest.raises(InputError, match="not a run folder") as caught:
         Run.existing(tmp_path)
-    assert "qdiff calibrate" in str(caught.value)
+    assert "qdiff.calibrate" in str(caught.value)
 
 
 def test_one_process_at_a_time(tmp_path):
