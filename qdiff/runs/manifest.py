@@ -7,7 +7,8 @@ or cut, the copy is taken, and said. A manifest that is whole and was edited is 
 named as the way back.
 
 Each manifest also carries the seal of the one that was there before. So the two files are of one folder when their seals are
-equal, or when the copy is the one before (a process was killed between the two): anything else is the manifest of another run.
+equal, or when one of them is the one before the other (a process was killed between the two): anything else is the manifest of
+another run.
 """
 
 from __future__ import annotations
@@ -53,6 +54,18 @@ def write(folder: Path, manifest: Manifest) -> None:
     sealed = {**content, _SEAL: sha256_json(content)}
     write_json(folder / NAME, sealed)
     write_json(folder / COPY, sealed)
+
+
+def text(folder: Path) -> str | None:
+    """Return the manifest as it is on disk; ``None``: there is none."""
+    path = folder / NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def put_back(folder: Path, written: str) -> None:
+    """Write an earlier :func:`text` of the manifest again, and its copy."""
+    for name in (NAME, COPY):
+        write_text(folder / name, written)
 
 
 def refresh_copy(folder: Path) -> None:
@@ -105,8 +118,10 @@ def _require_same_run(folder: Path) -> None:
     path, copy = folder / NAME, folder / COPY
     for pause in (0.0, 0.2):  # another process may write both while they are read
         time.sleep(pause)
-        seal, content = _seal_of(copy), _content(path)
-        if seal is None or _BEFORE not in content or seal in (content[_BEFORE], content.get(_SEAL)):
+        own, other = _content(path), _content(copy)
+        if _SEAL not in other or _BEFORE not in own or other[_SEAL] in (own[_BEFORE], own.get(_SEAL)):
+            return
+        if other.get(_BEFORE) == own.get(_SEAL):  # a kill while the one before was put back
             return
     raise IntegrityError(
         f"{path} is of another run, or of another state of this one, than its copy {COPY}",

@@ -267,6 +267,7 @@ class Run:
             work = StageRun(self.path, name, json.loads(json.dumps(inputs)))
             work.resumed = name in self.manifest["stages"]
             begun = {"status": "begun", "inputs": work.inputs, "outputs": {}, "command": command_line()}
+            written = manifest.text(self.path)
             self.manifest["stages"][name] = begun
             self._write()
             release_memory()
@@ -276,7 +277,7 @@ class Run:
             except QdiffError:
                 if not (work.outputs or work.resumed or deleted):  # nothing was touched: what was finished still is
                     self.manifest["stages"] = before
-                    self._write()
+                    self._write() if written is None else manifest.put_back(self.path, written)
                 raise
             except Exception as error:
                 if not out_of_memory(error):

@@ -140,7 +140,7 @@ def test_another_recipe_says_what_changed_and_what_force_costs(fails, finished):
     changed = ["--set", "methods.smooth.strengths=[0.5]"]
     said = ["recipe.methods.smooth.strengths was [0.3, 0.4, 0.5] and is now [0.5]",
             "forgets what was made from it: export:onnxruntime, export:tensorrt, build:onnxruntime, build:openvino",
-            "… --force` keeps the stages before it, `qdiff run --force` none"]  # fmt: skip
+            "… --force` keeps the stages before it, `qdiff run … --force` none"]  # fmt: skip
     fails(3, said, "quantize", finished.path, *changed)
     fails(3, said, "run", *TINY, "--prompts", finished.prompts, *changed, "-o", finished.path)
     fails(3, ["seed was 0 and is now 1", "choose another folder with -o"],

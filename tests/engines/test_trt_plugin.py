@@ -240,7 +240,7 @@ def test_what_there_is_no_kernel_for_is_refused_with_a_way_out(trt, monkeypatch)
     for name, capability, part in ((small.name, 90, "16"), (SMALL.part(PRODUCT).name, 100, "10.0")):
         with pytest.raises(InputError, match=part) as caught:
             trt_plugin.register(trt, [name], capability)
-        assert "attention=plain" in str(caught.value.fix)
+        assert 'flags={"attention": "plain"}' in str(caught.value.fix)
     monkeypatch.delattr(trt, "QuickPluginCreationRequest")
     with pytest.raises(MissingDependencyError, match="ahead-of-time"):
         trt_plugin.register(trt, [], 90)

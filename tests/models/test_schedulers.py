@@ -80,7 +80,7 @@ def test_distilled_models_schedulers_come_with_a_word(monkeypatch, caplog):
     assert "distilled" in caplog.text and type(model.pipeline.scheduler).__name__ == "TCDScheduler"
 
 
-@pytest.mark.parametrize(("steps", "limit"), [(60, "at most 50: --steps 50"), (50, None), (1, None)])
+@pytest.mark.parametrize(("steps", "limit"), [(60, "at most 50: steps=50"), (50, None), (1, None)])
 def test_a_schedulers_own_limit_of_steps(steps, limit):
     if limit is None:
         return check_steps(NOISE["lcm"], steps)
