@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -19,26 +23,38 @@ def test_random_command_lines(finished, tmp_path):
 
 @pytest.mark.slow
 def test_random_requests(finished, tmp_path):
+    """In a process of its own: what the server's threads leave behind ends with it, and a crash fails this test alone."""
     (tmp_path / "built").mkdir()
-    faults, statuses = page.check_requests(finished.path, tmp_path / "built", 60, seed=1, limit=90)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        faults, statuses = process.submit(_requests, finished.path, tmp_path / "built").result()
     assert not faults, "\n".join(faults)
     assert sum(statuses.values()) == 60 and {200, 404} <= statuses.keys(), statuses
 
 
-def test_a_bug_a_traceback_and_silence_are_seen(monkeypatch):
+def test_a_bug_a_traceback_and_silence_are_seen():
+    """In a process of its own: an alarm in one that has run engines ends it by signal 11, now and then."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(_seen).result()
+
+
+def _seen() -> None:
     from qdiff.stages import inspection
 
     def broken():
         raise ZeroDivisionError("of ours")
 
-    monkeypatch.setattr(inspection, "models", broken)
+    inspection.models = broken  # type: ignore[assignment]
     code, text, seconds = commands.run_command(["models"], 60)
     assert code == 1 and "exit 1" in commands._fault(code, text, seconds, 60)
-    monkeypatch.setattr(inspection, "models", _wait)
+    inspection.models = _wait  # type: ignore[assignment]
     code, text, seconds = commands.run_command(["models"], 0.5)
     assert code == -2 and "no answer after 0.5 s" in commands._fault(code, text, seconds, 0.5)
     assert "traceback" in commands._fault(2, "Traceback (most recent call last):\nerror: x", 0, 60)
     assert not commands._fault(3, "error: there is no such file", 0, 60)
+
+
+def _requests(run: Path, folder: Path) -> tuple[list[str], Counter[int]]:
+    return page.check_requests(run, folder, 60, seed=1, limit=90)
 
 
 def _wait():
