@@ -24,7 +24,7 @@ from qdiff.runs.run import Run
 
 
 class BuildWork(TypedDict):
-    """What to build; comes as JSON on stdin."""
+    """Holds what to build; read as JSON from stdin."""
 
     family: str
     weights: str

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     Changes = dict[Block, object]
 else:
     Changes = dict  # Gradio evaluates the annotations of handlers
-"""What components of the page show from now on: a value or an update, by component."""
+"""Maps components of the page to what they show from now on: a value or an update."""
 
 _POLL_SECONDS = 0.08
 T = TypeVar("T")
 
 
 class EventOptions(TypedDict, total=False):
-    """How Gradio treats an event of the page; each field is an argument of its listeners."""
+    """Holds how Gradio treats an event of the page; each field is an argument of its listeners."""
 
     show_progress: Literal["full", "minimal", "hidden"]
     queue: bool

@@ -44,7 +44,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Update(Generic[Result]):
-    """What is known about a job. ``place`` counts from 1 in the queue; ``seconds_left`` is an estimate or ``None``;
+    """Holds what is known about a job. ``place`` counts from 1 in the queue; ``seconds_left`` is an estimate or ``None``;
     ``preview`` is a small picture; ``result`` is there when the job is done.
     """
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qdiff.app")
 ModelKey = tuple[Weights, str | None, str | None, int | None]
-"""What decides the float pipeline: weights, their fingerprint, the scheduler, the seed of random weights."""
+"""Tells float pipelines apart: by weights, their fingerprint, the scheduler, and the seed of random weights."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ _RIDGE = 1e-2
 
 
 class AutoencoderConfig(TypedDict, total=False):
-    """How latents are scaled: by one factor and shift, or by mean and deviation of each channel."""
+    """Holds how latents are scaled: by one factor and shift, or by mean and deviation of each channel."""
 
     scaling_factor: float
     shift_factor: float | None

@@ -44,6 +44,7 @@ from qdiff.methods.base import decibels
 from qdiff.methods.learned import LearnedWeight, code_values
 from qdiff.models.model import Model
 from qdiff.nn.quant_linear import QuantLinear
+from qdiff.plan.plan import LayerPlan, Plan
 from qdiff.plan.recipe import Distillation, match
 from qdiff.quantization.reconstruction import LearnedLinear, codes_of, learned_layer, split
 from qdiff.recording.trajectory import Step, Trajectory
@@ -161,6 +162,25 @@ def distil(
     """
     with torch.enable_grad():  # whatever the caller runs in
         return _Work(model, list(trajectory), targets, how, teacher).run(scratch)
+
+
+def distilled(plan: Plan, result: Distilled) -> Plan:
+    """Return the plan of a model that was trained as a whole. Errors of trained layers, not what they are trained for,
+    are left out.
+    """
+
+    def entry(layer: LayerPlan) -> LayerPlan:
+        if layer.name not in result.layers:
+            return layer
+        changes: dict[str, object] = {
+            "methods": [*layer.methods, "distil"],
+            "why": f"{layer.why}; {result}".removeprefix("; "),
+        }
+        if result.better:
+            changes |= {"rounding": "distil", "sqnr_db": None}
+        return layer.model_copy(update=changes)
+
+    return plan.model_copy(update={"layers": [entry(layer) for layer in plan.layers]})
 
 
 class _Work:

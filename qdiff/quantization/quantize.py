@@ -29,7 +29,7 @@ from qdiff.plan.plan import LayerPlan, Plan, StorageDtype, Structure
 from qdiff.plan.recipe import Recipe, Sequential
 from qdiff.quantization.block_walk import BlockWalk, ReplayWalk
 from qdiff.quantization.checkpoint import empty_layer, install_timestep_index
-from qdiff.quantization.distillation import Distilled, distil, float_predictions
+from qdiff.quantization.distillation import distil, distilled, float_predictions
 from qdiff.quantization.layer_plans import Draft, draft_plan, kept_entry
 from qdiff.quantization.quantized_layer import buffers_of, output_scale, plan_of
 from qdiff.quantization.reconstruction import Decided, reconstruct, split
@@ -148,25 +148,6 @@ def quantize_groups(
     )
     quantizer.all_groups()
     return quantizer.planned
-
-
-def distilled(plan: Plan, result: Distilled) -> Plan:
-    """Return the plan of a model that was trained as a whole. Errors of trained layers, not what they are trained for,
-    are left out.
-    """
-
-    def entry(layer: LayerPlan) -> LayerPlan:
-        if layer.name not in result.layers:
-            return layer
-        changes: dict[str, Any] = {
-            "methods": [*layer.methods, "distil"],
-            "why": f"{layer.why}; {result}".removeprefix("; "),
-        }
-        if result.better:
-            changes |= {"rounding": "distil", "sqnr_db": None}
-        return layer.model_copy(update=changes)
-
-    return plan.model_copy(update={"layers": [entry(layer) for layer in plan.layers]})
 
 
 def quantize_as_planned(model: Model, plan: Plan, statistics: Statistics) -> Plan:

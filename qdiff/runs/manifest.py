@@ -72,9 +72,9 @@ def refresh_copy(folder: Path) -> None:
     """Write the copy again where it is not the manifest's text: a process that was killed between the two had left it
     behind.
     """
-    path = folder / NAME
-    if path.is_file() and not has_copy(folder):
-        write_text(folder / COPY, path.read_text(encoding="utf-8"))
+    written = text(folder)
+    if written is not None and not has_copy(folder):
+        write_text(folder / COPY, written)
 
 
 def has_copy(folder: Path) -> bool:
