@@ -307,3 +307,19 @@ def recorded(made_once: Callable[..., Path]) -> tuple[Any, Any]:
 
     folder = made_once("recorded", make) / "run" / "calibration"
     return Trajectory(folder), Statistics.load(folder / "statistics.safetensors")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, without its sandbox: it has to start as root in CI, and opens no page but ours. One for all tests of
+    a process: Playwright refuses a second one beside it.
+    """
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

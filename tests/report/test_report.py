@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -306,12 +307,7 @@ def test_a_browser_runs_our_script_and_no_other(tmp_path: Path, data: ReportData
     assert "<title>PixArt · w8a8 · qdiff report</title>" in done.stdout
 
 
-def test_the_engine_table_needs_no_scrolling_on_a_laptop(tmp_path: Path, data: ReportData) -> None:
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
+def test_the_engine_table_needs_no_scrolling_on_a_laptop(tmp_path: Path, data: ReportData, browser: Any) -> None:
     usual = {"seconds_per_step": 0.0254, "peak_memory_bytes": 43_800_000, "file_bytes": 4_900_000, "psnr_db_mean": 52.8}
     busy = {"speedup": 1.1, "speedup_low": 0.64, "speedup_high": 2.4, "speed_reason": "two other processes"}
     data.engines = [
@@ -322,10 +318,8 @@ def test_the_engine_table_needs_no_scrolling_on_a_laptop(tmp_path: Path, data: R
         ),
     ]
     write_report(tmp_path, data)
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto((tmp_path / "report.html").as_uri())
-        table = page.get_by_role("region", name="Table of engines")
-        assert table.evaluate("one => one.scrollWidth <= one.clientWidth")
-        browser.close()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    table = page.get_by_role("region", name="Table of engines")
+    assert table.evaluate("one => one.scrollWidth <= one.clientWidth")
+    page.close()
